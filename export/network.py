@@ -1,0 +1,347 @@
+"""What every export format starts from: the merged network, its inputs, its open dimensions, and facts to store."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import Tensor, nn
+from torch.export import Dim
+
+import zoo
+from zoo.ffn.reparam import reparameterize
+
+__all__ = ["ExportError", "Kind", "Network", "compare", "prepare", "sample_inputs", "weights_digest", "whole"]
+
+Kind = Literal["classifier", "restorer", "denoiser"]
+KINDS: tuple[Kind, ...] = ("classifier", "restorer", "denoiser")
+
+
+class ExportError(RuntimeError):
+    """A model that a format cannot hold, or a file that does not do what its model does."""
+
+
+class _Restorer(nn.Module):
+    """Keep the output of a restorer in [0, 1], the range of images."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(image).clamp(0.0, 1.0)
+
+
+class _Denoiser(nn.Module):
+    """Give a diffusers transformer tensors in, one tensor out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        return self.model(hidden_states, timestep=timestep, class_labels=class_labels, return_dict=False)[0]
+
+
+class _Classifier(nn.Module):
+    """Name the input of a timm model `image`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(image)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A network that is ready to be written.
+
+    Args:
+        module: In evaluation mode, merged, float32, on the CPU; a copy of the user's model.
+        inputs: Example inputs by name.
+        output: Name of the output.
+        dynamic_shapes: Open dimensions of each input, in the words of `torch.export`.
+        metadata: Facts for the file: what it is, what its inputs mean, which weights it holds.
+    """
+
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    output: str
+    dynamic_shapes: dict[str, dict[int, Any]]
+    metadata: dict[str, str]
+
+
+def prepare(
+    model: nn.Module,
+    *,
+    kind: Kind | None = None,
+    name: str | None = None,
+    image_size: int | None = None,
+    dynamic_size: bool = True,
+) -> Network:
+    """Copy a model, merge the copy, and describe its inputs and outputs.
+
+    Args:
+        model: A classifier, a restorer or a class-conditional denoiser; it is not changed.
+        kind: Which of these; None finds out.
+        name: Name to store; None takes the registered one.
+        image_size: Side of square images of a classifier with other than its published size, pixels.
+        dynamic_size: Leave height and width open where the network can take any. Batch sizes are always open.
+
+    Raises:
+        ValueError: `kind` is unknown or cannot be told, or a cache is enabled.
+    """
+    kind = kind_of(model, kind)
+    if getattr(model, "is_cache_enabled", False):
+        raise ValueError("A cache is enabled on the model, and a file cannot hold it: call zoo.disable_cache first.")
+    inner = copy.deepcopy(model).eval().float().cpu()
+    reparameterize(inner, measure=False)
+    for parameter in inner.parameters():
+        parameter.requires_grad_(False)
+    wrapper = {"classifier": _Classifier, "restorer": _Restorer, "denoiser": _Denoiser}[kind]
+    batch = Dim("batch")
+    inputs = sample_inputs(model, kind, image_size, dynamic_size)[1]
+    shapes: dict[str, dict[int, Any]] = {key: {0: batch} for key in inputs}
+    if dynamic_size and _any_size(model, kind):
+        step = _step(model, kind)
+        for axis, side in ((2, "height"), (3, "width")):
+            shapes["image"][axis] = Dim(side) if step == 1 else step * Dim(f"{side}_{step}")
+    if kind == "classifier":
+        output = "logits" if getattr(model, "num_classes", 0) else "features"
+    else:
+        output = "restored" if kind == "restorer" else "sample"
+    return Network(
+        module=wrapper(inner).eval(),
+        inputs=inputs,
+        output=output,
+        dynamic_shapes=shapes,
+        metadata=_metadata(model, kind, name),
+    )
+
+
+def kind_of(model: nn.Module, kind: Kind | None = None) -> Kind:
+    """Return what a model is, or check what the caller says it is.
+
+    Raises:
+        ValueError: `kind` is not one of the three, or the model is none of them.
+    """
+    if kind is not None:
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
+        return kind
+    if "class_labels" in inspect.signature(model.forward).parameters:
+        return "denoiser"
+    if hasattr(model, "forward_head"):
+        return "classifier"
+    if _cfg(model).get("task", "classification") != "classification" or hasattr(model, "scale"):
+        return "restorer"
+    raise ValueError(
+        f"{type(model).__name__} is no classifier (forward_head), restorer (scale) or class-conditional denoiser "
+        f"(class_labels) as far as can be told; give kind, one of {', '.join(KINDS)}."
+    )
+
+
+def sample_inputs(
+    model: nn.Module, kind: Kind | None = None, image_size: int | None = None, dynamic_size: bool = True
+) -> list[dict[str, Tensor]]:
+    """Return three random inputs of different batch sizes and, where the network can take them, image sizes.
+
+    Args:
+        model: The model that is exported.
+        kind: What it is; None finds out.
+        image_size: Side of square images of a classifier, pixels.
+        dynamic_size: Vary the image size where the network can take any.
+    """
+    kind = kind_of(model, kind)
+    generator = torch.Generator().manual_seed(0)
+    if kind == "denoiser":
+        config: Any = model.config
+        shape = (config.in_channels, config.sample_size, config.sample_size)
+        return [
+            dict(
+                hidden_states=torch.randn(batch, *shape, generator=generator),
+                timestep=torch.rand(batch, generator=generator) * 999,
+                class_labels=torch.randint(config.num_classes, (batch,), generator=generator),
+            )
+            for batch in (1, 2, 3)
+        ]
+    channels = int(getattr(model, "in_chans", _cfg(model).get("input_size", (3,))[0]))
+    height, width = _example_size(model, kind, image_size)
+    step = _step(model, kind) if dynamic_size and _any_size(model, kind) else 0
+    sizes = [(1, height, width), (2, height + step, width + 3 * step), (3, height + 2 * step, width)]
+    draw: Callable[..., Tensor] = torch.rand if kind == "restorer" else torch.randn
+    return [dict(image=draw(batch, channels, h, w, generator=generator)) for batch, h, w in sizes]
+
+
+def _cfg(model: nn.Module) -> Mapping[str, Any]:
+    """Return timm's description of the weights; empty for a model that was built from its class."""
+    cfg: Any = getattr(model, "pretrained_cfg", None)
+    return cfg if isinstance(cfg, Mapping) else {}
+
+
+def _any_size(model: nn.Module, kind: Kind) -> bool:
+    """True where height and width may be left open."""
+    if kind == "restorer":
+        return True
+    return kind == "classifier" and not _cfg(model).get("fixed_input_size", True)
+
+
+def _step(model: nn.Module, kind: Kind) -> int:
+    """Return what height and width must be a multiple of."""
+    if kind == "restorer":
+        return int(_cfg(model).get("multiple_of", getattr(model, "multiple_of", 1)))
+    info = getattr(model, "feature_info", None)
+    return max((stage["reduction"] for stage in info), default=32) if isinstance(info, list) else 32
+
+
+def _example_size(model: nn.Module, kind: Kind, image_size: int | None) -> tuple[int, int]:
+    if kind == "restorer":
+        step, least = _step(model, kind), _cfg(model).get("min_input_size", (3, 1, 1))
+        sides = [step * -(-max(16, side) // step) for side in least[-2:]]
+        return sides[0], sides[1]
+    if image_size is not None:
+        return image_size, image_size
+    embed: Any = getattr(model, "patch_embed", None) or getattr(model, "stem", None)
+    own = getattr(embed, "img_size", None) or _cfg(model).get("input_size", (3, 224, 224))[-2:]
+    return int(own[0]), int(own[1])
+
+
+def _metadata(model: nn.Module, kind: Kind, name: str | None) -> dict[str, str]:
+    """Return the facts that travel with the file, as text; structured values are JSON."""
+    cfg = _cfg(model)
+    known = ".".join(str(cfg[key]) for key in ("architecture", "tag") if cfg.get(key))
+    facts: dict[str, Any] = {
+        "name": name or known or type(model).__name__,
+        "kind": kind,
+        "weights_sha256": weights_digest(model),
+        "license": cfg.get("license"),
+        "paper": cfg.get("paper_ids"),
+        "producer": f"zoo {zoo.__version__}, torch {torch.__version__}",
+    }
+    if kind == "classifier":
+        facts |= {
+            "input": "RGB image in [0, 1], then (image - mean) / std",
+            "mean": list(cfg["mean"]) if "mean" in cfg else None,
+            "std": list(cfg["std"]) if "std" in cfg else None,
+            "crop_pct": cfg.get("crop_pct"),
+            "interpolation": cfg.get("interpolation"),
+            "labels": _labels(model),
+        }
+    elif kind == "restorer":
+        facts |= {
+            "input": "RGB image in [0, 1]",
+            "task": cfg.get("task"),
+            "scale": cfg.get("scale", getattr(model, "scale", 1)),
+            "multiple_of": _step(model, kind),
+            "sigma": cfg.get("sigma"),
+        }
+    else:
+        config: Any = model.config
+        facts |= {
+            "input": "noisy image (clean ones in [-1, 1]), timestep as float in [0, 999], class label",
+            "config": {key: value for key, value in config.items() if not key.startswith("_")},
+        }
+    return {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items() if value is not None
+    }
+
+
+def _labels(model: nn.Module) -> list[str] | None:
+    """Return the class names, if there is one for each output."""
+    cfg, classes = _cfg(model), getattr(model, "num_classes", 0)
+    labels = list(cfg.get("label_names") or ())
+    if not labels and (subset := infer_imagenet_subset(model)):  # type: ignore[no-untyped-call]
+        labels = [str(label) for label in ImageNetInfo(subset).label_descriptions()]
+    return labels if labels and len(labels) == classes else None
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return a SHA-256 digest of all tensors of a model: names, types, shapes and bytes, sorted by name."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def compare(
+    run: Callable[[dict[str, Tensor]], Tensor],
+    model: nn.Module,
+    *,
+    kind: Kind | None = None,
+    image_size: int | None = None,
+    dynamic_size: bool = True,
+) -> float:
+    """Return the largest difference between `run` and the model in eager mode, unmerged, over `sample_inputs`.
+
+    Differences are absolute where the model's largest output is below one, else relative to that output.
+
+    Args:
+        run: Computes the output of the exported file for inputs by name.
+        model: The model that was exported; it is not changed.
+        kind: What it is; None finds out.
+        image_size: As in `prepare`.
+        dynamic_size: As in `prepare`.
+
+    Raises:
+        ExportError: An output has another shape, or is not finite where the model's is.
+    """
+    kind = kind_of(model, kind)
+    eager = copy.deepcopy(model).eval().float().cpu()
+    wrapper = {"classifier": _Classifier, "restorer": _Restorer, "denoiser": _Denoiser}[kind](eager)
+    worst = 0.0
+    for inputs in sample_inputs(model, kind, image_size, dynamic_size):
+        expected, found = wrapper(**inputs), run(inputs)
+        given = ", ".join(f"{key} {tuple(value.shape)}" for key, value in inputs.items())
+        if found.shape != expected.shape:
+            raise ExportError(f"For {given} the file returns {tuple(found.shape)}, the model {tuple(expected.shape)}.")
+        if not torch.isfinite(found).all():
+            raise ExportError(f"For {given} the file returns values that are not finite.")
+        difference = (found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1.0)
+        worst = max(worst, float(difference))
+    return worst
+
+
+@contextmanager
+def whole(out: str | Path) -> Iterator[Path]:
+    """Give a path to write to; what is there afterwards moves to `out`, unless an error came first.
+
+    Files that the format puts beside it (external data of large ONNX models) move with it.
+
+    Args:
+        out: Target file; its folder is created.
+
+    Raises:
+        OSError: `out` cannot be written.
+    """
+    target = Path(out)
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(f"{target} is a folder; give the path of a file.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    except OSError as error:
+        raise type(error)(f"{target} cannot be written: {error.strerror or error}.") from error
+    try:
+        yield folder / target.name
+        for part in sorted(folder.iterdir(), key=lambda path: path.name == target.name):  # the file itself comes last
+            os.replace(part, target.parent / part.name)
+    except OSError as error:
+        raise OSError(f"{target} cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,119 @@
+"""Write models as ONNX files, and compare such files with their models in ONNX Runtime."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.export.network import ExportError, Kind, compare, prepare, whole
+
+__all__ = ["SUFFIX", "check", "export"]
+
+SUFFIX = ".onnx"
+_INSTALL = "pip install 'ffn-zoo[export]'"
+
+
+def export(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    kind: Kind | None = None,
+    name: str | None = None,
+    image_size: int | None = None,
+    dynamic_size: bool = True,
+) -> Path:
+    """Write a model as an ONNX file, merged and in float32, with PyTorch's default opset.
+
+    Inputs and outputs are `image` -> `logits` (normalised image; `features` without classes), `image` -> `restored`
+    (both in [0, 1]), or `hidden_states`, `timestep` (float), `class_labels` -> `sample`. Name, weight digest, input
+    normalisation and labels are in the file's `metadata_props`. Weights over 2 GB go to a second file beside it.
+
+    Args:
+        model: A classifier, a restorer or a class-conditional denoiser; it is not changed.
+        out: Path of the file; it appears only when it is complete.
+        kind: What the model is; None finds out.
+        name: Name to store; None takes the registered one.
+        image_size: Side of the images of a classifier that was built for another than its published size, pixels.
+        dynamic_size: Leave height and width open where the network can take any; the batch size is always open.
+
+    Raises:
+        ImportError: The `export` extra is missing.
+        ExportError: The network has something that ONNX cannot express.
+        OSError: `out` cannot be written.
+    """
+    try:
+        import onnxscript  # noqa: F401  what torch.onnx needs, in words that say how to get it
+    except ImportError as error:
+        raise ImportError(f"ONNX export needs {error.name}, which is missing: {_INSTALL}.") from error
+    with whole(out) as temporary:
+        network = prepare(model, kind=kind, name=name, image_size=image_size, dynamic_size=dynamic_size)
+        program = _translate(network.module, network.inputs, network.output, network.dynamic_shapes)
+        program.model.metadata_props.update(network.metadata)
+        program.save(temporary)
+    return Path(out)
+
+
+def _translate(module: nn.Module, inputs: dict[str, Tensor], output: str, dynamic_shapes: dict[str, Any]) -> Any:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # about the exporter's own use of deprecated functions
+        try:
+            return torch.onnx.export(
+                module,
+                kwargs=inputs,
+                input_names=list(inputs),
+                output_names=[output],
+                dynamic_shapes=dynamic_shapes,
+                dynamo=True,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise ExportError(f"The network cannot be written as ONNX: {reason}") from error
+
+
+def check(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    kind: Kind | None = None,
+    image_size: int | None = None,
+    dynamic_size: bool = True,
+) -> float:
+    """Run an ONNX file in ONNX Runtime and compare it with its model in eager mode, unmerged, at three sizes.
+
+    Args:
+        path: File that `export` wrote.
+        model: The model it was written from.
+        kind: What the model is; None finds out.
+        image_size: As it was in `export`.
+        dynamic_size: As it was in `export`.
+
+    Returns:
+        The largest difference, relative to the largest output where that is above one.
+
+    Raises:
+        ImportError: The `export` extra is missing.
+        ExportError: The file cannot be run, or returns another shape or values that are not finite.
+    """
+    try:
+        import onnxruntime
+        from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidProtobuf, NoSuchFile
+    except ImportError as error:
+        raise ImportError(f"Checking an ONNX file needs {error.name}, which is missing: {_INSTALL}.") from error
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except (Fail, InvalidProtobuf, NoSuchFile) as error:
+        raise ExportError(f"{path} is not an ONNX file that ONNX Runtime can run: {str(error).splitlines()[0]}") from error
+
+    def run(inputs: dict[str, Tensor]) -> Tensor:
+        try:
+            return torch.from_numpy(session.run(None, {key: value.numpy() for key, value in inputs.items()})[0])
+        except (Fail, InvalidArgument) as error:
+            shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in inputs.items())
+            raise ExportError(f"{path} cannot be run on {shapes}: {str(error).splitlines()[0]}") from error
+
+    return compare(run, model, kind=kind, image_size=image_size, dynamic_size=dynamic_size)

@@ -1,0 +1,113 @@
+"""Write models as PyTorch's exported programs (.pt2), and compare such files with their models."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from zoo.export.network import ExportError, Kind, compare, prepare, whole
+
+__all__ = ["SUFFIX", "check", "export", "metadata"]
+
+SUFFIX = ".pt2"
+_FACTS = "metadata.json"
+
+
+def export(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    kind: Kind | None = None,
+    name: str | None = None,
+    image_size: int | None = None,
+    dynamic_size: bool = True,
+) -> Path:
+    """Write a model as an exported program, merged and in float32; `torch.export.load(out).module()` runs it.
+
+    Inputs are keywords: `image` (normalised for classifiers, in [0, 1] for restorers, as the restored one), or
+    `hidden_states`, `timestep` (float) and `class_labels`. `metadata(out)` returns name, weight digest, input
+    normalisation and labels.
+
+    Args:
+        model: A classifier, a restorer or a class-conditional denoiser; it is not changed.
+        out: Path of the file; it appears only when it is complete.
+        kind: What the model is; None finds out.
+        name: Name to store; None takes the registered one.
+        image_size: Side of the images of a classifier that was built for another than its published size, pixels.
+        dynamic_size: Leave height and width open where the network can take any; the batch size is always open.
+
+    Raises:
+        ExportError: The network has something that cannot be exported.
+        OSError: `out` cannot be written.
+    """
+    with whole(out) as temporary:
+        network = prepare(model, kind=kind, name=name, image_size=image_size, dynamic_size=dynamic_size)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # about torch's own use of deprecated functions
+            try:
+                program = torch.export.export(
+                    network.module, (), kwargs=network.inputs, dynamic_shapes=network.dynamic_shapes
+                )
+            except (RuntimeError, ValueError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise ExportError(f"The network cannot be exported: {reason}") from error
+            torch.export.save(program, temporary, extra_files={_FACTS: json.dumps(network.metadata)})
+    return Path(out)
+
+
+def metadata(path: str | Path) -> dict[str, str]:
+    """Return the facts that `export` stored in a file."""
+    extra = {_FACTS: ""}
+    _load(path, extra)
+    facts: dict[str, str] = json.loads(extra[_FACTS])
+    return facts
+
+
+def check(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    kind: Kind | None = None,
+    image_size: int | None = None,
+    dynamic_size: bool = True,
+) -> float:
+    """Load an exported program and compare it with its model in eager mode, unmerged, at three sizes.
+
+    Args:
+        path: File that `export` wrote.
+        model: The model it was written from.
+        kind: What the model is; None finds out.
+        image_size: As it was in `export`.
+        dynamic_size: As it was in `export`.
+
+    Returns:
+        The largest difference, relative to the largest output where that is above one.
+
+    Raises:
+        ExportError: The file cannot be run, or returns another shape or values that are not finite.
+    """
+    module = _load(path, {}).module()
+
+    def run(inputs: dict[str, Tensor]) -> Tensor:
+        try:
+            output: Tensor = module(**inputs)
+        except (RuntimeError, AssertionError) as error:  # the program's own guards raise either
+            shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in inputs.items())
+            raise ExportError(f"{path} cannot be run on {shapes}: {str(error).splitlines()[0]}") from error
+        return output
+
+    return compare(run, model, kind=kind, image_size=image_size, dynamic_size=dynamic_size)
+
+
+def _load(path: str | Path, extra: dict[str, str]) -> torch.export.ExportedProgram:
+    if not Path(path).is_file():
+        raise ExportError(f"There is no file {path}.")
+    try:
+        return torch.export.load(path, extra_files=extra)
+    except (RuntimeError, ValueError, OSError, KeyError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ExportError(f"{path} is not an exported program: {reason}") from error

@@ -1,0 +1,47 @@
+"""Fixtures that all tests share: reproducible numbers, one thread a worker, data that may or may not be at hand."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+_SHARED = Path(__file__).resolve().parents[2] / "shared"  # a folder beside the checkout, where there is one
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each of several test processes one thread: more of them would only wait for each other."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the Hub fails at once instead of after its retries
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Start every test from the same random state."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def _folder(variable: str, default: Path, what: str) -> Path:
+    folder = Path(os.environ[variable]) if os.environ.get(variable) else default
+    if not folder.is_dir():
+        pytest.skip(f"{what} are not at hand: {variable} names no folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference_dir() -> Path:
+    """Return the folder of the reference records made with the authors' code; skip where there is none."""
+    return _folder("ZOO_REFERENCE", _SHARED / "parity", "reference records")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Return the folder of real photos and benchmark sets; skip where there is none."""
+    return _folder("ZOO_DATA", _SHARED / "data", "real images")

@@ -1,0 +1,152 @@
+"""An interrupted run continues exactly: every weight of the resumed run equals that of the uninterrupted one."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from image_sets import image_folder
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import Tensor
+
+import zoo  # noqa: F401  registers the models
+from zoo.data.images import ImageClassification
+from zoo.tasks.callbacks import CheckedCheckpointIO, ExactResume
+from zoo.tasks.classification import Classification
+from zoo.tasks.optim import OptimConfig
+
+EPOCHS, STEPS = 3, 4
+TINY = dict(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1, drop_path_rate=0.2, drop_rate=0.2)
+
+
+class Losses(Callback):
+    """Record the loss of each batch by (epoch, batch)."""
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple[int, int], float] = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.seen[trainer.current_epoch, batch_idx] = float(outputs["loss"])
+
+
+class Checkpoints(Callback):
+    """Write a checkpoint under a name of its own wherever Lightning's hooks allow it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            trainer.save_checkpoint(self.folder / f"val_{trainer.global_step}.ckpt")
+
+
+class RandomValidation(Classification):
+    """Draws random numbers in validation, as sampling does."""
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        torch.rand(3)
+        super().validation_step(batch, batch_idx)
+
+
+def fit(
+    root: Path, data: Path, *, workers: int = 0, resume: Path | None = None, accumulate: int = 1, val_every: int = 4
+) -> tuple[dict[str, Tensor], dict[tuple[int, int], float]]:
+    """Train, or go on training, and return all weights and the loss of each batch."""
+    torch.manual_seed(1 if resume is None else 99)  # what happened before in the process must not matter
+    module = RandomValidation(
+        "repavit_tiny",
+        num_classes=2,
+        model_args=TINY,
+        optim=OptimConfig(lr=1e-2, warmup=0.25),
+        mixup=0.5,
+        cutmix=0.5,
+    )
+    images = ImageClassification(
+        str(data), image_size=16, batch_size=4, num_workers=workers, auto_augment="rand-m9-mstd0.5", reprob=0.5, seed=3
+    )
+    losses = Losses()
+    every_step = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_last=False)
+    callbacks: list[Callback] = [
+        ExactResume(), EMAWeightAveraging(decay=0.7, update_starting_at_step=2), losses, every_step, Checkpoints(root)
+    ]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=EPOCHS,
+            accumulate_grad_batches=accumulate,
+            val_check_interval=val_every,
+            gradient_clip_val=1.0,
+            callbacks=callbacks,
+            plugins=[CheckedCheckpointIO()],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=root,
+        )
+        trainer.fit(module, images, ckpt_path=resume, weights_only=False)
+    return {key: value.clone() for key, value in module.state_dict().items()}, losses.seen
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("images"), train=STEPS * 2, val=2)
+
+
+def assert_same(
+    found: tuple[dict[str, Tensor], dict[tuple[int, int], float]],
+    expected: tuple[dict[str, Tensor], dict[tuple[int, int], float]],
+) -> None:
+    """Every loss after the resume and every weight must be equal, to the bit."""
+    for place, loss in found[1].items():
+        assert loss == expected[1][place], f"the loss of (epoch, batch) {place} differs"
+    for key, value in expected[0].items():
+        assert torch.equal(found[0][key], value), f"{key} differs by {(found[0][key] - value).abs().max()}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("val_every", [4, 3], ids=["validation at the epoch's end", "validation in mid-epoch"])
+def test_resume_from_every_step(tmp_path: Path, data: Path, val_every: int) -> None:
+    """From each checkpoint of the run, after a batch or after validation, in mid-epoch or at its end."""
+    whole = fit(tmp_path / "whole", data, val_every=val_every)
+    assert len(whole[1]) == EPOCHS * STEPS
+    checkpoints = sorted((tmp_path / "whole").glob("*.ckpt"))
+    assert len(checkpoints) >= EPOCHS * STEPS
+    for checkpoint in checkpoints:
+        step = int(checkpoint.stem.split("=")[-1].split("_")[-1])
+        if step < EPOCHS * STEPS:
+            resumed = fit(tmp_path / checkpoint.stem, data, resume=checkpoint, val_every=val_every)
+            assert len(resumed[1]) == EPOCHS * STEPS - step, f"{checkpoint.name}: other number of batches"
+            assert_same(resumed, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [4, 6])
+def test_resume_with_workers(tmp_path: Path, data: Path, step: int) -> None:
+    """Two loader processes give the numbers of none, at an epoch's end and in mid-epoch."""
+    whole = fit(tmp_path / "whole", data)
+    resumed = fit(tmp_path / "resumed", data, workers=2, resume=tmp_path / "whole" / f"step={step}.ckpt")
+    assert_same(resumed, whole)
+
+
+@pytest.mark.slow
+def test_resume_with_gradient_accumulation(tmp_path: Path, data: Path) -> None:
+    """Steps of two batches; the checkpoint of step 3 lies in the middle of epoch 1."""
+    whole = fit(tmp_path / "whole", data, accumulate=2)
+    resumed = fit(tmp_path / "resumed", data, accumulate=2, resume=tmp_path / "whole" / "step=3.ckpt")
+    assert min(resumed[1]) == (1, 2)
+    assert_same(resumed, whole)
+
+
+def test_without_exact_resume_the_run_differs(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests above can fail: without the callback's work a resumed run goes elsewhere."""
+    whole = fit(tmp_path / "whole", data)
+    monkeypatch.setattr(ExactResume, "on_load_checkpoint", lambda *args: None)
+    resumed = fit(tmp_path / "resumed", data, resume=tmp_path / "whole" / "step=6.ckpt")
+    assert not all(torch.equal(resumed[0][key], value) for key, value in whole[0].items())

@@ -1,0 +1,69 @@
+"""zoo: vision and diffusion models whose feed-forward networks are made fast.
+
+Importing zoo registers its backbones and restorers with timm, and does nothing else: no download, no device query, no
+global setting. All other names are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from zoo.caching import cached, disable_cache, enable_cache
+    from zoo.factory import create_model, create_pipeline, list_models, model_info
+    from zoo.ffn.reparam import reparameterize
+    from zoo.restoration.inference import restore
+
+_LAZY = {
+    "cached": "zoo.caching",
+    "create_model": "zoo.factory",
+    "create_pipeline": "zoo.factory",
+    "disable_cache": "zoo.caching",
+    "enable_cache": "zoo.caching",
+    "list_models": "zoo.factory",
+    "model_info": "zoo.factory",
+    "reparameterize": "zoo.ffn.reparam",
+    "restore": "zoo.restoration.inference",
+}
+
+__all__ = [
+    "cached",
+    "create_model",
+    "create_pipeline",
+    "disable_cache",
+    "enable_cache",
+    "list_models",
+    "model_info",
+    "reparameterize",
+    "restore",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'zoo' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
+
+
+def _is_command() -> bool:
+    """True in the `zoo` command, whose `--help` and `list` answer without importing torch; its other parts register."""
+    if sys.orig_argv[1:3] == ["-m", "zoo"]:
+        return True
+    program = os.path.basename(sys.argv[0]).removesuffix(".exe") if sys.argv else ""
+    return program == "zoo"
+
+
+if not _is_command():
+    import zoo.backbones
+    import zoo.restoration  # noqa: F401

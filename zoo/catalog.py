@@ -1,0 +1,100 @@
+"""What `zoo list` and `zoo info` know without importing torch: facts about every model, in `catalog.json`.
+
+`make catalog` writes the file from the registry (`zoo.profiling.write_catalog`); a test says when it is out of date.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import functools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["PATH", "entry", "load", "nearest", "select", "unknown"]
+
+PATH = Path(__file__).with_name("catalog.json")
+
+
+@functools.cache
+def load() -> dict[str, dict[str, Any]]:
+    """Return name -> facts of every model: task, family, paper, params, macs, input_size, weights, ..."""
+    return json.loads(PATH.read_text(encoding="utf-8"))
+
+
+def nearest(name: str, names: list[str], most: int = 3) -> list[str]:
+    """Return the names most like `name`, nearest first."""
+    return difflib.get_close_matches(name, names, most, cutoff=0.5)
+
+
+def unknown(name: str, others: Iterable[str] = ()) -> str:
+    """Return the message for a name that no model has.
+
+    Args:
+        name: What was asked for.
+        others: Further names that would be right.
+    """
+    models = load()
+    architecture, _, tag = name.partition(".")
+    if tag and architecture in models:
+        tags = sorted(models[architecture]["weights"])
+        have = f"It has {', '.join(f'{architecture}.{t}' for t in tags)}." if tags else "None are published for it."
+        return f"{architecture!r} has no weights called {tag!r}. {have}"
+    names = [*models, *(f"{model}.{tag}" for model, facts in models.items() for tag in facts["weights"]), *others]
+    near = nearest(name, names)
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    return f"No model is called {name!r}. {hint}`zoo list` shows all names."
+
+
+def entry(name: str) -> dict[str, Any]:
+    """Return the facts of a model, by its name or by `NAME.TAG` (then with its `tag`).
+
+    Raises:
+        ValueError: There is no such model or tag; the message names the nearest.
+    """
+    architecture, _, tag = name.partition(".")
+    facts = load().get(architecture)
+    if facts is None or (tag and tag not in facts["weights"]):
+        raise ValueError(unknown(name))
+    return {"name": architecture, **facts, **({"tag": tag} if tag else {})}
+
+
+def select(
+    pattern: str = "*",
+    *,
+    task: str | None = None,
+    max_params: float | None = None,
+    license: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Return the models that fit all conditions, in the catalogue's order.
+
+    Args:
+        pattern: Shell-style pattern of the name or of `NAME.TAG`.
+        task: Exact task; None is all.
+        max_params: Upper bound of the parameter count.
+        license: Licence of at least one published weight, in any case.
+
+    Raises:
+        ValueError: No model has this task.
+    """
+    models = load()
+    tasks = sorted({facts["task"] for facts in models.values()})
+    if task is not None and task not in tasks:
+        near = nearest(task, tasks, 1)
+        raise ValueError(
+            f"No model has the task {task!r}. {f'Did you mean {near[0]}? ' if near else ''}Tasks: {', '.join(tasks)}."
+        )
+    return {
+        name: facts
+        for name, facts in models.items()
+        if any(fnmatch.fnmatch(full, pattern) for full in (name, *(f"{name}.{tag}" for tag in facts["weights"])))
+        and (task is None or facts["task"] == task)
+        and (max_params is None or facts["params"] <= max_params)
+        and (license is None or any(_same(weight["license"], license) for weight in facts["weights"].values()))
+    }
+
+
+def _same(license: str | None, wanted: str) -> bool:
+    return license is not None and license.lower() == wanted.lower()

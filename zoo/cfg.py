@@ -1,0 +1,48 @@
+"""What a published weight is: timm's `PretrainedCfg` with the few fields that a model zoo of three tasks needs more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from timm.models import PretrainedCfg
+
+__all__ = ["ModelCfg", "RestorationCfg"]
+
+
+@dataclass
+class ModelCfg(PretrainedCfg):
+    """One published weight (`NAME.TAG`) of a registered model.
+
+    Args:
+        task: What the model does: "classification", "sr", "denoise", ...
+        sha256: Digest of the weight file; a file with another digest is refused. Shipped weights may leave it
+            to the front matter of their card.
+        model_args: Constructor arguments that belong to the weights and cannot be read from tensor shapes,
+            for example `img_size`, `patch_size` or `idle_ratio`. Arguments of the caller win over them.
+    """
+
+    task: str = "classification"
+    sha256: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RestorationCfg(ModelCfg):
+    """A published weight of an image restorer: no classes, no input normalisation.
+
+    Args:
+        scale: Output pixels per input pixel along each side.
+        multiple_of: Height and width are padded to a multiple of this, in input pixels.
+        value_range: Smallest and largest pixel value that the network expects.
+        sigma: Standard deviation of the noise the weights were trained for, of 255; a pair is a range.
+    """
+
+    task: str = "sr"
+    scale: int = 1
+    multiple_of: int = 1
+    value_range: tuple[float, float] = (0.0, 1.0)
+    sigma: float | tuple[float, float] | None = None
+    num_classes: int = 0
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)

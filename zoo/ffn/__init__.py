@@ -1,0 +1,1 @@
+"""Techniques that act on the feed-forward layers of any model, one a file."""

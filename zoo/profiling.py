@@ -1,0 +1,357 @@
+"""Count and measure models: parameters, multiply-accumulates, latency, peak memory; and write the catalogue.
+
+`python -m zoo.profiling` rewrites `catalog.json` from the registry and the model cards, building every model on the
+meta device: nothing is downloaded and no weight is allocated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import model_entrypoint
+from timm.models._registry import get_arch_pretrained_cfgs
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from zoo import catalog
+from zoo.cards import card_facts, denoiser_cards
+from zoo.cfg import ModelCfg, RestorationCfg
+from zoo.ffn.reparam import reparameterize
+from zoo.weights import cards_dir
+
+__all__ = [
+    "Latency",
+    "build_catalog",
+    "compare_latency",
+    "count_macs",
+    "count_params",
+    "latency",
+    "peak_memory",
+    "write_catalog",
+]
+
+_SR_OUTPUT = (720, 1280)  # super-resolution papers count the work for this output, in pixels
+_RESTORE_INPUT = (256, 256)  # other restoration papers count it for this input, in pixels
+
+
+def count_params(model: nn.Module) -> int:
+    """Return the number of parameters; shared ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, *inputs: Any, **named: Any) -> int:
+    """Return the multiply-accumulates of matrix products, convolutions and attention in one forward pass.
+
+    Norms, activations and additions are not counted. Attention is counted only on the meta device: elsewhere fused
+    kernels count as nothing.
+
+    Args:
+        model: Usually on the meta device.
+        *inputs: Arguments of `forward`, on the model's device.
+        **named: Keyword arguments of `forward`.
+    """
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs, **named)
+    return counter.get_total_flops() // 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Time of one call, in milliseconds.
+
+    Args:
+        median: Median of the runs.
+        p20: A fifth of the runs were faster.
+        p80: A fifth of the runs were slower.
+        runs: Number of timed runs.
+        device: "cpu", "cuda", ...
+        threads: CPU threads of torch.
+    """
+
+    median: float
+    p20: float
+    p80: float
+    runs: int
+    device: str
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.median:.1f} ms ({self.p20:.1f} to {self.p80:.1f}, {self.runs} runs, {self.device})"
+
+
+@torch.inference_mode()
+def compare_latency(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    warmup: int = 2,
+    runs: int = 15,
+    device: str | torch.device = "cpu",
+) -> dict[str, Latency]:
+    """Time several calls in turns, so that a busy moment of the machine falls on all of them alike.
+
+    Args:
+        calls: Name -> function without arguments.
+        warmup: Untimed rounds.
+        runs: Timed rounds.
+        device: Where the work runs; it is waited for before the clock is read.
+
+    Raises:
+        ValueError: `runs` is less than 1.
+    """
+    if runs < 1:
+        raise ValueError(f"runs must be at least 1, got {runs}.")
+    device = torch.device(device)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(warmup + runs):
+        for name, call in calls.items():
+            _wait_for(device)
+            start = time.perf_counter()
+            call()
+            _wait_for(device)
+            if turn >= warmup:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: _summary(values, device) for name, values in times.items()}
+
+
+def latency(
+    call: Callable[[], object], *, warmup: int = 2, runs: int = 15, device: str | torch.device = "cpu"
+) -> Latency:
+    """Time one call; see `compare_latency`."""
+    return compare_latency({"": call}, warmup=warmup, runs=runs, device=device)[""]
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _summary(values: list[float], device: torch.device) -> Latency:
+    fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
+    return Latency(
+        median=statistics.median(values),
+        p20=fifths[0],
+        p80=fifths[3],
+        runs=len(values),
+        device=device.type,
+        threads=torch.get_num_threads(),
+    )
+
+
+@torch.inference_mode()
+def peak_memory(call: Callable[[], object], device: str | torch.device = "cpu") -> int:
+    """Return by how many bytes memory grew at most while a function ran.
+
+    On a CUDA device this is torch's own count. On the CPU it is the resident size of the process, sampled every
+    2 ms: memory that the process had already claimed and freed before is not seen, so measure in a fresh process.
+
+    Args:
+        call: Function without arguments.
+        device: Where its memory is.
+
+    Raises:
+        OSError: The platform does not tell the resident size (it is read from /proc).
+    """
+    device = torch.device(device)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _resident_peak() as peak:
+        call()
+    return peak[0]
+
+
+@contextmanager
+def _resident_peak() -> Iterator[list[int]]:
+    """Yield a list whose entry is the growth of the resident size, in bytes, once the block is left."""
+    page, before = os.sysconf("SC_PAGE_SIZE"), _resident_pages()
+    highest, stop = [before], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.002):
+            highest[0] = max(highest[0], _resident_pages())
+
+    result = [0]
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield result
+    finally:
+        highest[0] = max(highest[0], _resident_pages())
+        stop.set()
+        watcher.join()
+        result[0] = (highest[0] - before) * page
+
+
+def _resident_pages() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1])
+
+
+def build_catalog() -> dict[str, dict[str, Any]]:
+    """Return the facts of every model, as `catalog.json` holds them, ordered by task, family and size."""
+    models = {name: _registered_facts(name) for name in timm.list_models() if _is_ours(name)}
+    for name, folders in denoiser_cards().items():
+        models[name] = _denoiser_facts(name, folders)
+    return dict(sorted(models.items(), key=lambda item: (item[1]["task"], item[1]["family"], item[1]["params"])))
+
+
+def write_catalog(path: str | Path = catalog.PATH) -> dict[str, dict[str, Any]]:
+    """Write `catalog.json` whole or not at all, and return its content."""
+    models, path = build_catalog(), Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(_dump(models))
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return models
+
+
+def _dump(models: Mapping[str, Any]) -> str:
+    return json.dumps(models, indent=1, ensure_ascii=False) + "\n"
+
+
+def _is_ours(name: str) -> bool:
+    return model_entrypoint(name).__module__.startswith(("zoo.backbones.", "zoo.restoration."))
+
+
+def _registered_facts(name: str) -> dict[str, Any]:
+    entry_point = model_entrypoint(name)
+    cfgs = {tag.partition(".")[2]: cfg for tag, cfg in get_arch_pretrained_cfgs(name).items()}
+    default = next(iter(cfgs.values()))
+    return {
+        "task": default.task if isinstance(default, ModelCfg) else "classification",
+        "family": entry_point.__module__.rpartition(".")[2],
+        "summary": (entry_point.__doc__ or "").partition("\n")[0].partition(":")[0].rstrip("."),
+        "paper": default.paper_name,
+        "paper_ids": _listed(default.paper_ids),
+        "origin": default.origin_url,
+        "notes": _listed(default.notes),
+        **_measured(name, default),
+        "weights": {tag: _weight_facts(f"{name}.{tag}", cfg) for tag, cfg in cfgs.items() if _is_published(cfg)},
+    }
+
+
+def _listed(value: str | tuple[str, ...] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _is_published(cfg: Any) -> bool:
+    if cfg.file:
+        return Path(cfg.file).exists()
+    return bool(cfg.hf_hub_id or cfg.url)
+
+
+def _weight_facts(name: str, cfg: Any) -> dict[str, Any]:
+    source = "shipped" if cfg.file else f"hf-hub:{cfg.hf_hub_id}" if cfg.hf_hub_id else str(cfg.url)
+    return {
+        "license": cfg.license,
+        "source": source,
+        "num_classes": cfg.num_classes,
+        "notes": _listed(cfg.notes),
+        **_measured(name, cfg),
+        **card_facts(cards_dir() / name),
+    }
+
+
+def _input_size(cfg: Any) -> tuple[int, int, int]:
+    """Return (channels, height, width) for which the work of a model is stated."""
+    if not isinstance(cfg, RestorationCfg):
+        return tuple(cfg.input_size)
+    height, width = _RESTORE_INPUT if cfg.task != "sr" else (side // cfg.scale for side in _SR_OUTPUT)
+    step = cfg.multiple_of
+    return cfg.input_size[0], math.ceil(height / step) * step, math.ceil(width / step) * step
+
+
+def _measured(name: str, cfg: Any) -> dict[str, Any]:
+    """Build a model without memory and count it before and after merging."""
+    shape = _input_size(cfg)
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+        sample = torch.empty(1, *shape)
+        facts: dict[str, Any] = {"input_size": list(shape)}
+        if isinstance(cfg, RestorationCfg):
+            facts |= {"scale": cfg.scale, "any_size": True}
+        facts |= {"params": count_params(model), "macs": count_macs(model, sample)}
+        if reparameterize(model, measure=False).layers:
+            facts |= {"merged_params": count_params(model), "merged_macs": count_macs(model, sample)}
+    return facts
+
+
+def _denoiser_facts(name: str, folders: Mapping[str, Path]) -> dict[str, Any]:
+    """Facts of a denoiser, from the diffusers folders of its published weights (tag -> folder)."""
+    weights: dict[str, Any] = {}
+    documentation = ""
+    for tag, folder in folders.items():
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        module, class_name = index["transformer"]
+        denoiser = getattr(importlib.import_module(module), class_name)
+        documentation = importlib.import_module(denoiser.__module__).__doc__ or ""
+        config = denoiser.load_config(folder / "transformer")
+        with torch.device("meta"):
+            model = denoiser.from_config(config).eval()
+            sample = torch.empty(1, model.config.in_channels, model.config.sample_size, model.config.sample_size)
+            label = torch.zeros(1, dtype=torch.long)
+            macs = count_macs(model, sample, timestep=torch.ones(1), class_labels=label)
+        weights[tag] = {
+            "source": "shipped",
+            "num_classes": model.config.num_classes,
+            "input_size": list(sample.shape[1:]),
+            "params": count_params(model),
+            "macs": macs,
+            **card_facts(folder),
+        }
+    first = next(iter(weights.values()))
+    return {
+        "task": "generation",
+        "family": name,
+        "summary": documentation.partition("\n")[0].rstrip("."),
+        "paper": first["paper"],
+        "paper_ids": first["paper_ids"],
+        "origin": first["origin"],
+        "notes": [],
+        **{key: first[key] for key in ("input_size", "params", "macs")},
+        "weights": weights,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the catalogue, or say with --check whether it is out of date."""
+    parser = argparse.ArgumentParser(prog="python -m zoo.profiling", description=main.__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the file is out of date")
+    args = parser.parse_args(argv)
+    if args.check:
+        current = catalog.PATH.is_file() and catalog.PATH.read_text(encoding="utf-8") == _dump(build_catalog())
+        print(f"{catalog.PATH} is {'current' if current else 'out of date: run `make catalog`'}.")
+        return 0 if current else 1
+    print(f"{len(write_catalog())} models written to {catalog.PATH}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

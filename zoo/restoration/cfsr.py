@@ -1,0 +1,548 @@
+"""CFSR: Transforming Image Super-Resolution: A ConvFormer-based Efficient Approach (Wu et al., IEEE TIP 33, 2024),
+https://arxiv.org/abs/2401.05633. Authors' code: https://github.com/Aitical/CFSR (no licence stated)."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerScale
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from zoo.cfg import RestorationCfg
+from zoo.weights import build_model, shipped
+
+__all__ = ["CFSR", "detect", "plain_cfsr_block"]
+
+# Sobel x, Sobel y and Laplacian as the authors' code builds them: two entries sit beside their textbook place.
+_EDGE_MASKS = (
+    ((0.0, 1.0, -1.0), (2.0, 0.0, -2.0), (1.0, 0.0, -1.0)),
+    ((1.0, 2.0, 1.0), (0.0, 0.0, 0.0), (-1.0, -2.0, -1.0)),
+    ((1.0, 0.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0)),
+)
+_EDGES = ("sobel_x", "sobel_y", "laplacian")
+_SCALES = (2, 3, 4)
+_RGB_MEAN = (0.4488, 0.4371, 0.4040)
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    """Depthwise convolution whose weight gradient is computed in strips of three kernel columns.
+
+    oneDNN has a fast weight gradient for kernels up to three wide only: at 9x9, batch 16, 48 channels, 32x32 and one
+    thread of a Zen 4 core, 18 ms become 5 ms (float32) and 25 ms become 2 ms (bfloat16).
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = (saved.to(grad.dtype) for saved in ctx.saved_tensors)  # autocast may have lowered the output
+        channels, _, size, _ = weight.shape
+        half, width = size // 2, x.shape[-1]
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = F.conv2d(grad, weight.flip(2, 3), padding=half, groups=channels)
+        if ctx.needs_input_grad[1]:
+            padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, half, half, half, half)).permute(0, 3, 1, 2)
+            strips = []
+            for column in range(0, size, 3):
+                columns = min(3, size - column)
+                strips.append(
+                    torch.ops.aten.convolution_backward(
+                        grad,
+                        padded[..., column : column + width + columns - 1],
+                        weight[..., column : column + columns],
+                        None,
+                        [1, 1],
+                        [0, 0],
+                        [1, 1],
+                        False,
+                        [0, 0],
+                        channels,
+                        [False, True, False],
+                    )[1]
+                )
+            grad_weight = torch.cat(strips, 3)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum((0, 2, 3))
+        return grad_x, grad_weight, grad_bias
+
+
+class LargeKernelConv(nn.Conv2d):
+    """Depthwise convolution of odd kernel size on channels-last maps.
+
+    Args:
+        dim: Channels.
+        kernel_size: Odd, in pixels.
+
+    Shape:
+        (B, H, W, dim) -> (B, H, W, dim)
+    """
+
+    def __init__(self, dim: int, kernel_size: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(
+            dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 3, 1, 2)
+        if self.training and x.device.type == "cpu":
+            return _DepthwiseConv.apply(x, self.weight, self.bias).permute(0, 2, 3, 1)
+        return super().forward(x).permute(0, 2, 3, 1)
+
+
+class ConvMixer(nn.Module):
+    """Mix pixels by a large depthwise convolution and gate the result: `proj(conv(gelu(a)) * v)`.
+
+    Args:
+        dim: Channels.
+        kernel_size: Of the depthwise convolution, pixels.
+
+    Shape:
+        (B, H, W, dim) -> (B, H, W, dim)
+    """
+
+    def __init__(self, dim: int, kernel_size: int, **dd: Any) -> None:
+        super().__init__()
+        self.expand = nn.Linear(dim, 2 * dim, **dd)  # a and v in one product
+        self.conv = LargeKernelConv(dim, kernel_size, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, v = self.expand(x).chunk(2, dim=-1)
+        return self.proj(self.conv(F.gelu(a)) * v)
+
+
+def _mask_table(channels: int) -> Tensor:
+    """The authors' masks: (edges * channels, 1, 3, 3)."""
+    return torch.tensor(_EDGE_MASKS)[:, None].repeat(1, channels, 1, 1).flatten(0, 1).unsqueeze(1)
+
+
+def _merge_edges(
+    weight: Tensor, bias: Tensor, scale: Tensor, edge_bias: Tensor, masks: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Add scaled edge filters to a depthwise kernel (channels, 1, 3, 3) and its bias."""
+    edges = (scale.view(-1, 1, 1, 1) * masks).view(len(scale), *weight.shape).sum(0)
+    return weight + edges, bias + edge_bias.sum(0)
+
+
+class EdgeFFN(nn.Module):
+    """Feed-forward network with a depthwise 3x3 that is the sum of a free kernel and of scaled edge filters.
+
+    The four kernels are added before the convolution, in training too: the same sum for a quarter of the work.
+
+    Args:
+        dim: Channels.
+        hidden_dim: Channels between the two linear layers.
+        edge_branches: Have the edge filters; False is the merged form.
+
+    Shape:
+        (B, H, W, dim) -> (B, H, W, dim)
+    """
+
+    edge_scale: nn.Parameter | None
+    edge_bias: nn.Parameter | None
+    edge_masks: Tensor | None
+
+    def __init__(self, dim: int, hidden_dim: int, edge_branches: bool, **dd: Any) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
+        self.pos = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
+        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
+        if edge_branches:
+            edges = len(_EDGES)
+            self.edge_scale = nn.Parameter(torch.empty(edges, hidden_dim, **dd))
+            self.edge_bias = nn.Parameter(torch.empty(edges, hidden_dim, **dd))
+            self.register_buffer("edge_masks", torch.empty(edges * hidden_dim, 1, 3, 3, **dd))  # rank 4: channels_last
+            self.reset_edges()
+        else:
+            self.drop_edges()
+
+    def reset_edges(self) -> None:
+        """Draw scales and biases anew, as small random numbers, and set the masks."""
+        if self.edge_scale is None or self.edge_bias is None or self.edge_masks is None:
+            return
+        nn.init.normal_(self.edge_scale, std=1e-3)
+        nn.init.normal_(self.edge_bias, std=1e-3)
+        if not self.edge_masks.is_meta:
+            self.edge_masks.copy_(_mask_table(self.edge_scale.shape[1]))
+
+    def drop_edges(self) -> None:
+        """Turn the edge branches off."""
+        self.register_parameter("edge_scale", None)
+        self.register_parameter("edge_bias", None)
+        self.register_buffer("edge_masks", None)
+
+    def merged_kernel(self) -> tuple[Tensor, Tensor | None]:
+        """Return kernel (hidden_dim, 1, 3, 3) and bias (hidden_dim,) of the sum of all branches."""
+        if self.edge_scale is None or self.edge_bias is None or self.edge_masks is None:
+            return self.pos.weight, self.pos.bias
+        return _merge_edges(self.pos.weight, self.pos.bias, self.edge_scale, self.edge_bias, self.edge_masks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.fc1(x))
+        weight, bias = self.merged_kernel()
+        edge = F.conv2d(h.permute(0, 3, 1, 2), weight, bias, padding=1, groups=weight.shape[0]).permute(0, 2, 3, 1)
+        return self.fc2(h + F.gelu(edge))
+
+
+class CFSRBlock(nn.Module):
+    """One ConvFormer block: gated large-kernel mixing, then the edge-preserving feed-forward network.
+
+    Args:
+        dim: Channels.
+        kernel_size: Of the mixer's depthwise convolution, pixels.
+        mlp_ratio: Hidden channels of the feed-forward network over `dim`.
+        edge_branches: Training form with edge filters, or merged form.
+        layer_scale_init: First value of the two layer scales.
+
+    Shape:
+        (B, H, W, dim) -> (B, H, W, dim)
+    """
+
+    def __init__(
+        self, dim: int, kernel_size: int, mlp_ratio: float, edge_branches: bool, layer_scale_init: float, **dd: Any
+    ) -> None:
+        super().__init__()
+        self.norm1: nn.Module = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.mixer = ConvMixer(dim, kernel_size, **dd)
+        self.scale1: nn.Module = LayerScale(dim, layer_scale_init, **dd)
+        self.norm2: nn.Module = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.ffn = EdgeFFN(dim, int(dim * mlp_ratio), edge_branches, **dd)
+        self.scale2: nn.Module = LayerScale(dim, layer_scale_init, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.scale1(self.mixer(self.norm1(x)))
+        return x + self.scale2(self.ffn(self.norm2(x)))
+
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """Merge the edge filters and fold layer scales and affine norms into the linear layers; exact, in place.
+
+        Raises:
+            RuntimeError: The block is in training mode.
+        """
+        if self.training:
+            raise RuntimeError("reparameterize() needs a model in evaluation mode: call model.eval() first.")
+        weight, bias = self.ffn.merged_kernel()
+        if weight is not self.ffn.pos.weight:
+            self.ffn.pos.weight, self.ffn.pos.bias = nn.Parameter(weight), nn.Parameter(bias)
+            self.ffn.drop_edges()
+        _fold_norm(self.norm1, self.mixer.expand)
+        _fold_norm(self.norm2, self.ffn.fc1)
+        self.scale1 = _fold_scale(self.mixer.proj, self.scale1)
+        self.scale2 = _fold_scale(self.ffn.fc2, self.scale2)
+
+
+def _fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> None:
+    """Move a norm's weight and bias into the linear layer behind it."""
+    if not norm.elementwise_affine:
+        return
+    linear.bias += linear.weight @ norm.bias
+    linear.weight *= norm.weight
+    norm.elementwise_affine = False
+    norm.register_parameter("weight", None)
+    norm.register_parameter("bias", None)
+
+
+def _fold_scale(linear: nn.Linear, scale: nn.Module) -> nn.Module:
+    """Move a layer scale into the linear layer before it and return what stands in its place."""
+    if isinstance(scale, LayerScale):
+        linear.weight *= scale.gamma[:, None]
+        linear.bias *= scale.gamma
+    return nn.Identity()
+
+
+class CFSRStage(nn.Module):
+    """Blocks, then a 1x1 convolution with a residual connection around it.
+
+    Args:
+        dim: Channels.
+        depth: Blocks.
+        block_args: Further arguments of `CFSRBlock`.
+
+    Shape:
+        (B, H, W, dim) -> (B, H, W, dim)
+    """
+
+    def __init__(self, dim: int, depth: int, block_args: dict[str, Any]) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(CFSRBlock(dim, **block_args) for _ in range(depth)))
+        dd = {"device": block_args["device"], "dtype": block_args["dtype"]}
+        self.conv = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(x)
+        return x + self.conv(x)
+
+
+class CFSR(nn.Module):
+    """Upscale an image with a ConvFormer (Wu et al., IEEE TIP 2024, arXiv 2401.05633).
+
+    Maps are channels-last inside and the two gates of the mixer come from one linear layer; the result is the
+    authors' up to rounding. `reparameterize()` makes the form for inference.
+
+    Args:
+        scale: Integer factor, 2, 3 or 4.
+        in_chans: Channels of input and output.
+        embed_dim: Channels of the body.
+        depths: Blocks of each stage.
+        kernel_size: Of the large depthwise convolutions, pixels.
+        mlp_ratio: Hidden channels of the feed-forward networks over `embed_dim`.
+        edge_branches: Training form with Sobel and Laplacian branches; False is the merged form that the authors
+            publish, with the same functions and fewer parameters.
+        layer_scale_init: First value of the layer scales. The authors' 1e-6 needs a long training.
+        interpolation_init: Let the untrained network interpolate: the image passes through the first channels of the
+            outer residual path, and the body adds nothing yet. For short trainings.
+        reparameterized: Build the form that `reparameterize()` leaves, to load weights saved after it.
+        num_classes: Accepted because timm passes it; must be 0.
+
+    Shape:
+        (B, in_chans, H, W) in [0, 1] -> (B, in_chans, scale * H, scale * W), not clamped; any H and W.
+
+    Raises:
+        ValueError: `scale` is not 2, 3 or 4, `kernel_size` is even, or `num_classes` is not 0.
+    """
+
+    multiple_of = 1
+
+    def __init__(
+        self,
+        scale: int = 2,
+        in_chans: int = 3,
+        embed_dim: int = 48,
+        depths: tuple[int, ...] = (6, 6),
+        kernel_size: int = 9,
+        mlp_ratio: float = 2.0,
+        edge_branches: bool = True,
+        layer_scale_init: float = 1e-6,
+        interpolation_init: bool = False,
+        reparameterized: bool = False,
+        num_classes: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if scale not in _SCALES:
+            raise ValueError(f"scale must be 2, 3 or 4, got {scale}.")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}.")
+        if num_classes:
+            raise ValueError(f"CFSR restores images and has no classes: num_classes must be 0, got {num_classes}.")
+        dd = {"device": device, "dtype": dtype}
+        self.scale, self.in_chans, self.num_classes = scale, in_chans, num_classes
+        self.kernel_size, self.depths = kernel_size, tuple(depths)
+        mean = torch.tensor(_RGB_MEAN, **dd) if in_chans == 3 else torch.zeros(in_chans, **dd)
+        self.register_buffer("mean", mean.view(1, in_chans, 1, 1), persistent=False)
+        block_args = dict(
+            kernel_size=kernel_size,
+            mlp_ratio=mlp_ratio,
+            edge_branches=edge_branches,
+            layer_scale_init=layer_scale_init,
+            **dd,
+        )
+        self.conv_first = nn.Conv2d(in_chans, embed_dim, 3, padding=1, **dd)
+        self.layers = nn.Sequential(*(CFSRStage(embed_dim, depth, block_args) for depth in depths))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6, **dd)
+        self.conv_after_body = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, **dd)
+        self.upsample = nn.Conv2d(embed_dim, in_chans * scale**2, 3, padding=1, **dd)
+        self.shuffle = nn.PixelShuffle(scale)
+        if interpolation_init:
+            self._init_interpolation()
+        if reparameterized:
+            self.eval().reparameterize()
+
+    @torch.no_grad()
+    def _init_interpolation(self) -> None:
+        """Route the image through the first channels; each output phase is a quadratic through three pixels."""
+        chans, scale = self.in_chans, self.scale
+        nn.init.zeros_(self.conv_after_body.weight)
+        nn.init.zeros_(self.conv_after_body.bias)
+        nn.init.dirac_(self.conv_first.weight[:chans])
+        nn.init.zeros_(self.conv_first.bias[:chans])
+        offset = (torch.arange(scale) + 0.5) / scale - 0.5  # of the output pixels, in input pixels
+        taps = torch.stack([offset * (offset - 1) / 2, 1 - offset**2, offset * (offset + 1) / 2], 1)
+        kernels = (taps[:, None, :, None] * taps[None, :, None, :]).flatten(0, 1)  # (scale^2, 3, 3)
+        self.upsample.weight.mul_(0.1)
+        nn.init.zeros_(self.upsample.bias)
+        for chan, weight in enumerate(self.upsample.weight.unflatten(0, (chans, -1))):
+            weight[:, chan] = kernels.to(weight)
+
+    @property
+    def receptive_field(self) -> int:
+        """How far an output pixel looks, as a radius in input pixels."""
+        return sum(self.depths) * (self.kernel_size // 2 + 1) + 3
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the features before upsampling: (B, in_chans, H, W) -> (B, embed_dim, H, W)."""
+        shallow = self.conv_first((x - self.mean).contiguous(memory_format=torch.channels_last))
+        deep = self.norm(self.layers(shallow.permute(0, 2, 3, 1)))  # (B, H, W, C)
+        return self.conv_after_body(deep.permute(0, 3, 1, 2)) + shallow
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.forward_features(x)
+        return self.shuffle(self.upsample(x)) + self.mean
+
+    def reparameterize(self) -> None:
+        """Merge and fold every block, see `CFSRBlock.reparameterize`; exact, in place, idempotent."""
+        for stage in self.layers:
+            for block in stage.blocks:
+                block.reparameterize()
+
+
+_RENAMED = (
+    (r"\.layer_scale_([12])$", r".scale\1.gamma"),
+    (r"\.attn\.norm\.", ".norm1."),
+    (r"\.attn\.a\.0\.", ".mixer.expand."),
+    (r"\.attn\.a\.2\.lkb_reparam\.", ".mixer.conv."),
+    (r"\.attn\.proj\.", ".mixer.proj."),
+    (r"\.mlp\.norm\.", ".norm2."),
+    (r"\.mlp\.", ".ffn."),
+    (r"^upsample\.0\.", "upsample."),
+)
+_AUTHORS_EDGE = re.compile(r"\.mlp\.((scale|mask)_\w+|\w+_bias)$")
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Rename the authors' keys, join gates and edge branches, and fit the edges to the form of `model`.
+
+    Merged weights get silent edge branches for a training form, and a training form's are merged for a merged form.
+    Masks of a training checkpoint are kept; the authors' masks stand in where it has none.
+    """
+    if any(".attn.a.0." in key for key in state_dict):
+        state_dict = _from_authors(state_dict)
+    return _fit_edges(state_dict, model)
+
+
+def _from_authors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        if ".attn.v." in key or _AUTHORS_EDGE.search(key):
+            continue  # joined with others below
+        if ".attn.a.0." in key:
+            value = torch.cat([value, state_dict[key.replace(".a.0.", ".v.")]])
+        name = key
+        for pattern, replacement in _RENAMED:
+            name = re.sub(pattern, replacement, name)
+        out[name] = value.flatten(1) if value.shape[2:] == (1, 1) else value
+    for key in [key for key in state_dict if key.endswith(".mlp.scale_sobel_x")]:
+        old = key.removesuffix("scale_sobel_x")
+        new = old.replace(".mlp.", ".ffn.")
+        out[new + "edge_scale"] = torch.stack([state_dict[f"{old}scale_{edge}"].flatten() for edge in _EDGES])
+        out[new + "edge_bias"] = torch.stack([state_dict[f"{old}{edge}_bias"] for edge in _EDGES])
+        if old + "mask_sobel_x" in state_dict:
+            out[new + "edge_masks"] = torch.cat([state_dict[f"{old}mask_{edge}"] for edge in _EDGES])
+    return out
+
+
+def _fit_edges(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    out = dict(state_dict)
+    for name, module in model.named_modules():
+        if not isinstance(module, EdgeFFN) or f"{name}.pos.weight" not in out:
+            continue
+        weight, pos_bias = out[f"{name}.pos.weight"], out[f"{name}.pos.bias"]
+        scale = out.pop(f"{name}.edge_scale", weight.new_zeros(len(_EDGES), len(weight)))
+        bias = out.pop(f"{name}.edge_bias", torch.zeros_like(scale))
+        masks = out.pop(f"{name}.edge_masks", _mask_table(len(weight)).to(weight))
+        if module.edge_masks is not None:
+            out |= {f"{name}.edge_scale": scale, f"{name}.edge_bias": bias, f"{name}.edge_masks": masks}
+        else:
+            out[f"{name}.pos.weight"], out[f"{name}.pos.bias"] = _merge_edges(weight, pos_bias, scale, bias, masks)
+    return out
+
+
+def detect(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
+    """Recognise a CFSR state dict, the authors' or ours: (registered name, constructor arguments), or None."""
+    keys = state_dict.keys()
+    authors = "layers.0.blocks.0.attn.a.2.lkb_reparam.weight" in keys
+    if not authors and "layers.0.blocks.0.ffn.pos.weight" not in keys:
+        return None
+    last = state_dict.get("upsample.0.weight" if authors else "upsample.weight")
+    first = state_dict.get("conv_first.weight")
+    if last is None or first is None:
+        return None
+    in_chans = first.shape[1]
+    scale = math.isqrt(last.shape[0] // in_chans)
+    if scale not in _SCALES or scale**2 * in_chans != last.shape[0]:
+        return None
+    edges = any(key.endswith((".scale_sobel_x", ".edge_scale")) for key in keys)
+    kwargs: dict[str, Any] = {} if edges else {"edge_branches": False}
+    if in_chans != 3:
+        kwargs["in_chans"] = in_chans
+    if not authors and "layers.0.blocks.0.norm1.weight" not in keys:
+        kwargs["reparameterized"] = True
+    return f"cfsr_x{scale}", kwargs
+
+
+_AUTHORS = "https://raw.githubusercontent.com/Aitical/CFSR/main/model_zoo/"
+
+
+def _cfg(scale: int, **kwargs: Any) -> RestorationCfg:
+    return RestorationCfg(
+        task="sr",
+        scale=scale,
+        input_size=(3, 64, 64),
+        min_input_size=(3, 1, 1),
+        interpolation="bicubic",
+        paper_ids="arXiv:2401.05633",
+        paper_name="Transforming Image Super-Resolution: A ConvFormer-based Efficient Approach",
+        origin_url="https://github.com/Aitical/CFSR",
+        **kwargs,
+    )
+
+
+def _authors(scale: int, sha256: str | None = None) -> RestorationCfg:
+    """The authors' published weights: merged form, no licence stated."""
+    return _cfg(
+        scale,
+        url=f"{_AUTHORS}CFSR_x{scale}.pth",
+        sha256=sha256,
+        notes=("The authors' repository states no licence; mirror: huggingface.co/GWu/CFSR.",),
+    )
+
+
+def _ours(scale: int) -> RestorationCfg:
+    return _cfg(scale, file=shipped(f"cfsr_x{scale}.bsds"), license="apache-2.0")
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "cfsr_x2.bsds": _ours(2),
+        "cfsr_x2.authors": _authors(2),
+        "cfsr_x3.authors": _authors(3),
+        "cfsr_x4.bsds": _ours(4),
+        "cfsr_x4.authors": _authors(4),
+    }
+)
+
+
+def _create_cfsr(variant: str, pretrained: bool = False, defaults: dict[str, Any] | None = None, **kwargs: Any) -> CFSR:
+    return build_model(CFSR, variant, pretrained, filter_fn=checkpoint_filter_fn, defaults=defaults, **kwargs)
+
+
+@register_model
+def cfsr_x2(pretrained: bool = False, **kwargs: Any) -> CFSR:
+    """CFSR x2: 298 236 parameters (merged 291 324, folded 287 772), 65.1 GMACs for 1280x720 output."""
+    return _create_cfsr("cfsr_x2", pretrained, {"scale": 2}, **kwargs)
+
+
+@register_model
+def cfsr_x3(pretrained: bool = False, **kwargs: Any) -> CFSR:
+    """CFSR x3: 304 731 parameters (merged 297 819, folded 294 267), 29.5 GMACs for 1280x720 output."""
+    return _create_cfsr("cfsr_x3", pretrained, {"scale": 3}, **kwargs)
+
+
+@register_model
+def cfsr_x4(pretrained: bool = False, **kwargs: Any) -> CFSR:
+    """CFSR x4: 313 824 parameters (merged 306 912, folded 303 360), 17.2 GMACs for 1280x720 output."""
+    return _create_cfsr("cfsr_x4", pretrained, {"scale": 4}, **kwargs)

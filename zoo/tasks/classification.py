@@ -1,0 +1,114 @@
+"""Train image classifiers: timm models by name, timm's mixing and schedules, torchmetrics' accuracy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from zoo.layers.init import mimetic_init_
+from zoo.tasks.optim import OptimConfig, TimmOptimModule
+from zoo.weights import save_checkpoint
+
+__all__ = ["Classification"]
+
+
+class Classification(TimmOptimModule):
+    """Cross-entropy training of a classifier.
+
+    Args:
+        model: timm name, ours included: "repavit_tiny", or with a weight tag to start from: "repavit_tiny.cifar10".
+        num_classes: Number of classes.
+        model_args: More arguments of the model: img_size, patch_size, idle_ratio, drop_path_rate, ...
+        pretrained: Start from the published weights of `model`.
+        optim: Optimizer and schedule.
+        label_smoothing: Weight of the uniform distribution in the targets.
+        mixup: Beta parameter of mixup; 0 is off.
+        cutmix: Beta parameter of CutMix; 0 is off.
+        freeze: Prefixes of parameters that stay fixed, for example ["stem", "stages.0"].
+        channels_last: Memory format of model and images.
+        mimetic_init: Start attention layers as `zoo.layers.init.mimetic_init_` does.
+        low_res: (side in pixels, share of all steps): train on images shrunk to this side first, which is cheaper, then
+            at full size. The model must take both, for example by `dynamic_img_size`.
+
+    Raises:
+        ValueError: `freeze` names no parameter.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        num_classes: int,
+        model_args: dict[str, Any] | None = None,
+        pretrained: bool = False,
+        optim: OptimConfig = OptimConfig(),  # noqa: B008  frozen
+        label_smoothing: float = 0.1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        freeze: list[str] | None = None,
+        channels_last: bool = False,
+        mimetic_init: bool = False,
+        low_res: tuple[int, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model = timm.create_model(model, pretrained=pretrained, num_classes=num_classes, **(model_args or {}))
+        if mimetic_init:
+            mimetic_init_(self.model)
+        for prefix in freeze or ():
+            frozen = [p for name, p in self.model.named_parameters() if name.startswith(prefix)]
+            if not frozen:
+                raise ValueError(f"freeze: no parameter of {model} starts with {prefix!r}.")
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.model.to(memory_format=self.memory_format)
+        self.optim, self.low_res = optim, low_res
+        self.mix = None
+        if mixup > 0 or cutmix > 0:
+            self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
+        self.loss = SoftTargetCrossEntropy() if self.mix else nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        metrics = {"acc1": MulticlassAccuracy(num_classes, average="micro")}
+        if num_classes > 5:
+            metrics["acc5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
+        self.val_metrics, self.test_metrics = nn.ModuleDict(metrics), nn.ModuleDict(
+            {name: metric.clone() for name, metric in metrics.items()}
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, num_classes) of normalised images (B, C, H, W)."""
+        return self.model(images.to(memory_format=self.memory_format))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, targets = batch
+        if self.mix is not None:
+            images, targets = self.mix(images, targets)
+        if self.low_res and self.global_step < self.low_res[1] * self.trainer.estimated_stepping_batches:
+            images = nn.functional.interpolate(images, size=self.low_res[0], mode="bilinear", antialias=True)
+        loss = self.loss(self(images), targets)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, metrics: nn.ModuleDict) -> None:
+        images, targets = batch
+        logits = self(images).float()
+        self.log(f"{stage}/loss", nn.functional.cross_entropy(logits, targets), sync_dist=True)
+        for name, metric in metrics.items():
+            metric(logits, targets)
+            self.log(f"{stage}/{name}", metric, prog_bar=name == "acc1")
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test", self.test_metrics)
+
+    def export_weights(self, path: str | Path, dtype: torch.dtype | None = None) -> str:
+        """Write the model's weights as safetensors and return the file's SHA-256 digest."""
+        return save_checkpoint(self.model.state_dict(), path, dtype=dtype)

@@ -1,0 +1,216 @@
+"""Train class-conditional diffusion models: Gaussian noise of a diffusers scheduler, sample grids, class accuracy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DDPMScheduler
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from timm.data import resolve_model_data_config
+from torch import Tensor
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision.utils import make_grid, save_image
+
+from zoo.diffusion.pipelines import PixelDiTPipeline
+from zoo.diffusion.pixel_dit import PixelDiT
+from zoo.tasks.optim import OptimConfig, TimmOptimModule
+
+__all__ = ["Diffusion"]
+
+
+class Diffusion(TimmOptimModule):
+    """Train a `PixelDiT` to undo noise, and look at what it generates.
+
+    Args:
+        model: The denoiser.
+        class_names: Name of each class, stored with the pipeline; None leaves numbers.
+        optim: Optimizer and schedule.
+        beta_schedule: Noise schedule, a name of diffusers' `DDPMScheduler`.
+        prediction_type: What the network predicts.
+        timestep_sampling: "uniform", or "logit-normal" (https://arxiv.org/abs/2403.03206), which trains middle noise
+            levels more. Both spread the timesteps of a batch evenly, as in https://arxiv.org/abs/2107.00630.
+        logit_mean: Mean of the logit-normal; above 0 means more noise.
+        logit_std: Standard deviation of the logit-normal.
+        snr_gamma: Min-SNR weight (https://arxiv.org/abs/2303.09556), paper: 5; None weights all timesteps alike.
+        sample_steps: DDIM steps of samples in validation and test.
+        guidance_scale: Classifier-free guidance of these samples.
+        grid_rows: Images a class in the grid drawn at each validation; 0 draws none.
+        test_classifier: timm name with weight tag of a classifier of the same classes ("repavit_tiny.cifar10");
+            `train.py test` then reports the share of samples that it recognises as the class asked for.
+        test_samples: Number of those samples, over all processes.
+    """
+
+    def __init__(
+        self,
+        model: PixelDiT,
+        class_names: list[str] | None = None,
+        optim: OptimConfig = OptimConfig(),  # noqa: B008  frozen
+        beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2",
+        prediction_type: Literal["epsilon", "sample", "v_prediction"] = "v_prediction",
+        timestep_sampling: Literal["uniform", "logit-normal"] = "uniform",
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+        snr_gamma: float | None = None,
+        sample_steps: int = 25,
+        guidance_scale: float = 3.0,
+        grid_rows: int = 4,
+        test_classifier: str | None = None,
+        test_samples: int = 1000,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model, self.optim = model, optim
+        self.scheduler = DDPMScheduler(beta_schedule=beta_schedule, prediction_type=prediction_type)
+        self.timestep_sampling, self.logit_mean, self.logit_std = timestep_sampling, logit_mean, logit_std
+        self.snr_gamma = snr_gamma
+        self.class_names = class_names
+        self.sample_steps, self.guidance_scale, self.grid_rows = sample_steps, guidance_scale, grid_rows
+        self.test_classifier, self.test_samples = test_classifier, test_samples
+        self.val_loss = MeanMetric()
+        self.class_accuracy = MulticlassAccuracy(model.config.num_classes, average="micro")
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """Predict from noisy images (B, C, H, W), timesteps (B,) and labels (B,)."""
+        return self.model(noisy, timestep=timesteps, class_labels=labels, return_dict=False)[0]
+
+    def _timesteps(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw timesteps (count,), one from each of `count` equally probable strata, in random order."""
+        strata = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
+        uniform = (strata / count).clamp(1e-6, 1 - 1e-6)
+        if self.timestep_sampling == "logit-normal":
+            uniform = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(uniform))
+        last = self.scheduler.config.num_train_timesteps - 1
+        return (uniform * (last + 1)).long().clamp(0, last).to(self.device)
+
+    def _loss(self, images: Tensor, labels: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        """Return the loss of each sample (B,)."""
+        prediction_type = self.scheduler.config.prediction_type
+        output = self(self.scheduler.add_noise(images, noise, timesteps), timesteps, labels).float()
+        if prediction_type == "epsilon":
+            target = noise
+        elif prediction_type == "sample":
+            target = images
+        else:
+            target = self.scheduler.get_velocity(images, noise, timesteps)
+        loss = F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
+        if self.snr_gamma is None:
+            return loss
+        alpha = self.scheduler.alphas_cumprod.to(images.device)[timesteps]
+        snr = alpha / (1 - alpha)
+        weight = snr.clamp(max=self.snr_gamma)
+        return loss * weight / {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction_type]
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = self._loss(images, labels, self._timesteps(len(images)), torch.randn_like(images)).mean()
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], batch_idx: int, stage: str) -> None:
+        """Loss at noise and timesteps that depend on the batch index only, so that epochs are comparable."""
+        images, labels = batch
+        generator = torch.Generator().manual_seed(batch_idx)
+        timesteps = self._timesteps(len(images), generator)
+        noise = torch.randn(images.shape, generator=generator).to(images)
+        self.val_loss(self._loss(images, labels, timesteps, noise))
+        self.log(f"{stage}/loss", self.val_loss, prog_bar=True)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx, "val")
+
+    def on_validation_epoch_start(self) -> None:
+        # not at the end: Lightning's weight averaging has put the plain weights back by then
+        if self.grid_rows and not self.trainer.sanity_checking:
+            self._log_grid()
+
+    @rank_zero_only
+    def _log_grid(self) -> None:
+        classes = self.model.config.num_classes
+        images = self.sample(list(range(classes)) * self.grid_rows)
+        grid = make_grid(images.cpu(), nrow=classes, padding=1)
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("val/samples", grid, self.global_step)
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_image(grid, folder / f"step_{self.global_step:06d}.png")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx, "test")
+
+    def on_test_epoch_end(self) -> None:
+        if self.test_classifier is None:
+            return
+        accuracy = self._measure_class_accuracy(self.test_classifier)
+        self.log("test/class_accuracy", accuracy, prog_bar=True)
+
+    def _measure_class_accuracy(self, classifier_name: str, batch_size: int = 100) -> MulticlassAccuracy:
+        """Generate classes in turn, seeded by their number, and count those that the classifier recognises."""
+        classifier = timm.create_model(classifier_name, pretrained=True).eval().to(self.device)
+        classes = self.model.config.num_classes
+        if classifier.num_classes != classes:
+            raise ValueError(f"{classifier_name} knows {classifier.num_classes} classes, the denoiser {classes}.")
+        data = resolve_model_data_config(classifier)
+        mean, std = (torch.tensor(data[key], device=self.device).view(1, -1, 1, 1) for key in ("mean", "std"))
+        own = list(range(self.global_rank, self.test_samples, self.trainer.world_size))
+        for start in range(0, len(own), batch_size):
+            numbers = own[start : start + batch_size]
+            labels = [number % classes for number in numbers]
+            images = self.sample(labels, seeds=numbers)
+            if images.shape[-2:] != data["input_size"][-2:]:
+                images = F.interpolate(images, data["input_size"][-2:], mode="bicubic", antialias=True).clamp(0, 1)
+            with torch.no_grad():
+                predicted = classifier((images - mean) / std).float().argmax(1)
+            self.class_accuracy.update(predicted, torch.tensor(labels, device=self.device))
+        return self.class_accuracy
+
+    def sample(self, labels: list[int], seeds: list[int] | None = None) -> Tensor:
+        """Return images (B, C, H, W) in [0, 1] of the given classes, drawn with the task's DDIM settings.
+
+        Args:
+            labels: Class numbers.
+            seeds: Seed of each image; None takes 0, 1, 2, ...
+        """
+        pipeline = self.pipeline()
+        pipeline.set_progress_bar_config(disable=True)
+        training = self.model.training
+        self.model.eval()
+        try:
+            return pipeline(
+                labels,
+                num_inference_steps=self.sample_steps,
+                guidance_scale=self.guidance_scale,
+                seed=seeds if seeds is not None else 0,
+                output_type="pt",
+            ).images
+        finally:
+            self.model.train(training)
+
+    def pipeline(self) -> PixelDiTPipeline:
+        """Return a pipeline around the model, with a DDIM scheduler of the same noise schedule."""
+        scheduler = DDIMScheduler.from_config(self.scheduler.config, timestep_spacing="trailing")
+        names = None if self.class_names is None else dict(enumerate(self.class_names))
+        return PixelDiTPipeline(self.model, scheduler, id2label=names)
+
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the pipeline as a diffusers folder, for `DiffusionPipeline.from_pretrained`.
+
+        After training with `EMAWeightAveraging`, or from a checkpoint of it, the averaged weights are written:
+        `Diffusion.load_from_checkpoint("last.ckpt").save_pretrained("folder", torch.float16)`.
+
+        Args:
+            path: Folder; created if it is not there.
+            dtype: Type of the saved weights; None keeps theirs. The model itself is left as it is.
+        """
+        pipeline = self.pipeline()
+        if dtype is not None:
+            copy = PixelDiT.from_config(self.model.config).to(dtype)
+            copy.load_state_dict(self.model.state_dict())
+            pipeline.transformer = copy
+        pipeline.save_pretrained(str(path))

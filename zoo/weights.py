@@ -1,0 +1,402 @@
+"""Read, verify, convert and load weights; the only file that opens a checkpoint.
+
+Loading is strict: safetensors or `torch.load(weights_only=True)`, the digest is compared, every value is finite, and a
+key that does not fit stops the load. Only the classifier may be missing, and only when `num_classes` differs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import pickle
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.models import PretrainedCfg, adapt_input_conv, build_model_with_cfg
+from timm.models._builder import resolve_pretrained_cfg
+from timm.models._hub import check_cached_file, download_cached_file
+from torch import Tensor, nn
+
+from zoo import hub
+from zoo.cfg import ModelCfg, RestorationCfg
+
+__all__ = [
+    "CheckpointError",
+    "FilterFn",
+    "build_model",
+    "card_sha256",
+    "cards_dir",
+    "front_matter",
+    "load_pretrained",
+    "load_strict",
+    "read_checkpoint",
+    "save_checkpoint",
+    "sha256_of",
+    "shipped",
+    "verify_component",
+]
+
+FilterFn = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+WEIGHTS_NAME = "model.safetensors"
+_WRAPPERS = ("params_ema", "params", "state_dict_ema", "state_dict", "model_ema", "model", "model_state", "net")
+
+
+class CheckpointError(ValueError):
+    """A weight file that cannot be read, is not what it should be, or does not fit the model."""
+
+
+def cards_dir() -> Path:
+    """Return the folder of the model cards: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).resolve().parent
+    inside = package / "model_cards"
+    return inside if inside.is_dir() else package.parent / "model_cards"
+
+
+def shipped(name: str) -> str:
+    """Return the path of the weight file that this distribution ships for `NAME.TAG`; it need not exist."""
+    return str(cards_dir() / name / WEIGHTS_NAME)
+
+
+def sha256_of(path: str | Path) -> str:
+    """Return the hexadecimal SHA-256 digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def front_matter(card: str | Path) -> dict[str, Any]:
+    """Return the YAML front matter of a model card.
+
+    Raises:
+        ValueError: There is none, or it is no YAML mapping.
+    """
+    head, fence, rest = Path(card).read_text(encoding="utf-8").partition("---\n")
+    block, closing, _ = rest.partition("\n---")
+    if head or not fence or not closing:
+        raise ValueError(f"{card} does not begin with front matter between two lines of '---'.")
+    try:
+        front = yaml.safe_load(block)
+    except yaml.YAMLError as error:
+        raise ValueError(f"The front matter of {card} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(front, dict):
+        raise ValueError(f"The front matter of {card} is not a mapping.")
+    return front
+
+
+def card_sha256(folder: Path, filename: str = WEIGHTS_NAME) -> str | None:
+    """Return the digest that the card in `folder` states for `filename`, or None without card or entry."""
+    card = folder / "README.md"
+    if not card.is_file() or not card.read_text(encoding="utf-8").startswith("---\n"):
+        return None
+    digests = front_matter(card).get("sha256")
+    return digests.get(filename) if isinstance(digests, dict) else None
+
+
+def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """Read a state dict from a .safetensors or PyTorch file, without running code from it.
+
+    Training checkpoints are unwrapped ("params_ema", "state_dict", "model", ...; EMA weights first) and Lightning's or
+    DataParallel's common prefix is removed.
+
+    Args:
+        path: The file.
+        sha256: Expected digest; None skips the comparison.
+
+    Raises:
+        CheckpointError: The file does not exist, is damaged, has another digest, needs unsafe unpickling, holds no
+            tensors, or holds a value that is not finite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"No weight file at {path}.")
+    if sha256 is not None and (found := sha256_of(path)) != sha256.lower():
+        raise CheckpointError(
+            f"{path} has sha256 {found[:12]}..., expected {sha256[:12]}...: it is damaged or not the published file."
+        )
+    try:
+        loaded = _read(path)
+    except pickle.UnpicklingError as error:
+        if "WeightsUnpickler error: Unsupported" in str(error) or "weights_only" in str(error).lower():
+            raise CheckpointError(
+                f"{path} needs unsafe unpickling (it holds more than tensors) and is refused; convert it to safetensors"
+                " where you trust it."
+            ) from error
+        raise CheckpointError(f"{path} is not a readable weight file: {str(error).splitlines()[0]}") from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is not a readable weight file: {str(error).splitlines()[0]}") from error
+    state_dict = _unwrap(loaded, path)
+    bad = [key for key, value in state_dict.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if bad:
+        raise CheckpointError(f"{path} holds values that are not finite in {_some(bad)}.")
+    return state_dict
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about old zip formats that load all the same
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a state dict.")
+    for wrapper in _WRAPPERS:
+        if isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+            break
+    state_dict = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    if not state_dict:
+        raise CheckpointError(f"{path} holds no tensors; its entries are {_some(map(str, loaded))}.")
+    for prefix in ("module.", "model.", "_orig_mod."):
+        if all(key.startswith(prefix) for key in state_dict):
+            state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
+    return state_dict
+
+
+def save_checkpoint(
+    state_dict: Mapping[str, Tensor],
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    metadata: dict[str, str] | None = None,
+) -> str:
+    """Write a safetensors file whole or not at all, and return its SHA-256 digest.
+
+    Args:
+        state_dict: Tensors to save; shared storage is copied.
+        path: Target file; it appears only when it is complete.
+        dtype: Cast floating-point tensors to this type; None keeps theirs.
+        metadata: Text entries of the file's header.
+    """
+    path = Path(path)
+    tensors = {
+        key: value.detach().cpu().to(dtype if dtype and value.is_floating_point() else value.dtype).clone().contiguous()
+        for key, value in state_dict.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return sha256_of(path)
+
+
+def _some(names: Iterable[str], most: int = 4) -> str:
+    listed = list(names)
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+
+
+def load_strict(
+    model: nn.Module,
+    state_dict: dict[str, Tensor],
+    filter_fn: FilterFn | None = None,
+    allow_missing: Iterable[str] = (),
+    source: str = "The state dict",
+) -> None:
+    """Convert a state dict with `filter_fn` and load it; every key must fit.
+
+    Args:
+        model: Receives the weights.
+        state_dict: Tensors in the authors' or our naming.
+        filter_fn: The family's `checkpoint_filter_fn`.
+        allow_missing: Keys of the model that may be absent.
+        source: Name for the message.
+
+    Raises:
+        CheckpointError: A key is missing, unexpected, or has another shape; the message names them.
+    """
+    if filter_fn is not None:
+        state_dict = filter_fn(state_dict, model)
+    _require_fit(type(model).__name__, model.state_dict(), state_dict, allow_missing, source)
+    model.load_state_dict(state_dict, strict=False)  # everything was checked above
+
+
+def _require_fit(
+    name: str,
+    own: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    allow_missing: Iterable[str],
+    source: str,
+) -> None:
+    """Raise unless both state dicts have the same keys and shapes; `allow_missing` may be absent from `given`."""
+    allowed = set(allow_missing)
+    missing = [key for key in own if key not in given and key not in allowed]
+    unexpected = [key for key in given if key not in own]
+    misshaped = [
+        f"{key} {tuple(given[key].shape)} for {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in given and given[key].shape != value.shape
+    ]
+    problems = [
+        f"{label}: {_some(keys)}"
+        for label, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshaped))
+        if keys
+    ]
+    if problems:
+        raise CheckpointError(f"{source} does not fit {name} ({'; '.join(problems)}).")
+
+
+def verify_component(folder: str | Path, component: str, module: nn.Module | None = None) -> None:
+    """Check the weight files of one component of a diffusers folder; diffusers itself only warns of missing keys.
+
+    Args:
+        folder: Holds model_index.json.
+        component: Name of the component's folder, for example "transformer".
+        module: The loaded component. Without it, the files are checked; with it, that their keys and shapes are its.
+
+    Raises:
+        CheckpointError: There are no safetensors, a file is damaged or not the published one, or keys do not fit.
+    """
+    files = sorted((Path(folder) / component).glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{Path(folder) / component} holds no safetensors.")
+    stored: dict[str, Tensor] = {}
+    for file in files:
+        stored |= read_checkpoint(file, card_sha256(Path(folder), f"{component}/{file.name}") or hub.blob_digest(file))
+    if module is not None:
+        _require_fit(type(module).__name__, module.state_dict(), stored, (), str(files[0].parent))
+
+
+def _locate(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
+    """Return the local weight file of a cfg, downloading it if it lies elsewhere."""
+    name = ".".join(part for part in (cfg.architecture, cfg.tag) if part) or "this model"
+    if cfg.file:
+        path = Path(cfg.file)
+        return path / WEIGHTS_NAME if path.is_dir() else path
+    if cfg.hf_hub_id:
+        return hub.download(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS_NAME, cache_dir=cache_dir)
+    if cfg.url:
+        return _fetch(cfg.url if isinstance(cfg.url, str) else cfg.url[0], cache_dir)
+    notes = f" {' '.join(cfg.notes)}" if cfg.notes else ""
+    raise CheckpointError(f"No weights are published for {name}.{notes} Use pretrained=False for random weights.")
+
+
+def _fetch(url: str, cache_dir: str | Path | None) -> Path:
+    """Return the local copy of a weight file that is published at an address outside the Hub."""
+    advice = f"Fetch {url} by other means and pass its path to zoo.create_model."
+    if hub.is_offline() and not check_cached_file(url, check_hash=False, cache_dir=cache_dir):
+        raise hub.HubError(f"HF_HUB_OFFLINE is set and the weights are not in the download cache. {advice}")
+    try:
+        return Path(download_cached_file(url, cache_dir=cache_dir))
+    except (OSError, RuntimeError) as error:  # RuntimeError: the hash in the file's name is not that of the file
+        raise hub.HubError(f"The weights cannot be downloaded ({error}). {advice}") from error
+
+
+def load_pretrained(
+    model: nn.Module,
+    cfg: PretrainedCfg,
+    filter_fn: FilterFn | None = None,
+    cache_dir: str | Path | None = None,
+) -> None:
+    """Load the weights that `cfg` names: find or download, verify, convert, adapt the stem and head, load strictly.
+
+    Args:
+        model: Its `num_classes` and `in_chans` decide what is adapted.
+        cfg: Where the weights are and what they were trained for.
+        filter_fn: The family's `checkpoint_filter_fn`.
+        cache_dir: Folder for downloads; None takes the Hub client's own.
+
+    Raises:
+        CheckpointError: There are no weights, or they are damaged or do not fit.
+    """
+    if cfg.state_dict is not None:
+        state_dict, source = dict(cfg.state_dict), "The given state dict"
+    else:
+        path = _locate(cfg, cache_dir)
+        digest = getattr(cfg, "sha256", None) or card_sha256(path.parent, path.name) or hub.blob_digest(path)
+        state_dict, source = read_checkpoint(path, digest), str(path)
+    if filter_fn is not None:
+        state_dict = filter_fn(state_dict, model)
+    allow_missing: list[str] = []
+    if cfg.classifier and getattr(model, "num_classes", cfg.num_classes) != cfg.num_classes:
+        heads = (cfg.classifier,) if isinstance(cfg.classifier, str) else tuple(cfg.classifier)
+        allow_missing = [f"{head}.{leaf}" for head in heads for leaf in ("weight", "bias")]
+        state_dict = {key: value for key, value in state_dict.items() if key not in allow_missing}
+    own_chans, chans = cfg.input_size[0], getattr(model, "in_chans", cfg.input_size[0])
+    if cfg.first_conv and chans != own_chans:
+        for stem in (cfg.first_conv,) if isinstance(cfg.first_conv, str) else cfg.first_conv:
+            if f"{stem}.weight" in state_dict:
+                state_dict[f"{stem}.weight"] = adapt_input_conv(chans, state_dict[f"{stem}.weight"], own_chans)
+    load_strict(model, state_dict, allow_missing=allow_missing, source=source)
+
+
+def _cfg_of(fields: dict[str, Any]) -> PretrainedCfg:
+    """Return the plainest kind of cfg that has all given fields."""
+    for kind in (PretrainedCfg, ModelCfg):
+        if fields.keys() <= {field.name for field in dataclasses.fields(kind)}:
+            return kind(**fields)
+    return RestorationCfg(**fields)  # names a field that is none
+
+
+def build_model(
+    model_cls: Callable[..., ModelT],
+    variant: str,
+    pretrained: bool,
+    *,
+    filter_fn: FilterFn,
+    defaults: Mapping[str, Any] | None = None,
+    feature_cfg: dict[str, Any] | None = None,
+    pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+    **kwargs: Any,
+) -> ModelT:
+    """Build a registered model through timm's `build_model_with_cfg`, with our strict loading in place of timm's.
+
+    Constructor arguments are taken, later ones winning, from the variant's `defaults`, the weight tag's `model_args`
+    and the caller's `kwargs`.
+
+    Args:
+        model_cls: The family's class.
+        variant: Registered name.
+        pretrained: Load the weights of the cfg.
+        filter_fn: The family's `checkpoint_filter_fn`.
+        defaults: Constructor arguments of the variant.
+        feature_cfg: For `features_only`, as in timm.
+        pretrained_cfg: Tag, cfg, or dict of a cfg's fields, as timm passes it on.
+        pretrained_cfg_overlay: Entries that replace those of the cfg.
+        cache_dir: Folder for downloads.
+        **kwargs: The caller's arguments for the class and for timm's builder.
+
+    Raises:
+        CheckpointError: Weights were asked for that do not exist or do not fit.
+        TypeError: The class does not know an argument.
+    """
+    if isinstance(pretrained_cfg, dict):
+        pretrained_cfg = _cfg_of(pretrained_cfg)
+    if isinstance(pretrained_cfg, PretrainedCfg):
+        cfg = dataclasses.replace(pretrained_cfg, **{"architecture": variant, **(pretrained_cfg_overlay or {})})
+    else:
+        cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    model_args = cfg.model_args if isinstance(cfg, ModelCfg) else {}
+
+    def construct(**arguments: Any) -> ModelT:
+        model = model_cls(**arguments)
+        if pretrained:
+            load_pretrained(model, cfg, filter_fn, cache_dir)
+        return model
+
+    kwargs.pop("pretrained_model_args", None)
+    return build_model_with_cfg(
+        construct,
+        variant,
+        pretrained=False,
+        pretrained_cfg=dataclasses.replace(cfg, state_dict=None),
+        feature_cfg=dict(feature_cfg or {}),
+        **{**(defaults or {}), **model_args, **kwargs},
+    )
