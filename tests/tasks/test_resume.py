@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from zoo.tasks.callbacks import CheckedCheckpointIO, ExactResume
 from zoo.tasks.classification import Classification
 from zoo.tasks.optim import OptimConfig
 
-EPOCHS, STEPS = 3, 4
+Run = tuple[dict[str, Tensor], dict[tuple[int, int], float]]
+
+EPOCHS, STEPS = 2, 4
 TINY = dict(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1, drop_path_rate=0.2, drop_rate=0.2)
 
 
@@ -56,7 +59,7 @@ class RandomValidation(Classification):
 
 def fit(
     root: Path, data: Path, *, workers: int = 0, resume: Path | None = None, accumulate: int = 1, val_every: int = 4
-) -> tuple[dict[str, Tensor], dict[tuple[int, int], float]]:
+) -> Run:
     """Train, or go on training, and return all weights and the loss of each batch."""
     torch.manual_seed(1 if resume is None else 99)  # what happened before in the process must not matter
     module = RandomValidation(
@@ -75,6 +78,7 @@ def fit(
     callbacks: list[Callback] = [
         ExactResume(), EMAWeightAveraging(decay=0.7, update_starting_at_step=2), losses, every_step, Checkpoints(root)
     ]  # fmt: skip
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = Trainer(
@@ -99,10 +103,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return image_folder(tmp_path_factory.mktemp("images"), train=STEPS * 2, val=2)
 
 
-def assert_same(
-    found: tuple[dict[str, Tensor], dict[tuple[int, int], float]],
-    expected: tuple[dict[str, Tensor], dict[tuple[int, int], float]],
-) -> None:
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[Path, Run]:
+    """Return the checkpoints and the result of a run with validation at the end of each epoch."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return folder, fit(folder, data)
+
+
+def assert_same(found: Run, expected: Run) -> None:
     """Every loss after the resume and every weight must be equal, to the bit."""
     for place, loss in found[1].items():
         assert loss == expected[1][place], f"the loss of (epoch, batch) {place} differs"
@@ -110,28 +118,36 @@ def assert_same(
         assert torch.equal(found[0][key], value), f"{key} differs by {(found[0][key] - value).abs().max()}"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("val_every", [4, 3], ids=["validation at the epoch's end", "validation in mid-epoch"])
-def test_resume_from_every_step(tmp_path: Path, data: Path, val_every: int) -> None:
-    """From each checkpoint of the run, after a batch or after validation, in mid-epoch or at its end."""
-    whole = fit(tmp_path / "whole", data, val_every=val_every)
-    assert len(whole[1]) == EPOCHS * STEPS
-    checkpoints = sorted((tmp_path / "whole").glob("*.ckpt"))
-    assert len(checkpoints) >= EPOCHS * STEPS
-    for checkpoint in checkpoints:
-        step = int(checkpoint.stem.split("=")[-1].split("_")[-1])
+def resume_from_all(folder: Path, whole: Run, data: Path, out: Path, val_every: int = STEPS) -> None:
+    """Resume from every checkpoint of a run."""
+    checkpoints = {path: int(path.stem.split("=")[-1].split("_")[-1]) for path in folder.glob("*.ckpt")}
+    assert set(checkpoints.values()) == set(range(1, EPOCHS * STEPS + 1))
+    for checkpoint, step in checkpoints.items():
         if step < EPOCHS * STEPS:
-            resumed = fit(tmp_path / checkpoint.stem, data, resume=checkpoint, val_every=val_every)
+            resumed = fit(out / checkpoint.stem, data, resume=checkpoint, val_every=val_every)
             assert len(resumed[1]) == EPOCHS * STEPS - step, f"{checkpoint.name}: other number of batches"
             assert_same(resumed, whole)
 
 
 @pytest.mark.slow
+def test_resume_from_every_step(tmp_path: Path, data: Path, uninterrupted: tuple[Path, Run]) -> None:
+    """From each checkpoint, after a batch or after validation, in mid-epoch or at its end."""
+    resume_from_all(*uninterrupted, data, tmp_path)
+
+
+@pytest.mark.slow
+def test_resume_with_validation_in_mid_epoch(tmp_path: Path, data: Path) -> None:
+    """Validation after three of four batches, which also draws random numbers."""
+    whole = fit(tmp_path / "whole", data, val_every=3)
+    resume_from_all(tmp_path / "whole", whole, data, tmp_path, val_every=3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 6])
-def test_resume_with_workers(tmp_path: Path, data: Path, step: int) -> None:
+def test_resume_with_workers(tmp_path: Path, data: Path, uninterrupted: tuple[Path, Run], step: int) -> None:
     """Two loader processes give the numbers of none, at an epoch's end and in mid-epoch."""
-    whole = fit(tmp_path / "whole", data)
-    resumed = fit(tmp_path / "resumed", data, workers=2, resume=tmp_path / "whole" / f"step={step}.ckpt")
+    folder, whole = uninterrupted
+    resumed = fit(tmp_path, data, workers=2, resume=folder / f"step={step}.ckpt")
     assert_same(resumed, whole)
 
 
@@ -144,9 +160,11 @@ def test_resume_with_gradient_accumulation(tmp_path: Path, data: Path) -> None:
     assert_same(resumed, whole)
 
 
-def test_without_exact_resume_the_run_differs(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_exact_resume_the_run_differs(
+    tmp_path: Path, data: Path, uninterrupted: tuple[Path, Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The tests above can fail: without the callback's work a resumed run goes elsewhere."""
-    whole = fit(tmp_path / "whole", data)
+    folder, whole = uninterrupted
     monkeypatch.setattr(ExactResume, "on_load_checkpoint", lambda *args: None)
-    resumed = fit(tmp_path / "resumed", data, resume=tmp_path / "whole" / "step=6.ckpt")
+    resumed = fit(tmp_path, data, resume=folder / "step=6.ckpt")
     assert not all(torch.equal(resumed[0][key], value) for key, value in whole[0].items())

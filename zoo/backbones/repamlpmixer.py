@@ -88,7 +88,7 @@ class RePaMlpMixer(MlpMixer):
     """Classify images or extract features; timm's MlpMixer with `RePaMixerBlock`s.
 
     Built in training form. After training, `zoo.reparameterize(model.eval())` merges the channel mixing; the token
-    mixing has a LayerNorm and stays. Differs from the paper's code: `idle_ratio` has an effect; 0.75 is its fixed value.
+    mixing has a LayerNorm and stays. Differs from the paper's code: there `idle_ratio` is ignored and always 0.75.
 
     Args:
         img_size: Input height and width, pixels; the weights of token mixing depend on it.
@@ -139,7 +139,7 @@ class RePaMlpMixer(MlpMixer):
         if feature_norm not in ("BatchNorm", "LayerNorm"):
             raise ValueError(f"feature_norm must be 'BatchNorm' or 'LayerNorm', got {feature_norm!r}.")
         super().__init__(
-            img_size=img_size,
+            img_size=img_size,  # type: ignore[arg-type]  # timm takes a pair too
             patch_size=patch_size,
             in_chans=in_chans,
             num_classes=num_classes,
@@ -289,7 +289,7 @@ def repamlpmixer_s16(pretrained: bool = False, **kwargs: Any) -> RePaMlpMixer:
 
 @register_model
 def repamlpmixer_b32(pretrained: bool = False, **kwargs: Any) -> RePaMlpMixer:
-    """RePaMlpMixer-B/32: PARAMS_B32."""
+    """RePaMlpMixer-B/32: 60.3 M parameters, 24.8 M merged; 3.24 GMACs at 224, 1.50 merged."""
     return _create_repamlpmixer("repamlpmixer_b32", pretrained, **kwargs)
 
 
@@ -301,11 +301,11 @@ def repamlpmixer_b16(pretrained: bool = False, **kwargs: Any) -> RePaMlpMixer:
 
 @register_model
 def repamlpmixer_l32(pretrained: bool = False, **kwargs: Any) -> RePaMlpMixer:
-    """RePaMlpMixer-L/32: PARAMS_L32."""
+    """RePaMlpMixer-L/32: 207.1 M parameters, 80.9 M merged; 11.3 GMACs at 224, 5.09 merged."""
     return _create_repamlpmixer("repamlpmixer_l32", pretrained, **kwargs)
 
 
 @register_model
 def repamlpmixer_l16(pretrained: bool = False, **kwargs: Any) -> RePaMlpMixer:
-    """RePaMlpMixer-L/16: PARAMS_L16."""
+    """RePaMlpMixer-L/16: 208.4 M parameters, 82.2 M merged; 44.5 GMACs at 224, 19.9 merged."""
     return _create_repamlpmixer("repamlpmixer_l16", pretrained, **kwargs)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, GroupNorm1, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
-from timm.models.metaformer import MetaFormer, Pooling, Scale
+from timm.models.metaformer import MetaFormer, MetaFormerStage, Pooling, Scale
 from torch import Tensor, nn
 
 from zoo.cfg import ModelCfg
@@ -151,8 +151,9 @@ class RePaPoolFormer(MetaFormer):
             device=device,
             dtype=dtype,
         )
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        for i, stage in enumerate(self.stages):
+        rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
+        for i, layer in enumerate(self.stages):
+            stage = cast(MetaFormerStage, layer)
             active_dim = active_channels(4 * dims[i], idle_ratio if channel_idle else 0.0, "down")
             stage.blocks = nn.Sequential(
                 *(
@@ -174,9 +175,10 @@ class RePaPoolFormer(MetaFormer):
             stage.blocks.apply(self._init_weights)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.head.global_pool(self.head.norm(x))  # timm's MetaFormer pools first
-        x = self.head.drop(self.head.flatten(x))
-        return x if pre_logits else self.head.fc(x)
+        head = cast(Any, self.head)
+        x = head.flatten(head.global_pool(head.norm(x)))  # timm's MetaFormer pools before the norm
+        x = head.drop(x)
+        return x if pre_logits else head.fc(x)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -190,7 +192,11 @@ class RePaPoolFormer(MetaFormer):
             stem=r"^stem",
             blocks=r"^stages\.(\d+)"
             if coarse
-            else [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^head\.norm", (99999,))],
+            else [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^head\.norm", (99999,)),
+            ],
         )
 
 
@@ -225,14 +231,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return convert_ffn_keys(converted, model)
 
 
+_SMALL, _MEDIUM = (64, 128, 320, 512), (96, 192, 384, 768)
 _VARIANTS: dict[str, dict[str, Any]] = {
-    "repapoolformer_s12": dict(depths=(2, 2, 6, 2)),
-    "repapoolformer_s24": dict(depths=(4, 4, 12, 4)),
-    "repapoolformer_s36": dict(depths=(6, 6, 18, 6), layer_scale=1e-6),
-    "repapoolformer_m36": dict(depths=(6, 6, 18, 6), dims=(96, 192, 384, 768), pool_size=3, layer_scale=1e-6),
-    "repapoolformer_m48": dict(depths=(8, 8, 24, 8), dims=(96, 192, 384, 768), pool_size=3, layer_scale=1e-6),
+    "repapoolformer_s12": dict(depths=(2, 2, 6, 2), dims=_SMALL),
+    "repapoolformer_s24": dict(depths=(4, 4, 12, 4), dims=_SMALL),
+    "repapoolformer_s36": dict(depths=(6, 6, 18, 6), dims=_SMALL, layer_scale=1e-6),
+    "repapoolformer_m36": dict(depths=(6, 6, 18, 6), dims=_MEDIUM, pool_size=3, layer_scale=1e-6),
+    "repapoolformer_m48": dict(depths=(8, 8, 24, 8), dims=_MEDIUM, pool_size=3, layer_scale=1e-6),
 }
-_SMALL = (64, 128, 320, 512)
 
 
 def detect(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
@@ -245,24 +251,20 @@ def detect(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
         (registered name, constructor arguments), or None for another network.
     """
     authors = "network.0.0.norm1.weight" in state_dict
-    stages = [f"network.{2 * i}." if authors else f"stages.{i}.blocks." for i in range(4)]
+    blocks = r"network\.([0246])\.(\d+)\.mlp\." if authors else r"stages\.([0123])\.blocks\.(\d+)\.mlp\."
+    found = {match[0]: int(match[1]) for key in state_dict if (match := re.match(blocks, key))}
     stem = state_dict.get("patch_embed.proj.weight" if authors else "stem.conv.weight")
-    facts = {
-        (i, prefix): ffn_facts(state_dict, prefix)
-        for i, stage in enumerate(stages)
-        for prefix in sorted({f"{stage}{key.removeprefix(stage).split('.')[0]}.mlp." for key in state_dict if key.startswith(stage)})
-    }
+    facts = {prefix: ffn_facts(state_dict, prefix) for prefix in sorted(found)}
     if stem is None or not facts or None in facts.values():
         return None
-    depths = tuple(sum(stage == i for stage, _ in facts) for i in range(4))
-    dims = tuple(
-        state_dict[f"{stage}0.norm1.weight"].shape[0] for stage in stages if f"{stage}0.norm1.weight" in state_dict
-    )
-    size = (depths, dims)
-    name = next((name for name, args in _VARIANTS.items() if (args["depths"], args.get("dims", _SMALL)) == size), None)
+    layers = {prefix: fact for prefix, fact in facts.items() if fact is not None}
+    stage = {prefix: index // 2 if authors else index for prefix, index in found.items()}
+    depths = tuple(sum(index == i for index in stage.values()) for i in range(4))
+    size = (stem.shape[0], depths)
+    name = next((name for name, args in _VARIANTS.items() if (args["dims"][0], args["depths"]) == size), None)
     if name is None:
         return None
-    layers = {place: fact for place, fact in facts.items() if fact is not None}
+    dims = _VARIANTS[name]["dims"]
     head, first = state_dict.get("head.weight" if authors else "head.fc.weight"), next(iter(layers.values()))
     kwargs: dict[str, Any] = dict(
         in_chans=stem.shape[1],
@@ -270,7 +272,8 @@ def detect(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
         merged=first.merged,
         feature_norm=first.feature_norm,
     )
-    active = [(4 * dims[i], fact.active_dim) for (i, _), fact in layers.items() if fact.active_dim is not None]
+    hidden = {prefix: 4 * dims[index] for prefix, index in stage.items()}
+    active = [(hidden[prefix], fact.active_dim) for prefix, fact in layers.items() if fact.active_dim is not None]
     ratio = idle_ratio_of(active, "down") if active else None
     if ratio is not None:
         kwargs["idle_ratio"] = ratio

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, calculate_drop_path_rates, resample_patch_embed, resize_rel_pos_bias_table
+from timm.layers import (
+    DropPath,
+    calculate_drop_path_rates,
+    resample_patch_embed,
+    resize_rel_pos_bias_table,
+    to_2tuple,
+)
 from timm.models import generate_default_cfgs, register_model
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage, WindowAttention
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
@@ -90,7 +96,7 @@ class RePaSwinBlock(SwinTransformerBlock):
             dtype=dtype,
         )
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.mlp = RePaFFN(
+        self.mlp = RePaFFN(  # type: ignore[assignment]
             dim,
             hidden_dim,
             active_dim,
@@ -188,9 +194,10 @@ class RePaSwin(SwinTransformer):
             device=device,
             dtype=dtype,
         )
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        for i, stage in enumerate(self.layers):
-            dim, window = embed_dim * 2**i, self._ref_window_sizes[i]
+        rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
+        window = to_2tuple(window_size)
+        for i, layer in enumerate(self.layers):
+            stage, dim = cast(SwinTransformerStage, layer), embed_dim * 2**i
             hidden_dim = int(dim * mlp_ratio)
             active_dim = active_channels(hidden_dim, idle_ratio if channel_idle else 0.0)
             stage.depth = depths[i]

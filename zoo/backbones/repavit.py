@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -215,6 +215,7 @@ class RePaViT(VisionTransformer):
             device=device,
             dtype=dtype,
         )
+        rates = cast(list[float], calculate_drop_path_rates(drop_path_rate, depth))
         self.blocks = nn.Sequential(
             *(
                 RePaBlock(
@@ -230,7 +231,7 @@ class RePaViT(VisionTransformer):
                     device=device,
                     dtype=dtype,
                 )
-                for ratio, drop_path in zip(ratios, calculate_drop_path_rates(drop_path_rate, depth), strict=True)
+                for ratio, drop_path in zip(ratios, rates, strict=True)
             )
         )
         self.blocks.apply(self._init_weights)
@@ -250,11 +251,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     Raises:
         ValueError: The weights are merged and the model is in training form.
     """
-    state_dict = {re.sub(r"^(blocks\.\d+)\.attn\.norm\.", r"\1.norm1.", key): value for key, value in state_dict.items()}
+    renamed = {key: re.sub(r"^(blocks\.\d+)\.attn\.norm\.", r"\1.norm1.", key) for key in state_dict}
+    state_dict = {renamed[key]: value for key, value in state_dict.items()}
     own = model.state_dict()
-    for ours, theirs in (("fc_norm", "norm"), ("norm", "fc_norm")):  # the last norm moves behind average pooling
-        for leaf in ("weight", "bias"):
-            if f"{ours}.{leaf}" in own and f"{ours}.{leaf}" not in state_dict and f"{theirs}.{leaf}" not in own:
+    for ours, theirs in (("fc_norm", "norm"), ("norm", "fc_norm")):  # the last norm stands behind average pooling
+        if f"{ours}.weight" in own and f"{theirs}.weight" not in own and f"{ours}.weight" not in state_dict:
+            for leaf in ("weight", "bias"):
                 if f"{theirs}.{leaf}" in state_dict:
                     state_dict[f"{ours}.{leaf}"] = state_dict.pop(f"{theirs}.{leaf}")
     patch, kernel = state_dict.get("patch_embed.proj.weight"), own["patch_embed.proj.weight"].shape[-2:]
@@ -413,11 +415,11 @@ def repavit_base(pretrained: bool = False, **kwargs: Any) -> RePaViT:
 
 @register_model
 def repavit_large(pretrained: bool = False, **kwargs: Any) -> RePaViT:
-    """RePaViT-Large/0.75: 304.5 M parameters, 178.4 M merged; 59.8 GMACs at 224, 34.9 merged (without attention)."""
+    """RePaViT-Large/0.75: 304.5 M parameters, 178.4 M merged; 61.6 GMACs at 224, 36.8 merged."""
     return _create_repavit("repavit_large", pretrained, **kwargs)
 
 
 @register_model
 def repavit_huge(pretrained: bool = False, **kwargs: Any) -> RePaViT:
-    """RePaViT-Huge/0.75: 632.5 M parameters, 369.9 M merged; 124.4 GMACs at 224, 72.6 merged (without attention)."""
+    """RePaViT-Huge/0.75: 632.5 M parameters, 369.9 M merged; 127.3 GMACs at 224, 75.7 merged."""
     return _create_repavit("repavit_huge", pretrained, **kwargs)

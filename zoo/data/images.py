@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from zoo.data.samplers import ResumableSampler, SeededDataset
+from zoo.data.samplers import LateLoader, ResumableSampler, SeededDataset
 
 __all__ = ["ImageClassification", "ImageDiffusion", "LabelledImages", "open_labelled_images"]
 
@@ -142,7 +142,7 @@ class _Images(LightningDataModule):
         sampler = ResumableSampler(data, self.seed, rank, world, self.repeats)
         if len(sampler) < self.batch_size:
             raise ValueError(f"batch_size {self.batch_size} is more than the {len(sampler)} training images of a process.")
-        return DataLoader(
+        return LateLoader(
             SeededDataset(data, self.seed),
             batch_size=self.batch_size,
             sampler=sampler,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from zoo.data.resize import imresize
-from zoo.data.samplers import ResumableSampler, SeededDataset
+from zoo.data.samplers import LateLoader, ResumableSampler, SeededDataset
 
 __all__ = [
     "BicubicDownscale",
@@ -279,7 +279,7 @@ class PairedImages(LightningDataModule):
                 f"batch_size {self.batch_size} is more than the {len(sampler)} patches of a process and epoch: "
                 f"raise patches_per_image."
             )
-        return DataLoader(
+        return LateLoader(
             SeededDataset(data, self.seed),
             batch_size=self.batch_size,
             sampler=sampler,

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-__all__ = ["ResumableSampler", "SeededDataset"]
+__all__ = ["LateLoader", "ResumableSampler", "SeededDataset"]
 
 
 class SeededDataset(Dataset[Any]):
@@ -72,3 +72,14 @@ class ResumableSampler(DistributedSampler[Any]):
         start, self.start = self.start, 0
         for index in own[start:]:
             yield self.epoch, index
+
+
+class LateLoader(DataLoader[Any]):
+    """A DataLoader that asks its sampler for nothing before its first batch is asked for.
+
+    Lightning creates the loader's iterator before it restores a checkpoint and before it tells the sampler the epoch;
+    worker processes would by then have fetched the first batches of epoch 0.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import diffusers
 import numpy as np
@@ -40,7 +40,7 @@ class PixelDiTPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer"
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
     def __init__(
         self,
@@ -184,7 +184,7 @@ class PixelDiTPipeline(DiffusionPipeline):
             raise ValueError(f"latents must be {shape}, got {tuple(latents.shape)}.")
         guided = guidance_scale > 1
         if guided:
-            labels += [self.transformer.null_label] * len(labels)
+            labels = [self.transformer.null_label] * len(labels) + labels  # unconditional first, as FasterCache expects
         label_ids = torch.tensor(labels, device=device)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
@@ -200,7 +200,7 @@ class PixelDiTPipeline(DiffusionPipeline):
                         return_dict=False,
                     )[0].float()
                 if guided:
-                    conditional, unconditional = prediction.chunk(2)
+                    unconditional, conditional = prediction.chunk(2)
                     prediction = unconditional + guidance_scale * (conditional - unconditional)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_arguments).prev_sample
                 if callback_on_step_end is not None:

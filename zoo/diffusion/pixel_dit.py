@@ -8,7 +8,7 @@ not used here).
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import CacheMixin, DiTTransformer2DModel
@@ -59,8 +59,8 @@ class PixelDiT(DiTTransformer2DModel, CacheMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["BasicTransformerBlock"]
-    _repeated_blocks = ["BasicTransformerBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["BasicTransformerBlock"]
+    _repeated_blocks: ClassVar[list[str]] = ["BasicTransformerBlock"]
 
     @register_to_config
     def __init__(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 __all__ = ["LayerReport", "ReparamReport", "Reparameterizable", "reparameterize"]
 
 
-@runtime_checkable
 class Reparameterizable(Protocol):
     """A module that can turn itself into an equal, cheaper one for inference."""
 
@@ -159,7 +158,7 @@ def reparameterize(model: nn.Module, *, sample: Any = None, measure: bool = True
         RuntimeError: The model is in training mode, where merged and unmerged layers are not equal.
     """
     names = {module: name for name, module in model.named_modules()}
-    targets = [module for module in names if isinstance(module, Reparameterizable)]
+    targets = [module for module in names if callable(getattr(module, "reparameterize", None))]
     if model.training or any(module.training for module in targets):
         raise RuntimeError(
             f"{type(model).__name__} is in training mode, where its norms depend on the batch: call model.eval() first."
@@ -170,8 +169,8 @@ def reparameterize(model: nn.Module, *, sample: Any = None, measure: bool = True
     unchanged: list[nn.Module] = []
     for module in sorted(targets, key=lambda target: -names[target].count(".") if names[target] else 1):
         x = inputs.get(module)
-        if x is None and measure and hasattr(module, "example_input"):
-            x = module.example_input()
+        if x is None and measure and callable(example_input := getattr(module, "example_input", None)):
+            x = cast(Tensor, example_input())
         report = _reparameterize_layer(module, names[module], x)
         if report is not None:
             reports[module] = report
@@ -187,10 +186,9 @@ def reparameterize(model: nn.Module, *, sample: Any = None, measure: bool = True
 
 def _reparameterize_layer(module: nn.Module, name: str, x: Tensor | None) -> LayerReport | None:
     """Call one layer's method and compare before with after; None if nothing changed."""
-    assert isinstance(module, Reparameterizable)
     params, before = _params(module), {key: value.shape for key, value in module.state_dict().items()}
     out, macs = _run(module, x)
-    said = module.reparameterize()
+    said = cast(Reparameterizable, module).reparameterize()
     after = {key: value.shape for key, value in module.state_dict().items()}
     if not (before != after if said is None else said):
         return None

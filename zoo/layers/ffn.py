@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["FFNFacts", "PlainRePaFFN", "RePaFFN", "active_channels", "convert_ffn_keys", "ffn_facts", "idle_ratio_of"]
 
@@ -70,7 +71,7 @@ class RePaFFN(nn.Module):
 
     - merged: `y = linear(x) + active_fc2(GELU(active_fc1(x)))`, where `linear` holds the idle branch, the residual and
       all biases in one C x C matrix: C * C + 2 * k * C products a token instead of 2 * H * C;
-    - folded: only the norms and the layer scale are folded, because C >= 2 * (H - k) would make `linear` the slower way.
+    - folded: only the norms and the layer scale are folded; with C >= 2 * (H - k) `linear` would be the slower way.
 
     Args:
         dim: Channels C of input and output.
@@ -250,11 +251,10 @@ def _exact(tensor: Tensor) -> Tensor:
 
 def _affine(norm: nn.Module | None, name: str) -> tuple[Tensor, Tensor]:
     """Return (scale, shift) of a BatchNorm in evaluation, in float64."""
-    mean, var = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
-    if norm is None or mean is None or var is None:
+    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
         raise RuntimeError(f"{name} ({type(norm).__name__}) keeps no running statistics and cannot be folded.")
-    scale = _exact(norm.weight) / torch.sqrt(_exact(var) + norm.eps)
-    return scale, _exact(norm.bias) - _exact(mean) * scale
+    scale = _exact(norm.weight) / torch.sqrt(_exact(norm.running_var) + norm.eps)
+    return scale, _exact(norm.bias) - _exact(norm.running_mean) * scale
 
 
 def _linear(weight: Tensor, bias: Tensor | None, kept: Tensor) -> nn.Linear:
@@ -338,8 +338,10 @@ def _convert(state: dict[str, Tensor], layer: RePaFFN, name: str) -> dict[str, T
         raise ValueError(
             f"The weights of {name} are merged and the model is in training form: build the model with merged=True."
         )
-    if "linear.weight" in state and layer.form == "folded" and torch.equal(
-        state["linear.weight"], torch.eye(layer.dim).to(state["linear.weight"])
+    if (
+        "linear.weight" in state
+        and layer.form == "folded"
+        and torch.equal(state["linear.weight"], torch.eye(layer.dim).to(state["linear.weight"]))
     ):  # the authors merge also where nothing is idle: the matrix is the identity
         del state["linear.weight"]
         state["active_fc2.bias"] = state.pop("linear.bias")

@@ -21,19 +21,18 @@ class ExactResume(Callback):
     """Make a resumed run equal to one that was never interrupted, also in mid-epoch.
 
     Random states of Python, NumPy and PyTorch (all devices) are saved per process and restored, and the training
-    sampler skips the samples that its epoch has had.
+    sampler skips the samples that its epoch has had. Validation gets random numbers of its own, so that it does not
+    matter whether it ran before or after the interruption. The data module must use `ResumableSampler`,
+    `SeededDataset` and `LateLoader`; a checkpoint between two optimizer steps of an accumulated gradient loses what was
+    accumulated.
     """
 
     def __init__(self) -> None:
         self._restored: dict[str, Any] | None = None
+        self._before_validation: dict[str, Any] | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        state = {
-            "python": random.getstate(),
-            "numpy": _plain(np.random.get_state()),
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
+        state = self._before_validation or _random_state()
         states = [state]
         if trainer.world_size > 1:
             gathered: list[Any] = [None] * trainer.world_size
@@ -46,31 +45,49 @@ class ExactResume(Callback):
         self._restored = states[trainer.global_rank] if trainer.global_rank < len(states) else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._restored is None:
-            return
-        loader = trainer.train_dataloader
-        sampler = getattr(loader, "sampler", None)
-        seen = trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        if isinstance(sampler, ResumableSampler) and not trainer.fit_loop.epoch_loop._is_training_done:
-            sampler.start = seen * loader.batch_size
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue where the checkpoint was written; the loader has not asked its sampler for anything yet."""
         if self._restored is None:
             return
         state, self._restored = self._restored, None
-        version, keys, gauss = state["python"]
-        random.setstate((version, tuple(keys), gauss))
-        name, words, *rest = state["numpy"]
-        np.random.set_state((name, np.asarray(words, dtype=np.uint32), *rest))
-        torch.set_rng_state(state["torch"].cpu())
-        if state["cuda"]:
-            torch.cuda.set_rng_state_all([value.cpu() for value in state["cuda"]])
+        _set_random_state(state)
+        loader = trainer.train_dataloader
+        sampler = getattr(loader, "sampler", None)
+        if not isinstance(sampler, ResumableSampler):
+            return
+        epoch_loop = trainer.fit_loop.epoch_loop
+        # a checkpoint written after a batch counts this batch as processed, but not yet as completed
+        seen = epoch_loop.batch_progress.current.completed + int(epoch_loop.restarted_on_train_batch_end)
+        sampler.start = seen * loader.batch_size if seen < trainer.num_training_batches else 0
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.training or trainer.validating:
+            self._before_validation = _random_state()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._before_validation is not None:
+            _set_random_state(self._before_validation)
+            self._before_validation = None
 
 
-def _plain(state: Any) -> tuple[Any, ...]:
-    """NumPy's generator state without arrays, so that `torch.load(weights_only=True)` reads it."""
-    name, words, *rest = state
-    return (str(name), [int(word) for word in words], *(float(r) if isinstance(r, float) else int(r) for r in rest))
+def _random_state() -> dict[str, Any]:
+    """Return the states of all generators, without arrays, so that `torch.load(weights_only=True)` reads them."""
+    name, words, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (str(name), [int(word) for word in words], *(float(r) if isinstance(r, float) else int(r) for r in rest)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, words, *rest = state["numpy"]
+    np.random.set_state((name, np.asarray(words, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([value.cpu() for value in state["cuda"]])
 
 
 class CheckedCheckpointIO(TorchCheckpointIO):

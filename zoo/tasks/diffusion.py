@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import timm
 import torch
@@ -103,8 +103,8 @@ class Diffusion(TimmOptimModule):
             return loss
         alpha = self.scheduler.alphas_cumprod.to(images.device)[timesteps]
         snr = alpha / (1 - alpha)
-        weight = snr.clamp(max=self.snr_gamma)
-        return loss * weight / {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction_type]
+        unweighted = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction_type]
+        return loss * snr.clamp(max=self.snr_gamma) / unweighted
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch

@@ -22,8 +22,6 @@ class OptimConfig:
         lr: Peak learning rate; not scaled by batch size.
         weight_decay: Decoupled where the optimizer is; not applied to biases, norms and `no_weight_decay()`.
         betas: Of Adam-like optimizers; None keeps theirs.
-        fallback: Name patterns of parameters that a matrix optimizer such as "muon" leaves to its AdamW: embeddings,
-            first and last layer.
         layer_decay: Factor per layer from the head down (fine-tuning); None is off.
         sched: timm schedule name: "cosine", "linear"-like "poly", "step", or "none".
         warmup: Share of all steps with linearly rising learning rate.
@@ -36,7 +34,6 @@ class OptimConfig:
     lr: float = 1e-3
     weight_decay: float = 0.05
     betas: tuple[float, float] | None = None
-    fallback: tuple[str, ...] = ()
     layer_decay: float | None = None
     sched: str = "cosine"
     warmup: float = 0.05
@@ -53,15 +50,9 @@ class TimmOptimModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         cfg = self.optim
-        options: dict[str, Any] = {} if cfg.betas is None else {"betas": cfg.betas}
+        options = dict(cfg.options) if cfg.betas is None else {"betas": cfg.betas, **cfg.options}
         optimizer = create_optimizer_v2(
-            self.model,
-            cfg.opt,
-            cfg.lr,
-            cfg.weight_decay,
-            layer_decay=cfg.layer_decay,
-            fallback_list=cfg.fallback,
-            **options,
+            self.model, cfg.opt, cfg.lr, cfg.weight_decay, layer_decay=cfg.layer_decay, **options
         )
         if cfg.sched == "none":
             return optimizer

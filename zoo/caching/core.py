@@ -1,0 +1,196 @@
+"""Switch caches of diffusion models on and off, with one call for every method and model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import CacheMixin, DiffusionPipeline
+from diffusers.utils.torch_utils import unwrap_module
+from torch import nn
+
+from zoo.caching.builtin import place
+from zoo.caching.placement import PlacedHook, placed_hooks, refresh_contexts, remove_hooks, share_contexts
+from zoo.caching.runs import RunTracker
+
+__all__ = ["cached", "disable_cache", "enable_cache", "reset_cache"]
+
+_RESET = "_reset_stateful_cache"  # what pipelines call on each component at the end
+
+
+@dataclass
+class _ActiveCache:
+    """What has to be undone."""
+
+    config: Any
+    hooks: list[PlacedHook]
+    run: RunTracker
+    handle: torch.utils.hooks.RemovableHandle
+
+    def reset(self) -> None:
+        """Forget everything stored, so that the next call begins a run."""
+        for placed in self.hooks:
+            if placed.in_place and placed.hook._is_stateful:
+                placed.hook.reset_state(placed.module)
+        self.run.forget()
+
+
+def enable_cache(pipe_or_model: DiffusionPipeline | nn.Module, config: Any) -> None:
+    """Let a diffusion model leave out computation that an earlier step has done.
+
+    Works on models with and without diffusers' `CacheMixin`, and whether or not their pipeline enters a
+    `cache_context`. A pipeline that calls its denoiser more than once a step must do so in contexts of different names;
+    without contexts, one call a step is taken for granted. What is stored is dropped at the start of each run, also
+    after a run that was aborted.
+
+    Compile and offload first, enable the cache second. Disable it before copying or pickling the model.
+
+    Args:
+        pipe_or_model: A pipeline, all of whose denoisers get the cache, or a denoiser.
+        config: One of diffusers' configurations (`FirstBlockCacheConfig`, `TaylorSeerCacheConfig`, `MagCacheConfig`,
+            `PyramidAttentionBroadcastConfig`, `FasterCacheConfig`, `SeaCacheConfig`, `TextKVCacheConfig`). A missing
+            `current_timestep_callback` is filled in. A `TaylorSeerCacheConfig` without identifiers takes the attention
+            modules. Threshold 0 and interval 1 give exactly what the model gives without a cache.
+
+    Raises:
+        ValueError: A cache is on already; a number is out of range; the method cannot work on this model, or would find
+            nothing to do in it. Nothing is left behind then.
+        TypeError: What was given is no pipeline or model, or no configuration of a cache.
+
+    Example:
+        >>> zoo.enable_cache(pipe, FirstBlockCacheConfig(threshold=0.1))
+        >>> images = pipe(class_labels=["cat"] * 8).images
+        >>> zoo.disable_cache(pipe)
+    """
+    pipeline, models = _targets(pipe_or_model)
+    for model in models:
+        if (active := _active_config(model)) is not None:
+            raise ValueError(
+                f"{type(model).__name__} has a cache already ({type(active).__name__}): call zoo.disable_cache first."
+            )
+    enabled: list[nn.Module] = []
+    try:
+        for model in models:
+            _enable(model, config, pipeline)
+            enabled.append(model)
+    except BaseException:
+        for model in enabled:
+            _disable(model)
+        raise
+
+
+def disable_cache(pipe_or_model: DiffusionPipeline | nn.Module) -> None:
+    """Take the cache away; the model then computes exactly what it did before. Does nothing where there is none.
+
+    Args:
+        pipe_or_model: What `enable_cache`, zoo's or diffusers', was called on.
+
+    Raises:
+        RuntimeError: Another hook was placed over the cache and has to go first.
+    """
+    for model in _targets(pipe_or_model)[1]:
+        if "_zoo_cache" in model.__dict__:
+            _disable(model)
+        elif _active_config(model) is not None:
+            model.disable_cache()
+
+
+@contextmanager
+def cached(pipe_or_model: DiffusionPipeline | nn.Module, config: Any) -> Iterator[None]:
+    """Have a cache within a `with` block; afterwards it is gone, also after an exception.
+
+    Args:
+        pipe_or_model: As for `enable_cache`.
+        config: As for `enable_cache`.
+    """
+    enable_cache(pipe_or_model, config)
+    try:
+        yield
+    finally:
+        disable_cache(pipe_or_model)
+
+
+def reset_cache(pipe_or_model: DiffusionPipeline | nn.Module) -> None:
+    """Forget what the cache has stored. Runs do this themselves; LoRA or prompt changes within one are up to you.
+
+    Args:
+        pipe_or_model: As for `enable_cache`.
+    """
+    for model in _targets(pipe_or_model)[1]:
+        if "_zoo_cache" in model.__dict__:
+            model._zoo_cache.reset()
+        elif hasattr(model, _RESET):
+            model._reset_stateful_cache()
+
+
+def _targets(pipe_or_model: Any) -> tuple[DiffusionPipeline | None, list[nn.Module]]:
+    """Return the pipeline, if it is one, and the denoisers."""
+    if isinstance(pipe_or_model, DiffusionPipeline):
+        components = pipe_or_model.components
+        denoisers = [
+            unwrap_module(component)
+            for name, component in components.items()
+            if name.startswith(("transformer", "unet")) and isinstance(component, nn.Module)
+        ]
+        if not denoisers:
+            raise ValueError(
+                f"{type(pipe_or_model).__name__} has no denoiser among its parts: {', '.join(components)}."
+            )
+        return pipe_or_model, denoisers
+    if isinstance(pipe_or_model, nn.Module):
+        return None, [unwrap_module(pipe_or_model)]
+    raise TypeError(f"A cache needs a diffusers pipeline or a model, got {type(pipe_or_model).__name__}.")
+
+
+def _active_config(model: nn.Module) -> Any:
+    """Return the configuration of the cache that is on, ours or diffusers', or None."""
+    ours = model.__dict__.get("_zoo_cache")
+    if isinstance(model, CacheMixin):
+        if ours is not None and model._cache_config is None:
+            _disable(model)  # somebody called the model's own disable_cache: only our remains are left
+        return model._cache_config
+    return None if ours is None else ours.config
+
+
+def _enable(model: nn.Module, config: Any, pipeline: DiffusionPipeline | None) -> None:
+    before = {id(placed.hook) for placed in placed_hooks(model)}
+    run = RunTracker(model, pipeline)
+
+    def new_hooks() -> list[PlacedHook]:
+        return [placed for placed in placed_hooks(model) if id(placed.hook) not in before]
+
+    try:
+        place(copy.copy(config), model, run)
+        hooks = new_hooks()
+        name, method = type(model).__name__, type(config).__name__
+        if all(placed.module is model for placed in hooks):
+            raise ValueError(f"{method} finds no module to work on in {name}.")
+        if hasattr(model, "_hf_hook") and any(placed.module is model for placed in hooks):
+            raise ValueError(f"{method} must be enabled before offloading: it hooks the whole {name}.")
+    except BaseException:
+        remove_hooks(model, new_hooks())
+        raise
+    run.states = share_contexts(hooks)
+    active = _ActiveCache(config, hooks, run, run.attach(model))
+    run.on_new_run = active.reset
+    refresh_contexts(model)
+    model._zoo_cache = active
+    if isinstance(model, CacheMixin):
+        model._cache_config = config
+    else:
+        setattr(model, _RESET, active.reset)
+
+
+def _disable(model: nn.Module) -> None:
+    active = model.__dict__["_zoo_cache"]
+    remove_hooks(model, active.hooks)
+    active.handle.remove()
+    del model._zoo_cache
+    if isinstance(model, CacheMixin):
+        model._cache_config = None
+    else:
+        delattr(model, _RESET)

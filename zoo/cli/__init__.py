@@ -1,0 +1,115 @@
+"""The `zoo` command. Nothing here imports torch: a command does when it runs, so that help and lists come at once.
+
+A command is a module of this package with `add_parser(subparsers)` and `run(args) -> exit code`; a module of several
+commands sets `run` as a default of each parser. Exit codes: 0 all done, 1 some inputs or the work failed, 2 the call
+was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import zoo
+from zoo.catalog import nearest
+from zoo.cli import bench, demo, export, images, listing, publishing
+from zoo.cli.output import UsageError
+
+__all__ = ["main"]
+
+_MODULES = (listing, images, bench, demo, export, publishing)
+_WRONG_CALL = (ValueError, TypeError, FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are exceptions with the nearest right choice."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if wrong:
+            choices = [choice.strip("' ") for choice in wrong[2].split(",")]
+            near = nearest(wrong[1], choices, 1)
+            what = message.partition(":")[0].removeprefix("argument ")
+            hint = f"Did you mean {near[0]}? " if near else ""
+            message = f"{wrong[1]!r} is not a {what}. {hint}Choices: {', '.join(choices)}."
+        raise UsageError(message)
+
+
+class _Command(_Parser):
+    """The parser of one command, with the options that every command has."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+        shared = self.add_argument_group("in every command")
+        shared.add_argument("--json", action="store_true", help="print the result for programs")
+        shared.add_argument("-q", "--quiet", action="store_true", help="print the bare result, no remarks, no progress")
+        shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _parser() -> tuple[_Parser, Any]:
+    parser = _Parser(
+        prog="zoo",
+        description="Vision and diffusion models whose feed-forward networks are made fast.",
+        epilog="`zoo COMMAND --help` explains a command. Models are called NAME or, with weights, NAME.TAG.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"ffn-zoo {zoo.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Command)
+    for module in _MODULES:
+        known = set(commands.choices)
+        module.add_parser(commands)
+        for name in commands.choices.keys() - known:
+            if commands.choices[name].get_default("run") is None:
+                commands.choices[name].set_defaults(run=module.run)
+    return parser, commands.choices
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser, commands = _parser()
+    if not argv:
+        parser.print_help()
+        raise SystemExit(2)
+    command = argv[0]
+    if not command.startswith("-") and command not in commands:
+        near = nearest(command, list(commands), 1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise UsageError(f"There is no command {command!r}. {hint}Commands: {', '.join(commands)}.")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = re.findall(r"--[\w-]+|-\w\b", commands[command].format_help())
+        near = nearest(unknown[0].partition("=")[0], options, 1) if unknown[0].startswith("-") else []
+        raise UsageError(
+            f"`zoo {command}` does not take {unknown[0]!r}. "
+            + (f"Did you mean {near[0]}?" if near else f"`zoo {command} --help` shows what it takes.")
+        )
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the `zoo` command.
+
+    Args:
+        argv: Arguments after the program's name; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parse(given)
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        print("zoo: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # every failure is one line here; --debug shows the rest
+        if "--debug" in given:
+            raise
+        print(f"zoo: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 2 if isinstance(error, _WRONG_CALL) else 1

@@ -1,0 +1,171 @@
+"""What every command shares: tables, JSON, progress bars, files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from rich.table import Table
+
+__all__ = [
+    "UsageError",
+    "billions",
+    "change",
+    "millions",
+    "note",
+    "number",
+    "print_json",
+    "print_table",
+    "progress",
+    "replacing",
+    "table",
+]
+
+_PIPE_WIDTH = 200  # columns where the output is no terminal: nothing may be cut off
+
+
+class UsageError(ValueError):
+    """The call was wrong; exit code 2."""
+
+
+def print_json(data: Any) -> None:
+    """Print data for programs; paths become text."""
+    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def table(*columns: str, title: str | None = None, right: Iterable[str] = ()) -> Table:
+    """Return an empty rich table.
+
+    Args:
+        *columns: Headings.
+        title: Line above.
+        right: Headings of right-aligned columns.
+    """
+    from rich import box
+    from rich.table import Table
+
+    out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    aligned = set(right)
+    for column in columns:
+        out.add_column(column, justify="right" if column in aligned else "left", overflow="fold")
+    return out
+
+
+def print_table(*parts: Any) -> None:
+    """Print tables and lines to the standard output."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PIPE_WIDTH
+    for part in parts:
+        console.print(part, markup=not isinstance(part, str))
+
+
+def note(args: argparse.Namespace, text: str) -> None:
+    """Print a remark to the standard error, unless the command is to be quiet."""
+    if not args.quiet:
+        print(text, file=sys.stderr)
+
+
+def progress(args: argparse.Namespace) -> Progress:
+    """Return a progress display with remaining time; silent without a terminal and under -q and --json."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    silent = args.quiet or args.json or not sys.stderr.isatty()
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=silent,
+    )
+
+
+@contextmanager
+def replacing(path: str | Path, *, force: bool) -> Iterator[Path]:
+    """Yield a temporary path that becomes `path` when the block ends well and vanishes when it fails.
+
+    Args:
+        path: Target file; missing folders are made.
+        force: Replace an existing file.
+
+    Raises:
+        UsageError: The file exists and `force` is not set, or the folder cannot be written to.
+    """
+    path = Path(path)
+    check_target(path, force=force)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        os.replace(temporary, path)
+
+
+def check_target(path: Path, *, force: bool) -> None:
+    """Refuse an output that exists or cannot be written, before any work is done; see `replacing`."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give the name of a file.")
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists; --force replaces it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"The folder {path.parent} cannot be made: {error.strerror}.") from error
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"The folder {path.parent} is not writable.")
+
+
+def number(text: str) -> float:
+    """Read a count: 30e6, 30M, 1.5G, 500k.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none.
+    """
+    factors = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}
+    factor = factors.get(text[-1:].lower())
+    try:
+        value = float(text[:-1]) * factor if factor else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no count; write 30e6 or 30M")
+    return value
+
+
+def millions(value: float) -> str:
+    """Return a count in millions, with three digits: "5.74 M"."""
+    return f"{_digits(value / 1e6)} M"
+
+
+def billions(value: float) -> str:
+    """Return a count in billions, with three digits: "1.26 G"."""
+    return f"{_digits(value / 1e9)} G"
+
+
+def change(before: str, after: str | None) -> str:
+    """Return "before -> after" with the unit once, or "before" alone."""
+    if after is None:
+        return before
+    left, _, unit = before.rpartition(" ")
+    return f"{left if after.endswith(f' {unit}') else before} -> {after}"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def joined(values: Sequence[Any], empty: str = "-") -> str:
+    """Return values separated by commas, or `empty`."""
+    return ", ".join(map(str, values)) or empty
