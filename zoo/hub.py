@@ -136,6 +136,8 @@ def _explained(repo_id: str, filename: str | None = None) -> Iterator[None]:
                 f"{_host()} refused access to {repo_id} ({code}): log in with `hf auth login` or give a token that may."
             ) from error
         raise HubError(f"{_host()} answered {code} for {file}: {_first_line(error)}") from error
+    except ValueError as error:  # the Hub does not accept the front matter of README.md
+        raise HubError(f"{repo_id}: {' '.join(str(error).split())}") from error
     except (HTTPError, OSError) as error:
         raise HubError(f"{file}: {type(error).__name__}: {_first_line(error)}") from error
 

@@ -44,6 +44,8 @@ __all__ = [
     "count_params",
     "latency",
     "peak_memory",
+    "summarize",
+    "time_in_turns",
     "write_catalog",
 ]
 
@@ -97,14 +99,13 @@ class Latency:
         return f"{self.median:.1f} ms ({self.p20:.1f} to {self.p80:.1f}, {self.runs} runs, {self.device})"
 
 
-@torch.inference_mode()
-def compare_latency(
+def time_in_turns(
     calls: Mapping[str, Callable[[], object]],
     *,
     warmup: int = 2,
     runs: int = 15,
     device: str | torch.device = "cpu",
-) -> dict[str, Latency]:
+) -> dict[str, list[float]]:
     """Time several calls in turns, so that a busy moment of the machine falls on all of them alike.
 
     Args:
@@ -112,6 +113,9 @@ def compare_latency(
         warmup: Untimed rounds.
         runs: Timed rounds.
         device: Where the work runs; it is waited for before the clock is read.
+
+    Returns:
+        Name -> milliseconds in each round.
 
     Raises:
         ValueError: `runs` is less than 1.
@@ -128,7 +132,20 @@ def compare_latency(
             _wait_for(device)
             if turn >= warmup:
                 times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: _summary(values, device) for name, values in times.items()}
+    return times
+
+
+@torch.inference_mode()
+def compare_latency(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    warmup: int = 2,
+    runs: int = 15,
+    device: str | torch.device = "cpu",
+) -> dict[str, Latency]:
+    """Time several calls in turns, without gradients, and summarise each; arguments as for `time_in_turns`."""
+    times = time_in_turns(calls, warmup=warmup, runs=runs, device=device)
+    return {name: summarize(values, device) for name, values in times.items()}
 
 
 def latency(
@@ -143,14 +160,15 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _summary(values: list[float], device: torch.device) -> Latency:
+def summarize(values: list[float], device: str | torch.device = "cpu") -> Latency:
+    """Return median and fifths of times in milliseconds, measured on `device`."""
     fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
     return Latency(
         median=statistics.median(values),
         p20=fifths[0],
         p80=fifths[3],
         runs=len(values),
-        device=device.type,
+        device=torch.device(device).type,
         threads=torch.get_num_threads(),
     )
 
@@ -233,7 +251,9 @@ def write_catalog(path: str | Path = catalog.PATH) -> dict[str, dict[str, Any]]:
 
 
 def _dump(models: Mapping[str, Any]) -> str:
-    return json.dumps(models, indent=1, ensure_ascii=False) + "\n"
+    """One model a line, so that a change of one model is a change of one line."""
+    lines = (f"{json.dumps(name)}: {json.dumps(facts, ensure_ascii=False)}" for name, facts in models.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _is_ours(name: str) -> bool:
@@ -291,15 +311,14 @@ def _input_size(cfg: Any) -> tuple[int, int, int]:
 def _measured(name: str, cfg: Any) -> dict[str, Any]:
     """Build a model without memory and count it before and after merging."""
     shape = _input_size(cfg)
-    with torch.device("meta"):
-        model = timm.create_model(name).eval()
-        sample = torch.empty(1, *shape)
-        facts: dict[str, Any] = {"input_size": list(shape)}
-        if isinstance(cfg, RestorationCfg):
-            facts |= {"scale": cfg.scale, "any_size": True}
-        facts |= {"params": count_params(model), "macs": count_macs(model, sample)}
-        if reparameterize(model, measure=False).layers:
-            facts |= {"merged_params": count_params(model), "merged_macs": count_macs(model, sample)}
+    model = timm.create_model(name, device="meta").eval()
+    sample = torch.empty(1, *shape, device="meta")
+    facts: dict[str, Any] = {"input_size": list(shape)}
+    if isinstance(cfg, RestorationCfg):
+        facts |= {"scale": cfg.scale, "any_size": True}
+    facts |= {"params": count_params(model), "macs": count_macs(model, sample)}
+    if reparameterize(model, measure=False).layers:
+        facts |= {"merged_params": count_params(model), "merged_macs": count_macs(model, sample)}
     return facts
 
 

@@ -172,6 +172,11 @@ class RePaMlpMixer(MlpMixer):
             dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=reduction) for i in range(num_blocks)
         ]
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Name no parameter: there is no position embedding; biases and norms are exempt by their shape."""
+        return set()
+
 
 def _init_ffn(module: nn.Module) -> None:
     """Start as timm's Mixer does: Xavier-uniform for the undivided hidden layer, biases near zero."""

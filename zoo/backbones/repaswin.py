@@ -17,7 +17,6 @@ from timm.layers import (
     calculate_drop_path_rates,
     resample_patch_embed,
     resize_rel_pos_bias_table,
-    to_2tuple,
 )
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage, WindowAttention
@@ -130,7 +129,7 @@ class RePaSwin(SwinTransformer):
         embed_dim: Channels C of the first stage; each stage doubles them.
         depths: Blocks of each stage.
         num_heads: Attention heads of each stage.
-        window_size: Side of a window, tokens.
+        window_size: Side of a window, tokens; a pair is (height, width), one pair a stage is possible.
         mlp_ratio: Hidden channels of the feed-forward layers, over C.
         idle_ratio: Share of hidden channels without activation, 0 ... 1.
         channel_idle: False activates every channel, whatever `idle_ratio`.
@@ -161,7 +160,7 @@ class RePaSwin(SwinTransformer):
         embed_dim: int = 96,
         depths: tuple[int, ...] = (2, 2, 6, 2),
         num_heads: tuple[int, ...] = (3, 6, 12, 24),
-        window_size: int | tuple[int, int] = 7,
+        window_size: int | tuple[int, int] | tuple[tuple[int, int], ...] = 7,
         mlp_ratio: float = 4.0,
         idle_ratio: float = 0.75,
         channel_idle: bool = True,
@@ -188,16 +187,16 @@ class RePaSwin(SwinTransformer):
             embed_dim=embed_dim,
             depths=(0,) * len(depths),  # timm's blocks would be built only to be replaced
             num_heads=num_heads,
-            window_size=window_size,
+            window_size=window_size,  # type: ignore[arg-type]  # timm takes a pair a stage too
             dynamic_img_size=dynamic_img_size,
             drop_rate=drop_rate,
             device=device,
             dtype=dtype,
         )
         rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
-        window = to_2tuple(window_size)
+        windows = cast(tuple[tuple[int, int], ...], self._ref_window_sizes)  # one a stage
         for i, layer in enumerate(self.layers):
-            stage, dim = cast(SwinTransformerStage, layer), embed_dim * 2**i
+            stage, dim, window = cast(SwinTransformerStage, layer), embed_dim * 2**i, windows[i]
             hidden_dim = int(dim * mlp_ratio)
             active_dim = active_channels(hidden_dim, idle_ratio if channel_idle else 0.0)
             stage.depth = depths[i]
@@ -205,7 +204,7 @@ class RePaSwin(SwinTransformer):
                 *(
                     RePaSwinBlock(
                         dim,
-                        stage.output_resolution,
+                        cast(tuple[int, int], stage.output_resolution),
                         num_heads[i],
                         hidden_dim,
                         active_dim,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from zoo import catalog
-from zoo.cli.output import UsageError, billions, change, joined, millions, number, print_json, print_table, table
+from zoo.cli.output import billions, change, joined, millions, number, print_json, print_table, table
 
 _SORT = {
     "name": lambda name, facts: name,
@@ -23,7 +23,9 @@ _SORT = {
 def add_parser(subparsers: Any) -> None:
     """Add `list` and `info`."""
     parser = subparsers.add_parser("list", help="list the models", description="List the models that fit all options.")
-    parser.add_argument("pattern", nargs="?", default="*", help="name with wildcards, for example 'repa*' (default: all)")
+    parser.add_argument(
+        "pattern", nargs="?", default="*", help="name with wildcards, for example 'repa*' (default: all)"
+    )
     parser.add_argument("--task", help="classification, sr, denoise, generation, ...")
     parser.add_argument("--license", help="with weights under this licence, for example apache-2.0")
     parser.add_argument("--max-params", type=number, metavar="N", help="at most so many parameters: 30e6 or 30M")
@@ -103,8 +105,6 @@ def run_info(args: argparse.Namespace) -> int:
     if args.json:
         print_json(facts)
         return 0
-    if args.quiet:
-        raise UsageError("-q leaves nothing of `zoo info`; use --json for programs.")
     tag = facts.get("tag")
     shown = facts | facts["weights"][tag] if tag else facts
     head = table("", "", title=f"{args.name}: {facts['summary']}")
@@ -137,7 +137,10 @@ def _lines(facts: dict[str, Any], shown: dict[str, Any], tag: str | None) -> Ite
     yield "task", facts["task"] + (f" x{facts['scale']}" if facts.get("scale", 1) > 1 else "")
     yield "paper", joined([part for part in (facts["paper"], *map(_link, facts["paper_ids"])) if part], "")
     yield "authors' code", facts["origin"] or ""
-    yield "input", f"{_size(shown)} pixels" + (" (* any size works; MACs are for this one)" if "any_size" in shown else "")
+    yield (
+        "input",
+        f"{_size(shown)} pixels" + (" (* any size works; MACs are for this one)" if "any_size" in shown else ""),
+    )
     yield "parameters", change(millions(shown["params"]), _merged(shown, "params", millions)) + _merging(shown)
     yield "MACs", change(billions(shown["macs"]), _merged(shown, "macs", billions)) + _merging(shown)
     if tag:

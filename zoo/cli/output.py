@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from rich.progress import Progress
     from rich.table import Table
 
@@ -20,13 +21,17 @@ __all__ = [
     "UsageError",
     "billions",
     "change",
+    "check_target",
+    "joined",
     "millions",
     "note",
     "number",
+    "pick_device",
     "print_json",
     "print_table",
     "progress",
     "replacing",
+    "silent",
     "table",
 ]
 
@@ -82,7 +87,6 @@ def progress(args: argparse.Namespace) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    silent = args.quiet or args.json or not sys.stderr.isatty()
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -90,8 +94,31 @@ def progress(args: argparse.Namespace) -> Progress:
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
-        disable=silent,
+        disable=silent(args),
     )
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of a name; "auto" is CUDA where there is one.
+
+    Raises:
+        UsageError: There is no such device here.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"There is no device {name!r} here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def silent(args: argparse.Namespace) -> bool:
+    """Tell whether nobody watches progress."""
+    return args.quiet or args.json or not sys.stderr.isatty()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -70,6 +71,14 @@ def _column(split: Any, kind: str, usual: Sequence[str]) -> str:
     return named[0]
 
 
+def _read_rgb(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise OSError(f"{path} cannot be read as an image: {error}.") from error
+
+
 def open_labelled_images(
     data_dir: str,
     split: str,
@@ -80,29 +89,36 @@ def open_labelled_images(
     """Open one split of a folder of class folders, a folder of Parquet files, or a data set on the Hub.
 
     Args:
-        data_dir: `DIR` with `DIR/<split>/<class>/*.jpg`, `DIR` with `<split>*.parquet`, or a Hub name `org/name`.
+        data_dir: `DIR` with `DIR/<split>/<class>/*.jpg`, `DIR` with `<split>*.parquet`, or a Hub name `org/name`. A
+            folder wins over a Hub name.
         split: "train", "test", ...; "validation" also finds the usual other names ("val", "valid", "test").
         transform: Applied to each RGB PIL image.
         image_key: Image column of Parquet or Hub data.
         label_key: Label column of Parquet or Hub data.
 
     Raises:
-        FileNotFoundError: The folder exists but holds neither.
-        ValueError: The data set has no such split.
+        FileNotFoundError: The folder does not exist, or holds neither.
+        ValueError: The data set has no such split, or a column cannot be told.
     """
     wanted = _VALIDATION_SPLITS if split == "validation" else (split,)
     folder = Path(data_dir)
     if folder.is_dir():
         for name in wanted:
             if (folder / name).is_dir():
-                return ImageFolder(str(folder / name), transform)
+                return ImageFolder(str(folder / name), transform, loader=_read_rgb)
         if not any(folder.rglob("*.parquet")):
             raise FileNotFoundError(
                 f"{folder} holds neither {wanted[0]}/<class>/ folders of images nor Parquet files with a {wanted[0]} split."
             )
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", data_dir) or data_dir.startswith("."):
+        raise FileNotFoundError(f"There is no folder {data_dir}, and a data set on the Hub is called org/name.")
     from datasets import load_dataset
 
-    splits = load_dataset(data_dir)
+    try:
+        splits = load_dataset(data_dir)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise FileNotFoundError(f"The data set {data_dir} cannot be opened: {reason}") from error
     for name in wanted:
         if name in splits:
             return LabelledImages(splits[name], transform, image_key, label_key)

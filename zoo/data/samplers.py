@@ -16,7 +16,8 @@ __all__ = ["LateLoader", "ResumableSampler", "SeededDataset"]
 class SeededDataset(Dataset[Any]):
     """Draw the random augmentation of every sample from (seed, epoch, index).
 
-    Workers, their number and an interruption then change nothing. The process's own random state is left as it was.
+    Workers, their number and an interruption then change nothing. The process's own random state is left as it was. A
+    third number in the key tells repetitions of a sample within an epoch apart.
 
     Args:
         data: Map-style data set whose samples may use Python's, NumPy's and PyTorch's global generators.
@@ -29,10 +30,10 @@ class SeededDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, ...]) -> Any:
+        index = key[1]
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        draw = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]
+        draw = np.random.SeedSequence((self.seed, *key)).generate_state(1)[0]
         random.seed(int(draw))
         np.random.seed(draw)
         torch.default_generator.manual_seed(int(draw))
@@ -47,7 +48,7 @@ class SeededDataset(Dataset[Any]):
 class ResumableSampler(DistributedSampler[Any]):
     """Shuffle by (seed, epoch), split over processes, and start where an interrupted epoch stopped.
 
-    Yields (epoch, index) for a `SeededDataset`. `zoo.tasks.callbacks.ExactResume` sets `start` after a resume.
+    Yields (epoch, index) for a `SeededDataset`, and (epoch, index, n) for the n-th repetition. `zoo.tasks.callbacks.ExactResume` sets `start` after a resume.
 
     Args:
         data: The data set; only its length is used.
@@ -65,13 +66,14 @@ class ResumableSampler(DistributedSampler[Any]):
     def __len__(self) -> int:
         return self.size // self.num_replicas
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[int, ...]]:  # type: ignore[override]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.size, generator=generator).repeat_interleave(self.repeats)
         own = order[self.rank :: self.num_replicas][: len(self)].tolist()
         start, self.start = self.start, 0
-        for index in own[start:]:
-            yield self.epoch, index
+        for place, index in enumerate(own[start:], start):
+            repetition = (self.rank + place * self.num_replicas) % self.repeats
+            yield (self.epoch, index, repetition) if repetition else (self.epoch, index)
 
 
 class LateLoader(DataLoader[Any]):

@@ -11,13 +11,14 @@ import inspect
 from typing import Any, ClassVar
 
 import torch
-from diffusers import CacheMixin, DiTTransformer2DModel
+from diffusers import CacheMixin, DiTTransformer2DModel, ModelMixin
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-__all__ = ["PixelDiT"]
+# `DiffusionPipeline.from_pretrained` looks for the name ModelMixin here to learn how the class is loaded.
+__all__ = ["ModelMixin", "PixelDiT"]
 
 
 class SharedConditioning(nn.Module):

@@ -22,7 +22,8 @@ class ExactResume(Callback):
 
     Random states of Python, NumPy and PyTorch (all devices) are saved per process and restored, and the training
     sampler skips the samples that its epoch has had. Validation gets random numbers of its own, so that it does not
-    matter whether it ran before or after the interruption. The data module must use `ResumableSampler`,
+    matter whether it ran before or after the interruption. In a new run, processes after the first get random numbers of
+    their own. The data module must use `ResumableSampler`,
     `SeededDataset` and `LateLoader`; a checkpoint between two optimizer steps of an accumulated gradient loses what was
     accumulated.
     """
@@ -47,6 +48,8 @@ class ExactResume(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue where the checkpoint was written; the loader has not asked its sampler for anything yet."""
         if self._restored is None:
+            if trainer.global_rank > 0:  # noise, mixing and dropout of the processes must not be the same
+                _seed(torch.initial_seed() + trainer.global_rank)
             return
         state, self._restored = self._restored, None
         _set_random_state(state)
@@ -67,6 +70,12 @@ class ExactResume(Callback):
         if self._before_validation is not None:
             _set_random_state(self._before_validation)
             self._before_validation = None
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def _random_state() -> dict[str, Any]:

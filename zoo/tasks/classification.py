@@ -7,10 +7,13 @@ from typing import Any
 
 import timm
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
+from torchvision.utils import make_grid
 
 from zoo.layers.init import mimetic_init_
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
@@ -36,6 +39,7 @@ class Classification(TimmOptimModule):
         mimetic_init: Start attention layers as `zoo.layers.init.mimetic_init_` does.
         low_res: (side in pixels, share of all steps): train on images shrunk to this side first, which is cheaper, then
             at full size. The model must take both, for example by `dynamic_img_size`.
+        log_images: Number of validation images written to TensorBoard, framed green where the class is right, else red.
 
     Raises:
         ValueError: `freeze` names no parameter.
@@ -55,6 +59,7 @@ class Classification(TimmOptimModule):
         channels_last: bool = False,
         mimetic_init: bool = False,
         low_res: tuple[int, float] | None = None,
+        log_images: int = 16,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -69,7 +74,7 @@ class Classification(TimmOptimModule):
                 parameter.requires_grad_(False)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model.to(memory_format=self.memory_format)
-        self.optim, self.low_res = optim, low_res
+        self.optim, self.low_res, self.log_images = optim, low_res, log_images
         self.mix = None
         if mixup > 0 or cutmix > 0:
             self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
@@ -88,6 +93,8 @@ class Classification(TimmOptimModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, targets = batch
         if self.mix is not None:
+            if len(images) % 2:
+                raise ValueError(f"mixup and cutmix pair images: batch_size must be even, got {len(images)}.")
             images, targets = self.mix(images, targets)
         if self.low_res and self.global_step < self.low_res[1] * self.trainer.estimated_stepping_batches:
             images = nn.functional.interpolate(images, size=self.low_res[0], mode="bilinear", antialias=True)
@@ -95,16 +102,35 @@ class Classification(TimmOptimModule):
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, metrics: nn.ModuleDict) -> None:
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, metrics: nn.ModuleDict) -> Tensor:
+        """Measure a batch and return the predicted classes (B,)."""
         images, targets = batch
         logits = self(images).float()
         self.log(f"{stage}/loss", nn.functional.cross_entropy(logits, targets), sync_dist=True)
         for name, metric in metrics.items():
             metric(logits, targets)
             self.log(f"{stage}/{name}", metric, prog_bar=name == "acc1")
+        return logits.argmax(1)
+
+    @rank_zero_only
+    def _log_pictures(self, images: Tensor, right: Tensor) -> None:
+        """Write images (B, C, H, W) to TensorBoard, in frames that say whether their class was right (B,)."""
+        loggers = [logger for logger in self.loggers if isinstance(logger, TensorBoardLogger)]
+        images, right = images[: self.log_images].float().cpu(), right[: self.log_images].long().cpu()
+        if not loggers or not len(images):
+            return
+        low, high = images.amin(), images.amax()
+        shown = ((images - low) / (high - low).clamp_min(1e-6)).expand(-1, 3, -1, -1)
+        frames = torch.tensor([[0.85, 0.1, 0.1], [0.1, 0.7, 0.1]])[right]  # red, green
+        framed = frames[:, :, None, None].repeat(1, 1, images.shape[2] + 4, images.shape[3] + 4)
+        framed[:, :, 2:-2, 2:-2] = shown
+        for logger in loggers:
+            logger.experiment.add_image("val/images", make_grid(framed, nrow=8), self.global_step)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "val", self.val_metrics)
+        predicted = self._evaluate(batch, "val", self.val_metrics)
+        if batch_idx == 0 and not self.trainer.sanity_checking and batch[0].shape[1] in (1, 3):
+            self._log_pictures(batch[0], predicted == batch[1])
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "test", self.test_metrics)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lightning import LightningModule
 from timm.optim import create_optimizer_v2
@@ -23,11 +23,15 @@ class OptimConfig:
         weight_decay: Decoupled where the optimizer is; not applied to biases, norms and `no_weight_decay()`.
         betas: Of Adam-like optimizers; None keeps theirs.
         layer_decay: Factor per layer from the head down (fine-tuning); None is off.
-        sched: timm schedule name: "cosine", "linear"-like "poly", "step", or "none".
+        sched: "cosine" or "poly" (a straight line) down to `min_lr`, "step" (a tenth after each 30 % of all steps),
+            "constant", or "none" (no warm-up either).
         warmup: Share of all steps with linearly rising learning rate.
         warmup_lr: Learning rate of the first step.
         min_lr: Learning rate of the last step.
         options: More arguments of timm's `create_optimizer_v2`, for example `fallback_list` of Muon.
+
+    Raises:
+        ValueError: A rate is negative, or `warmup` is no share.
     """
 
     opt: str = "adamw"
@@ -35,11 +39,18 @@ class OptimConfig:
     weight_decay: float = 0.05
     betas: tuple[float, float] | None = None
     layer_decay: float | None = None
-    sched: str = "cosine"
+    sched: Literal["cosine", "poly", "step", "constant", "none"] = "cosine"
     warmup: float = 0.05
     warmup_lr: float = 1e-6
     min_lr: float = 1e-6
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "warmup_lr", "min_lr"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup is a share of all steps and must lie in 0 ... 1, got {self.warmup}.")
 
 
 class TimmOptimModule(LightningModule):
@@ -63,7 +74,8 @@ class TimmOptimModule(LightningModule):
             optimizer,
             cfg.sched,
             num_epochs=steps,
-            decay_epochs=steps,
+            decay_epochs=max(1, round(0.3 * steps)),
+            decay_rate=1.0 if cfg.sched == "poly" else 0.1,  # for "poly" this is the exponent
             warmup_epochs=warmup,
             warmup_lr=cfg.warmup_lr,
             min_lr=cfg.min_lr,

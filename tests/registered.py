@@ -1,0 +1,92 @@
+"""Every registered model, for tests that hold for all of them: a new family is tested without a new test.
+
+Tests of numbers take the smallest variant of each family. Where that is slow on a CPU, `TINY` makes it smaller; a family
+without an entry is tested as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
+
+from zoo import catalog
+from zoo.factory import families
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Arguments that make the smallest variant of a family fast, and the side of its input in pixels."""
+
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    size: int | None = None
+
+
+TINY = {
+    "repavit": Tiny(dict(img_size=32, patch_size=8, embed_dim=48, depth=2), 32),
+    "repaswin": Tiny(dict(img_size=64, embed_dim=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 2, 4), window_size=4), 64),
+    "repamlpmixer": Tiny(dict(img_size=32, patch_size=8, embed_dim=48, num_blocks=2), 32),
+    "repapoolformer": Tiny(dict(depths=(1, 1, 1, 1), dims=(16, 24, 32, 40)), 64),
+    "cfsr": Tiny(dict(embed_dim=16, depths=(1, 1)), 16),
+}
+
+
+def _names(kind: str) -> dict[str, list[str]]:
+    found = {}
+    for module in families():
+        if module.__name__.startswith(f"zoo.{kind}."):
+            family = module.__name__.rpartition(".")[2]
+            found[family] = [n for n in timm.list_models() if timm.models.model_entrypoint(n).__module__ == module.__name__]
+    return {family: names for family, names in found.items() if names}
+
+
+BACKBONES = _names("backbones")
+RESTORERS = _names("restoration")
+FAMILIES = {**BACKBONES, **RESTORERS}
+ALL_NAMES = [name for names in FAMILIES.values() for name in names]
+
+
+def smallest(family: str) -> str:
+    """Return the variant of a family with the fewest parameters."""
+    return min(FAMILIES[family], key=lambda name: catalog.load().get(name, {}).get("params", float("inf")))
+
+
+def build(family: str, **kwargs: Any) -> nn.Module:
+    """Build the tiny smallest variant of a family in evaluation mode, ten classes, every weight random."""
+    tiny = TINY.get(family, Tiny())
+    classes = {"num_classes": 10} if family in BACKBONES else {}
+    torch.manual_seed(0)
+    return randomize(timm.create_model(smallest(family), **{**classes, **tiny.kwargs, **kwargs})).eval()
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """Give all weights and statistics random values, because zeros and ones hide what is not used or not folded."""
+    generator = torch.Generator().manual_seed(0)
+    for name, value in model.state_dict().items():
+        if not value.is_floating_point() or name.endswith("edge_masks"):
+            continue
+        if name.endswith("running_var"):
+            value.uniform_(0.5, 2.0, generator=generator)
+        elif value.ndim <= 1:
+            offset = 1.0 if name.endswith("weight") else 0.0
+            value.copy_(offset + 0.2 * torch.randn(value.shape, generator=generator))
+        else:
+            fan_in = value[0].numel()
+            value.copy_(torch.randn(value.shape, generator=generator) * min(0.2, fan_in**-0.5))
+    return model
+
+
+def images(family: str, batch: int = 2, channels: int = 3, size: tuple[int, int] | None = None) -> Tensor:
+    """Return a random input of a family's tiny model."""
+    side = TINY.get(family, Tiny()).size or get_pretrained_cfg(smallest(family)).input_size[-1]
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(batch, channels, *(size or (side, side)), generator=generator)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference over the largest expected value."""
+    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-12))

@@ -1,0 +1,186 @@
+"""Publishing and downloading with the real Hub client, against a local server that speaks the Hub's API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from denoisers import pixel_dit
+from diffusers import DDIMScheduler
+from hub_server import HubServer, Repository
+from huggingface_hub import constants
+
+import zoo
+from zoo import hub
+from zoo.cli import main
+from zoo.diffusion import PixelDiTPipeline
+from zoo.weights import CheckpointError, save_checkpoint
+
+pytestmark = pytest.mark.enable_socket
+TINY = dict(embed_dim=16, depth=2, num_heads=2, img_size=16, patch_size=8, num_classes=3)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """Start a Hub of our own and point the client at it, with an empty cache and nobody logged in."""
+    server = HubServer()
+    _use_hub(monkeypatch, server.url, tmp_path / "cache")
+    yield server
+    server.stop()
+
+
+def _use_hub(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
+    """Set what HF_ENDPOINT, HF_HUB_CACHE and so on set when the client is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with a tiny timm model, laid out as a model card is."""
+    model = timm.create_model("repavit_tiny", **TINY)
+    digest = save_checkpoint(model.state_dict(), tmp_path / "tiny" / "model.safetensors")
+    config = {
+        "architecture": "repavit_tiny",
+        "num_classes": 3,
+        "model_args": {key: value for key, value in TINY.items() if key != "num_classes"},
+        "pretrained_cfg": {"input_size": [3, 16, 16], "first_conv": "patch_embed.proj", "classifier": "head"},
+    }
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tiny" / "README.md").write_text(
+        f"---\nlicense: mit\nsha256: {{model.safetensors: {digest}}}\n---\n\n#"
+    )
+    return tmp_path / "tiny"
+
+
+def test_round_trip_of_a_timm_model(server: HubServer, folder: Path) -> None:
+    """What is uploaded in one commit comes back, bit for bit, through timm and through zoo."""
+    url = hub.upload(folder, "org/tiny", token="secret")
+    repository = server.repositories["org/tiny"]
+    assert url == f"{server.url}/org/tiny/commit/{repository.sha}"
+    assert repository.commits == 1
+    assert sorted(repository.files) == ["README.md", "config.json", "model.safetensors"]
+    x = torch.rand(1, 3, 16, 16)
+    expected = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(x)
+    assert torch.equal(timm.create_model("hf-hub:org/tiny", pretrained=True).eval()(x), expected)
+    assert torch.equal(zoo.create_model("org/tiny")(x), expected)
+    assert torch.equal(zoo.create_model(f"org/tiny@{repository.sha}")(x), expected)
+
+
+def test_download_uses_the_cache(server: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is fetched once; offline it is still found."""
+    hub.upload(folder, "org/tiny", token="secret")
+    path = hub.download("org/tiny", "model.safetensors")
+    assert path.read_bytes() == (folder / "model.safetensors").read_bytes()
+    fetched = sum(request.startswith("GET /cdn/") for request in server.requests)
+    assert hub.download("org/tiny", "model.safetensors") == path
+    assert sum(request.startswith("GET /cdn/") for request in server.requests) == fetched == 1
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub.download("org/tiny", "model.safetensors") == path
+
+
+def test_flipped_byte_in_the_cache_is_found(server: HubServer, folder: Path) -> None:
+    """The Hub's own digest of a large file is compared, whether or not a card came with it."""
+    hub.upload(folder, "org/tiny", token="secret")
+    blob = hub.download("org/tiny", "model.safetensors").resolve()
+    assert hub.blob_digest(blob) == blob.name
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        timm.create_model("hf-hub:org/tiny", pretrained=True)
+
+
+def test_round_trip_of_a_denoiser(server: HubServer, tmp_path: Path) -> None:
+    """A diffusers folder comes back as a pipeline and as its transformer."""
+    pipeline = PixelDiTPipeline(pixel_dit(), DDIMScheduler())
+    pipeline.save_pretrained(tmp_path / "dit")
+    hub.upload(tmp_path / "dit", "org/dit", token="secret")
+    loaded = zoo.create_pipeline("org/dit")
+    model = zoo.create_model("org/dit")
+    for key, value in pipeline.transformer.state_dict().items():
+        assert torch.equal(loaded.transformer.state_dict()[key], value)
+        assert torch.equal(model.state_dict()[key], value)
+
+
+def test_publish_command(
+    server: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`zoo publish` refuses a bad card, uploads nothing in a dry run, and prints the commit."""
+    assert main(["publish", str(folder), "--repo-id", "org/tiny", "--token", "secret"]) == 1
+    assert "no metrics" in capsys.readouterr().err
+    monkeypatch.setattr("zoo.cards.check_card", lambda folder: [])
+    assert main(["publish", str(folder), "--repo-id", "org/tiny", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["commit"] is None
+    assert not server.repositories
+    assert main(["publish", str(folder), "--repo-id", "org/tiny", "--token", "secret", "-q"]) == 0
+    assert capsys.readouterr().out.strip() == f"{server.url}/org/tiny/commit/{server.repositories['org/tiny'].sha}"
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "filename", "expected"),
+    [
+        ("org/none", "config.json", "shows no repository 'org/none'"),
+        ("org/open", "none.bin", "has no file 'none.bin'"),
+        ("org/open@v9", "config.json", "no such revision"),
+        ("org/gated", "config.json", "gated"),
+        ("a/b/c", "config.json", "must be 'org/name'"),
+    ],
+)
+def test_download_errors_are_one_clear_line(server: HubServer, repo_id: str, filename: str, expected: str) -> None:
+    server.repositories |= {"org/open": Repository(), "org/gated": Repository(gated=True)}
+    with pytest.raises(hub.HubError, match=expected) as caught:
+        hub.download(repo_id, filename)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_model_names_the_repository(server: HubServer) -> None:
+    with pytest.raises(hub.HubError, match="org/none"):
+        zoo.create_model("org/none")
+
+
+def test_upload_errors(server: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No token, a wrong one, and a card that the Hub does not take."""
+    for token in (None, "wrong"):
+        with pytest.raises(hub.HubError, match="log in with `hf auth login`"):
+            hub.upload(folder, "org/tiny", token=token)
+    (folder / "README.md").write_text("no front matter")
+    with pytest.raises(hub.HubError, match="no front matter"):
+        hub.upload(folder, "org/tiny", token="secret")
+    server.broken.add("/api/repos/create")
+    with pytest.raises(hub.HubError, match="answered 400"):
+        hub.upload(folder, "org/tiny", token="secret")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(hub.HubError, match="HF_HUB_OFFLINE"):
+        hub.upload(folder, "org/tiny", token="secret")
+
+
+def test_offline_names_the_file_to_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HF_HUB_OFFLINE answers at once, and no socket is opened."""
+    _use_hub(monkeypatch, "https://hub.example", tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(hub.HubError, match=r"hf download org/tiny model\.safetensors"):
+        hub.download("org/tiny", "model.safetensors")
+
+
+def test_no_connection_names_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = HubServer()
+    _use_hub(monkeypatch, server.url, tmp_path)
+    server.stop()  # nobody listens on this port now
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between its retries
+    with pytest.raises(hub.HubError, match="127.0.0.1:.* cannot be reached"):
+        hub.download("org/tiny", "config.json")
+    with pytest.raises(hub.HubError, match="ConnectError"):
+        hub.upload(tmp_path, "org/tiny", token="secret")

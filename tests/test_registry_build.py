@@ -1,0 +1,101 @@
+"""Every registered model builds, under a name of its own, with the parameters that the catalogue states."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import timm
+from registered import ALL_NAMES, BACKBONES, FAMILIES, TINY, build, smallest
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, model_entrypoint
+
+from zoo import catalog
+from zoo.cfg import ModelCfg, RestorationCfg
+
+
+def test_families_are_found() -> None:
+    """Guard the parametrisation itself: an empty list would pass everything."""
+    assert {"repavit", "repaswin", "repamlpmixer", "repapoolformer", "cfsr"} <= set(FAMILIES)
+    assert len(ALL_NAMES) >= 22
+    assert set(TINY) <= set(FAMILIES), "TINY names a family that does not exist"
+
+
+@pytest.mark.parametrize("name", ALL_NAMES)
+def test_builds_on_meta_with_stated_parameters(name: str) -> None:
+    model = timm.create_model(name, device="meta")
+    assert {str(parameter.device) for parameter in model.parameters()} == {"meta"}
+    assert sum(parameter.numel() for parameter in model.parameters()) == catalog.load()[name]["params"]
+
+
+def test_catalogue_is_complete() -> None:
+    """`zoo list` shows every registered model and nothing else (denoisers apart)."""
+    listed = {name for name, facts in catalog.load().items() if facts["task"] != "generation"}
+    assert listed == set(ALL_NAMES), "run `make catalog`"
+
+
+@pytest.mark.parametrize("name", ALL_NAMES)
+def test_description(name: str) -> None:
+    """The docstring, the cfgs and their tags say what `zoo info` shows."""
+    assert model_entrypoint(name).__doc__, f"{name} has no docstring"
+    cfgs = get_arch_pretrained_cfgs(name)
+    assert cfgs, f"{name} has no default_cfgs entry"
+    for full, cfg in cfgs.items():
+        assert isinstance(cfg, ModelCfg), full
+        assert cfg.paper_ids, full
+        assert cfg.origin_url or cfg.license, full
+        assert cfg.input_size[0] == 3, full
+        if isinstance(cfg, RestorationCfg):
+            assert cfg.num_classes == 0, full
+            assert cfg.scale >= 1, full
+            assert cfg.multiple_of >= 1, full
+        else:
+            model = timm.create_model(name, device="meta", **cfg.model_args)
+            own = dict(model.named_modules())
+            assert cfg.classifier in own, full
+            assert cfg.first_conv in own, full
+            assert own[cfg.first_conv].weight.shape[1] == 3, full
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unknown_argument_is_refused(family: str) -> None:
+    """A mistyped argument must not vanish in **kwargs."""
+    with pytest.raises(TypeError, match="idel_ratio"):
+        timm.create_model(smallest(family), device="meta", idel_ratio=0.5)
+
+
+def test_no_name_of_timm_is_replaced() -> None:
+    """Our names are new: timm alone knows none of them."""
+    code = "import timm, sys; known = set(timm.list_models()); sys.exit(','.join(n for n in sys.argv[1:] if n in known))"
+    done = subprocess.run([sys.executable, "-c", code, *ALL_NAMES], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"timm has these already: {done.stderr}"
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+def test_weight_tags_change_arguments(family: str) -> None:
+    """`model_args` of a tag are used, and the caller's arguments win over them."""
+    tags = [full for name in FAMILIES[family] for full in get_arch_pretrained_cfgs(name)]
+    with_args = [full for full in tags if get_pretrained_cfg(full).model_args]
+    for full in with_args:
+        cfg = get_pretrained_cfg(full)
+        model = timm.create_model(full, device="meta", num_classes=7)
+        assert model.num_classes == 7
+        if "img_size" in cfg.model_args:
+            embed = getattr(model, "patch_embed", None) or model.stem
+            assert embed.img_size == (cfg.model_args["img_size"],) * 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_seed_same_weights(family: str) -> None:
+    """Building twice from one seed gives one model; every weight has a value."""
+    import torch
+
+    def fresh() -> dict[str, torch.Tensor]:
+        torch.manual_seed(5)
+        return timm.create_model(smallest(family), **TINY[family].kwargs).state_dict()
+
+    first, second = fresh(), fresh()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+        assert torch.isfinite(value).all(), key
+    assert build(family).training is False

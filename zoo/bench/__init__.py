@@ -1,0 +1,7 @@
+"""Benchmarks: two sides in one process and in turns, after a check that both compute the same."""
+
+from zoo.bench.models import compare_models
+from zoo.bench.report import Benchmark, Check, Entry, Goal, Ratio
+from zoo.bench.timing import BenchError, Settings
+
+__all__ = ["BenchError", "Benchmark", "Check", "Entry", "Goal", "Ratio", "Settings", "compare_models"]

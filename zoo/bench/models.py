@@ -1,0 +1,233 @@
+"""Compare models by name: classifiers, restorers or denoisers, merged unless told otherwise."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from zoo import catalog, factory
+from zoo.bench.memory import in_fresh_process, peak_growth
+from zoo.bench.report import Benchmark, Check, Entry, Goal
+from zoo.bench.timing import Progress, Settings, cast, compare, environment, now, require_close, torch_threads
+from zoo.cfg import ModelCfg
+from zoo.ffn.reparam import reparameterize
+from zoo.profiling import count_macs, count_params, peak_memory
+
+__all__ = ["Subject", "compare_models"]
+
+_RESTORER_SIZE = 256  # pixels a side, where a network takes any size
+
+
+@dataclass(kw_only=True)
+class Subject:
+    """A model that is ready to be timed.
+
+    Args:
+        name: What it is called in the table.
+        source: The name that it was built from.
+        merged: It was re-parameterised.
+        task: "classification", "sr", "generation", ...
+        model: In evaluation mode.
+        inputs: Arguments of `forward` by position.
+        named: Arguments of `forward` by name.
+        checks: What was compared when it was merged.
+    """
+
+    name: str
+    source: str
+    merged: bool
+    task: str
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
+    named: dict[str, Any]
+    checks: tuple[Check, ...] = ()
+
+    def __call__(self) -> Any:
+        return self.model(*self.inputs, **self.named)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Top-1 accuracy in percent from the model's card; None without one."""
+        architecture, _, tag = self.source.partition(".")
+        weight = catalog.load().get(architecture, {}).get("weights", {}).get(tag, {})
+        found = [metric["value"] for metric in weight.get("metrics", ()) if "top-1" in metric["name"].lower()]
+        return found[0] if found else None
+
+    @torch.no_grad()
+    def macs(self) -> int:
+        """Count multiply-accumulates of one call on the meta device, where attention is counted; the weights go."""
+        named = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in self.named.items()}
+        return count_macs(self.model.to("meta"), *(value.to("meta") for value in self.inputs), **named)
+
+
+def subject(
+    name: str,
+    settings: Settings,
+    *,
+    size: int | None = None,
+    merge: bool = True,
+    check: bool = True,
+    label: str | None = None,
+) -> Subject:
+    """Build a model with random weights (a denoiser: with its own) and an input for it.
+
+    Args:
+        name: Registered name of ours or timm's, or a published denoiser.
+        settings: Batch, type and device.
+        size: Height and width of the input in pixels; None is the model's own.
+        merge: Re-parameterise what can be.
+        check: Check in float32 that merging leaves the output as it is.
+        label: What it is called in the table; None is its name.
+
+    Raises:
+        ValueError: There is no such model; the message names the nearest.
+        BenchError: Merging changes the output.
+    """
+    known = catalog.load().get(name.partition(".")[0], {})
+    torch.manual_seed(0)
+    denoiser = known.get("task") == "generation"
+    model = factory.create_model(name, pretrained=denoiser, **_size_arguments(known, size))
+    model = model.eval().requires_grad_(False)
+    task, shape = ("generation", None) if denoiser else _task_of(model)
+    if denoiser:
+        side = size or model.config.sample_size
+        shape = (model.config.in_channels, side, side)
+    elif size is not None or task != "classification":
+        shape = (shape[0], size or _RESTORER_SIZE, size or _RESTORER_SIZE)
+    x = torch.randn(1, *shape) if task in ("classification", "generation") else torch.rand(1, *shape)
+    named: dict[str, Any] = {}
+    if denoiser:
+        named = dict(timestep=torch.full((1,), 500.0), class_labels=torch.zeros(1, dtype=torch.long), return_dict=False)
+    checks: tuple[Check, ...] = ()
+    merged = False
+    if merge:
+        with torch.inference_mode():
+            before = _first(model(x, **named)) if check else None
+            merged = bool(reparameterize(model, measure=False).layers)
+            if merged and before is not None:
+                checks = (require_close(f"{name} merged and as it is trained", _first(model(x, **named)), before),)
+    cast(model, settings)
+    batched = x.expand(settings.batch, *shape).contiguous().to(settings.device, settings.torch_dtype)
+    if denoiser:
+        named["timestep"] = named["timestep"].expand(settings.batch).to(settings.device)
+        named["class_labels"] = named["class_labels"].expand(settings.batch).to(settings.device)
+    return Subject(
+        name=label or (f"{name} (merged)" if merged else name),
+        source=name,
+        merged=merged,
+        task=task,
+        model=model,
+        inputs=(batched,),
+        named=named,
+        checks=checks,
+    )
+
+
+def _size_arguments(known: dict[str, Any], size: int | None) -> dict[str, Any]:
+    """Return what tells a classifier of ours its input size; timm's own get none, since not all take it."""
+    fixed = known.get("task") == "classification" and size is not None
+    return {"img_size": size} if fixed else {}
+
+
+def _task_of(model: nn.Module) -> tuple[str, tuple[int, ...]]:
+    cfg = model.pretrained_cfg
+    task = cfg.task if isinstance(cfg, ModelCfg) else "classification"
+    return task, tuple(resolve_model_data_config(model)["input_size"])
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _peak(each: Subject, settings: Settings, size: int | None) -> int:
+    """Return the bytes by which memory grows in one call."""
+    if torch.device(settings.device).type == "cuda":
+        return peak_memory(each, settings.device)
+    return in_fresh_process(_peak_here, each.source, settings, size, each.merged)
+
+
+def _peak_here(name: str, settings: Settings, size: int | None, merge: bool) -> int:
+    with torch_threads(settings.threads):
+        return peak_growth(subject(name, settings, size=size, merge=merge, check=False))
+
+
+def compare_models(
+    names: Sequence[str],
+    settings: Settings = Settings(),  # noqa: B008  frozen
+    *,
+    size: int | None = None,
+    merge: bool = True,
+    memory: bool = False,
+    goal: float | None = None,
+    name: str = "models",
+    title: str | None = None,
+    progress: Progress | None = None,
+) -> Benchmark:
+    """Time models in turns.
+
+    With one name that can be merged, its merged form runs against its training form. Otherwise the first is compared
+    with the second, the reference; further ones are compared with the reference too.
+
+    Args:
+        names: Registered names.
+        settings: How to measure.
+        size: Height and width of the inputs in pixels; None is each model's own (restorers: 256).
+        merge: Re-parameterise what can be.
+        memory: Measure the peak memory of one call too, on the CPU each in a process of its own.
+        goal: How many times as fast as the second the first should be.
+        name: Short name of the benchmark.
+        title: What is compared, in words; None names the models.
+        progress: Told after each step.
+
+    Raises:
+        ValueError: A name is unknown or repeated, or the models do different tasks.
+        BenchError: Merging changes an output.
+    """
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"Give one or more different models, got {', '.join(names) or 'none'}.")
+    with torch_threads(settings.threads):
+        subjects = [subject(model, settings, size=size, merge=merge) for model in names]
+        if len({each.task for each in subjects}) > 1:
+            tasks = ", ".join(f"{model}: {each.task}" for model, each in zip(names, subjects, strict=True))
+            raise ValueError(f"Models of different tasks cannot be compared: {tasks}.")
+        if len(subjects) == 1 and subjects[0].checks:
+            subjects.append(subject(names[0], settings, size=size, merge=False, label=f"{names[0]} (training form)"))
+        reference = subjects[1].name if len(subjects) > 1 else subjects[0].name
+        with torch.inference_mode():
+            timed = compare({each.name: each for each in subjects}, settings, reference=reference, progress=progress)
+        peaks = [_peak(each, settings, size) if memory else None for each in subjects]
+        entries = tuple(
+            Entry(
+                name=each.name,
+                time=timed[each.name][0],
+                speedup=timed[each.name][1],
+                params=count_params(each.model),
+                macs=each.macs(),
+                peak_bytes=peak,
+                values={} if each.accuracy is None else {"top-1 accuracy (%)": each.accuracy},
+            )
+            for each, peak in zip(subjects, peaks, strict=True)
+        )
+    first = entries[0].speedup
+    goals = ()
+    if goal is not None and first is not None:
+        goals = (Goal(what=f"{entries[0].name} against {reference}, times as fast", value=first.median, wanted=goal),)
+    shapes = {"x".join(map(str, each.inputs[0].shape[1:])) for each in subjects}
+    return Benchmark(
+        name=name,
+        title=title or " against ".join(entry.name for entry in entries[:2]) + (" and others" if entries[2:] else ""),
+        conditions=settings.conditions(input=" and ".join(sorted(shapes))),
+        environment=environment(settings.device),
+        date=now(),
+        reference=reference if len(subjects) > 1 else None,
+        entries=entries,
+        checks=tuple(itertools.chain.from_iterable(each.checks for each in subjects)),
+        goals=goals,
+        notes=("Random weights: they do not change the time.",) if subjects[0].task != "generation" else (),
+    )

@@ -1,0 +1,1 @@
+"""Whether restoration stays within its memory budget."""

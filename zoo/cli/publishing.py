@@ -1,0 +1,115 @@
+"""`zoo verify` and `zoo publish`: check model cards, and put them on the Hub."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from zoo.cli.output import UsageError, note, print_json, print_table, progress, table
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `verify` and `publish`."""
+    parser = subparsers.add_parser(
+        "verify",
+        help="check model cards and their weights",
+        description="Check cards and weights: digests, finite values, strict loading, metrics with protocols, pictures.",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME.TAG", help="published weights, or folders of cards")
+    parser.add_argument("--all", action="store_true", help="all cards of this distribution")
+    parser.set_defaults(run=run_verify)
+
+    parser = subparsers.add_parser(
+        "publish",
+        help="put a model on the Hugging Face Hub",
+        description="Check a model card with its weights, then upload its folder to the Hub in one commit.",
+    )
+    parser.add_argument("name", metavar="NAME.TAG", help="published weights, or the folder of a card")
+    parser.add_argument("--repo-id", required=True, metavar="ORG/NAME", help="repository; it is made if need be")
+    parser.add_argument("--dry-run", action="store_true", help="check and list the files, upload nothing")
+    parser.add_argument("--token", help="access token (default: that of `hf auth login`, or HF_TOKEN)")
+    parser.add_argument("--message", help="first line of the commit")
+    parser.set_defaults(run=run_publish)
+
+
+def _folder(name: str) -> Path:
+    """Return the card folder of a published name, or of a path."""
+    from zoo.cards import published
+    from zoo.catalog import nearest
+
+    known = {folder.name: folder for folder in published()}
+    if name in known:
+        return known[name]
+    if Path(name).is_dir():
+        return Path(name)
+    near = nearest(name, list(known))
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    raise UsageError(f"There is no card of {name!r}. {hint}Cards: {', '.join(known) or 'none'}.")
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Check the cards; exit code 1 if one has a problem."""
+    from zoo.cards import check_card, published
+
+    if bool(args.names) == args.all:
+        raise UsageError("Give names, or --all." if not args.names else "Give names or --all, not both.")
+    folders = published() if args.all else [_folder(name) for name in args.names]
+    found: dict[str, list[str]] = {}
+    with progress(args) as bar:
+        for folder in bar.track(folders, description="checking"):
+            found[folder.name] = check_card(folder)
+    bad = sum(bool(problems) for problems in found.values())
+    if args.json:
+        print_json([{"name": name, "ok": not problems, "problems": problems} for name, problems in found.items()])
+    elif args.quiet:
+        for name, problems in found.items():
+            if problems:
+                print(name)
+    else:
+        rows = table("card", "result")
+        for name, problems in found.items():
+            rows.add_row(name, "\n".join(problems) or "good")
+        print_table(rows, f"{len(found) - bad} of {len(found)} good.")
+    return 1 if bad else 0
+
+
+def run_publish(args: argparse.Namespace) -> int:
+    """Check a card and upload it; exit code 1 if the card has a problem."""
+    from zoo import hub
+    from zoo.cards import check_card
+
+    folder = _folder(args.name)
+    with progress(args) as bar:
+        bar.add_task("checking", total=None)
+        problems = check_card(folder)
+    files = hub.files_of(folder)
+    result: dict[str, Any] = {
+        "name": folder.name,
+        "repo_id": args.repo_id,
+        "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
+        "problems": problems,
+        "commit": None,
+    }
+    if not problems and not args.dry_run:
+        result["commit"] = hub.upload(folder, args.repo_id, token=args.token, message=args.message)
+    if args.json:
+        print_json(result)
+    elif args.quiet:
+        print(result["commit"] or "")
+    else:
+        rows = table("file", "bytes", right=("bytes",), title=f"{folder.name} for {args.repo_id}")
+        for name, size in result["files"].items():
+            rows.add_row(name, f"{size:,}")
+        print_table(rows)
+    if problems:
+        raise _Unfit(f"{folder.name} is not fit to publish: {' '.join(problems)}")
+    if args.dry_run:
+        note(args, "Dry run: the card is good, nothing was uploaded.")
+    elif not args.quiet and not args.json:
+        print_table(f"Published: {result['commit']}")
+    return 0
+
+
+class _Unfit(RuntimeError):
+    """A card with problems: exit code 1."""
