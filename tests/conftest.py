@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +16,21 @@ import torch
 _SHARED = Path(__file__).resolve().parents[2] / "shared"  # a folder beside the checkout, where there is one
 
 
+_CACHE = tempfile.mkdtemp(prefix="zoo-tests-")
+os.environ["HF_HOME"] = _CACHE  # before the Hub's libraries are imported: tests leave nothing in the user's cache
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the Hub fails at once instead of after its retries
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Give each of several test processes one thread: more of them would only wait for each other."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the Hub fails at once instead of after its retries
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the caches of this process."""
+    shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

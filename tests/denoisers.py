@@ -14,6 +14,7 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
 )
+from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
 from zoo.diffusion import PixelDiT
@@ -39,9 +40,15 @@ def dit() -> DiTTransformer2DModel:
     """Return diffusers' DiT of 4 classes."""
     return randomize(
         DiTTransformer2DModel(
-            num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=3, sample_size=8, num_embeds_ada_norm=4
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=4,
+            num_layers=3,
+            sample_size=8,
+            num_embeds_ada_norm=4,
         )
-    )  # fmt: skip
+    )
 
 
 def pixart() -> PixArtTransformer2DModel:
@@ -132,7 +139,7 @@ def condition(model: nn.Module, batch: int, seed: int = 0) -> tuple[Tensor, Inpu
     def noise(*shape: int) -> Tensor:
         return torch.randn(batch, *shape, generator=generator)
 
-    kind = type(model).__name__
+    kind = type(unwrap_module(model)).__name__
     if kind in ("PixelDiT", "DiTTransformer2DModel"):
         labels = torch.randint(0, 4, (batch,), generator=generator)
         return noise(model.config.in_channels, 8, 8), {"class_labels": labels}

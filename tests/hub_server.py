@@ -84,9 +84,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(200, self.server.uploads[path.removeprefix("/cdn/")])
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._resolve(*found.groups())
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
-            if self.command == "GET":
-                return self._describe(found[1], found[2])
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
+        if found and self.command == "GET":
+            return self._describe(found[1], found[2])
         if self.headers.get("Authorization") != "Bearer secret" and not path.startswith("/lfs/"):
             return self._json({"error": "Invalid username or password."}, 401)
         if path == "/api/repos/create":
@@ -189,7 +189,8 @@ class _Handler(BaseHTTPRequestHandler):
             digest = hashlib.sha256(content).hexdigest()
             self.server.uploads.setdefault(digest, content)
             size = {"X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{digest}"'}
-            self._send(302, headers={"Location": f"{self.server.url}/cdn/{digest}", **size, **commit})
+            elsewhere = f"http://localhost:{self.server.server_port}/cdn/{digest}"  # the Hub sends to another host
+            self._send(302, headers={"Location": elsewhere, **size, **commit})
         else:
             self._send(200, content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', **commit})
 

@@ -27,9 +27,9 @@ class Tiny:
 
 
 TINY = {
-    "repavit": Tiny(dict(img_size=32, patch_size=8, embed_dim=48, depth=2), 32),
+    "repavit": Tiny(dict(img_size=32, patch_size=8, embed_dim=48, depth=3), 32),
     "repaswin": Tiny(dict(img_size=64, embed_dim=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 2, 4), window_size=4), 64),
-    "repamlpmixer": Tiny(dict(img_size=32, patch_size=8, embed_dim=48, num_blocks=2), 32),
+    "repamlpmixer": Tiny(dict(img_size=32, patch_size=8, embed_dim=48, num_blocks=3), 32),
     "repapoolformer": Tiny(dict(depths=(1, 1, 1, 1), dims=(16, 24, 32, 40)), 64),
     "cfsr": Tiny(dict(embed_dim=16, depths=(1, 1)), 16),
 }

@@ -197,7 +197,7 @@ def create_pipeline(name: str, **kwargs: Any) -> Any:
         import zoo.diffusion  # noqa: F401  makes our classes known to diffusers
     except ImportError as error:
         raise ImportError(
-            f"Diffusion pipelines need the 'diffusion' extra ({error.name} is missing): pip install 'ffn-zoo[diffusion]'"
+            f"Diffusion pipelines need {error.name}, which is missing: pip install 'ffn-zoo[diffusion]'."
         ) from error
     path = Path(name)
     if not path.is_dir() and "/" not in name:

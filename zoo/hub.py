@@ -12,6 +12,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -123,6 +124,8 @@ def _explained(repo_id: str, filename: str | None = None) -> Iterator[None]:
     except LocalEntryNotFoundError as error:
         if is_offline():
             cause = "HF_HUB_OFFLINE is set"
+        elif isinstance(error.__cause__, FileMetadataError):
+            cause = f"{_host()} does not answer as a Hub does (HF_ENDPOINT, proxy?)"
         else:
             cause = f"{_host()} cannot be reached"
         raise HubError(

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import os
 import pickle
+import struct
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -49,6 +50,21 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 WEIGHTS_NAME = "model.safetensors"
 _WRAPPERS = ("params_ema", "params", "state_dict_ema", "state_dict", "model_ema", "model", "model_state", "net")
+
+
+# what safetensors and the unpickler raise on files that are damaged or something else altogether
+_UNREADABLE = (
+    SafetensorError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    struct.error,
+)
 
 
 class CheckpointError(ValueError):
@@ -130,14 +146,19 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, Te
                 f"{path} needs unsafe unpickling (it holds more than tensors) and is refused; convert it to safetensors"
                 " where you trust it."
             ) from error
-        raise CheckpointError(f"{path} is not a readable weight file: {str(error).splitlines()[0]}") from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is not a readable weight file: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} is not a readable weight file: {_reason(error)}") from error
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{path} is not a readable weight file: {_reason(error)}") from error
     state_dict = _unwrap(loaded, path)
     bad = [key for key, value in state_dict.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
         raise CheckpointError(f"{path} holds values that are not finite in {_some(bad)}.")
     return state_dict
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _read(path: Path) -> Any:

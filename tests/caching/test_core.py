@@ -58,8 +58,8 @@ LOSSY = {
         spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 1001)
     ),
 }
-# full computations of the last block's first attention within 6 steps
-COMPUTED = {"first-block": 1, "taylor": 3, "mag": 3, "pyramid": 3}
+# how often the first attention of the last block is computed in 6 steps
+COMPUTED = {"first-block": 1, "taylor": 3, "mag": 2, "pyramid": 3}
 
 
 class Count:
@@ -76,7 +76,8 @@ class Count:
 
 
 def last_attention(model: nn.Module) -> nn.Module:
-    return model.get_submodule(attention_modules(model)[-1])
+    last = list(transformer_blocks(model))[-1]
+    return model.get_submodule(next(name for name in attention_modules(model) if name.startswith(last)))
 
 
 def assert_clean(model: nn.Module) -> None:
@@ -299,7 +300,10 @@ def refused(model: Any, config: Any, error: type[Exception] = ValueError) -> str
         (PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=0), "must be None or a whole number"),
         (FasterCacheConfig(unconditional_batch_skip_range=0), "unconditional_batch_skip_range must be"),
         (FasterCacheConfig(tensor_format="HWC"), "tensor_format"),
-        (TaylorSeerCacheConfig(cache_identifiers=["blocks.attn"]), r"match no module of DiTTransformer2DModel. Modules"),
+        (
+            TaylorSeerCacheConfig(cache_identifiers=["blocks.attn"]),
+            r"match no module of DiTTransformer2DModel. Modules",
+        ),
         (TaylorSeerCacheConfig(skip_predict_identifiers=["proj_out_2"]), "match no module"),
         (TaylorSeerCacheConfig(use_lite_mode=True), "has none: its blocks would be left out"),
         (PyramidAttentionBroadcastConfig(spatial_attention_block_identifiers=("nowhere",)), "no module to work on"),
@@ -461,12 +465,11 @@ def test_model_can_be_copied_and_pickled_afterwards() -> None:
 @pytest.mark.slow
 def test_compiled_blocks() -> None:
     """Compile first, enable the cache second: the same result as eagerly."""
-    eager, compiled = pixel_dit(), pixel_dit()
+    eager, compiled = pixel_dit(num_layers=2), pixel_dit(num_layers=2)
     compiled.load_state_dict(eager.state_dict())
     compiled.compile_repeated_blocks(backend="eager")
-    for config in (LOSSY["first-block"], LOSSY["taylor"]):
-        with cached(eager, config), cached(compiled, config):
-            torch.testing.assert_close(denoise(compiled), denoise(eager), rtol=1e-4, atol=1e-5)
+    with cached(eager, LOSSY["taylor"]), cached(compiled, LOSSY["taylor"]):
+        torch.testing.assert_close(denoise(compiled, 4), denoise(eager, 4), rtol=1e-4, atol=1e-5)
     assert isinstance(compiled, PixelDiT)
 
 

@@ -172,7 +172,10 @@ def test_eta_reaches_the_scheduler() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"class_labels": "cta"}, "No class is called 'cta'. Did you mean 'cat'\\? The classes are cat, dog, frog, ship"),
+        (
+            {"class_labels": "cta"},
+            "No class is called 'cta'. Did you mean 'cat'\\? The classes are cat, dog, frog, ship",
+        ),
         ({"class_labels": "Ship"}, "Did you mean 'ship'"),
         ({"class_labels": [0, 4]}, "from 0 to 3, got 4"),
         ({"class_labels": -1}, "from 0 to 3, got -1"),

@@ -34,7 +34,15 @@ def test_state_dict_keys_are_published_api() -> None:
     block = "transformer_blocks.1."
     assert {key.removeprefix(block) for key in keys if key.startswith(block)} == {
         f"{name}.{leaf}"
-        for name in ("norm1.linear", "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
+        for name in (
+            "norm1.linear",
+            "attn1.to_q",
+            "attn1.to_k",
+            "attn1.to_v",
+            "attn1.to_out.0",
+            "ff.net.0.proj",
+            "ff.net.2",
+        )
         for leaf in ("weight", "bias")
     }
     assert {key for key in keys if not key.startswith("transformer_blocks.")} == {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,6 @@ def fit(
     callbacks: list[Callback] = [
         ExactResume(), EMAWeightAveraging(decay=0.7, update_starting_at_step=2), losses, every_step, Checkpoints(root)
     ]  # fmt: skip
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = Trainer(

@@ -175,10 +175,10 @@ class RePaPoolFormer(MetaFormer):
             stage.blocks.apply(self._init_weights)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        head = cast(Any, self.head)
-        x = head.flatten(head.global_pool(head.norm(x)))  # timm's MetaFormer pools before the norm
-        x = head.drop(x)
-        return x if pre_logits else head.fc(x)
+        x = self.head.norm(x)  # type: ignore[operator]
+        x = self.head.flatten(self.head.global_pool(x))  # type: ignore[operator]
+        x = self.head.drop(x)  # type: ignore[operator]
+        return x if pre_logits else self.head.fc(x)  # type: ignore[operator]
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -246,12 +246,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         if authors:
             key = re.sub(r"^layers\.(\d+)\.downsample\.", lambda found: f"layers.{int(found[1]) + 1}.downsample.", key)
             key = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
-        if key == "patch_embed.proj.weight" and value.shape[-2:] != own[key].shape[-2:]:
+        if key == "patch_embed.proj.weight" and value.ndim == 4 and value.shape[-2:] != own[key].shape[-2:]:
             value = resample_patch_embed(value, list(own[key].shape[-2:]))
-        if key.endswith(".relative_position_bias_table") and key in own and value.shape != own[key].shape:
-            attention = model.get_submodule(key.rpartition(".")[0])
-            assert isinstance(attention, WindowAttention)
-            value = resize_rel_pos_bias_table(value, attention.window_size, tuple(own[key].shape))
+        if key.endswith(".relative_position_bias_table") and key in own and len(value) != len(own[key]):
+            square, heads = math.isqrt(len(value)) ** 2 == len(value), value.shape[1:] == own[key].shape[1:]
+            if square and heads:  # otherwise strict loading says what is wrong
+                window = cast(WindowAttention, model.get_submodule(key.rpartition(".")[0])).window_size
+                value = resize_rel_pos_bias_table(value, window, tuple(own[key].shape))
         converted[key] = value
     return convert_ffn_keys(converted, model)
 

@@ -242,7 +242,7 @@ class RePaViT(VisionTransformer):
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Convert the authors' keys, in training or merged form, to ours; our own keys pass unchanged.
 
-    A patch embedding or position embedding of another size is resampled.
+    A patch embedding, or a position embedding of a square grid, of another size is resampled.
 
     Args:
         state_dict: Weights in the authors' or our naming.
@@ -259,16 +259,18 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
             for leaf in ("weight", "bias"):
                 if f"{theirs}.{leaf}" in state_dict:
                     state_dict[f"{ours}.{leaf}"] = state_dict.pop(f"{theirs}.{leaf}")
-    patch, kernel = state_dict.get("patch_embed.proj.weight"), own["patch_embed.proj.weight"].shape[-2:]
-    if patch is not None and patch.shape[-2:] != kernel:
-        state_dict["patch_embed.proj.weight"] = resample_patch_embed(patch, list(kernel))
-    position = state_dict.get("pos_embed")
-    if position is not None and position.shape[1] != own["pos_embed"].shape[1]:
-        state_dict["pos_embed"] = resample_abs_pos_embed(
-            position,
-            new_size=list(model.get_submodule("patch_embed").grid_size),  # type: ignore[arg-type]
-            num_prefix_tokens=int("cls_token" in own),
-        )
+    patch, own_patch = state_dict.get("patch_embed.proj.weight"), own["patch_embed.proj.weight"]
+    if patch is not None and patch.ndim == 4 and patch.shape[-2:] != own_patch.shape[-2:]:
+        state_dict["patch_embed.proj.weight"] = resample_patch_embed(patch, list(own_patch.shape[-2:]))
+    position, prefix = state_dict.get("pos_embed"), int("cls_token" in own)
+    if (
+        position is not None
+        and position.shape[1:] != own["pos_embed"].shape[1:]
+        and position.shape[-1] == own["pos_embed"].shape[-1]
+        and math.isqrt(position.shape[1] - prefix) ** 2 == position.shape[1] - prefix  # else strict loading says it
+    ):
+        grid = cast(Any, model).patch_embed.grid_size
+        state_dict["pos_embed"] = resample_abs_pos_embed(position, new_size=list(grid), num_prefix_tokens=prefix)
     return convert_ffn_keys(state_dict, model)
 
 

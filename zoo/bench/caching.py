@@ -1,1 +1,308 @@
-"""What caches of diffusion models save, and what they cost: time and PSNR, against fewer steps in the same time."""
+"""What caches of diffusion models save and what they cost: time and PSNR, beside fewer steps in the same time."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import zoo
+from zoo.bench.report import Benchmark, Entry
+from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
+
+__all__ = ["PSNR", "RECOGNISED", "CacheSetting", "builtin_settings", "caching", "magnitude_ratios", "measure_caches"]
+
+PSNR = "PSNR (dB)"
+RECOGNISED = "recognised (%)"
+SAME_TIME_STEPS = "steps in the same time"
+SAME_TIME_PSNR = "their PSNR (dB)"
+NO_CACHE = "no cache"
+
+Classify = Callable[[Tensor], Tensor]
+"""Images (B, C, H, W) in [0, 1] -> predicted class numbers (B,)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSetting:
+    """A cache to measure.
+
+    Args:
+        method: Its name, for people.
+        setting: What is set, for people, for example "threshold 0.1".
+        config: As `zoo.enable_cache` takes it.
+    """
+
+    method: str
+    setting: str
+    config: Any
+
+    @property
+    def name(self) -> str:
+        """Method and setting."""
+        return f"{self.method}, {self.setting}"
+
+
+def builtin_settings(pipe: Any, labels: Sequence[int], *, steps: int, guidance_scale: float) -> list[CacheSetting]:
+    """Return settings of each cache of diffusers, mild to strong; runs the pipeline once to calibrate MagCache."""
+    from diffusers import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+    from diffusers.hooks import MagCacheConfig, SeaCacheConfig, TaylorSeerCacheConfig, TextKVCacheConfig
+
+    from zoo.diffusion.blocks import as_patterns, attention_modules, feed_forward_modules
+
+    model = pipe.transformer
+    modules = as_patterns([*attention_modules(model), *feed_forward_modules(model)])
+    found = [
+        CacheSetting(
+            method="First Block Cache", setting=f"threshold {value}", config=FirstBlockCacheConfig(threshold=value)
+        )
+        for value in (0.05, 0.1, 0.2)
+    ]
+    found += [
+        CacheSetting(
+            method="TaylorSeer",
+            setting=f"every {interval} steps",
+            config=TaylorSeerCacheConfig(
+                cache_interval=interval,
+                max_order=1,
+                cache_identifiers=modules,
+                taylor_factors_dtype=model.dtype,
+            ),
+        )
+        for interval in (2, 3, 5)
+    ]
+    ratios = magnitude_ratios(pipe, labels, steps=steps, guidance_scale=guidance_scale)
+    found += [
+        CacheSetting(
+            method="MagCache",
+            setting=f"threshold {value}",
+            config=MagCacheConfig(threshold=value, num_inference_steps=steps, mag_ratios=list(ratios)),
+        )
+        for value in (0.06, 0.24)
+    ]
+    found += [
+        CacheSetting(
+            method="Pyramid Attention Broadcast",
+            setting=f"every {skip} steps",
+            config=PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=skip),
+        )
+        for skip in (2, 4)
+    ]
+    faster = FasterCacheConfig(tensor_format="BCHW", attention_weight_callback=_half)
+    found.append(CacheSetting(method="FasterCache", setting="defaults", config=faster))
+    found.append(CacheSetting(method="SeaCache", setting="defaults", config=SeaCacheConfig()))
+    found.append(CacheSetting(method="Text KV Cache", setting="defaults", config=TextKVCacheConfig()))
+    return found
+
+
+def _half(module: Any) -> float:
+    """FasterCache's weight of the attention extrapolation, diffusers' default without its warning."""
+    return 0.5
+
+
+def magnitude_ratios(pipe: Any, labels: Sequence[int], *, steps: int, guidance_scale: float) -> list[float]:
+    """Calibrate MagCache: run the pipeline once and return how the blocks' residual changes from step to step."""
+    from diffusers.hooks import MagCacheConfig
+
+    printed = io.StringIO()  # diffusers prints them; there is no other way to them
+    with (
+        zoo.cached(pipe, MagCacheConfig(calibrate=True, num_inference_steps=steps)),
+        contextlib.redirect_stdout(printed),
+    ):
+        pipe(list(labels), num_inference_steps=steps, guidance_scale=guidance_scale, seed=1, output_type="latent")
+    lists = [line for line in printed.getvalue().splitlines() if line.startswith("[")and line.endswith("]")]
+    if not lists:
+        raise RuntimeError("MagCache's calibration gave no ratios: diffusers prints them in another form now.")
+    return [float(ratio) for ratio in ast.literal_eval(lists[-1])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheResults:
+    """What `measure_caches` found.
+
+    Args:
+        entries: The uncached run, the caches, then fewer steps; compared with the uncached run.
+        images: Images (B, C, H, W) in [0, 1] of each entry, by its name.
+        refused: Why a setting cannot work on this pipeline, by its name.
+    """
+
+    entries: tuple[Entry, ...]
+    images: dict[str, Tensor]
+    refused: dict[str, str]
+
+    @property
+    def uncached(self) -> Entry:
+        """The run without a cache."""
+        return self.entries[0]
+
+
+def measure_caches(
+    pipe: Any,
+    labels: Sequence[int],
+    candidates: Sequence[CacheSetting],
+    settings: Settings,
+    *,
+    steps: int = 50,
+    guidance_scale: float = 3.0,
+    classify: Classify | None = None,
+    progress: Progress | None = None,
+) -> CacheResults:
+    """Run a pipeline without a cache, with each cache, and with as many steps as fit into each cache's time.
+
+    All runs start from the same noise. PSNR compares with the images without a cache, over all images together.
+
+    Args:
+        pipe: A class-conditional pipeline without a cache.
+        labels: Class numbers, one an image.
+        candidates: Caches to measure.
+        settings: Rounds, threads and device; the type is the pipeline's, the batch is the number of labels.
+        steps: Of the scheduler, without and with caches.
+        guidance_scale: Weight of classifier-free guidance.
+        classify: A classifier, to count the images that it recognises as the class asked for.
+        progress: Told after each run.
+    """
+    images: dict[str, Tensor] = {}
+    uncached = f"{NO_CACHE}, {steps} steps"
+
+    def generate(name: str, count: int, config: Any = None) -> Callable[[], None]:
+        def call() -> None:
+            context = contextlib.nullcontext() if config is None else zoo.cached(pipe, config)
+            with context:
+                images[name] = pipe(
+                    list(labels),
+                    num_inference_steps=count,
+                    guidance_scale=guidance_scale,
+                    seed=0,
+                    output_type="pt",
+                ).images
+
+        return call
+
+    refused: dict[str, str] = {}
+    calls = {uncached: generate(uncached, steps)}
+    for candidate in candidates:
+        try:
+            with zoo.cached(pipe, candidate.config):
+                pass
+        except (ValueError, TypeError) as error:
+            refused[candidate.name] = str(error)
+        else:
+            calls[candidate.name] = generate(candidate.name, steps, candidate.config)
+    methods = {candidate.name: candidate.method for candidate in candidates}
+    timed = compare(calls, settings, reference=uncached, progress=_stage(progress, "with and without caches"))
+    same_time = {
+        name: max(1, min(steps, round(steps / speed.median))) for name, (_, speed) in timed.items() if speed is not None
+    }
+    ladder = {f"{NO_CACHE}, {count} steps": count for count in sorted(set(same_time.values()) - {steps}, reverse=True)}
+    if ladder:
+        fewer = {name: generate(name, count) for name, count in ladder.items()}
+        again = compare(
+            {uncached: calls[uncached], **fewer},
+            settings,
+            reference=uncached,
+            progress=_stage(progress, "fewer steps"),
+        )
+        timed |= {name: again[name] for name in fewer}
+    reference = images[uncached]
+
+    def entry(name: str) -> Entry:
+        values = {} if name == uncached else {PSNR: psnr_of_all(images[name], reference)}
+        if classify is not None:
+            hits = classify(images[name]).cpu() == torch.tensor(list(labels))
+            values[RECOGNISED] = 100 * float(hits.float().mean())
+        if name in same_time:
+            count = same_time[name]
+            values[SAME_TIME_STEPS] = count
+            if count != steps:
+                values[SAME_TIME_PSNR] = psnr_of_all(images[f"{NO_CACHE}, {count} steps"], reference)
+        series = methods.get(name, NO_CACHE)
+        return Entry(name=name, time=timed[name][0], speedup=timed[name][1], values=values, series=series)
+
+    return CacheResults(entries=tuple(entry(name) for name in timed), images=images, refused=refused)
+
+
+def _stage(progress: Progress | None, what: str) -> Progress | None:
+    """Name the stage that a progress report is about."""
+    if progress is None:
+        return None
+    return lambda _, done, total: progress(what, done, total)
+
+
+def psnr_of_all(images: Tensor, reference: Tensor) -> float:
+    """Return the PSNR of all images together, after rounding to 8 bits, dB; infinite if they are equal."""
+    difference = (_to_bytes(images) - _to_bytes(reference)).double()
+    return float(10 * torch.log10(255.0**2 / difference.square().mean()))
+
+
+def _to_bytes(images: Tensor) -> Tensor:
+    return (images.float().clamp(0, 1) * 255).round()
+
+
+def classifier(name: str, device: str = "cpu") -> Classify:
+    """Return a function that classifies images with a published classifier, by its name with tag."""
+    from timm.data import resolve_model_data_config
+
+    model = zoo.create_model(name, pretrained=True).to(device)
+    data = resolve_model_data_config(model)
+    mean, std = (torch.tensor(data[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
+    zoo.reparameterize(model, measure=False)
+
+    @torch.inference_mode()
+    def classify(images: Tensor) -> Tensor:
+        size = tuple(data["input_size"][-2:])
+        if images.shape[-2:] != size:
+            images = torch.nn.functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+        return model((images.to(device) - mean) / std).argmax(1)
+
+    return classify
+
+
+def caching(
+    settings: Settings,
+    progress: Progress | None = None,
+    *,
+    name: str = "pixeldit.cifar10",
+    classifier_name: str = "repavit_tiny.cifar10",
+    steps: int = 50,
+    guidance_scale: float = 3.0,
+) -> list[Benchmark]:
+    """Every cache of diffusers on the shipped denoiser, beside fewer steps in the same time."""
+    pipe = zoo.create_pipeline(name, torch_dtype=settings.torch_dtype).to(settings.device)
+    pipe.set_progress_bar_config(disable=True)
+    classes = pipe.transformer.config.num_classes
+    labels = [index % classes for index in range(settings.batch)]
+    with torch_threads(settings.threads):
+        candidates = builtin_settings(pipe, labels, steps=steps, guidance_scale=guidance_scale)
+        results = measure_caches(
+            pipe,
+            labels,
+            candidates,
+            settings,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            classify=classifier(classifier_name, settings.device),
+            progress=progress,
+        )
+    return [
+        Benchmark(
+            name="cache",
+            title=f"Caches of diffusion steps on {name}",
+            conditions=settings.conditions(
+                scheduler=type(pipe.scheduler).__name__, steps=steps, **{"guidance scale": guidance_scale}
+            ),
+            environment=environment(settings.device),
+            date=now(),
+            reference=results.uncached.name,
+            entries=results.entries,
+            notes=(
+                f"PSNR compares with the images of {results.uncached.name}, from the same noise, all images together.",
+                f"Recognised: share of images that {classifier_name} takes for the class that was asked for.",
+                *(f"Not measured: {setting}. {reason}" for setting, reason in results.refused.items()),
+            ),
+        )
+    ]

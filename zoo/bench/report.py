@@ -257,7 +257,7 @@ def plot(benchmark: Benchmark, path: str | Path) -> Path:
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.add_subplot()
     for index, series in enumerate(dict.fromkeys(entry.series for entry, _, _ in points)):
-        own = sorted((x, y, entry.name) for entry, x, y in points if entry.series == series)
+        own = [(x, y, entry.name.removeprefix(f"{series}, ")) for entry, x, y in points if entry.series == series]
         style = dict(color=f"C{index}", marker="o", label=series or None)
         axes.plot(
             [x for x, _, _ in own], [y for _, y, _ in own], linestyle="-" if series else "", **style  # type: ignore[arg-type]

@@ -83,13 +83,13 @@ def remove_hooks(model: nn.Module, hooks: Sequence[PlacedHook]) -> None:
     for placed in reversed(present):
         placed.registry.remove_hook(placed.name, recurse=False)
     refresh_contexts(model)
-    for module in {id(placed.module): placed.module for placed in present}.values():
+    for module in {id(placed.module): placed.module for placed in hooks}.values():
         _tidy(module)
 
 
 def _tidy(module: nn.Module) -> None:
     """Drop what an empty registry leaves on a module, so that it can be copied and pickled again."""
-    if module._diffusers_hook.hooks:
+    if "_diffusers_hook" not in module.__dict__ or module._diffusers_hook.hooks:
         return
     del module._diffusers_hook
     forward = module.__dict__.get("forward")

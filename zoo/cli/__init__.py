@@ -16,12 +16,17 @@ from typing import Any, NoReturn
 
 import zoo
 from zoo.catalog import nearest
-from zoo.cli import bench, demo, export, images, listing, publishing
+from zoo.cli import export, generate, images, listing, publishing
 from zoo.cli.output import UsageError
 
 __all__ = ["main"]
 
-_MODULES = (listing, images, bench, demo, export, publishing)
+_MODULES: tuple[Any, ...] = (listing, images, generate, export, publishing)
+for _name in ("bench", "demo"):  # temporary, until both exist
+    import importlib.util
+
+    if importlib.util.find_spec(f"zoo.cli.{_name}"):
+        _MODULES += (importlib.import_module(f"zoo.cli.{_name}"),)
 _WRONG_CALL = (ValueError, TypeError, FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 

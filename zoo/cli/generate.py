@@ -24,6 +24,7 @@ _SCHEDULERS = {
 }
 _CACHES = ("none", "first-block", "taylorseer")
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+_COLUMNS = 10  # pictures beside each other in a grid
 _TILE = 96  # smaller pictures are enlarged to at least this many pixels in a grid
 
 
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
                 picture.save(temporary)
     else:
         with replacing(args.output, force=args.force) as temporary:
-            _grid(panels, chosen, names).save(temporary)
+            _grid(panels, names).save(temporary)
     result["output"] = str(args.output)
     _report(args, result)
     return 0
@@ -196,7 +197,7 @@ def _to_pil(images: Any) -> list[Image]:
     return [to_pil_image((image.float() * 255).round().byte()) for image in images]
 
 
-def _grid(panels: list[tuple[str, list[Image]]], labels: list[int], names: list[str]) -> Image:
+def _grid(panels: list[tuple[str, list[Image]]], names: list[str]) -> Image:
     """Draw titled panels below each other, in each one row or more a class with its name."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -204,21 +205,22 @@ def _grid(panels: list[tuple[str, list[Image]]], labels: list[int], names: list[
     side = panels[0][1][0].width
     zoom = max(1, math.ceil(_TILE / side))
     step, gap, head = side * zoom, 4, 28
-    rows = [
-        (name, [i for i, other in enumerate(names) if other == name]) for name in sorted(set(names), key=names.index)
-    ]
-    widest = min(max(len(indices) for _, indices in rows), 10)
-    lines = [(name if not start else "", indices[start : start + widest]) for name, indices in rows
-             for start in range(0, len(indices), widest)]  # fmt: skip
+    rows: list[tuple[str, list[int]]] = []  # a class with many pictures has several, the first with its name
+    for name in sorted(set(names), key=names.index):
+        indices = [index for index, other in enumerate(names) if other == name]
+        rows += [
+            ("" if start else name, indices[start : start + _COLUMNS]) for start in range(0, len(indices), _COLUMNS)
+        ]
+    widest = max(len(indices) for _, indices in rows)
     margin = 16 + max(int(font.getlength(name)) for name, _ in rows)
     title = max(int(font.getlength(text)) for text, _ in panels)
     width = max(margin + widest * (step + gap), title + 16)
-    sheet = Image.new("RGB", (width, len(panels) * (head + len(lines) * (step + gap)) + gap), "white")
+    sheet = Image.new("RGB", (width, len(panels) * (head + len(rows) * (step + gap)) + gap), "white")
     draw, y = ImageDraw.Draw(sheet), 0
     for text, pictures in panels:
         draw.text((8, y + 6), text, "black", font)
         y += head
-        for name, indices in lines:
+        for name, indices in rows:
             draw.text((8, y + step // 2 - 8), name, "black", font)
             for column, index in enumerate(indices):
                 tile = pictures[index].convert("RGB").resize((step, step), Image.Resampling.BICUBIC)

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zoo import catalog
 from zoo.cli.inputs import find_pictures
-from zoo.cli.output import UsageError, print_json, print_table, progress, table
+from zoo.cli.output import UsageError, note, pick_device, print_json, print_table, progress, table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `classify` and `restore`."""
+    parser = subparsers.add_parser(
+        "classify",
+        help="name what is in pictures",
+        description="Print the most probable classes of each picture. Unreadable ones are listed, with exit code 1.",
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="pictures, patterns or folders")
+    parser.add_argument("--model", metavar="NAME.TAG", help="published weights, file, folder or Hub id")
+    parser.add_argument("--topk", type=int, default=3, metavar="K", help="classes for each picture (default: 3)")
+    _add_device(parser)
+    parser.set_defaults(run=run_classify)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
 
 
 def default_model(task: str) -> str:
@@ -17,8 +38,100 @@ def default_model(task: str) -> str:
     Raises:
         UsageError: None are shipped.
     """
-    for name, facts in catalog.select(task=task).items():
+    for name, facts in catalog.load().items():
         for tag, weight in facts["weights"].items():
-            if weight["source"] == "shipped":
+            if facts["task"] == task and weight["source"] == "shipped":
                 return f"{name}.{tag}"
     raise UsageError(f"No weights for {task} are shipped: say --model.")
+
+
+def run_classify(args: argparse.Namespace) -> int:
+    """Classify pictures."""
+    if args.topk < 1:
+        raise UsageError(f"--topk must be at least 1, got {args.topk}.")
+    name = args.model or default_model("classification")
+    _check_task(name, ("classification",), "classify")
+    import torch
+    from timm.data import create_transform, resolve_model_data_config
+
+    from zoo.factory import create_model
+    from zoo.ffn.reparam import reparameterize
+
+    device = pick_device(args.device)
+    model = create_model(name, pretrained=True).eval()
+    labels = _labels(model)
+    reparameterize(model, measure=False)
+    model.to(device, getattr(torch, args.dtype))
+    data = resolve_model_data_config(model)
+    transform = create_transform(**data)
+    mode = "L" if data["input_size"][0] == 1 else "RGB"
+    results: list[dict[str, Any]] = []
+    failed: list[dict[str, str]] = []
+    with progress(args) as bar, torch.inference_mode():
+        for picture in bar.track(find_pictures(args.files), description="classifying"):
+            try:
+                image = transform(read_image(picture.path).convert(mode))[None]
+            except (OSError, ValueError) as error:
+                failed.append({"file": str(picture.path), "error": _one_line(error)})
+                continue
+            logits = model(image.to(device, getattr(torch, args.dtype))).float()
+            top = logits.softmax(-1)[0].topk(min(args.topk, logits.shape[-1]))
+            found = [
+                {"label": labels[index], "index": index, "probability": round(value, 6)}
+                for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+            ]
+            results.append({"file": str(picture.path), "top": found})
+    if args.json:
+        print_json({"model": name, "results": results, "failed": failed})
+    elif args.quiet:
+        for result in results:
+            print(f"{result['file']}\t{result['top'][0]['label']}")
+    elif results:
+        rows = table("picture", "class", "probability", right=("probability",), title=name)
+        for result in results:
+            for rank, entry in enumerate(result["top"]):
+                rows.add_row("" if rank else result["file"], entry["label"], f"{100 * entry['probability']:.1f} %")
+        print_table(rows)
+    return report_failures(args, failed, len(results) + len(failed))
+
+
+def _check_task(name: str, tasks: tuple[str, ...], verb: str) -> None:
+    """Refuse a name of ours whose task is another; unknown names are left to the factory."""
+    facts = catalog.load().get(name.partition(".")[0])
+    if facts is None:
+        return
+    if facts["task"] not in tasks:
+        raise UsageError(f"{name} is a model for {facts['task']}, it cannot {verb}.")
+    if "." not in name and not facts["weights"]:
+        raise UsageError(f"No weights are published for {name}.")
+
+
+def _labels(model: nn.Module) -> list[str]:
+    """Return the names of a model's classes: its own, ImageNet's for 1000 classes, or numbers."""
+    cfg: Any = model.pretrained_cfg
+    count = int(getattr(model, "num_classes", 0))
+    if not count:
+        raise UsageError("This model has no classes.")
+    names = cfg.get("label_names")
+    if names and len(names) == count:
+        return list(names)
+    if count == 1000:
+        from timm.data import ImageNetInfo
+
+        return ImageNetInfo().label_descriptions()
+    return [f"class {index}" for index in range(count)]
+
+
+def report_failures(args: argparse.Namespace, failed: list[dict[str, str]], total: int) -> int:
+    """List inputs that failed on the standard error, and return the exit code."""
+    import sys
+
+    if failed and not args.json:
+        for entry in failed:
+            print(f"zoo: {entry['file']}: {entry['error']}", file=sys.stderr)
+        note(args, f"{len(failed)} of {total} failed.")
+    return 1 if failed else 0
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

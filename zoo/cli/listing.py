@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from zoo import catalog
-from zoo.cli.output import billions, change, joined, millions, number, print_json, print_table, table
+from zoo.cli.output import FailureError, billions, change, joined, millions, number, print_json, print_table, table
 
 _SORT = {
     "name": lambda name, facts: name,
@@ -59,12 +59,8 @@ def run_list(args: argparse.Namespace) -> int:
     near = catalog.nearest(args.pattern.strip("*?"), list(catalog.load()))
     hint = f" Did you mean {' or '.join(near)}?" if near else " `zoo list` shows all."
     if not args.json:
-        raise _Nothing(f"No model fits.{hint}")
+        raise FailureError(f"No model fits.{hint}")
     return 1
-
-
-class _Nothing(LookupError):
-    """A search without result: exit code 1."""
 
 
 def _print_list(chosen: list[tuple[str, dict[str, Any]]]) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = [
+    "FailureError",
     "UsageError",
     "billions",
     "change",
@@ -40,6 +41,10 @@ _PIPE_WIDTH = 200  # columns where the output is no terminal: nothing may be cut
 
 class UsageError(ValueError):
     """The call was wrong; exit code 2."""
+
+
+class FailureError(RuntimeError):
+    """The call was right and did not succeed; exit code 1."""
 
 
 def print_json(data: Any) -> None:
@@ -183,7 +188,7 @@ def billions(value: float) -> str:
 
 def change(before: str, after: str | None) -> str:
     """Return "before -> after" with the unit once, or "before" alone."""
-    if after is None:
+    if after is None or after == before:
         return before
     left, _, unit = before.rpartition(" ")
     return f"{left if after.endswith(f' {unit}') else before} -> {after}"

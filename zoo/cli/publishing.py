@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from zoo.cli.output import UsageError, note, print_json, print_table, progress, table
+from zoo.cli.output import FailureError, UsageError, note, print_json, print_table, progress, table
 
 
 def add_parser(subparsers: Any) -> None:
@@ -14,7 +14,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "verify",
         help="check model cards and their weights",
-        description="Check cards and weights: digests, finite values, strict loading, metrics with protocols, pictures.",
+        description="Check cards and weights: digests, finite values, strict loading, metrics and protocols, pictures.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME.TAG", help="published weights, or folders of cards")
     parser.add_argument("--all", action="store_true", help="all cards of this distribution")
@@ -103,13 +103,9 @@ def run_publish(args: argparse.Namespace) -> int:
             rows.add_row(name, f"{size:,}")
         print_table(rows)
     if problems:
-        raise _Unfit(f"{folder.name} is not fit to publish: {' '.join(problems)}")
+        raise FailureError(f"{folder.name} is not fit to publish: {' '.join(problems)}")
     if args.dry_run:
         note(args, "Dry run: the card is good, nothing was uploaded.")
     elif not args.quiet and not args.json:
         print_table(f"Published: {result['commit']}")
     return 0
-
-
-class _Unfit(RuntimeError):
-    """A card with problems: exit code 1."""

@@ -43,8 +43,8 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         image_key: str | None = None,
         label_key: str | None = None,
     ) -> None:
-        self.image_key = image_key or _column(split, "Image", ("image", "img"))
-        self.label_key = label_key or _column(split, "ClassLabel", ("label", "labels", "fine_label"))
+        self.image_key = _column(split, image_key, "Image", ("image", "img"))
+        self.label_key = _column(split, label_key, "ClassLabel", ("label", "labels", "fine_label"))
         self.split, self.transform = split.select_columns([self.image_key, self.label_key]), transform
         feature = split.features[self.label_key]
         self.classes: list[str] = list(getattr(feature, "names", None) or map(str, sorted(set(split[self.label_key]))))
@@ -58,7 +58,11 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         return (self.transform(image) if self.transform else image), int(row[self.label_key])
 
 
-def _column(split: Any, kind: str, usual: Sequence[str]) -> str:
+def _column(split: Any, chosen: str | None, kind: str, usual: Sequence[str]) -> str:
+    if chosen is not None:
+        if chosen not in split.column_names:
+            raise ValueError(f"The data set has no column {chosen!r}; it has {split.column_names}.")
+        return chosen
     of_kind = [name for name, feature in split.features.items() if type(feature).__name__ == kind]
     if len(of_kind) == 1:
         return of_kind[0]

@@ -156,10 +156,11 @@ class RePaFFN(nn.Module):
         rows = x.reshape(-1, self.dim)  # (B * N, C): products and BatchNorm want plain rows, not (B, C, N)
         if self.linear is not None:
             return self._forward_merged(rows).view(x.shape)
-        if isinstance(self.norm, nn.GroupNorm):
-            rows = self.norm(x.movedim(-1, 1)).movedim(1, -1).reshape(-1, self.dim)
-        elif self.norm is not None:
-            rows = self.norm(rows)
+        if self.norm is not None:
+            if self.feature_norm == "GroupNorm":
+                rows = self.norm(x.movedim(-1, 1)).movedim(1, -1).reshape(-1, self.dim)
+            else:
+                rows = self.norm(rows)
         branches = []
         if self.active_fc1 is not None and self.active_fc2 is not None:
             hidden = F.gelu(self.active_fc1(rows))

@@ -92,9 +92,7 @@ class LargeKernelConv(nn.Conv2d):
     """
 
     def __init__(self, dim: int, kernel_size: int, device: Any = None, dtype: Any = None) -> None:
-        super().__init__(
-            dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype
-        )
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 3, 1, 2)
@@ -218,9 +216,7 @@ def _add_by_strips(x: Tensor, norm: nn.Module, branch: nn.Module, scale: nn.Modu
     for first in range(0, height, rows):
         last, top = min(first + rows, height), max(first - halo, 0)
         strip = norm(x[:, top : min(last + halo, height)])
-        torch.add(
-            x[:, first:last], scale(branch(strip, slice(first - top, last - top))), out=out[:, first:last]
-        )
+        torch.add(x[:, first:last], scale(branch(strip, slice(first - top, last - top))), out=out[:, first:last])
     return out
 
 
@@ -242,10 +238,10 @@ class CFSRBlock(nn.Module):
         self, dim: int, kernel_size: int, mlp_ratio: float, edge_branches: bool, layer_scale_init: float, **dd: Any
     ) -> None:
         super().__init__()
-        self.norm1: nn.Module = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.mixer = ConvMixer(dim, kernel_size, **dd)
         self.scale1: nn.Module = LayerScale(dim, layer_scale_init, **dd)
-        self.norm2: nn.Module = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.ffn = EdgeFFN(dim, int(dim * mlp_ratio), edge_branches, **dd)
         self.scale2: nn.Module = LayerScale(dim, layer_scale_init, **dd)
 
@@ -256,42 +252,46 @@ class CFSRBlock(nn.Module):
         x = x + self.scale1(self.mixer(self.norm1(x)))
         return x + self.scale2(self.ffn(self.norm2(x)))
 
+    def example_input(self) -> Tensor:
+        """Return a random map (1, 16, 16, dim) on which the block can be compared before and after merging."""
+        weight = self.mixer.proj.weight
+        return torch.randn(1, 16, 16, weight.shape[0], device=weight.device, dtype=weight.dtype)
+
     @torch.no_grad()
-    def reparameterize(self) -> None:
+    def reparameterize(self) -> list[str]:
         """Merge the edge filters and fold layer scales and affine norms into the linear layers; exact, in place.
+
+        Returns:
+            What was folded, in words; nothing the second time.
 
         Raises:
             RuntimeError: The block is in training mode.
         """
         if self.training:
-            raise RuntimeError("reparameterize() needs a model in evaluation mode: call model.eval() first.")
-        weight, bias = self.ffn.merged_kernel()
-        if weight is not self.ffn.pos.weight:
+            raise RuntimeError(
+                "CFSRBlock is in training mode, where its weights still change: call model.eval() first."
+            )
+        done = []
+        if self.ffn.edge_scale is not None:
+            weight, bias = self.ffn.merged_kernel()
             self.ffn.pos.weight, self.ffn.pos.bias = nn.Parameter(weight), nn.Parameter(bias)
             self.ffn.drop_edges()
-        _fold_norm(self.norm1, self.mixer.expand)
-        _fold_norm(self.norm2, self.ffn.fc1)
-        self.scale1 = _fold_scale(self.mixer.proj, self.scale1)
-        self.scale2 = _fold_scale(self.ffn.fc2, self.scale2)
-
-
-def _fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> None:
-    """Move a norm's weight and bias into the linear layer behind it."""
-    if not norm.elementwise_affine:
-        return
-    linear.bias += linear.weight @ norm.bias
-    linear.weight *= norm.weight
-    norm.elementwise_affine = False
-    norm.register_parameter("weight", None)
-    norm.register_parameter("bias", None)
-
-
-def _fold_scale(linear: nn.Linear, scale: nn.Module) -> nn.Module:
-    """Move a layer scale into the linear layer before it and return what stands in its place."""
-    if isinstance(scale, LayerScale):
-        linear.weight *= scale.gamma[:, None]
-        linear.bias *= scale.gamma
-    return nn.Identity()
+            done.append("edge branches")
+        if self.norm1.elementwise_affine:
+            for norm, linear in ((self.norm1, self.mixer.expand), (self.norm2, self.ffn.fc1)):
+                linear.bias += linear.weight @ norm.bias
+                linear.weight *= norm.weight
+                norm.elementwise_affine = False
+                norm.register_parameter("weight", None)
+                norm.register_parameter("bias", None)
+            done.append("affine norms")
+        if isinstance(self.scale1, LayerScale):
+            for scale, linear in ((self.scale1, self.mixer.proj), (self.scale2, self.ffn.fc2)):
+                linear.weight *= scale.gamma[:, None]
+                linear.bias *= scale.gamma
+            self.scale1, self.scale2 = nn.Identity(), nn.Identity()
+            done.append("layer scales")
+        return done
 
 
 def plain_cfsr_block(block: CFSRBlock, x: Tensor) -> Tensor:
@@ -385,6 +385,11 @@ class CFSR(nn.Module):
 
     multiple_of = 1
 
+    @property
+    def bytes_per_pixel(self) -> int:
+        """Working memory of the forward pass on a CPU, in bytes per input pixel in float32."""
+        return 4 * (6 * self.conv_first.out_channels + 2 * self.upsample.out_channels)
+
     def __init__(
         self,
         scale: int = 2,
@@ -462,11 +467,14 @@ class CFSR(nn.Module):
         x = self.forward_features(x)
         return self.shuffle(self.upsample(x)) + self.mean
 
-    def reparameterize(self) -> None:
-        """Merge and fold every block, see `CFSRBlock.reparameterize`; exact, in place, idempotent."""
-        for stage in self.layers:
-            for block in stage.blocks:
-                block.reparameterize()
+    def reparameterize(self) -> list[str]:
+        """Merge and fold every block, see `CFSRBlock.reparameterize`; exact, in place, idempotent.
+
+        Raises:
+            RuntimeError: The model is in training mode.
+        """
+        blocks = [block for stage in self.layers for block in stage.blocks]
+        return sorted({folded for block in blocks for folded in block.reparameterize()})
 
 
 _RENAMED = (
@@ -587,10 +595,10 @@ def _ours(scale: int) -> RestorationCfg:
 default_cfgs = generate_default_cfgs(
     {
         "cfsr_x2.bsds": _ours(2),
-        "cfsr_x2.authors": _authors(2),
+        "cfsr_x2.authors": _authors(2, "e6440c1a70af2cfa16c51287593f681438c8f307a81f90367a24e42086522f2c"),
         "cfsr_x3.authors": _authors(3),
         "cfsr_x4.bsds": _ours(4),
-        "cfsr_x4.authors": _authors(4),
+        "cfsr_x4.authors": _authors(4, "59c779a61c72238aed87683a908248d6e9e3cdb78a29a71da196d20092b6f2f6"),
     }
 )
 
@@ -601,17 +609,17 @@ def _create_cfsr(variant: str, pretrained: bool = False, defaults: dict[str, Any
 
 @register_model
 def cfsr_x2(pretrained: bool = False, **kwargs: Any) -> CFSR:
-    """CFSR x2: 298 236 parameters (merged 291 324, folded 287 772), 65.1 GMACs for 1280x720 output."""
+    """CFSR x2: 298 236 parameters (merged 291 324, folded 287 868), 65.1 GMACs for 1280x720 output."""
     return _create_cfsr("cfsr_x2", pretrained, {"scale": 2}, **kwargs)
 
 
 @register_model
 def cfsr_x3(pretrained: bool = False, **kwargs: Any) -> CFSR:
-    """CFSR x3: 304 731 parameters (merged 297 819, folded 294 267), 29.5 GMACs for 1280x720 output."""
+    """CFSR x3: 304 731 parameters (merged 297 819, folded 294 363), 29.5 GMACs for 1280x720 output."""
     return _create_cfsr("cfsr_x3", pretrained, {"scale": 3}, **kwargs)
 
 
 @register_model
 def cfsr_x4(pretrained: bool = False, **kwargs: Any) -> CFSR:
-    """CFSR x4: 313 824 parameters (merged 306 912, folded 303 360), 17.2 GMACs for 1280x720 output."""
+    """CFSR x4: 313 824 parameters (merged 306 912, folded 303 456), 17.2 GMACs for 1280x720 output."""
     return _create_cfsr("cfsr_x4", pretrained, {"scale": 4}, **kwargs)

@@ -1,0 +1,195 @@
+"""ONNX files compute what their models do, at other batch and image sizes too, and say what they are."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from exported import EXPORTED, MultipleOfFour, size_of
+from registered import BACKBONES, build
+
+import zoo
+from zoo.export import FORMATS, ExportError, target
+from zoo.export.network import kind_of, sample_inputs, weights_digest
+from zoo.export.onnx import check, export
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPORTED)
+def test_equals_eager_at_three_sizes(name: str, tmp_path: Path) -> None:
+    """Within 1e-5 of the unmerged model in ONNX Runtime; the model itself stays as it was."""
+    model, size = EXPORTED[name](), size_of(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    path = export(model, tmp_path / "model.onnx", image_size=size)
+    assert list(tmp_path.iterdir()) == [path], "one file, nothing left over"
+    assert check(path, model, image_size=size) < 1e-5
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    onnx.checker.check_model(path)
+    assert _facts(path)["weights_sha256"] == weights_digest(model)
+
+
+def _facts(path: Path) -> dict[str, str]:
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module]:
+    model = build("repavit")
+    return export(model, tmp_path_factory.mktemp("onnx") / "model.onnx", name="repavit_tiny.test"), model
+
+
+def test_metadata_of_a_classifier(classifier: tuple[Path, torch.nn.Module]) -> None:
+    """All that a user of the file needs is in it, as ONNX Runtime reports it."""
+    session = onnxruntime.InferenceSession(str(classifier[0]), providers=["CPUExecutionProvider"])
+    facts = session.get_modelmeta().custom_metadata_map
+    assert facts["name"] == "repavit_tiny.test"
+    assert facts["kind"] == "classifier"
+    assert json.loads(facts["mean"]) == list(classifier[1].pretrained_cfg["mean"])
+    assert json.loads(facts["std"]) == list(classifier[1].pretrained_cfg["std"])
+    assert [node.name for node in session.get_inputs()] == ["image"]
+    assert session.get_inputs()[0].shape == ["batch", 3, 32, 32]
+    assert [node.name for node in session.get_outputs()] == ["logits"]
+
+
+def test_labels_are_stored_where_they_fit(tmp_path: Path) -> None:
+    model = build("repapoolformer", num_classes=2)
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": ("cat", "dog")}
+    facts = _facts(export(model, tmp_path / "two.onnx", image_size=64))
+    assert json.loads(facts["labels"]) == ["cat", "dog"]
+    model.reset_classifier(3)
+    assert "labels" not in _facts(export(model, tmp_path / "three.onnx", image_size=64))
+
+
+def test_the_file_is_merged(classifier: tuple[Path, torch.nn.Module]) -> None:
+    path, model = classifier
+    names = {node.op_type for node in onnx.load(path).graph.node}
+    assert "BatchNormalization" not in names
+    merged = zoo.reparameterize(build("repavit")).params_after
+    stored = sum(int(np.prod(value.dims)) for value in onnx.load(path).graph.initializer if value.data_type == 1)
+    assert stored <= merged + 100  # and a few constants
+
+
+def test_a_difference_is_noticed(classifier: tuple[Path, torch.nn.Module]) -> None:
+    """The check can fail: other weights give another error, another network another shape."""
+    path, model = classifier
+    assert check(path, model) < 1e-5
+    other = build("repavit")
+    with torch.no_grad():
+        other.head.bias += 1.0
+    assert check(path, other) > 1e-2
+    with pytest.raises(ExportError, match=r"returns \(1, 10\), the model \(1, 9\)"):
+        check(path, build("repavit", num_classes=9))
+
+
+def test_restored_images_stay_in_range(tmp_path: Path) -> None:
+    model = MultipleOfFour()
+    with torch.no_grad():
+        model.down.bias += 50.0
+    path = export(model, tmp_path / "bright.onnx")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    restored = session.run(None, {"image": np.ones((1, 3, 8, 12), np.float32)})[0]
+    assert restored.max() <= 1.0
+    assert json.loads(_facts(path)["multiple_of"]) == 4
+
+
+def test_features_without_classes(tmp_path: Path) -> None:
+    model = build("repavit", num_classes=0)
+    path = export(model, tmp_path / "features.onnx")
+    assert check(path, model) < 1e-5
+    assert [output.name for output in onnx.load(path).graph.output] == ["features"]
+
+
+def test_training_mode_and_device_do_not_matter(tmp_path: Path) -> None:
+    model = build("repavit", drop_rate=0.5).train().double()
+    path = export(model, tmp_path / "model.onnx")
+    assert model.training
+    assert check(path, model) < 1e-5
+
+
+def test_unwritable_output(tmp_path: Path) -> None:
+    """One line, and nothing half-written."""
+    (tmp_path / "file").write_text("")
+    for out, reason in ((tmp_path / "file" / "model.onnx", "cannot be written"), (tmp_path, "is a folder")):
+        with pytest.raises(OSError, match=reason) as caught:
+            export(build("repavit"), out)
+        assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export that fails neither removes nor damages what was there."""
+    out = tmp_path / "model.onnx"
+    out.write_bytes(b"old")
+
+    class DataDependent(MultipleOfFour):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if float(x.sum()) > 0 else x
+
+    with pytest.raises(ExportError, match="cannot be written as ONNX") as caught:
+        export(DataDependent(), out)
+    assert "\n" not in str(caught.value)
+    assert out.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.onnx").write_text("no model")
+    for path in (tmp_path / "text.onnx", tmp_path / "missing.onnx"):
+        with pytest.raises(ExportError) as caught:
+            check(path, build("repavit"))
+        assert "\n" not in str(caught.value)
+
+
+def test_unknown_format_and_kind() -> None:
+    with pytest.raises(ValueError, match=r"'onx'. Did you mean 'onnx'"):
+        target("onx")
+    assert all(callable(target(name).export) and target(name).SUFFIX.startswith(".") for name in FORMATS)
+    with pytest.raises(ValueError, match="kind must be one of"):
+        kind_of(torch.nn.Identity(), "detector")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="give kind"):
+        kind_of(torch.nn.Identity())
+
+
+def test_kinds_and_sizes() -> None:
+    kinds = {name: kind_of(make()) for name, make in EXPORTED.items()}
+    assert kinds["pixel_dit"] == "denoiser"
+    assert kinds["cfsr"] == kinds["multiple_of_four"] == "restorer"
+    assert {kinds[name] for name in BACKBONES} == {"classifier"}
+    sizes = [tuple(inputs["image"].shape) for inputs in sample_inputs(MultipleOfFour())]
+    assert len({size[0] for size in sizes}) == 3
+    assert len({size[2:] for size in sizes}) == 3
+    assert all(side % 4 == 0 for size in sizes for side in size[2:])
+
+
+@pytest.mark.parametrize("missing", ["onnxscript", "onnxruntime"])
+def test_missing_extra(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == missing:
+            raise ImportError(f"No module named {name!r}", name=name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=rf"{missing}.*pip install 'ffn-zoo\[export\]'"):
+        if missing == "onnxscript":
+            export(build("repavit"), tmp_path / "model.onnx")
+        else:
+            check(tmp_path / "model.onnx", build("repavit"))
+
+
+def test_an_enabled_cache_is_refused(tmp_path: Path) -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    model = EXPORTED["pixel_dit"]()
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match="disable_cache"):
+        export(model, tmp_path / "model.onnx")

@@ -1,0 +1,82 @@
+"""Exported programs compute what their models do, at other batch and image sizes too, and say what they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from exported import EXPORTED, MultipleOfFour, size_of
+from registered import build
+
+from zoo.export import ExportError
+from zoo.export.network import weights_digest
+from zoo.export.torch_export import check, export, metadata
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPORTED)
+def test_equals_eager_at_three_sizes(name: str, tmp_path: Path) -> None:
+    """Within 1e-5 of the unmerged model after loading; the model itself stays as it was."""
+    model, size = EXPORTED[name](), size_of(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    path = export(model, tmp_path / "model.pt2", image_size=size)
+    assert list(tmp_path.iterdir()) == [path], "one file, nothing left over"
+    assert check(path, model, image_size=size) < 1e-5
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    facts = metadata(path)
+    assert facts["weights_sha256"] == weights_digest(model)
+    assert facts["kind"] in ("classifier", "restorer", "denoiser")
+
+
+def test_a_difference_is_noticed(tmp_path: Path) -> None:
+    """The check can fail: other weights give another error, another network another shape."""
+    path = export(build("repavit"), tmp_path / "model.pt2", name="repavit_tiny.test")
+    assert metadata(path)["name"] == "repavit_tiny.test"
+    assert json.loads(metadata(path)["mean"])
+    other = build("repavit")
+    with torch.no_grad():
+        other.head.bias += 1.0
+    assert check(path, other) > 1e-2
+    with pytest.raises(ExportError, match=r"returns \(1, 10\), the model \(1, 9\)"):
+        check(path, build("repavit", num_classes=9))
+    with pytest.raises(ExportError, match="cannot be run on"):
+        check(path, build("repavit", img_size=40), image_size=40)
+
+
+def test_fixed_size(tmp_path: Path) -> None:
+    """`dynamic_size=False` leaves only the batch open."""
+    path = export(MultipleOfFour(), tmp_path / "fixed.pt2", dynamic_size=False)
+    program = torch.export.load(path).module()
+    assert program(image=torch.zeros(5, 3, 16, 16)).shape == (5, 3, 16, 16)
+    with pytest.raises((RuntimeError, AssertionError)):
+        program(image=torch.zeros(1, 3, 16, 20))
+
+
+def test_unwritable_output(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot be written") as caught:
+        export(build("repavit"), tmp_path / "file" / "model.pt2")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_failure_leaves_nothing(tmp_path: Path) -> None:
+    class DataDependent(MultipleOfFour):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if float(x.sum()) > 0 else x
+
+    with pytest.raises(ExportError, match="cannot be exported") as caught:
+        export(DataDependent(), tmp_path / "model.pt2")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.pt2").write_text("no program")
+    for path in (tmp_path / "text.pt2", tmp_path / "missing.pt2"):
+        with pytest.raises(ExportError) as caught:
+            check(path, build("repavit"))
+        assert "\n" not in str(caught.value)

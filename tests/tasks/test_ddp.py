@@ -1,0 +1,97 @@
+"""Two processes train as one: the same samples, the same gradients, the same weights."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from image_sets import image_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.enable_socket]
+
+CONFIG = """
+seed_everything: 0
+trainer:
+  accelerator: cpu
+  max_epochs: 2
+  enable_progress_bar: false
+  enable_model_summary: false
+  logger: false
+  num_sanity_val_steps: 0
+  plugins:
+    - class_path: zoo.tasks.callbacks.CheckedCheckpointIO
+  callbacks:
+    - class_path: zoo.tasks.callbacks.ExactResume
+    - class_path: lightning.pytorch.callbacks.EMAWeightAveraging
+      init_args: {decay: 0.8}
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {every_n_train_steps: 1, save_top_k: -1, filename: "{step}"}
+model:
+  class_path: zoo.tasks.classification.Classification
+  init_args:
+    model: repavit_tiny
+    num_classes: 2
+    # LayerNorm: statistics over a batch would depend on how it is split
+    model_args: {img_size: 16, patch_size: 8, embed_dim: 16, depth: 1, num_heads: 1, feature_norm: LayerNorm}
+    optim: {lr: 1.0e-2}
+data:
+  class_path: zoo.data.images.ImageClassification
+  init_args: {image_size: 16, auto_augment: rand-m9-mstd0.5, reprob: 0.5, seed: 3}
+"""
+
+
+def fit(folder: Path, data: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    folder.mkdir()
+    (folder / "config.yaml").write_text(CONFIG)
+    command = [
+        sys.executable, str(ROOT / "train.py"), "fit", "--config", str(folder / "config.yaml"),
+        "--data.init_args.data_dir", str(data), "--trainer.default_root_dir", str(folder), *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def checkpoint(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    (path,) = folder.rglob(f"step={step}.ckpt")
+    loaded = torch.load(path, weights_only=False)
+    assert len(loaded["exact_resume"]["rng"]) in (1, 2)
+    return {f"{kind}.{key}": value for kind in ("state_dict", "current_model_state") for key, value in loaded[kind].items()}
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """2 processes x 2 images x 2 accumulated batches equal 1 process x 8 images; a resumed run equals a whole one."""
+    data = image_folder(tmp_path / "data", train=8, val=2)
+    fit(tmp_path / "one", data, "--data.init_args.batch_size", "8")
+    one = checkpoint(tmp_path / "one", 4)
+
+    parallel = ("--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.init_args.batch_size", "2",
+                "--trainer.accumulate_grad_batches", "2")  # fmt: skip
+    fit(tmp_path / "two", data, *parallel)
+    two = checkpoint(tmp_path / "two", 4)
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        assert torch.allclose(two[key], value, rtol=1e-4, atol=1e-6), key
+
+    (middle,) = (tmp_path / "two").rglob("step=3.ckpt")  # in the middle of the second epoch
+    fit(tmp_path / "resumed", data, *parallel, "--ckpt_path", str(middle))
+    resumed = checkpoint(tmp_path / "resumed", 4)
+    assert all(torch.equal(resumed[key], value) for key, value in two.items())
+
+
+def test_processes_draw_different_numbers(tmp_path: Path) -> None:
+    """Noise, mixing and dropout of two processes are not the same."""
+    data = image_folder(tmp_path / "data", train=8, val=2)
+    fit(tmp_path / "two", data, "--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.max_epochs", "1",
+        "--data.init_args.batch_size", "4")  # fmt: skip
+    (path,) = (tmp_path / "two").rglob("step=1.ckpt")
+    first, second = torch.load(path, weights_only=False)["exact_resume"]["rng"]
+    assert not torch.equal(first["torch"], second["torch"])
+    assert first["python"] != second["python"]
+    assert first["numpy"] != second["numpy"]

@@ -1,0 +1,148 @@
+"""The diffusion task: what is learned, sampled, measured and written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from denoisers import pixel_dit
+from diffusers import DDPMScheduler, DiffusionPipeline
+from image_sets import image_folder
+from lightning import Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+
+from zoo.data.images import ImageDiffusion
+from zoo.diffusion import PixelDiTPipeline
+from zoo.tasks import diffusion
+from zoo.tasks.diffusion import Diffusion
+from zoo.tasks.optim import OptimConfig
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_loss(prediction_type: str, gamma: float | None) -> None:
+    """Plain and min-SNR loss against the formulas of the papers, written out."""
+    task = Diffusion(pixel_dit(), prediction_type=prediction_type, snr_gamma=gamma)
+    images, noise = torch.rand(4, 3, 8, 8) * 2 - 1, torch.randn(4, 3, 8, 8)
+    timesteps, labels = torch.tensor([0, 300, 700, 999]), torch.arange(4)
+    alpha = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod[timesteps].double().view(-1, 1, 1, 1)
+    noisy = (alpha.sqrt() * images + (1 - alpha).sqrt() * noise).float()
+    target = {
+        "epsilon": noise,
+        "sample": images,
+        "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * images,
+    }[prediction_type]
+    snr = (alpha / (1 - alpha)).flatten()
+    best = torch.minimum(snr, torch.full_like(snr, 5.0))
+    weight = {"epsilon": best / snr, "sample": best, "v_prediction": best / (snr + 1)}[prediction_type]
+    expected = (task(noisy, timesteps, labels) - target).square().mean((1, 2, 3)) * (1 if gamma is None else weight)
+    loss = task._loss(images, labels, timesteps, noise)
+    torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-4, atol=1e-6)
+
+
+def test_timesteps_fill_the_range_evenly() -> None:
+    task = Diffusion(pixel_dit())
+    drawn = task._timesteps(100)
+    assert torch.equal((drawn // 10).sort().values, torch.arange(100))
+    assert not torch.equal(drawn.sort().values, drawn)
+    assert set(task._timesteps(1000).tolist()) == set(range(1000))
+
+
+def test_logit_normal_timesteps() -> None:
+    task = Diffusion(pixel_dit(), timestep_sampling="logit-normal", logit_mean=0.5, logit_std=1.0)
+    drawn = (task._timesteps(4000).double() + 0.5) / 1000
+    logits = torch.logit(drawn)
+    assert abs(logits.mean() - 0.5) < 0.02
+    assert abs(logits.std() - 1.0) < 0.03
+    assert drawn.min() >= 0
+
+
+def test_samples_come_from_seeds() -> None:
+    task = Diffusion(pixel_dit(), sample_steps=2)
+    task.train()
+    images = task.sample([0, 1, 2], seeds=[5, 6, 7])
+    assert task.model.training
+    assert images.shape == (3, 3, 8, 8)
+    torch.testing.assert_close(task.sample([1], seeds=[6])[0], images[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_training_end_to_end(tmp_path: Path) -> None:
+    """Fit with EMA; the checkpoint and the saved pipeline hold the averaged weights; grids are drawn with them."""
+    data = ImageDiffusion(str(image_folder(tmp_path / "data")), image_size=8, batch_size=4)
+    task = Diffusion(
+        pixel_dit(num_classes=2), ["circle", "square"], OptimConfig(lr=1e-2, warmup=0.0), sample_steps=2, grid_rows=1
+    )
+    average = EMAWeightAveraging(decay=0.5)
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=TensorBoardLogger(tmp_path),
+        callbacks=[average, ModelCheckpoint(tmp_path / "checkpoints", save_last=True)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    first = {name: parameter.clone() for name, parameter in task.model.named_parameters()}
+    trainer.fit(task, data)
+    assert all(not torch.equal(first[name], parameter) for name, parameter in task.model.named_parameters())
+    assert {"train/loss", "val/loss"} <= set(trainer.callback_metrics)
+    grids = sorted(Path(trainer.log_dir, "samples").iterdir())
+    assert [grid.name for grid in grids] == ["step_000004.png", "step_000008.png"]
+    averaged = average._average_model.module.model.state_dict()
+    loaded = Diffusion.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt", weights_only=False)
+    loaded.save_pretrained(tmp_path / "pipeline", dtype=torch.float16)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=torch.float16)
+    assert type(pipe) is PixelDiTPipeline
+    assert pipe.id2label == {0: "circle", 1: "square"}
+    for name, value in pipe.transformer.state_dict().items():
+        assert torch.equal(value, averaged[name].half()), name
+    assert loaded.model.dtype == torch.float32
+
+
+class Brightness(nn.Module):
+    """A classifier of known answers: class 1 where the normalised image is bright."""
+
+    num_classes = 2
+    pretrained_cfg: dict[str, Any] = {  # noqa: RUF012
+        "input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bicubic", "crop_pct": 1.0
+    }  # fmt: skip
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert images.shape[-2:] == (16, 16)
+        level = images.mean((1, 2, 3))
+        return torch.stack([-level, level], dim=1)
+
+
+def test_class_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train.py test` reports how many samples a classifier recognises; here: bright ones."""
+    task = Diffusion(pixel_dit(num_classes=2), sample_steps=2, test_classifier="stub", test_samples=10)
+    created = []
+
+    def create(name: str, pretrained: bool) -> nn.Module:
+        created.append((name, pretrained))
+        return Brightness()
+
+    monkeypatch.setattr(diffusion.timm, "create_model", create)
+    monkeypatch.setattr(
+        task, "sample", lambda labels, seeds: torch.tensor([0.9 if s < 8 else 0.1 for s in seeds]).view(-1, 1, 1, 1)
+        .expand(-1, 3, 8, 8)
+    )  # fmt: skip
+    data = ImageDiffusion(str(image_folder(tmp_path, train=1, val=2)), image_size=8, batch_size=2)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    results = trainer.test(task, data, verbose=False)[0]
+    # bright are 0..7; asked for are classes 0 1 0 1 ...: right are 1 3 5 7 and the dark 8
+    assert results["test/class_accuracy"] == pytest.approx(0.5)
+    assert created == [("stub", True)]
+    assert results["test/loss"] > 0
+
+
+def test_classifier_must_know_the_same_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Diffusion(pixel_dit(num_classes=4), test_classifier="stub")
+    monkeypatch.setattr(diffusion.timm, "create_model", lambda name, pretrained: Brightness())
+    with pytest.raises(ValueError, match="stub knows 2 classes, the denoiser 4"):
+        task._measure_class_accuracy("stub")

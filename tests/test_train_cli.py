@@ -1,0 +1,122 @@
+"""`train.py`: what it prints, what it refuses and how it ends; each config runs as it is."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from image_sets import image_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+SMOKE = ROOT / "configs" / "smoke" / "repavit.yaml"
+
+
+def train(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run train.py in this process and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    try:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def test_print_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole configuration, defaults included, is valid YAML that can be run again."""
+    assert train(monkeypatch, "fit", "--config", str(SMOKE), "--print_config") == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["model"]["class_path"] == "zoo.tasks.classification.Classification"
+    assert config["model"]["init_args"]["optim"]["sched"] == "cosine"
+    assert config["data"]["init_args"]["hflip"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("trainer.max_epoch", "max_epoch"),
+        ("model.init_args.mixupp", "mixupp"),
+        ("model.init_args.optim.leraning_rate", "leraning_rate"),
+        ("data.init_args.bacth_size", "bacth_size"),
+        ("modell", "modell"),
+    ],
+)
+def test_unknown_key(
+    place: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mistyped key stops the run before it starts, with the key's name and exit code 2."""
+    config = yaml.safe_load(SMOKE.read_text(encoding="utf-8"))
+    *parents, last = place.split(".")
+    target = config
+    for parent in parents:
+        target = target[parent]
+    target[last] = 1
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(config))
+    assert train(monkeypatch, "fit", "--config", str(tmp_path / "wrong.yaml")) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--model.init_args.optim.sched", "cosin"), "cosin"),
+        (("--model.init_args.optim.lr", "-1"), "lr must not be negative"),
+        (("--model.init_args.model", "repavit_tinny"), "repavit_tinny"),
+        (("--model.init_args.model", "repavit_tiny.cifar11"), "cifar11"),
+        (("--data.init_args.data_dir", "/no/such/folder"), "There is no folder /no/such/folder"),
+        (("--ckpt_path", "missing.ckpt"), "missing.ckpt"),
+    ],
+)
+def test_wrong_values(
+    change: tuple[str, str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One line that says what is wrong, no traceback, and an exit code that is not 0."""
+    monkeypatch.chdir(tmp_path)
+    data = image_folder(tmp_path / "data", train=4, val=2)
+    code = train(
+        monkeypatch, "fit", "--config", str(SMOKE), "--data.init_args.data_dir", str(data),
+        "--trainer.default_root_dir", str(tmp_path / "run"), *change,
+    )  # fmt: skip
+    error = capsys.readouterr().err
+    assert code != 0
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        train(monkeypatch, "fit", "--config", str(SMOKE), "--data.init_args.data_dir", "/no/such/folder", "--debug")
+
+
+def test_missing_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "lightning.pytorch.cli", None)
+    assert train(monkeypatch, "fit") == 2
+    assert "pip install 'ffn-zoo[train]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_fit_resume_and_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The three commands of the README: train, go on from the last checkpoint, measure."""
+    data = image_folder(tmp_path / "data", train=8, val=4)
+    run = tmp_path / "run"
+    common = (
+        "--config", str(SMOKE), "--data.init_args.data_dir", str(data), "--trainer.default_root_dir", str(run),
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert train(monkeypatch, "fit", *common) == 0
+    (last,) = run.rglob("last.ckpt")
+    assert train(monkeypatch, "fit", *common, "--trainer.max_epochs", "3", "--ckpt_path", str(last)) == 0
+    assert train(monkeypatch, "test", *common, "--ckpt_path", str(last)) == 0
+    metrics = "".join(path.read_text() for path in run.rglob("metrics.csv"))
+    assert "val/acc1" in metrics
+    assert "test/acc1" in metrics
+    assert list(run.rglob("events.out.tfevents.*"))

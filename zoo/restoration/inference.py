@@ -1,0 +1,283 @@
+"""Restore pictures: a picture in, the same kind of picture out, with any restorer of the zoo."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from timm.models import get_arch_pretrained_cfgs, is_model, split_model_name_tag
+from torch import nn
+
+from zoo import catalog
+from zoo.cfg import RestorationCfg
+from zoo.restoration import FAMILIES
+from zoo.restoration.image_io import Picture, PictureError, open_picture
+from zoo.restoration.tiling import Progress, restore_tensor
+from zoo.weights import CheckpointError, load_strict, read_checkpoint
+
+__all__ = ["Picture", "PictureError", "load_restorer", "open_picture", "restore", "restore_picture", "restore_tensor"]
+
+Source = str | os.PathLike[str] | Image.Image | NDArray[Any]
+
+
+@overload
+def restore(image: NDArray[Any], task: str = ..., scale: int | None = ..., **options: Any) -> NDArray[Any]: ...
+@overload
+def restore(
+    image: str | os.PathLike[str] | Image.Image, task: str = ..., scale: int | None = ..., **options: Any
+) -> Image.Image: ...
+def restore(
+    image: Source,
+    task: str = "sr",
+    scale: int | None = None,
+    model: str | nn.Module | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    budget: int | float | str | None = "4GB",
+    tile: int | None = None,
+    overlap: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    self_ensemble: bool = False,
+    progress: Progress | None = None,
+) -> Image.Image | NDArray[Any]:
+    """Restore a picture of any kind and size.
+
+    The result has the mode of the input (gray, colour, alpha, palette, CMYK, 16-bit gray), its colour profile and its
+    EXIF block; pixels are never turned, so the orientation in the EXIF block stays true. Opacity is scaled apart, and
+    colour under full transparency is filled from its surroundings before.
+
+    Args:
+        image: Path, Pillow image, or array (H, W) or (H, W, 1 to 4) of uint8, uint16, bool, or floats in [0, 1].
+        task: "sr", "denoise", ...: chooses shipped weights where neither `model` nor `weights` is given.
+        scale: Output pixels per input pixel; None takes the model's, or 2 for "sr" where there is no model.
+        model: Name of a restorer ("cfsr_x2", "cfsr_x2.authors"), or a restorer. None recognises it from `weights`.
+        weights: Weight file, ours or the authors', or a tag of `model`. None takes the model's published weights.
+        budget: Memory the whole process (or the device) may hold: bytes, or like "4GB"; None is no limit.
+        tile: Side of tiles with their overlap, input pixels, instead of a choice by `budget`.
+        overlap: Of tiles, input pixels; None takes the receptive field, where the result is that of the whole picture.
+        device: Where to run; None takes a given restorer's place, else CUDA where it is, else the CPU.
+        dtype: Precision of the network, for example "bfloat16"; None is float32.
+        self_ensemble: Average over eight flips and turns: better by about 0.1 dB, eight times as slow.
+        progress: Called with (tiles done, tiles in all).
+
+    Returns:
+        A Pillow image, or an array where an array was given.
+
+    Raises:
+        PictureError: The picture is unreadable, damaged, or of an unknown kind.
+        ValueError: No weights fit, the scale is not the model's, or the budget or tile is too small.
+        CheckpointError: The weights do not exist, are damaged, or do not fit.
+    """
+    picture = open_picture(image)
+    restorer = load_restorer(task, scale, model, weights, device=device, dtype=dtype)
+    restored = restore_picture(
+        picture,
+        restorer,
+        budget=budget,
+        tile=tile,
+        overlap=overlap,
+        self_ensemble=self_ensemble,
+        progress=progress,
+    )
+    return restored.to_array() if isinstance(image, np.ndarray) else restored.to_image()
+
+
+def restore_picture(
+    picture: Picture,
+    model: nn.Module,
+    *,
+    budget: int | float | str | None = "4GB",
+    tile: int | None = None,
+    overlap: int | None = None,
+    self_ensemble: bool = False,
+    progress: Progress | None = None,
+) -> Picture:
+    """Restore an opened picture, for example from a batch of files with one model; see `restore`.
+
+    Args:
+        picture: From `open_picture`.
+        model: From `load_restorer`, or any restorer.
+        budget: Memory limit.
+        tile: Side of tiles.
+        overlap: Of tiles.
+        self_ensemble: Average over eight flips and turns.
+        progress: Called with (tiles done, tiles in all); black ink is not counted.
+
+    Raises:
+        ValueError: The budget or the tile is too small.
+        RuntimeError: The network's output is not finite.
+    """
+    levels = None if picture.peak == 1 else int(picture.peak)
+
+    def run(planes: NDArray[Any], progress: Progress | None) -> NDArray[Any]:
+        x = torch.from_numpy(np.ascontiguousarray(planes.transpose(2, 0, 1)))[None]
+        out = restore_tensor(
+            model,
+            x,
+            budget=budget,
+            tile=tile,
+            overlap=overlap,
+            self_ensemble=self_ensemble,
+            levels=levels,
+            progress=progress,
+        )
+        if levels is None:
+            out = out.clamp_(0, 1)
+        return out[0].permute(1, 2, 0).numpy().astype(planes.dtype, copy=False)
+
+    color = picture.color if picture.alpha is None else _bleed(picture.color, picture.alpha)
+    restored = run(color, progress)
+    size = restored.shape[:2]
+    return Picture(
+        color=restored,
+        black=None if picture.black is None else run(picture.black, None),
+        alpha=None if picture.alpha is None else _resize_plane(picture.alpha, size, picture.peak),
+        mode=picture.mode,
+        shape=picture.shape,
+        icc_profile=picture.icc_profile,
+        exif=picture.exif,
+        name=picture.name,
+    )
+
+
+def _resize_plane(plane: NDArray[Any], size: tuple[int, int], peak: float) -> NDArray[Any]:
+    """Enlarge opacity by bicubic interpolation."""
+    if plane.shape[:2] == size:
+        return plane
+    x = torch.from_numpy(plane[..., 0].astype(np.float32))[None, None]
+    x = F.interpolate(x, size, mode="bicubic", align_corners=False).clamp_(0, peak)
+    out = x[0, 0, :, :, None].numpy()
+    return (out if peak == 1 else out.round()).astype(plane.dtype)
+
+
+def _bleed(color: NDArray[Any], alpha: NDArray[Any]) -> NDArray[Any]:
+    """Fill colour that full transparency hides from its visible surroundings, so that no dark seam grows at edges."""
+    hidden = alpha == 0
+    if not hidden.any() or hidden.all():
+        return color
+    values = torch.from_numpy(color.astype(np.float32).transpose(2, 0, 1))[None]
+    weight = torch.from_numpy((~hidden).astype(np.float32).transpose(2, 0, 1))[None]
+    levels = [(values * weight, weight)]
+    while max(levels[-1][1].shape[-2:]) > 1:  # ever coarser means of what is visible
+        levels.append(tuple(F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False) for x in levels[-1]))
+    filled = levels[-1][0] / levels[-1][1]
+    for total, weight in reversed(levels[:-1]):
+        coarse = F.interpolate(filled, total.shape[-2:], mode="nearest")
+        filled = torch.where(weight > 0, total / weight.clamp_min(1e-12), coarse)
+    out = filled[0].permute(1, 2, 0).numpy().astype(color.dtype)
+    return np.where(hidden, out, color)
+
+
+def load_restorer(
+    task: str = "sr",
+    scale: int | None = None,
+    model: str | nn.Module | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> nn.Module:
+    """Find, load and prepare a restorer: evaluation mode, re-parameterised, on its device; arguments as in `restore`.
+
+    A restorer that is given as a module is used as it is, or copied where `device` or `dtype` ask for another place or
+    precision.
+
+    Raises:
+        ValueError: There is no such restorer, nothing shipped fits, or the scale is not the model's.
+        CheckpointError: The weights do not exist, are damaged, or do not fit.
+    """
+    precision = _dtype(dtype)
+    if isinstance(model, nn.Module):
+        if weights is not None:
+            raise ValueError("weights go with the name of a model; a restorer that is given has its own.")
+        restorer = model
+        parameter = next(model.parameters())
+        place = parameter.device if device is None else torch.device(device)
+        if (place, precision or parameter.dtype) != (parameter.device, parameter.dtype):
+            restorer = copy.deepcopy(model).to(place, precision or parameter.dtype)
+    else:
+        restorer = _load(task, scale, model, weights).eval()
+        if hasattr(restorer, "reparameterize"):
+            restorer.reparameterize()
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        restorer = restorer.to(place, precision)
+    own = int(getattr(restorer, "scale", 1))
+    if scale is not None and scale != own:
+        raise ValueError(f"This {type(restorer).__name__} restores at scale {own}, not {scale}.")
+    return restorer
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if found is None or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    raise ValueError(f'dtype must be a floating-point type such as "float32" or "bfloat16", got {dtype!r}.')
+
+
+def _load(task: str, scale: int | None, name: str | None, weights: str | os.PathLike[str] | None) -> nn.Module:
+    """Build a restorer and load its weights: published ones by name or by task, or those of a file."""
+    if name is not None:
+        _require_restorer(name)
+        architecture = split_model_name_tag(name)[0]
+        if weights is not None and f"{architecture}.{weights}" in get_arch_pretrained_cfgs(architecture):
+            name, weights = f"{architecture}.{weights}", None
+    if weights is None:
+        return timm.create_model(name or _shipped(task, scale), pretrained=True)
+    state_dict = read_checkpoint(weights)
+    for family in FAMILIES:
+        found = family.detect(state_dict)
+        if found is None:
+            continue
+        known, arguments = found
+        if name is not None and architecture != known:
+            raise CheckpointError(f"{weights} holds {known}, not {architecture}.")
+        model = timm.create_model(known, **arguments)
+        load_strict(model, state_dict, family.checkpoint_filter_fn, source=str(weights))
+        return model
+    families = ", ".join(family.__name__.rpartition(".")[2] for family in FAMILIES)
+    raise CheckpointError(f"{weights} is of no known restorer; known families are {families}.")
+
+
+def _require_restorer(name: str) -> None:
+    """Raise a ValueError that names what was meant, unless `name` is a restorer with this tag."""
+    architecture, tag = split_model_name_tag(name)
+    restorers = _restorers()
+    if architecture not in restorers:
+        if is_model(architecture):
+            raise ValueError(f"{name!r} does not restore images; {', '.join(restorers)} do.")
+        raise ValueError(catalog.unknown(name))
+    if tag and name not in get_arch_pretrained_cfgs(architecture):
+        raise ValueError(catalog.unknown(name))
+
+
+def _restorers() -> list[str]:
+    return [name for family in FAMILIES for name in family.default_cfgs]
+
+
+def _shipped(task: str, scale: int | None) -> str:
+    """Return NAME.TAG of the shipped weights for a task and scale; of several, the largest network's."""
+    fitting: list[tuple[int, str]] = []
+    others: list[str] = []
+    wanted = scale or (2 if task == "sr" else 1)
+    for architecture in _restorers():
+        for name, cfg in get_arch_pretrained_cfgs(architecture).items():
+            file = Path(cfg.file) if cfg.file else None
+            if not isinstance(cfg, RestorationCfg) or file is None or not file.is_file():
+                continue
+            if (cfg.task, cfg.scale) == (task, wanted):
+                fitting.append((file.stat().st_size, name))
+            others.append(f"{name} ({cfg.task}, x{cfg.scale})")
+    if not fitting:
+        raise ValueError(
+            f"No weights for the task {task!r} at scale {wanted} are shipped; shipped are {', '.join(others) or 'none'}. "
+            f"Give a weight file, or the name of a model with published weights."
+        )
+    return max(fitting)[1]
