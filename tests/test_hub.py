@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from denoisers import pixel_dit
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline
 from hub_server import HubServer, Repository
 from huggingface_hub import constants
 
@@ -108,11 +108,13 @@ def test_round_trip_of_a_denoiser(server: HubServer, tmp_path: Path) -> None:
     pipeline = PixelDiTPipeline(pixel_dit(), DDIMScheduler())
     pipeline.save_pretrained(tmp_path / "dit")
     hub.upload(tmp_path / "dit", "org/dit", token="secret")
-    loaded = zoo.create_pipeline("org/dit")
-    model = zoo.create_model("org/dit")
-    for key, value in pipeline.transformer.state_dict().items():
-        assert torch.equal(loaded.transformer.state_dict()[key], value)
-        assert torch.equal(model.state_dict()[key], value)
+    for model in (
+        DiffusionPipeline.from_pretrained("org/dit").transformer,
+        zoo.create_pipeline("org/dit").transformer,
+        zoo.create_model("org/dit"),
+    ):
+        for key, value in pipeline.transformer.state_dict().items():
+            assert torch.equal(model.state_dict()[key], value)
 
 
 def test_publish_command(

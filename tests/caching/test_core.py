@@ -401,6 +401,25 @@ def test_foreign_hooks() -> None:
     assert torch.equal(denoise(model), expected)
 
 
+def test_offloading_may_exchange_the_forward() -> None:
+    """accelerate wraps the forward of a whole model anew after each pipeline call, and loses diffusers' hooks on it."""
+    from accelerate.hooks import ModelHook as OffloadHook
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+    model = pixel_dit()
+    add_hook_to_module(model, OffloadHook())
+    with pytest.raises(ValueError, match="before offloading: it hooks the whole PixelDiT"):
+        enable_cache(model, FasterCacheConfig(tensor_format="BCHW"))
+    with cached(model, LOSSY["first-block"]):
+        first = denoise(model)
+        remove_hook_from_module(model)
+        add_hook_to_module(model, OffloadHook())
+        assert torch.equal(denoise(model), first)
+        with pytest.raises(KeyboardInterrupt):
+            denoise(model, seed=1, stop_after=3)
+        assert torch.equal(denoise(model), first)
+
+
 class TwoStages(DiffusionPipeline):
     """Two denoisers, as Wan 2.2 has."""
 

@@ -71,7 +71,7 @@ class Oracle(PixelDiT):
 
 @pytest.mark.parametrize("cls", SCHEDULERS)
 def test_every_scheduler_finds_the_image(cls: type) -> None:
-    """With a perfect denoiser all schedulers end at the same image: noise scale, input scale and timesteps are right."""
+    """With a perfect denoiser all schedulers end at one image: noise scale, input scale and timesteps are right."""
     torch.manual_seed(0)
     oracle = Oracle(num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8, num_classes=4)
     pipe = PixelDiTPipeline(oracle, cls.from_config(scheduler().config))

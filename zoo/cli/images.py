@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo import catalog
@@ -10,6 +11,7 @@ from zoo.cli.inputs import find_pictures
 from zoo.cli.output import UsageError, note, pick_device, print_json, print_table, progress, table
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import nn
 
 
@@ -70,7 +72,7 @@ def run_classify(args: argparse.Namespace) -> int:
     with progress(args) as bar, torch.inference_mode():
         for picture in bar.track(find_pictures(args.files), description="classifying"):
             try:
-                image = transform(read_image(picture.path).convert(mode))[None]
+                image = transform(_eight_bit(picture.path, mode))[None]
             except (OSError, ValueError) as error:
                 failed.append({"file": str(picture.path), "error": _one_line(error)})
                 continue
@@ -104,6 +106,22 @@ def _check_task(name: str, tasks: tuple[str, ...], verb: str) -> None:
         raise UsageError(f"{name} is a model for {facts['task']}, it cannot {verb}.")
     if "." not in name and not facts["weights"]:
         raise UsageError(f"No weights are published for {name}.")
+
+
+def _eight_bit(path: Path, mode: str) -> Image:
+    """Read a picture of any kind, upright, as 8-bit "L" or "RGB"."""
+    import numpy as np
+    from PIL import Image as Pillow
+    from PIL import ImageOps
+
+    from zoo.restoration.image_io import open_picture
+
+    picture = open_picture(path)
+    image = picture.to_image()
+    if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip these instead of scaling them
+        levels = picture.color[..., 0] * (255.0 / picture.peak)
+        image = Pillow.fromarray(levels.round().astype(np.uint8))
+    return ImageOps.exif_transpose(image).convert(mode)
 
 
 def _labels(model: nn.Module) -> list[str]:

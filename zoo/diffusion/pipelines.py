@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -214,3 +215,5 @@ class PixelDiTPipeline(DiffusionPipeline):
 
 # where DiffusionPipeline.from_pretrained looks for the class named in model_index.json; see zoo/diffusion/__init__.py
 diffusers.PixelDiTPipeline = PixelDiTPipeline
+# and, for Hub ids, where it looks for the module of a component that is not diffusers' own
+setattr(diffusers.pipelines, PixelDiT.__module__, sys.modules[PixelDiT.__module__])

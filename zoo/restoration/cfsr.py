@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -80,8 +80,8 @@ class _DepthwiseConv(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias
 
 
-class LargeKernelConv(nn.Conv2d):
-    """Depthwise convolution of odd kernel size on channels-last maps.
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise convolution of odd kernel size on channels-last maps, with bias and zero padding.
 
     Args:
         dim: Channels.
@@ -91,14 +91,18 @@ class LargeKernelConv(nn.Conv2d):
         (B, H, W, dim) -> (B, H, W, dim)
     """
 
+    bias: nn.Parameter
+
     def __init__(self, dim: int, kernel_size: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """Convolve with the module's kernel and bias, or with others of the same shape."""
+        weight, bias = self.weight if weight is None else weight, self.bias if bias is None else bias
         x = x.permute(0, 3, 1, 2)
-        if self.training and x.device.type == "cpu":
-            return _DepthwiseConv.apply(x, self.weight, self.bias).permute(0, 2, 3, 1)
-        return super().forward(x).permute(0, 2, 3, 1)
+        if self.training and x.device.type == "cpu" and weight.shape[-1] > 3:
+            return _DepthwiseConv.apply(x, weight, bias).permute(0, 2, 3, 1)
+        return self._conv_forward(x, weight, bias).permute(0, 2, 3, 1)
 
 
 class ConvMixer(nn.Module):
@@ -115,7 +119,7 @@ class ConvMixer(nn.Module):
     def __init__(self, dim: int, kernel_size: int, **dd: Any) -> None:
         super().__init__()
         self.expand = nn.Linear(dim, 2 * dim, **dd)  # a and v in one product
-        self.conv = LargeKernelConv(dim, kernel_size, **dd)
+        self.conv = DepthwiseConv(dim, kernel_size, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor, rows: slice = _ALL_ROWS) -> Tensor:
@@ -158,7 +162,7 @@ class EdgeFFN(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, edge_branches: bool, **dd: Any) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim, **dd)
-        self.pos = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
+        self.pos = DepthwiseConv(hidden_dim, 3, **dd)
         self.fc2 = nn.Linear(hidden_dim, dim, **dd)
         if edge_branches:
             edges = len(_EDGES)
@@ -184,7 +188,7 @@ class EdgeFFN(nn.Module):
         self.register_parameter("edge_bias", None)
         self.register_buffer("edge_masks", None)
 
-    def merged_kernel(self) -> tuple[Tensor, Tensor | None]:
+    def merged_kernel(self) -> tuple[Tensor, Tensor]:
         """Return kernel (hidden_dim, 1, 3, 3) and bias (hidden_dim,) of the sum of all branches."""
         if self.edge_scale is None or self.edge_bias is None or self.edge_masks is None:
             return self.pos.weight, self.pos.bias
@@ -193,8 +197,7 @@ class EdgeFFN(nn.Module):
     def forward(self, x: Tensor, rows: slice = _ALL_ROWS) -> Tensor:
         """Return the transformed map, or only its given rows."""
         h = F.gelu(self.fc1(x))
-        weight, bias = self.merged_kernel()
-        edge = F.conv2d(h.permute(0, 3, 1, 2), weight, bias, padding=1, groups=weight.shape[0]).permute(0, 2, 3, 1)
+        edge = self.pos(h, *self.merged_kernel())
         return self.fc2(h[:, rows] + F.gelu(edge[:, rows]))
 
 
@@ -278,20 +281,30 @@ class CFSRBlock(nn.Module):
             self.ffn.drop_edges()
             done.append("edge branches")
         if self.norm1.elementwise_affine:
-            for norm, linear in ((self.norm1, self.mixer.expand), (self.norm2, self.ffn.fc1)):
-                linear.bias += linear.weight @ norm.bias
-                linear.weight *= norm.weight
-                norm.elementwise_affine = False
-                norm.register_parameter("weight", None)
-                norm.register_parameter("bias", None)
+            _fold_norm(self.norm1, self.mixer.expand)
+            _fold_norm(self.norm2, self.ffn.fc1)
             done.append("affine norms")
-        if isinstance(self.scale1, LayerScale):
-            for scale, linear in ((self.scale1, self.mixer.proj), (self.scale2, self.ffn.fc2)):
-                linear.weight *= scale.gamma[:, None]
-                linear.bias *= scale.gamma
+        if isinstance(self.scale1, LayerScale) and isinstance(self.scale2, LayerScale):
+            _fold_scale(self.scale1, self.mixer.proj)
+            _fold_scale(self.scale2, self.ffn.fc2)
             self.scale1, self.scale2 = nn.Identity(), nn.Identity()
             done.append("layer scales")
         return done
+
+
+def _fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> None:
+    """Move a norm's weight and bias into the linear layer behind it."""
+    cast(Tensor, linear.bias).add_(linear.weight @ norm.bias)
+    linear.weight.mul_(norm.weight)
+    norm.elementwise_affine = False
+    norm.register_parameter("weight", None)
+    norm.register_parameter("bias", None)
+
+
+def _fold_scale(scale: LayerScale, linear: nn.Linear) -> None:
+    """Move a layer scale into the linear layer before it."""
+    linear.weight.mul_(scale.gamma[:, None])
+    cast(Tensor, linear.bias).mul_(scale.gamma)
 
 
 def plain_cfsr_block(block: CFSRBlock, x: Tensor) -> Tensor:
@@ -307,29 +320,32 @@ def plain_cfsr_block(block: CFSRBlock, x: Tensor) -> Tensor:
         (B, dim, H, W)
     """
 
-    def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.conv2d(x, weight[:, :, None, None], bias)
+    def pointwise(x: Tensor, linear: nn.Linear, rows: slice = _ALL_ROWS) -> Tensor:
+        return F.conv2d(x, linear.weight[rows, :, None, None], cast(Tensor, linear.bias)[rows])
 
     def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
 
-    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
         mean = x.mean(1, keepdim=True)
         variance = (x - mean).pow(2).mean(1, keepdim=True)
-        return (x - mean) / torch.sqrt(variance + 1e-6) * weight[:, None, None] + bias[:, None, None]
+        return (x - mean) / torch.sqrt(variance + 1e-6) * layer.weight[:, None, None] + layer.bias[:, None, None]
 
-    mixer, ffn = block.mixer, block.ffn
-    normed = norm(x, block.norm1.weight, block.norm1.bias)
-    (a_weight, v_weight), (a_bias, v_bias) = mixer.expand.weight.chunk(2), mixer.expand.bias.chunk(2)
-    a = depthwise(F.gelu(pointwise(normed, a_weight, a_bias)), mixer.conv.weight, mixer.conv.bias)
-    mixed = pointwise(a * pointwise(normed, v_weight, v_bias), mixer.proj.weight, mixer.proj.bias)
-    x = x + block.scale1.gamma[:, None, None] * mixed
-    h = F.gelu(pointwise(norm(x, block.norm2.weight, block.norm2.bias), ffn.fc1.weight, ffn.fc1.bias))
+    def scale(x: Tensor, layer: nn.Module) -> Tensor:
+        return cast(Tensor, layer.gamma)[:, None, None] * x
+
+    mixer, ffn, dim = block.mixer, block.ffn, x.shape[1]
+    normed = norm(x, block.norm1)
+    a = depthwise(F.gelu(pointwise(normed, mixer.expand, slice(0, dim))), mixer.conv.weight, mixer.conv.bias)
+    v = pointwise(normed, mixer.expand, slice(dim, None))
+    x = x + scale(pointwise(a * v, mixer.proj), block.scale1)
+    h = F.gelu(pointwise(norm(x, block.norm2), ffn.fc1))
     edge = depthwise(h, ffn.pos.weight, ffn.pos.bias)
     if ffn.edge_scale is not None and ffn.edge_bias is not None and ffn.edge_masks is not None:
-        for scale, bias, mask in zip(ffn.edge_scale, ffn.edge_bias, ffn.edge_masks.chunk(len(_EDGES)), strict=True):
-            edge = edge + depthwise(h, scale[:, None, None, None] * mask, bias)
-    return x + block.scale2.gamma[:, None, None] * pointwise(h + F.gelu(edge), ffn.fc2.weight, ffn.fc2.bias)
+        masks = ffn.edge_masks.chunk(len(_EDGES))
+        for strength, bias, mask in zip(ffn.edge_scale, ffn.edge_bias, masks, strict=True):
+            edge = edge + depthwise(h, strength[:, None, None, None] * mask, bias)
+    return x + scale(pointwise(h + F.gelu(edge), ffn.fc2), block.scale2)
 
 
 class CFSRStage(nn.Module):
@@ -384,6 +400,7 @@ class CFSR(nn.Module):
     """
 
     multiple_of = 1
+    mean: Tensor
 
     @property
     def bytes_per_pixel(self) -> int:
@@ -440,15 +457,14 @@ class CFSR(nn.Module):
     def _init_interpolation(self) -> None:
         """Route the image through the first channels; each output phase is a quadratic through three pixels."""
         chans, scale = self.in_chans, self.scale
-        nn.init.zeros_(self.conv_after_body.weight)
-        nn.init.zeros_(self.conv_after_body.bias)
+        self.conv_after_body.weight.zero_()
         nn.init.dirac_(self.conv_first.weight[:chans])
-        nn.init.zeros_(self.conv_first.bias[:chans])
+        for conv in (self.conv_first, self.conv_after_body, self.upsample):
+            cast(Tensor, conv.bias).zero_()
         offset = (torch.arange(scale) + 0.5) / scale - 0.5  # of the output pixels, in input pixels
         taps = torch.stack([offset * (offset - 1) / 2, 1 - offset**2, offset * (offset + 1) / 2], 1)
         kernels = (taps[:, None, :, None] * taps[None, :, None, :]).flatten(0, 1)  # (scale^2, 3, 3)
         self.upsample.weight.mul_(0.1)
-        nn.init.zeros_(self.upsample.bias)
         for chan, weight in enumerate(self.upsample.weight.unflatten(0, (chans, -1))):
             weight[:, chan] = kernels.to(weight)
 
@@ -473,7 +489,7 @@ class CFSR(nn.Module):
         Raises:
             RuntimeError: The model is in training mode.
         """
-        blocks = [block for stage in self.layers for block in stage.blocks]
+        blocks = [module for module in self.modules() if isinstance(module, CFSRBlock)]
         return sorted({folded for block in blocks for folded in block.reparameterize()})
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 __all__ = ["Picture", "PictureError", "open_picture"]
 
@@ -181,8 +181,8 @@ def open_picture(source: str | os.PathLike[str] | Image.Image | Array) -> Pictur
         raise PictureError(f"{path} is {'a folder' if path.is_dir() else 'not there'}: expected an image file.")
     try:
         with Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1:
-                warnings.warn(f"{path} has {image.n_frames} frames; only the first is used.", stacklevel=3)
+            if (frames := getattr(image, "n_frames", 1)) > 1:
+                warnings.warn(f"{path} has {frames} frames; only the first is used.", stacklevel=3)
             low_bytes = _low_bytes(path, image)
             image.load()
             picture = _from_image(image, str(path))
@@ -199,7 +199,7 @@ def open_picture(source: str | os.PathLike[str] | Image.Image | Array) -> Pictur
     return picture if low_bytes is None else _widen(picture, low_bytes)
 
 
-def _low_bytes(path: Path, image: Image.Image) -> Array | None:
+def _low_bytes(path: Path, image: ImageFile.ImageFile) -> Array | None:
     """Low bytes of a 16-bit colour PNG, of which Pillow keeps the high ones; None for other files."""
     if image.format != "PNG" or len(image.tile) != 1 or image.tile[0].args not in ("RGB;16B", "RGBA;16B"):
         return None
@@ -310,5 +310,5 @@ def _encode_png16(picture: Picture) -> bytes:
         chunks.append(chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(picture.icc_profile)))
     if picture.exif:
         chunks.append(chunk(b"eXIf", picture.exif.removeprefix(b"Exif\0\0")))
-    chunks += [chunk(b"IDAT", zlib.compress(rows, 6)), chunk(b"IEND", b"")]
+    chunks += [chunk(b"IDAT", zlib.compress(rows.tobytes(), 6)), chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import timm
@@ -18,6 +18,7 @@ from torch import nn
 
 from zoo import catalog
 from zoo.cfg import RestorationCfg
+from zoo.ffn.reparam import reparameterize
 from zoo.restoration import FAMILIES
 from zoo.restoration.image_io import Picture, PictureError, open_picture
 from zoo.restoration.tiling import Progress, restore_tensor
@@ -28,12 +29,6 @@ __all__ = ["Picture", "PictureError", "load_restorer", "open_picture", "restore"
 Source = str | os.PathLike[str] | Image.Image | NDArray[Any]
 
 
-@overload
-def restore(image: NDArray[Any], task: str = ..., scale: int | None = ..., **options: Any) -> NDArray[Any]: ...
-@overload
-def restore(
-    image: str | os.PathLike[str] | Image.Image, task: str = ..., scale: int | None = ..., **options: Any
-) -> Image.Image: ...
 def restore(
     image: Source,
     task: str = "sr",
@@ -47,7 +42,7 @@ def restore(
     dtype: str | torch.dtype | None = None,
     self_ensemble: bool = False,
     progress: Progress | None = None,
-) -> Image.Image | NDArray[Any]:
+) -> Any:
     """Restore a picture of any kind and size.
 
     The result has the mode of the input (gray, colour, alpha, palette, CMYK, 16-bit gray), its colour profile and its
@@ -167,7 +162,8 @@ def _bleed(color: NDArray[Any], alpha: NDArray[Any]) -> NDArray[Any]:
     weight = torch.from_numpy((~hidden).astype(np.float32).transpose(2, 0, 1))[None]
     levels = [(values * weight, weight)]
     while max(levels[-1][1].shape[-2:]) > 1:  # ever coarser means of what is visible
-        levels.append(tuple(F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False) for x in levels[-1]))
+        total, weight = (F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False) for x in levels[-1])
+        levels.append((total, weight))
     filled = levels[-1][0] / levels[-1][1]
     for total, weight in reversed(levels[:-1]):
         coarse = F.interpolate(filled, total.shape[-2:], mode="nearest")
@@ -205,8 +201,7 @@ def load_restorer(
             restorer = copy.deepcopy(model).to(place, precision or parameter.dtype)
     else:
         restorer = _load(task, scale, model, weights).eval()
-        if hasattr(restorer, "reparameterize"):
-            restorer.reparameterize()
+        reparameterize(restorer, measure=False)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         restorer = restorer.to(place, precision)
     own = int(getattr(restorer, "scale", 1))
@@ -231,7 +226,7 @@ def _load(task: str, scale: int | None, name: str | None, weights: str | os.Path
             name, weights = f"{architecture}.{weights}", None
     if weights is None:
         return timm.create_model(name or _shipped(task, scale), pretrained=True)
-    state_dict = read_checkpoint(weights)
+    state_dict = read_checkpoint(Path(weights))
     for family in FAMILIES:
         found = family.detect(state_dict)
         if found is None:
@@ -277,7 +272,7 @@ def _shipped(task: str, scale: int | None) -> str:
             others.append(f"{name} ({cfg.task}, x{cfg.scale})")
     if not fitting:
         raise ValueError(
-            f"No weights for the task {task!r} at scale {wanted} are shipped; shipped are {', '.join(others) or 'none'}. "
-            f"Give a weight file, or the name of a model with published weights."
+            f"No weights for the task {task!r} at scale {wanted} are shipped; shipped are "
+            f"{', '.join(others) or 'none'}. Give a weight file, or the name of a model with published weights."
         )
     return max(fitting)[1]

@@ -213,7 +213,7 @@ def _first_plan(
         own = (tile - 2 * overlap) // multiple_of * multiple_of
         if own < 1:
             raise ValueError(
-                f"tile must be at least {2 * overlap + multiple_of}, more than twice the overlap of {overlap}; got {tile}."
+                f"tile must be at least {2 * overlap + multiple_of}, more than twice the overlap {overlap}; got {tile}."
             )
         rows, columns = (_edges(side, math.ceil(side / own), multiple_of) for side in (height, width))
         return TilePlan(rows, columns, overlap, tile * tile)

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from timm.data import resolve_model_data_config
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.utils import make_grid, save_image
@@ -65,7 +65,10 @@ class Diffusion(TimmOptimModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model, self.optim = model, optim
+        if isinstance(self.hparams.get("model"), nn.Module):
+            # in Python it is the model itself, which the state dict has; from the command line it is a description
+            self.remove_ignored_hparams(["model"])
+        self.model, self.optim = model.train(), optim
         self.scheduler = DDPMScheduler(beta_schedule=beta_schedule, prediction_type=prediction_type)
         self.timestep_sampling, self.logit_mean, self.logit_std = timestep_sampling, logit_mean, logit_std
         self.snr_gamma = snr_gamma
@@ -202,7 +205,8 @@ class Diffusion(TimmOptimModule):
         """Write the pipeline as a diffusers folder, for `DiffusionPipeline.from_pretrained`.
 
         After training with `EMAWeightAveraging`, or from a checkpoint of it, the averaged weights are written:
-        `Diffusion.load_from_checkpoint("last.ckpt").save_pretrained("folder", torch.float16)`.
+        `Diffusion.load_from_checkpoint("last.ckpt").save_pretrained("folder", torch.float16)`, where a checkpoint of a
+        task that was built in Python needs `model=PixelDiT(...)` as well.
 
         Args:
             path: Folder; created if it is not there.

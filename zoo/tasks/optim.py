@@ -13,7 +13,7 @@ from torch import nn
 __all__ = ["OptimConfig", "TimmOptimModule"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)  # not frozen: Lightning's TensorBoard logger copies hyper-parameters field by field
 class OptimConfig:
     """Optimizer and learning-rate schedule.
 

@@ -92,6 +92,7 @@ class Restoration(TimmOptimModule):
             for name, measure in (("psnr", psnr), ("ssim", ssim))
         }
         for name, metric in self.metrics.items():
+            assert isinstance(metric, MeanMetric)  # for the type checker: a ModuleDict forgets
             metric(values[name].float())
             self.log(f"{stage}/{name}", metric, prog_bar=True)
         if batch_idx < self.log_images:

@@ -1,0 +1,94 @@
+"""Counting and timing, on models small enough to count by hand."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from zoo import catalog, profiling
+from zoo.profiling import compare_latency, count_macs, count_params, latency, peak_memory, write_catalog
+
+
+class Attention(nn.Module):
+    """One head without projections."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+def test_counts_by_hand() -> None:
+    """3x3 convolution to 8 channels at 10x10, depthwise 3x3, linear layer: products only."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(800, 5),
+    ).to("meta")
+    assert count_params(network) == (3 * 9 * 8 + 8) + (9 * 8 + 8) + (800 * 5 + 5)
+    assert count_macs(network, torch.empty(1, 3, 10, 10, device="meta")) == 100 * (3 * 9 * 8 + 9 * 8) + 800 * 5
+
+
+def test_attention_is_counted() -> None:
+    """Two products of tokens times tokens times channels; fused kernels elsewhere count as nothing."""
+    assert count_macs(Attention(), torch.empty(1, 2, 7, 16, device="meta")) == 2 * 2 * 7 * 7 * 16
+
+
+def test_shared_parameters_count_once() -> None:
+    layer = nn.Linear(4, 4)
+    assert count_params(nn.ModuleList([layer, layer])) == 20
+
+
+def test_latency_takes_turns() -> None:
+    """Calls alternate, warm-up rounds are left out, gradients are off."""
+    order: list[str] = []
+
+    def slow() -> None:
+        assert torch.is_inference_mode_enabled()
+        order.append("slow")
+        time.sleep(0.004)
+
+    times = compare_latency({"slow": slow, "fast": lambda: order.append("fast")}, warmup=1, runs=3)
+    assert order == ["slow", "fast"] * 4
+    assert times["slow"].median >= 4 > times["fast"].median
+    assert times["slow"].p20 <= times["slow"].median <= times["slow"].p80
+    assert times["slow"].runs == 3
+    assert latency(slow, warmup=0, runs=1).p80 >= 4
+    with pytest.raises(ValueError, match="runs must be at least 1"):
+        latency(slow, runs=0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the resident size is read from /proc")
+def test_peak_memory_sees_what_was_freed() -> None:
+    """A 64 MB tensor that is gone at the end still counts."""
+
+    def work() -> None:
+        torch.ones(16 * 2**20)
+        time.sleep(0.01)
+
+    assert 60e6 < peak_memory(work) < 90e6
+
+
+def test_written_catalog_is_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line a model; --check compares and changes nothing."""
+    facts = {"b": {"task": "sr", "params": 2}, "a": {"task": "sr", "params": 3}}
+    monkeypatch.setattr(profiling, "build_catalog", lambda: facts)
+    path = tmp_path / "catalog.json"
+    monkeypatch.setattr(catalog, "PATH", path)
+    assert write_catalog(path) == facts
+    text = path.read_text()
+    assert list(json.loads(text)) == ["b", "a"]
+    assert len(text.splitlines()) == 4
+    assert profiling.main(["--check"]) == 0
+    path.write_text("{}\n")
+    assert profiling.main(["--check"]) == 1
+    assert path.read_text() == "{}\n"
+    assert "make catalog" in capsys.readouterr().out
