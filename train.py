@@ -6,6 +6,13 @@ What is wrong with a config, data or a checkpoint is said in one line; `--debug`
 import sys
 
 
+def reason(error: BaseException) -> str:
+    """Return an error's first line, or that of its cause where jsonargparse has wrapped it."""
+    while str(error).startswith("Does not validate against") and error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def main() -> int:
     """Run Lightning's command line and return the exit code."""
     debug = "--debug" in sys.argv
@@ -23,8 +30,7 @@ def main() -> int:
     except (ValueError, OSError, ImportError, MisconfigurationException) as error:
         if debug:
             raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"error: {lines[0]}", file=sys.stderr)
+        print(f"error: {reason(error)}", file=sys.stderr)
         return 1
     return 0
 

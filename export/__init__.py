@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from torch import nn
-
 from zoo.export.network import ExportError, Kind
 
 __all__ = ["FORMATS", "ExportError", "Kind", "Target", "target"]

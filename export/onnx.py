@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
 from zoo.export.network import ExportError, Kind, compare, prepare, whole
 
 __all__ = ["SUFFIX", "check", "export"]
@@ -107,7 +106,8 @@ def check(
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except (Fail, InvalidProtobuf, NoSuchFile) as error:
-        raise ExportError(f"{path} is not an ONNX file that ONNX Runtime can run: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise ExportError(f"{path} is not an ONNX file that ONNX Runtime can run: {reason}") from error
 
     def run(inputs: dict[str, Tensor]) -> Tensor:
         try:

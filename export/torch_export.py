@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-
 from zoo.export.network import ExportError, Kind, compare, prepare, whole
 
 __all__ = ["SUFFIX", "check", "export", "metadata"]

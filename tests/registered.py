@@ -1,7 +1,7 @@
 """Every registered model, for tests that hold for all of them: a new family is tested without a new test.
 
-Tests of numbers take the smallest variant of each family. Where that is slow on a CPU, `TINY` makes it smaller; a family
-without an entry is tested as it is.
+Tests of numbers take the smallest variant of each family. Where that is slow on a CPU, `TINY` makes it smaller; a
+family without an entry is tested as it is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, model_entrypoint
 from torch import Tensor, nn
 
 from zoo import catalog
@@ -36,12 +36,14 @@ TINY = {
 
 
 def _names(kind: str) -> dict[str, list[str]]:
-    found = {}
-    for module in families():
-        if module.__name__.startswith(f"zoo.{kind}."):
-            family = module.__name__.rpartition(".")[2]
-            found[family] = [n for n in timm.list_models() if timm.models.model_entrypoint(n).__module__ == module.__name__]
-    return {family: names for family, names in found.items() if names}
+    """Return the registered names of each family in `zoo.<kind>`."""
+    found: dict[str, list[str]] = {}
+    modules = {module.__name__ for module in families() if module.__name__.startswith(f"zoo.{kind}.")}
+    for name in timm.list_models():
+        module = model_entrypoint(name).__module__
+        if module in modules:
+            found.setdefault(module.rpartition(".")[2], []).append(name)
+    return found
 
 
 BACKBONES = _names("backbones")

@@ -91,7 +91,7 @@ def test_card_of_a_classifier_from_a_training_checkpoint(tmp_path: Path, facts: 
     )
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert loaded.pretrained_cfg["label_names"][3] == "cat"
-    assert loaded.pretrained_cfg["input_size"] == (3, 32, 32)
+    assert loaded.pretrained_cfg["input_size"] == [3, 32, 32]
     assert (folder / "model.safetensors").stat().st_size < 12e6
     for key, value in loaded.state_dict().items():
         torch.testing.assert_close(value, model.state_dict()[key], rtol=1e-3, atol=1e-4)
@@ -119,11 +119,11 @@ def test_card_of_a_denoiser(tmp_path: Path, facts: dict[str, Any]) -> None:
 def test_nothing_is_left_of_a_card_that_fails(tmp_path: Path, facts: dict[str, Any]) -> None:
     state_dict = timm.create_model("cfsr_x2").state_dict()
     before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(CheckpointError, match="missing: norm.bias"):
+    with pytest.raises(CheckpointError, match=r"missing: norm\.bias"):
         make_card(
             "cfsr_x2.bsds", {k: v for k, v in state_dict.items() if k != "norm.bias"}, folder=tmp_path / "card", **facts
         )
-    with pytest.raises(ValueError, match="The config configs/none.yaml does not exist"):
+    with pytest.raises(ValueError, match=r"The config configs/none\.yaml does not exist"):
         make_card("cfsr_x2.bsds", state_dict, folder=tmp_path / "card", **{**facts, "config": "configs/none.yaml"})
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
@@ -194,11 +194,10 @@ def test_shipped_card_is_good(folder: Path) -> None:
 
 @pytest.mark.parametrize("folder", published(), ids=lambda folder: folder.name)
 def test_example_in_a_shipped_card_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Python lines of the card, word for word, beside its picture."""
+    """The Python lines of the card, word for word, beside a photo."""
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert code
-    for picture in folder.glob("*.[pj][np]g"):
-        (tmp_path / picture.name).write_bytes(picture.read_bytes())
+    Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
     exec(compile(code[1], str(folder), "exec"), {})
 

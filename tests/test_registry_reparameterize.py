@@ -11,7 +11,7 @@ from torch import nn
 
 import zoo
 
-MERGING = [family for family in FAMILIES if any(hasattr(module, "reparameterize") for module in build(family).modules())]
+MERGING = [name for name in FAMILIES if any(hasattr(module, "reparameterize") for module in build(name).modules())]
 
 
 def test_what_merges() -> None:

@@ -49,8 +49,8 @@ def test_pretrained_path(family: str, tmp_path: Path) -> None:
     arguments = {**classes, **TINY[family].kwargs}
     loaded = timm.create_model(smallest(family), pretrained=True, pretrained_cfg_overlay=overlay, **arguments).eval()
     assert torch.equal(loaded(batch), model(batch))
+    wrong = {**overlay, "sha256": "0" * 64}
     with pytest.raises(CheckpointError, match="sha256"):
-        wrong = {**overlay, "sha256": "0" * 64}
         timm.create_model(smallest(family), pretrained=True, pretrained_cfg_overlay=wrong, **arguments)
 
 
@@ -60,10 +60,8 @@ def test_other_classes_and_channels(family: str, tmp_path: Path) -> None:
     """Another number of classes drops the classifier only, other channels adapt the first layer only."""
     model, path = build(family), tmp_path / "model.safetensors"
     save_checkpoint(model.state_dict(), path)
-    overlay = dict(file=str(path), num_classes=10)
-    other = timm.create_model(
-        smallest(family), pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3, in_chans=1, **TINY[family].kwargs
-    ).eval()  # fmt: skip
+    changed = dict(pretrained_cfg_overlay=dict(file=str(path), num_classes=10), num_classes=3, in_chans=1)
+    other = timm.create_model(smallest(family), pretrained=True, **changed, **TINY[family].kwargs).eval()
     own, first, head = model.state_dict(), model.pretrained_cfg["first_conv"], model.pretrained_cfg["classifier"]
     for key, value in other.state_dict().items():
         if not key.startswith((f"{first}.weight", f"{head}.")):

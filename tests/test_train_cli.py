@@ -83,7 +83,7 @@ def test_wrong_values(
     data = image_folder(tmp_path / "data", train=4, val=2)
     code = train(
         monkeypatch, "fit", "--config", str(SMOKE), "--data.init_args.data_dir", str(data),
-        "--trainer.default_root_dir", str(tmp_path / "run"), *change,
+        *change,
     )  # fmt: skip
     error = capsys.readouterr().err
     assert code != 0
@@ -107,16 +107,13 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 def test_fit_resume_and_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The three commands of the README: train, go on from the last checkpoint, measure."""
     data = image_folder(tmp_path / "data", train=8, val=4)
-    run = tmp_path / "run"
-    common = (
-        "--config", str(SMOKE), "--data.init_args.data_dir", str(data), "--trainer.default_root_dir", str(run),
-    )  # fmt: skip
+    common = ("--config", str(SMOKE), "--data.init_args.data_dir", str(data))
     monkeypatch.chdir(tmp_path)
     assert train(monkeypatch, "fit", *common) == 0
-    (last,) = run.rglob("last.ckpt")
+    (last,) = tmp_path.rglob("last.ckpt")
     assert train(monkeypatch, "fit", *common, "--trainer.max_epochs", "3", "--ckpt_path", str(last)) == 0
     assert train(monkeypatch, "test", *common, "--ckpt_path", str(last)) == 0
-    metrics = "".join(path.read_text() for path in run.rglob("metrics.csv"))
+    metrics = "".join(path.read_text() for path in tmp_path.rglob("metrics.csv"))
     assert "val/acc1" in metrics
     assert "test/acc1" in metrics
-    assert list(run.rglob("events.out.tfevents.*"))
+    assert list(tmp_path.rglob("events.out.tfevents.*"))

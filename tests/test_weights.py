@@ -133,7 +133,7 @@ def test_unsafe_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     torch.save({"w": torch.ones(1), "hook": _Evil()}, "old.pth", _use_new_zipfile_serialization=False)
     Path("raw.pth").write_bytes(pickle.dumps(_Evil()))
     for name in ("zip.pth", "old.pth", "raw.pth"):
-        with pytest.raises(CheckpointError, match="unsafe unpickling|not a readable weight file") as caught:
+        with pytest.raises(CheckpointError, match=r"unsafe unpickling|not a readable weight file") as caught:
             read_checkpoint(name)
         assert "\n" not in str(caught.value)
     assert not Path("evil").exists()

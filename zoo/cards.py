@@ -197,7 +197,7 @@ def make_card(
             **facts,
             "config": config,
             "parity": parity,
-            "model-index": [{"name": name, "results": [_result(metric, facts["task"]) for metric in metrics]}],
+            "model-index": [{"name": name, "results": _results(metrics, facts["task"])}],
         }
         text = _text(name, front, metrics, training, limitations, Path(picture).name, caption)
         head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=120)
@@ -287,15 +287,25 @@ def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _result(metric: Metric, task: str) -> dict[str, Any]:
-    """Return a metric as an entry of the Hub's `model-index`."""
-    kind = re.sub(r"[^a-z0-9]+", "-", metric.name.lower()).strip("-")
-    args = {"protocol": metric.protocol} | ({"unit": metric.unit} if metric.unit else {})
-    return {
-        "task": {"type": _PIPELINE_TAGS.get(task, "image-to-image")},
-        "dataset": {"name": metric.dataset, "type": re.sub(r"[^a-z0-9]+", "-", metric.dataset.lower()).strip("-")},
-        "metrics": [{"type": kind, "name": metric.name, "value": metric.value, "args": args}],
-    }
+def _results(metrics: Sequence[Metric], task: str) -> list[dict[str, Any]]:
+    """Return metrics as the results of the Hub's `model-index`, one entry a data set."""
+    results: dict[str, dict[str, Any]] = {}
+    for metric in metrics:
+        entry = results.setdefault(
+            metric.dataset,
+            {
+                "task": {"type": _PIPELINE_TAGS.get(task, "image-to-image")},
+                "dataset": {"name": metric.dataset, "type": _slug(metric.dataset)},
+                "metrics": [],
+            },
+        )
+        args = {"protocol": metric.protocol} | ({"unit": metric.unit} if metric.unit else {})
+        entry["metrics"].append({"type": _slug(metric.name), "name": metric.name, "value": metric.value, "args": args})
+    return list(results.values())
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 _USE = {
@@ -309,14 +319,14 @@ import zoo  # registers the model with timm
 model = timm.create_model("{name}", pretrained=True).eval()
 zoo.reparameterize(model)  # exact, and faster
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-image = transform(Image.open("{picture}").convert("RGB"))
+image = transform(Image.open("photo.png").convert("RGB"))
 with torch.inference_mode():
     probabilities = model(image[None]).softmax(-1)[0]
 print(model.pretrained_cfg["label_names"][int(probabilities.argmax())], float(probabilities.max()))""",
     "restoration": """\
 import zoo
 
-zoo.restore("{picture}", model="{name}").save("restored.png")""",
+zoo.restore("photo.png", model="{name}").save("restored.png")""",
     "generation": """\
 import torch
 
@@ -338,11 +348,11 @@ def _text(
     caption: str,
 ) -> str:
     task = front["task"]
-    use = _USE.get(task, _USE["restoration"]).format(name=name, picture=picture)
+    use = _USE.get(task, _USE["restoration"]).format(name=name)
     command = {
-        "classification": f"zoo classify {picture} --model {name}",
+        "classification": f"zoo classify photo.png --model {name}",
         "generation": f"zoo generate --model {name} --classes 3,8 -o grid.png",
-    }.get(task, f"zoo restore {picture} --model {name} -o restored/")
+    }.get(task, f"zoo restore photo.png --model {name} -o restored/")
     rows = "\n".join(
         f"| {metric.name} | {metric.value:g}{f' {metric.unit}' if metric.unit else ''} | {metric.dataset} |"
         f" {metric.protocol} |"

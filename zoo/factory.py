@@ -33,7 +33,9 @@ def families() -> Iterator[ModuleType]:
     """Yield the module of every backbone and restorer family."""
     for package in (zoo.backbones, zoo.restoration):
         for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-            yield importlib.import_module(info.name)
+            module = importlib.import_module(info.name)
+            if hasattr(module, "default_cfgs"):  # what else is in the package serves the families
+                yield module
 
 
 def list_models(

@@ -14,11 +14,11 @@ import pytest
 import torch
 from exported import EXPORTED, MultipleOfFour, size_of
 from registered import BACKBONES, build
-
-import zoo
 from zoo.export import FORMATS, ExportError, target
 from zoo.export.network import kind_of, sample_inputs, weights_digest
 from zoo.export.onnx import check, export
+
+import zoo
 
 
 @pytest.mark.slow
@@ -69,7 +69,7 @@ def test_labels_are_stored_where_they_fit(tmp_path: Path) -> None:
 
 
 def test_the_file_is_merged(classifier: tuple[Path, torch.nn.Module]) -> None:
-    path, model = classifier
+    path, _ = classifier
     names = {node.op_type for node in onnx.load(path).graph.node}
     assert "BatchNormalization" not in names
     merged = zoo.reparameterize(build("repavit")).params_after
@@ -179,11 +179,10 @@ def test_missing_extra(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
+    model, path = build("repavit"), tmp_path / "model.onnx"
+    call = (lambda: export(model, path)) if missing == "onnxscript" else (lambda: check(path, model))
     with pytest.raises(ImportError, match=rf"{missing}.*pip install 'ffn-zoo\[export\]'"):
-        if missing == "onnxscript":
-            export(build("repavit"), tmp_path / "model.onnx")
-        else:
-            check(tmp_path / "model.onnx", build("repavit"))
+        call()
 
 
 def test_an_enabled_cache_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from exported import EXPORTED, MultipleOfFour, size_of
 from registered import build
-
 from zoo.export import ExportError
 from zoo.export.network import weights_digest
 from zoo.export.torch_export import check, export, metadata

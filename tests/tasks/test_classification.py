@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_learns_logs_and_shows(folder: Path, tmp_path: Path) -> None:
     (metrics,) = trainer.test(task, data(folder), verbose=False)
     assert metrics["test/acc1"] == pytest.approx(float(trainer.callback_metrics["val/acc1"]), abs=0.2)
 
-    rows = list(csv.DictReader(open(Path(loggers[0].log_dir) / "metrics.csv", encoding="utf-8")))
+    rows = list(csv.DictReader((Path(loggers[0].log_dir) / "metrics.csv").read_text(encoding="utf-8").splitlines()))
     losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
     assert len(losses) == 12 * 4
     assert sum(losses[-4:]) < sum(losses[:4]) / 2
@@ -127,7 +128,7 @@ def test_schedules(folder: Path, tmp_path: Path) -> None:
     assert cosine[1] == pytest.approx(1e-4 + (1e-2 - 1e-4) / 5)
     assert max(cosine) == pytest.approx(1e-2, rel=0.2)
     assert cosine[-1] < 1e-3
-    assert all(later < earlier for earlier, later in zip(cosine[5:], cosine[6:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(cosine[5:]))
     line, _ = rates(folder, tmp_path, sched="poly", lr=1e-2, warmup=0.0, min_lr=0.0)
     assert line == pytest.approx([1e-2 * (1 - step / 20) for step in range(20)])
     steps, _ = rates(folder, tmp_path, sched="step", lr=1e-2, warmup=0.0)
@@ -148,7 +149,10 @@ def test_layer_decay_and_weight_decay(folder: Path, tmp_path: Path) -> None:
     names = dict(task.model.named_parameters())
     scale = {name: where[id(parameter)]["lr_scale"] for name, parameter in names.items()}
     assert scale["head.weight"] == 1.0
-    assert scale["patch_embed.proj.weight"] < scale["blocks.0.attn.qkv.weight"] < scale["blocks.1.attn.qkv.weight"] < 1.0
+    rising = [
+        scale[name] for name in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.1.attn.qkv.weight")
+    ]
+    assert rising[0] < rising[1] < rising[2] < 1.0
     decay = {name: where[id(parameter)]["weight_decay"] for name, parameter in names.items()}
     assert decay["blocks.0.attn.qkv.weight"] == 0.1
     assert decay["blocks.0.attn.qkv.bias"] == decay["blocks.0.mlp.norm.weight"] == decay["pos_embed"] == 0.0

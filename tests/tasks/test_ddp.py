@@ -47,13 +47,13 @@ data:
 
 def fit(folder: Path, data: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     folder.mkdir()
-    (folder / "config.yaml").write_text(CONFIG)
+    (folder / "run.yaml").write_text(CONFIG)
     command = [
-        sys.executable, str(ROOT / "train.py"), "fit", "--config", str(folder / "config.yaml"),
+        sys.executable, str(ROOT / "train.py"), "fit", "--config", str(folder / "run.yaml"),
         "--data.init_args.data_dir", str(data), "--trainer.default_root_dir", str(folder), *arguments,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     return done
 
@@ -62,7 +62,8 @@ def checkpoint(folder: Path, step: int) -> dict[str, torch.Tensor]:
     (path,) = folder.rglob(f"step={step}.ckpt")
     loaded = torch.load(path, weights_only=False)
     assert len(loaded["exact_resume"]["rng"]) in (1, 2)
-    return {f"{kind}.{key}": value for kind in ("state_dict", "current_model_state") for key, value in loaded[kind].items()}
+    kinds = ("state_dict", "current_model_state")
+    return {f"{kind}.{key}": value for kind in kinds for key, value in loaded[kind].items()}
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:

@@ -314,8 +314,8 @@ def detect(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
         merged=layers[0].merged,
         feature_norm=layers[0].feature_norm,
     )
-    if "fc_norm.weight" in state_dict:
-        kwargs["global_pool"] = "avg"
+    if "fc_norm.weight" in state_dict or "cls_token" not in state_dict:
+        kwargs |= dict(global_pool="avg", class_token="cls_token" in state_dict)
     active = [layer.active_dim for layer in layers if layer.active_dim is not None]
     if len(active) == depth:
         kwargs |= _idle_arguments(active, 4 * size[0])

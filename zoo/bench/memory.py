@@ -14,7 +14,7 @@ import torch
 
 from zoo.profiling import peak_memory
 
-__all__ = ["in_fresh_process", "peak_growth"]
+__all__ = ["in_fresh_process", "resident_peak"]
 
 ArgsT = ParamSpec("ArgsT")
 ResultT = TypeVar("ResultT")
@@ -29,11 +29,11 @@ def in_fresh_process(function: Callable[ArgsT, ResultT], *args: ArgsT.args, **kw
 
 
 @torch.inference_mode()
-def peak_growth(call: Callable[[], Any]) -> int:
-    """Return by how many bytes the resident size of this process grew at most while a function ran.
+def resident_peak(call: Callable[[], Any]) -> tuple[int, int]:
+    """Return the resident size of this process, in bytes: before a function runs, and the highest while it runs.
 
-    Linux keeps the highest resident size itself, so that no short peak is missed. Where it cannot be set back, the size
-    is sampled, see `zoo.profiling.peak_memory`.
+    Linux keeps the highest size itself, so that no short peak is missed. Where it cannot be set back, the size is
+    sampled, see `zoo.profiling.peak_memory`.
 
     Raises:
         OSError: The platform does not tell the resident size.
@@ -42,13 +42,13 @@ def peak_growth(call: Callable[[], Any]) -> int:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc: hand back what is freed, or the call would reuse it
     if trim is not None:
         trim(0)
+    before = _resident("VmRSS")
     try:
         (_PROC / "clear_refs").write_text("5", encoding="ascii")  # 5: set the highest size back to the present one
     except OSError:
-        return peak_memory(call)
-    before = _resident("VmRSS")
+        return before, before + peak_memory(call)
     call()
-    return max(0, _resident("VmHWM") - before)
+    return before, max(before, _resident("VmHWM"))
 
 
 def _resident(field: str) -> int:

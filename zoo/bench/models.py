@@ -12,7 +12,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from zoo import catalog, factory
-from zoo.bench.memory import in_fresh_process, peak_growth
+from zoo.bench.memory import in_fresh_process, resident_peak
 from zoo.bench.report import Benchmark, Check, Entry, Goal
 from zoo.bench.timing import Progress, Settings, cast, compare, environment, now, require_close, torch_threads
 from zoo.cfg import ModelCfg
@@ -154,7 +154,8 @@ def _peak(each: Subject, settings: Settings, size: int | None) -> int:
 
 def _peak_here(name: str, settings: Settings, size: int | None, merge: bool) -> int:
     with torch_threads(settings.threads):
-        return peak_growth(subject(name, settings, size=size, merge=merge, check=False))
+        before, peak = resident_peak(subject(name, settings, size=size, merge=merge, check=False))
+    return peak - before
 
 
 def compare_models(

@@ -19,6 +19,7 @@ from zoo.caching.runs import RunTracker
 
 __all__ = ["cached", "disable_cache", "enable_cache", "reset_cache"]
 
+_ACTIVE = "_zoo_cache"
 _RESET = "_reset_stateful_cache"  # what pipelines call on each component at the end
 
 
@@ -93,9 +94,9 @@ def disable_cache(pipe_or_model: DiffusionPipeline | nn.Module) -> None:
         RuntimeError: Another hook was placed over the cache and has to go first.
     """
     for model in _targets(pipe_or_model)[1]:
-        if "_zoo_cache" in model.__dict__:
+        if _ACTIVE in model.__dict__:
             _disable(model)
-        elif _active_config(model) is not None:
+        elif isinstance(model, CacheMixin) and model.is_cache_enabled:
             model.disable_cache()
 
 
@@ -121,9 +122,9 @@ def reset_cache(pipe_or_model: DiffusionPipeline | nn.Module) -> None:
         pipe_or_model: As for `enable_cache`.
     """
     for model in _targets(pipe_or_model)[1]:
-        if "_zoo_cache" in model.__dict__:
-            model._zoo_cache.reset()
-        elif hasattr(model, _RESET):
+        if _ACTIVE in model.__dict__:
+            model.__dict__[_ACTIVE].reset()
+        elif isinstance(model, CacheMixin):
             model._reset_stateful_cache()
 
 
@@ -148,7 +149,7 @@ def _targets(pipe_or_model: Any) -> tuple[DiffusionPipeline | None, list[nn.Modu
 
 def _active_config(model: nn.Module) -> Any:
     """Return the configuration of the cache that is on, ours or diffusers', or None."""
-    ours = model.__dict__.get("_zoo_cache")
+    ours = model.__dict__.get(_ACTIVE)
     if isinstance(model, CacheMixin):
         if ours is not None and model._cache_config is None:
             _disable(model)  # somebody called the model's own disable_cache: only our remains are left
@@ -178,7 +179,7 @@ def _enable(model: nn.Module, config: Any, pipeline: DiffusionPipeline | None) -
     active = _ActiveCache(config, hooks, run, run.attach(model))
     run.on_new_run = active.reset
     refresh_contexts(model)
-    model._zoo_cache = active
+    setattr(model, _ACTIVE, active)
     if isinstance(model, CacheMixin):
         model._cache_config = config
     else:
@@ -186,10 +187,10 @@ def _enable(model: nn.Module, config: Any, pipeline: DiffusionPipeline | None) -
 
 
 def _disable(model: nn.Module) -> None:
-    active = model.__dict__["_zoo_cache"]
+    active = model.__dict__[_ACTIVE]
     remove_hooks(model, active.hooks)
     active.handle.remove()
-    del model._zoo_cache
+    delattr(model, _ACTIVE)
     if isinstance(model, CacheMixin):
         model._cache_config = None
     else:

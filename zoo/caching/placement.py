@@ -26,12 +26,12 @@ class PlacedHook(NamedTuple):
     @property
     def registry(self) -> HookRegistry:
         """The registry of the module."""
-        return self.module._diffusers_hook
+        return self.module.__dict__["_diffusers_hook"]
 
     @property
     def in_place(self) -> bool:
         """Whether the hook is still registered."""
-        registry = getattr(self.module, "_diffusers_hook", None)
+        registry = self.module.__dict__.get("_diffusers_hook")
         return registry is not None and registry.hooks.get(self.name) is self.hook
 
 
@@ -89,7 +89,8 @@ def remove_hooks(model: nn.Module, hooks: Sequence[PlacedHook]) -> None:
 
 def _tidy(module: nn.Module) -> None:
     """Drop what an empty registry leaves on a module, so that it can be copied and pickled again."""
-    if "_diffusers_hook" not in module.__dict__ or module._diffusers_hook.hooks:
+    registry = module.__dict__.get("_diffusers_hook")
+    if registry is None or registry.hooks:
         return
     del module._diffusers_hook
     forward = module.__dict__.get("forward")

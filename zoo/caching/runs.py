@@ -68,8 +68,9 @@ class RunTracker:
         context = self.states[0].context.name if self.states else "default"
         images = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         inputs = () if images is None else (images.shape, images.dtype, images.device)
-        scheduler = getattr(self._pipeline() if self._pipeline else None, "scheduler", None)
-        if hasattr(scheduler, "timesteps"):
+        scheduler: Any = getattr(self._pipeline() if self._pipeline else None, "scheduler", None)
+        scheduled = hasattr(scheduler, "timesteps")
+        if scheduled:
             new_run = scheduler.timesteps is not self._timesteps
             self._timesteps = scheduler.timesteps
         else:
@@ -78,7 +79,7 @@ class RunTracker:
             self.forget()
             self.on_new_run()
         self._inputs[context] = inputs
-        if not hasattr(scheduler, "timesteps"):
+        if not scheduled:
             self._last[context] = self.current_timestep()
             self._first.setdefault(context, self._last[context])
 

@@ -112,7 +112,7 @@ def open_labelled_images(
                 return ImageFolder(str(folder / name), transform, loader=_read_rgb)
         if not any(folder.rglob("*.parquet")):
             raise FileNotFoundError(
-                f"{folder} holds neither {wanted[0]}/<class>/ folders of images nor Parquet files with a {wanted[0]} split."
+                f"{folder} holds neither {wanted[0]}/<class>/ folders of images nor Parquet files of that split."
             )
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", data_dir) or data_dir.startswith("."):
         raise FileNotFoundError(f"There is no folder {data_dir}, and a data set on the Hub is called org/name.")
@@ -161,7 +161,7 @@ class _Images(LightningDataModule):
         data = self._open("train", training=True)
         sampler = ResumableSampler(data, self.seed, rank, world, self.repeats)
         if len(sampler) < self.batch_size:
-            raise ValueError(f"batch_size {self.batch_size} is more than the {len(sampler)} training images of a process.")
+            raise ValueError(f"batch_size {self.batch_size} exceeds the {len(sampler)} training images of a process.")
         return LateLoader(
             SeededDataset(data, self.seed),
             batch_size=self.batch_size,
@@ -198,7 +198,7 @@ class ImageClassification(_Images):
     """Images and labels for a classifier, with timm's augmentation.
 
     Args:
-        data_dir: Folder of `train/<class>/` and `val/<class>/` (or `test/`) images, folder of Parquet files, or Hub name.
+        data_dir: Folder of `train/<class>/` and `val/<class>/` (or `test/`) images, of Parquet files, or Hub name.
         image_size: Side of the square network input, pixels.
         batch_size: Images of a step and process.
         eval_batch_size: Images of a validation step; None takes `batch_size`.
@@ -244,9 +244,7 @@ class ImageClassification(_Images):
         label_key: str | None = None,
         limit: int | None = None,
     ) -> None:
-        super().__init__(
-            data_dir, batch_size, eval_batch_size, num_workers, seed, image_key, label_key, limit, repeats
-        )
+        super().__init__(data_dir, batch_size, eval_batch_size, num_workers, seed, image_key, label_key, limit, repeats)
         self.image_size, self.crop_padding, self.scale, self.hflip = image_size, crop_padding, scale, hflip
         self.color_jitter, self.auto_augment, self.interpolation = color_jitter, auto_augment, interpolation
         self.reprob, self.crop_pct, self.mean, self.std = reprob, crop_pct, mean, std

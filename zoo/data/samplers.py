@@ -48,7 +48,8 @@ class SeededDataset(Dataset[Any]):
 class ResumableSampler(DistributedSampler[Any]):
     """Shuffle by (seed, epoch), split over processes, and start where an interrupted epoch stopped.
 
-    Yields (epoch, index) for a `SeededDataset`, and (epoch, index, n) for the n-th repetition. `zoo.tasks.callbacks.ExactResume` sets `start` after a resume.
+    Yields (epoch, index) for a `SeededDataset`, and (epoch, index, n) for the n-th repetition.
+    `zoo.tasks.callbacks.ExactResume` sets `start` after a resume.
 
     Args:
         data: The data set; only its length is used.

@@ -209,7 +209,7 @@ class PixelDiTPipeline(DiffusionPipeline):
                     latents = (replaced or {}).get("latents", latents)
         finally:
             self.maybe_free_model_hooks()  # also resets the caches, so an aborted call leaves nothing behind
-        images = self.image_processor.postprocess(latents, output_type=output_type)
+        images: Images = self.image_processor.postprocess(latents, output_type=output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 

@@ -1,9 +1,10 @@
-"""What Lightning leaves out of a resume: random state and the place inside an epoch; and checkpoints that were not written."""
+"""What Lightning leaves out: random state, the place inside an epoch, and word of checkpoints that were not written."""
 
 from __future__ import annotations
 
 import os
 import random
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,9 @@ class ExactResume(Callback):
 
     Random states of Python, NumPy and PyTorch (all devices) are saved per process and restored, and the training
     sampler skips the samples that its epoch has had. Validation gets random numbers of its own, so that it does not
-    matter whether it ran before or after the interruption. In a new run, processes after the first get random numbers of
-    their own. The data module must use `ResumableSampler`,
-    `SeededDataset` and `LateLoader`; a checkpoint between two optimizer steps of an accumulated gradient loses what was
-    accumulated.
+    matter whether it ran before or after the interruption. In a new run, processes after the first get random numbers
+    of their own. The data module must use `ResumableSampler`, `SeededDataset` and `LateLoader`. A checkpoint between
+    two optimizer steps of an accumulated gradient loses what was accumulated.
     """
 
     def __init__(self) -> None:
@@ -80,10 +80,10 @@ def _seed(seed: int) -> None:
 
 def _random_state() -> dict[str, Any]:
     """Return the states of all generators, without arrays, so that `torch.load(weights_only=True)` reads them."""
-    name, words, *rest = np.random.get_state()
+    name, words, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (str(name), [int(word) for word in words], *(float(r) if isinstance(r, float) else int(r) for r in rest)),
+        "numpy": (str(name), [int(word) for word in words], int(position), int(has_gauss), float(gauss)),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -113,7 +113,9 @@ class CheckedCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, temporary)
             torch.load(temporary, map_location="meta", weights_only=False, mmap=True)
             os.replace(temporary, target)
-        except OSError as error:
-            raise RuntimeError(f"The checkpoint {target} could not be written: {error}.") from error
+        except (OSError, RuntimeError) as error:  # PyTorch's writer and reader raise RuntimeError
+            reason = str(error).splitlines()[0]
+            raise RuntimeError(f"The checkpoint {target} could not be written: {reason}") from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.utils import make_grid
 
+from zoo.factory import create_model
 from zoo.layers.init import mimetic_init_
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
 from zoo.weights import save_checkpoint
@@ -26,7 +26,8 @@ class Classification(TimmOptimModule):
     """Cross-entropy training of a classifier.
 
     Args:
-        model: timm name, ours included: "repavit_tiny", or with a weight tag to start from: "repavit_tiny.cifar10".
+        model: timm name, ours included: "repavit_tiny"; with a weight tag to start from: "repavit_tiny.cifar10"; or a
+            file, folder or Hub id that `zoo.create_model` takes.
         num_classes: Number of classes.
         model_args: More arguments of the model: img_size, patch_size, idle_ratio, drop_path_rate, ...
         pretrained: Start from the published weights of `model`.
@@ -42,7 +43,8 @@ class Classification(TimmOptimModule):
         log_images: Number of validation images written to TensorBoard, framed green where the class is right, else red.
 
     Raises:
-        ValueError: `freeze` names no parameter.
+        ValueError: There is no such model, or `freeze` names no parameter.
+        CheckpointError: The weights do not exist or do not fit.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class Classification(TimmOptimModule):
         num_classes: int,
         model_args: dict[str, Any] | None = None,
         pretrained: bool = False,
-        optim: OptimConfig = OptimConfig(),  # noqa: B008  frozen
+        optim: OptimConfig = OptimConfig(),  # noqa: B008  never changed
         label_smoothing: float = 0.1,
         mixup: float = 0.0,
         cutmix: float = 0.0,
@@ -63,7 +65,7 @@ class Classification(TimmOptimModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model = timm.create_model(model, pretrained=pretrained, num_classes=num_classes, **(model_args or {}))
+        self.model = create_model(model, pretrained, num_classes=num_classes, **(model_args or {})).train()
         if mimetic_init:
             mimetic_init_(self.model)
         for prefix in freeze or ():
@@ -82,8 +84,9 @@ class Classification(TimmOptimModule):
         metrics = {"acc1": MulticlassAccuracy(num_classes, average="micro")}
         if num_classes > 5:
             metrics["acc5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
-        self.val_metrics, self.test_metrics = nn.ModuleDict(metrics), nn.ModuleDict(
-            {name: metric.clone() for name, metric in metrics.items()}
+        self.val_metrics, self.test_metrics = (
+            nn.ModuleDict(metrics),
+            nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()}),
         )
 
     def forward(self, images: Tensor) -> Tensor:

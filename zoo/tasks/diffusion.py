@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -45,6 +45,8 @@ class Diffusion(TimmOptimModule):
             `train.py test` then reports the share of samples that it recognises as the class asked for.
         test_samples: Number of those samples, over all processes.
     """
+
+    model: PixelDiT
 
     def __init__(
         self,
@@ -157,8 +159,8 @@ class Diffusion(TimmOptimModule):
         """Generate classes in turn, seeded by their number, and count those that the classifier recognises."""
         classifier = timm.create_model(classifier_name, pretrained=True).eval().to(self.device)
         classes = self.model.config.num_classes
-        if classifier.num_classes != classes:
-            raise ValueError(f"{classifier_name} knows {classifier.num_classes} classes, the denoiser {classes}.")
+        if (known := getattr(classifier, "num_classes", None)) != classes:
+            raise ValueError(f"{classifier_name} knows {known} classes, the denoiser {classes}.")
         data = resolve_model_data_config(classifier)
         mean, std = (torch.tensor(data[key], device=self.device).view(1, -1, 1, 1) for key in ("mean", "std"))
         own = list(range(self.global_rank, self.test_samples, self.trainer.world_size))
@@ -185,15 +187,16 @@ class Diffusion(TimmOptimModule):
         training = self.model.training
         self.model.eval()
         try:
-            return pipeline(
+            generated: Any = pipeline(
                 labels,
                 num_inference_steps=self.sample_steps,
                 guidance_scale=self.guidance_scale,
                 seed=seeds if seeds is not None else 0,
                 output_type="pt",
-            ).images
+            )
         finally:
             self.model.train(training)
+        return generated.images
 
     def pipeline(self) -> PixelDiTPipeline:
         """Return a pipeline around the model, with a DDIM scheduler of the same noise schedule."""

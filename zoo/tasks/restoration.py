@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from zoo.factory import create_model
 from zoo.metrics import ColorSpace, psnr, ssim
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
 from zoo.weights import load_strict, read_checkpoint, save_checkpoint
@@ -58,7 +58,7 @@ class Restoration(TimmOptimModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model = timm.create_model(model, pretrained=pretrained, **(model_args or {}))
+        self.model = create_model(model, pretrained, **(model_args or {})).train()
         if init_from is not None:
             initialize(self.model, init_from, init_except or [])
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format

@@ -1,0 +1,179 @@
+"""`zoo bench`: models, techniques and caches against their rivals, in one process and in turns."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo import catalog
+from zoo.cli.output import (
+    UsageError,
+    check_target,
+    note,
+    pick_device,
+    print_json,
+    print_table,
+    progress,
+    replacing,
+    table,
+)
+
+if TYPE_CHECKING:
+    from zoo.bench import Benchmark
+
+SUITES = {
+    "repavit": "merged RePaViT-Large against timm's ViT-Large",
+    "repaffn": "RePa FFN in training against the mask formulation",
+    "cfsr": "merged CFSR x2 against the plain formulation",
+    "tiling": "memory of tiled restoration against its budget",
+    "cache": "every cache of diffusers against fewer steps in the same time",
+}
+"""Named benchmarks; the same names as `zoo.bench.suites.SUITES`, which costs the import of torch."""
+
+_PLOTS = (".png", ".svg", ".pdf")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `bench`."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure speed and memory",
+        description="Time models in turns, in one process: the first against the second, and further ones. A model "
+        "alone runs merged against its training form. Exit code 1: a number that a named benchmark has to reach was "
+        "not reached.",
+        epilog="named benchmarks: " + "; ".join(f"{name}: {what}" for name, what in SUITES.items()),
+    )
+    parser.add_argument("names", nargs="+", metavar="NAME", help="models, ours or timm's; or named benchmarks, or all")
+    parser.add_argument("--batch", type=int, metavar="N", help="inputs of one call (default: 4; or the benchmark's own)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch (default: 2)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (default: 15; or the benchmark's own)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="height and width of the models' input")
+    parser.add_argument("--no-merge", action="store_true", help="leave the models in training form")
+    parser.add_argument("--memory", action="store_true", help="measure the models' peak memory too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw quality or work against time: png, svg, pdf")
+    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="write NAME.json and NAME.md there")
+    parser.add_argument("--force", action="store_true", help="replace existing files")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print and write."""
+    suites = list(SUITES) if args.names == ["all"] else [name for name in args.names if name in SUITES]
+    _check(args, suites)
+    targets = _targets(args, suites)
+    for target in targets:
+        check_target(target, force=args.force)
+    _announce(args)
+    benchmarks = _measure(args, suites)
+    if args.json:
+        from zoo.bench.report import to_json
+
+        print_json(to_json(benchmarks))
+    elif args.quiet:
+        for benchmark in benchmarks:
+            _print_ratios(benchmark)
+    else:
+        _print(benchmarks)
+    _write(args, suites, benchmarks)
+    return 0 if all(goal.reached for benchmark in benchmarks for goal in benchmark.goals) else 1
+
+
+def _check(args: argparse.Namespace, suites: list[str]) -> None:
+    """Refuse calls that make no sense, before torch is imported."""
+    if suites and len(suites) != len(args.names) and args.names != ["all"]:
+        raise UsageError(f"Give models or named benchmarks, not both: {', '.join(suites)} are named benchmarks.")
+    if suites:
+        for option in ("size", "no_merge", "memory"):
+            if getattr(args, option):
+                raise UsageError(f"--{option.replace('_', '-')} is for models; {suites[0]} is a named benchmark.")
+        if args.plot and len(suites) > 1:
+            raise UsageError("--plot takes one named benchmark; with -o, each that can be drawn gets a plot.")
+    if args.plot and args.plot.suffix.lower() not in _PLOTS:
+        raise UsageError(f"--plot writes {', '.join(_PLOTS)}, not {args.plot.name!r}.")
+    for name in ("batch", "threads", "rounds", "size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} must be at least 1, got {value}.")
+
+
+def _targets(args: argparse.Namespace, suites: list[str]) -> list[Path]:
+    files = [] if args.plot is None else [args.plot]
+    if args.output is not None:
+        files += [args.output / f"{name}.{suffix}" for name in suites or ["models"] for suffix in ("json", "md")]
+        if "cache" in suites:
+            files.append(args.output / "cache.png")
+    return files
+
+
+def _announce(args: argparse.Namespace) -> None:
+    near = [name for name in args.names if "." not in name and catalog.nearest(name, list(SUITES), 1)]
+    if near and near[0] not in SUITES and near[0] not in catalog.load():
+        note(args, f"{near[0]!r} is taken for a model; named benchmarks are {', '.join(SUITES)}.")
+
+
+def _measure(args: argparse.Namespace, suites: list[str]) -> list[Benchmark]:
+    from zoo.bench import Settings, compare_models
+    from zoo.bench.suites import run as run_suites
+
+    overrides = {name: getattr(args, name) for name in ("batch", "dtype", "threads", "rounds")}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    overrides["device"] = str(pick_device(args.device))
+    with progress(args) as display:
+        task = display.add_task("preparing", total=None)
+
+        def tell(what: str, done: int, total: int) -> None:
+            display.update(task, description=what, completed=done, total=total)
+
+        if suites:
+            return run_suites(suites, tell, **overrides)
+        return [
+            compare_models(
+                args.names,
+                Settings(**overrides),
+                size=args.size,
+                merge=not args.no_merge,
+                memory=args.memory,
+                progress=tell,
+            )
+        ]
+
+
+def _print(benchmarks: list[Benchmark]) -> None:
+    from zoo.bench.report import columns, facts, remarks
+
+    for benchmark in benchmarks:
+        shown = columns(benchmark)
+        headings = [column.heading for column in shown]
+        rows = table(*headings, title=benchmark.title, right=headings[1:])
+        for entry in benchmark.entries:
+            rows.add_row(*(column.text(entry) for column in shown))
+        print_table(rows, facts(benchmark.conditions), facts(benchmark.environment), *remarks(benchmark), "")
+
+
+def _print_ratios(benchmark: Benchmark) -> None:
+    """Print name and times as fast, or name and milliseconds, one line an entry."""
+    for entry in benchmark.entries:
+        value = entry.speedup.median if entry.speedup else entry.time.median if entry.time else None
+        if value is not None and entry.name != benchmark.reference:
+            print(f"{entry.name}\t{value:.3f}")
+
+
+def _write(args: argparse.Namespace, suites: list[str], benchmarks: list[Benchmark]) -> None:
+    from zoo.bench.report import dumps, markdown, plot
+
+    if args.plot is not None:
+        with replacing(args.plot, force=args.force) as temporary:
+            plot(benchmarks[0], temporary)
+    if args.output is None:
+        return
+    for name in suites or ["models"]:
+        own = [each for each in benchmarks if each.name == name or each.name.startswith(f"{name}_")]
+        texts = {"json": dumps(own), "md": "\n".join(map(markdown, own))}
+        for suffix, text in texts.items():
+            with replacing(args.output / f"{name}.{suffix}", force=args.force) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        if name == "cache":
+            with replacing(args.output / "cache.png", force=args.force) as temporary:
+                plot(own[0], temporary)
