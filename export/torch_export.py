@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from zipfile import BadZipFile
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +108,6 @@ def _load(path: str | Path, extra: dict[str, str]) -> torch.export.ExportedProgr
         raise ExportError(f"There is no file {path}.")
     try:
         return torch.export.load(path, extra_files=extra)
-    except (RuntimeError, ValueError, OSError, KeyError, AssertionError) as error:
+    except (RuntimeError, ValueError, OSError, KeyError, AssertionError, BadZipFile) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ExportError(f"{path} is not an exported program: {reason}") from error

@@ -10,19 +10,17 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from denoisers import pixel_dit
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from hub_server import HubServer, Repository
 from huggingface_hub import constants
+from tiny_folders import classifier_folder, denoiser_folder
 
 import zoo
 from zoo import hub
 from zoo.cli import main
-from zoo.diffusion import PixelDiTPipeline
-from zoo.weights import CheckpointError, save_checkpoint
+from zoo.weights import CheckpointError
 
 pytestmark = pytest.mark.enable_socket
-TINY = dict(embed_dim=16, depth=2, num_heads=2, img_size=16, patch_size=8, num_classes=3)
 
 
 @pytest.fixture
@@ -50,19 +48,7 @@ def _use_hub(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return a folder with a tiny timm model, laid out as a model card is."""
-    model = timm.create_model("repavit_tiny", **TINY)
-    digest = save_checkpoint(model.state_dict(), tmp_path / "tiny" / "model.safetensors")
-    config = {
-        "architecture": "repavit_tiny",
-        "num_classes": 3,
-        "model_args": {key: value for key, value in TINY.items() if key != "num_classes"},
-        "pretrained_cfg": {"input_size": [3, 16, 16], "first_conv": "patch_embed.proj", "classifier": "head"},
-    }
-    (tmp_path / "tiny" / "config.json").write_text(json.dumps(config))
-    (tmp_path / "tiny" / "README.md").write_text(
-        f"---\nlicense: mit\nsha256: {{model.safetensors: {digest}}}\n---\n\n#"
-    )
-    return tmp_path / "tiny"
+    return classifier_folder(tmp_path / "tiny")
 
 
 def test_round_trip_of_a_timm_model(server: HubServer, folder: Path) -> None:
@@ -105,16 +91,14 @@ def test_flipped_byte_in_the_cache_is_found(server: HubServer, folder: Path) -> 
 
 def test_round_trip_of_a_denoiser(server: HubServer, tmp_path: Path) -> None:
     """A diffusers folder comes back as a pipeline and as its transformer."""
-    pipeline = PixelDiTPipeline(pixel_dit(), DDIMScheduler())
-    pipeline.save_pretrained(tmp_path / "dit")
+    expected = zoo.create_pipeline(str(denoiser_folder(tmp_path / "dit"))).transformer.state_dict()
     hub.upload(tmp_path / "dit", "org/dit", token="secret")
     for model in (
         DiffusionPipeline.from_pretrained("org/dit").transformer,
         zoo.create_pipeline("org/dit").transformer,
         zoo.create_model("org/dit"),
     ):
-        for key, value in pipeline.transformer.state_dict().items():
-            assert torch.equal(model.state_dict()[key], value)
+        assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
 
 
 def test_publish_command(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from denoisers import dit, pixel_dit
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from zoo.diffusion import PixelDiT
+from zoo.weights import CheckpointError
 
 
 def inputs(batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,16 +143,27 @@ def test_save_and_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     assert torch.equal(output(model, *batch), output(loaded, *batch))
 
 
-def test_missing_key_is_seen(tmp_path: Path) -> None:
-    """diffusers only warns about it; `zoo.weights` and the Hub check use this answer."""
-    from safetensors.torch import load_file, save_file
-
-    pixel_dit().save_pretrained(tmp_path)
-    file = tmp_path / "diffusion_pytorch_model.safetensors"
+def spoiled(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> str:
+    """Return what is said when a saved model with changed weights is loaded."""
+    pixel_dit().save_pretrained(folder)
+    file = folder / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
-    weights.pop("proj_out_2.bias")
+    change(weights)
     save_file(weights, file, metadata={"format": "pt"})
-    _, info = PixelDiT.from_pretrained(tmp_path, output_loading_info=True, low_cpu_mem_usage=False)
+    with pytest.raises(CheckpointError) as info:
+        PixelDiT.from_pretrained(folder)
+    return str(info.value)
+
+
+def test_loading_is_strict(tmp_path: Path) -> None:
+    """diffusers alone only warns, and leaves a missing weight random."""
+    message = spoiled(tmp_path / "missing", lambda weights: weights.pop("proj_out_2.bias"))
+    assert message.endswith("missing keys: ['proj_out_2.bias'].")
+    message = spoiled(tmp_path / "more", lambda weights: weights.update(proj_out_3=torch.zeros(1)))
+    assert message.endswith("unexpected keys: ['proj_out_3'].")
+    message = spoiled(tmp_path / "nan", lambda weights: weights["proj_out_1.bias"].fill_(torch.nan))
+    assert message.endswith("not finite in ['proj_out_1.bias'].")
+    _, info = PixelDiT.from_pretrained(tmp_path / "missing", output_loading_info=True)
     assert list(info["missing_keys"]) == ["proj_out_2.bias"]
 
 

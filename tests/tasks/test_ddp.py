@@ -38,7 +38,7 @@ model:
     num_classes: 2
     # LayerNorm: statistics over a batch would depend on how it is split
     model_args: {img_size: 16, patch_size: 8, embed_dim: 16, depth: 1, num_heads: 1, feature_norm: LayerNorm}
-    optim: {lr: 1.0e-2}
+    optim: {opt: sgd, lr: 0.1}  # Adam would turn rounding errors of gradients that are zero into steps
 data:
   class_path: zoo.data.images.ImageClassification
   init_args: {image_size: 16, auto_augment: rand-m9-mstd0.5, reprob: 0.5, seed: 3}
@@ -78,7 +78,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     two = checkpoint(tmp_path / "two", 4)
     assert one.keys() == two.keys()
     for key, value in one.items():
-        assert torch.allclose(two[key], value, rtol=1e-4, atol=1e-6), key
+        assert torch.allclose(two[key], value, rtol=1e-5, atol=1e-6), key
 
     (middle,) = (tmp_path / "two").rglob("step=3.ckpt")  # in the middle of the second epoch
     fit(tmp_path / "resumed", data, *parallel, "--ckpt_path", str(middle))

@@ -115,7 +115,7 @@ def magnitude_ratios(pipe: Any, labels: Sequence[int], *, steps: int, guidance_s
         contextlib.redirect_stdout(printed),
     ):
         pipe(list(labels), num_inference_steps=steps, guidance_scale=guidance_scale, seed=1, output_type="latent")
-    lists = [line for line in printed.getvalue().splitlines() if line.startswith("[")and line.endswith("]")]
+    lists = [line for line in printed.getvalue().splitlines() if line.startswith("[") and line.endswith("]")]
     if not lists:
         raise RuntimeError("MagCache's calibration gave no ratios: diffusers prints them in another form now.")
     return [float(ratio) for ratio in ast.literal_eval(lists[-1])]

@@ -89,21 +89,10 @@ def subject(
         ValueError: There is no such model; the message names the nearest.
         BenchError: Merging changes the output.
     """
-    known = catalog.load().get(name.partition(".")[0], {})
     torch.manual_seed(0)
-    denoiser = known.get("task") == "generation"
-    model = factory.create_model(name, pretrained=denoiser, **_size_arguments(known, size))
+    is_denoiser = catalog.load().get(name.partition(".")[0], {}).get("task") == "generation"
+    task, model, x, named = (_denoiser if is_denoiser else _network)(name, size)
     model = model.eval().requires_grad_(False)
-    task, shape = ("generation", None) if denoiser else _task_of(model)
-    if denoiser:
-        side = size or model.config.sample_size
-        shape = (model.config.in_channels, side, side)
-    elif size is not None or task != "classification":
-        shape = (shape[0], size or _RESTORER_SIZE, size or _RESTORER_SIZE)
-    x = torch.randn(1, *shape) if task in ("classification", "generation") else torch.rand(1, *shape)
-    named: dict[str, Any] = {}
-    if denoiser:
-        named = dict(timestep=torch.full((1,), 500.0), class_labels=torch.zeros(1, dtype=torch.long), return_dict=False)
     checks: tuple[Check, ...] = ()
     merged = False
     if merge:
@@ -113,32 +102,44 @@ def subject(
             if merged and before is not None:
                 checks = (require_close(f"{name} merged and as it is trained", _first(model(x, **named)), before),)
     cast(model, settings)
-    batched = x.expand(settings.batch, *shape).contiguous().to(settings.device, settings.torch_dtype)
-    if denoiser:
-        named["timestep"] = named["timestep"].expand(settings.batch).to(settings.device)
-        named["class_labels"] = named["class_labels"].expand(settings.batch).to(settings.device)
+    batch = x.expand(settings.batch, *x.shape[1:]).contiguous().to(settings.device, settings.torch_dtype)
+    named = {
+        key: value.expand(settings.batch).to(settings.device) if isinstance(value, Tensor) else value
+        for key, value in named.items()
+    }
     return Subject(
         name=label or (f"{name} (merged)" if merged else name),
         source=name,
         merged=merged,
         task=task,
         model=model,
-        inputs=(batched,),
+        inputs=(batch,),
         named=named,
         checks=checks,
     )
 
 
-def _size_arguments(known: dict[str, Any], size: int | None) -> dict[str, Any]:
-    """Return what tells a classifier of ours its input size; timm's own get none, since not all take it."""
-    fixed = known.get("task") == "classification" and size is not None
-    return {"img_size": size} if fixed else {}
+Parts = tuple[str, nn.Module, Tensor, dict[str, Any]]
+"""Task, model, one input, arguments by name."""
 
 
-def _task_of(model: nn.Module) -> tuple[str, tuple[int, ...]]:
+def _denoiser(name: str, size: int | None) -> Parts:
+    model: Any = factory.create_model(name, pretrained=True)
+    side = size or model.config.sample_size
+    named = dict(timestep=torch.full((1,), 500.0), class_labels=torch.zeros(1, dtype=torch.long), return_dict=False)
+    return "generation", model, torch.randn(1, model.config.in_channels, side, side), named
+
+
+def _network(name: str, size: int | None) -> Parts:
+    ours = catalog.load().get(name.partition(".")[0], {}).get("task") == "classification"
+    # timm's own classifiers get no size: not all take one
+    model: Any = factory.create_model(name, **({"img_size": size} if ours and size else {}))
     cfg = model.pretrained_cfg
-    task = cfg.task if isinstance(cfg, ModelCfg) else "classification"
-    return task, tuple(resolve_model_data_config(model)["input_size"])
+    if isinstance(cfg, ModelCfg) and cfg.task != "classification":
+        side = size or _RESTORER_SIZE
+        return cfg.task, model, torch.rand(1, cfg.input_size[0], side, side), {}
+    channels, height, width = resolve_model_data_config(model)["input_size"]
+    return "classification", model, torch.randn(1, channels, size or height, size or width), {}
 
 
 def _first(output: Any) -> Tensor:
@@ -216,7 +217,7 @@ def compare_models(
             for each, peak in zip(subjects, peaks, strict=True)
         )
     first = entries[0].speedup
-    goals = ()
+    goals: tuple[Goal, ...] = ()
     if goal is not None and first is not None:
         goals = (Goal(what=f"{entries[0].name} against {reference}, times as fast", value=first.median, wanted=goal),)
     shapes = {"x".join(map(str, each.inputs[0].shape[1:])) for each in subjects}

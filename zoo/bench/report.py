@@ -260,7 +260,10 @@ def plot(benchmark: Benchmark, path: str | Path) -> Path:
         own = [(x, y, entry.name.removeprefix(f"{series}, ")) for entry, x, y in points if entry.series == series]
         style = dict(color=f"C{index}", marker="o", label=series or None)
         axes.plot(
-            [x for x, _, _ in own], [y for _, y, _ in own], linestyle="-" if series else "", **style  # type: ignore[arg-type]
+            [x for x, _, _ in own],
+            [y for _, y, _ in own],
+            linestyle="-" if series else "",
+            **style,  # type: ignore[arg-type]
         )
         for x, y, name in own:
             axes.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)

@@ -117,7 +117,7 @@ def _same_gradients(ours: RePaFFN, plain: PlainRePaFFN, start: Tensor) -> tuple[
         out = layer(x)
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
         found.append((out.detach(), x.grad))
-    first = [fc1.weight.grad for fc1 in (ours.active_fc1, ours.idle_fc1) if fc1 is not None]
+    first: list[Any] = [fc1.weight.grad for fc1 in (ours.active_fc1, ours.idle_fc1) if fc1 is not None]
     pairs = {
         "outputs in training mode": (found[0][0], found[1][0]),
         "gradients of the input": (found[0][1], found[1][1]),
@@ -143,9 +143,7 @@ def _saved_bytes(layer: nn.Module, x: Tensor) -> int:
     return sum(kept.values())
 
 
-def cfsr(
-    settings: Settings, progress: Progress | None = None, *, size: int = 256, **arguments: Any
-) -> list[Benchmark]:
+def cfsr(settings: Settings, progress: Progress | None = None, *, size: int = 256, **arguments: Any) -> list[Benchmark]:
     """Merged CFSR x2 against the plain formulation with the same weights; wanted: 1.15 times as fast.
 
     The rival is the merged form that the authors publish: channels-first, the norm written out.
@@ -198,7 +196,8 @@ def cfsr(
 def _plain_cfsr(model: CFSR, x: Tensor) -> Tensor:
     """Run a CFSR whose blocks are the plain ones."""
     shallow = deep = model.conv_first(x - model.mean)
-    for stage in model.layers:
+    stages: Any = model.layers
+    for stage in stages:
         for block in stage.blocks:
             deep = plain_cfsr_block(block, deep)
         deep = deep + F.conv2d(deep, stage.conv.weight[:, :, None, None], stage.conv.bias)
@@ -213,25 +212,20 @@ class Suite:
     Args:
         run: Called with settings and a progress report.
         settings: The conditions under which its number has to be reached.
-        summary: What it compares, for `zoo bench --help`.
     """
 
     run: Callable[[Settings, Progress | None], list[Benchmark]]
     settings: Settings = field(default_factory=Settings)
-    summary: str
 
 
 SUITES = {
-    "repavit": Suite(run=repavit, summary="merged RePaViT-Large against timm's ViT-Large"),
-    "repaffn": Suite(run=repaffn, summary="RePa FFN in training against the mask formulation"),
-    "cfsr": Suite(run=cfsr, settings=Settings(batch=1), summary="merged CFSR x2 against the plain formulation"),
-    "tiling": Suite(run=tiling, settings=Settings(batch=1, rounds=1, warmup=0), summary="memory of tiled restoration"),
-    "cache": Suite(
-        run=caching,
-        settings=Settings(batch=20, rounds=3, warmup=1),
-        summary="every cache of diffusers against fewer steps",
-    ),
+    "repavit": Suite(run=repavit),
+    "repaffn": Suite(run=repaffn),
+    "cfsr": Suite(run=cfsr, settings=Settings(batch=1)),
+    "tiling": Suite(run=tiling, settings=Settings(batch=1, rounds=1, warmup=0)),
+    "cache": Suite(run=caching, settings=Settings(batch=20, rounds=3, warmup=1)),
 }
+"""The benchmarks that `zoo bench NAME` knows."""
 
 
 def run(names: Sequence[str], progress: Progress | None = None, **overrides: Any) -> list[Benchmark]:

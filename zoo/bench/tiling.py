@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import timm
@@ -71,7 +72,7 @@ def tiling(
             checks=(check,),
             goals=tuple(goals),
             notes=(
-                "A budget is what the whole process may hold: Python, torch, the picture, the result, the network's work.",
+                "A budget is what the whole process may hold: Python, torch, picture, result, and the network's work.",
                 "Random weights: they change neither time nor memory.",
             ),
         )
@@ -81,7 +82,7 @@ def tiling(
 def _same_as_whole(name: str) -> Check:
     """Compare a small picture restored in tiles and whole."""
     torch.manual_seed(0)
-    model = load_restorer(model=timm.create_model(name).eval().requires_grad_(False))
+    model: Any = load_restorer(model=timm.create_model(name).eval().requires_grad_(False))
     for key, value in model.named_parameters():
         if key.endswith("gamma"):  # layer scales that start near zero would hide the blocks
             value.fill_(1.0)
@@ -103,7 +104,7 @@ def _restore(name: str, size: int, budget: str, threads: int, dtype: str) -> dic
         seen["tiles"] = total
 
     with torch_threads(threads):
-        model = load_restorer(model=timm.create_model(name).eval().requires_grad_(False), dtype=dtype)
+        model: Any = load_restorer(model=timm.create_model(name).eval().requires_grad_(False), dtype=dtype)
         model.reparameterize()
         start = time.perf_counter()
         before, peak = resident_peak(lambda: restore(picture, model=model, budget=budget, progress=count))

@@ -6,11 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo import catalog
 from zoo.cli.output import (
     UsageError,
     check_target,
-    note,
     pick_device,
     print_json,
     print_table,
@@ -45,7 +43,9 @@ def add_parser(subparsers: Any) -> None:
         epilog="named benchmarks: " + "; ".join(f"{name}: {what}" for name, what in SUITES.items()),
     )
     parser.add_argument("names", nargs="+", metavar="NAME", help="models, ours or timm's; or named benchmarks, or all")
-    parser.add_argument("--batch", type=int, metavar="N", help="inputs of one call (default: 4; or the benchmark's own)")
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help="inputs of one call (default: 4; or the benchmark's own)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch (default: 2)")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (default: 15; or the benchmark's own)")
@@ -65,7 +65,6 @@ def run(args: argparse.Namespace) -> int:
     targets = _targets(args, suites)
     for target in targets:
         check_target(target, force=args.force)
-    _announce(args)
     benchmarks = _measure(args, suites)
     if args.json:
         from zoo.bench.report import to_json
@@ -105,12 +104,6 @@ def _targets(args: argparse.Namespace, suites: list[str]) -> list[Path]:
         if "cache" in suites:
             files.append(args.output / "cache.png")
     return files
-
-
-def _announce(args: argparse.Namespace) -> None:
-    near = [name for name in args.names if "." not in name and catalog.nearest(name, list(SUITES), 1)]
-    if near and near[0] not in SUITES and near[0] not in catalog.load():
-        note(args, f"{near[0]!r} is taken for a model; named benchmarks are {', '.join(SUITES)}.")
 
 
 def _measure(args: argparse.Namespace, suites: list[str]) -> list[Benchmark]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo import catalog
-from zoo.cli.output import UsageError, check_target, note, print_json, print_table, progress, table
+from zoo.cli.output import UsageError, check_target, hush, note, print_json, print_table, progress, table
 
 _FORMATS = ("onnx", "torch-export")
 
@@ -41,7 +41,10 @@ def run(args: argparse.Namespace) -> int:
     random = registered is not None and not tag
     if random and registered["task"] == "generation":
         raise UsageError(f"Say which weights: {' or '.join(f'{architecture}.{tag}' for tag in registered['weights'])}.")
-    model = create_model(args.name, pretrained=not random).eval()
+    denoiser = registered["task"] == "generation" if registered else (Path(args.name) / "model_index.json").is_file()
+    hush(args, diffusers=denoiser)
+    size = {} if args.image_size is None else {"img_size": args.image_size}
+    model = create_model(args.name, pretrained=not random, **size).eval()
     options = {"image_size": args.image_size, "dynamic_size": not args.fixed_size}
     with progress(args) as bar:
         task = bar.add_task("exporting", total=None)

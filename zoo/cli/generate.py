@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo import catalog
-from zoo.cli.output import UsageError, check_target, pick_device, print_json, print_table, replacing, silent, table
+from zoo.cli.output import (
+    UsageError,
+    check_target,
+    hush,
+    pick_device,
+    print_json,
+    print_table,
+    replacing,
+    silent,
+    table,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -119,6 +129,7 @@ def _pipeline(args: argparse.Namespace) -> Any:
     """Load the pipeline as asked for, and silence it where nobody watches."""
     if not Path(args.model).is_dir() and "/" not in args.model:
         catalog.entry(args.model)  # a wrong name is said before diffusers is imported
+    hush(args, diffusers=True)
     import diffusers
     import torch
 
@@ -126,13 +137,13 @@ def _pipeline(args: argparse.Namespace) -> Any:
     from zoo.factory import create_pipeline
 
     device = pick_device(args.device)
-    pipeline = create_pipeline(args.model)
+    pipeline = create_pipeline(args.model, torch_dtype=getattr(torch, args.dtype))
     if not isinstance(pipeline, PixelDiTPipeline):
         raise UsageError(f"{args.model} is a {type(pipeline).__name__}, which does not generate from classes.")
     if args.scheduler:
         scheduler = getattr(diffusers, _SCHEDULERS[args.scheduler])
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
-    pipeline.to(device, getattr(torch, args.dtype))
+    pipeline.to(device)
     pipeline.set_progress_bar_config(disable=silent(args), leave=False)
     return pipeline
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo import catalog
 from zoo.cli.inputs import SUFFIXES, Picture, find_pictures
-from zoo.cli.output import UsageError, check_target, note, pick_device, print_json, print_table, progress, table
+from zoo.cli.output import UsageError, check_target, hush, note, pick_device, print_json, print_table, progress, table
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -83,6 +83,7 @@ def run_classify(args: argparse.Namespace) -> int:
     from zoo.factory import create_model
     from zoo.ffn.reparam import reparameterize
 
+    hush(args)
     device = pick_device(args.device)
     model = create_model(name, pretrained=True).eval()
     labels = _labels(model)
@@ -260,6 +261,7 @@ def _restorer(args: argparse.Namespace) -> nn.Module:
     from zoo.ffn.reparam import reparameterize
     from zoo.restoration.inference import load_restorer
 
+    hush(args)
     model: Any = args.model
     if model is not None and args.weights is None and ("/" in model or Path(model).exists()):
         model = create_model(model, pretrained=True)

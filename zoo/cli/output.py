@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ __all__ = [
     "billions",
     "change",
     "check_target",
+    "hush",
     "joined",
     "millions",
     "note",
@@ -101,6 +103,25 @@ def progress(args: argparse.Namespace) -> Progress:
         transient=True,
         disable=silent(args),
     )
+
+
+def hush(args: argparse.Namespace, *, diffusers: bool = False) -> None:
+    """Switch off the progress bars of the Hub client, and of diffusers, where nobody watches.
+
+    Args:
+        args: The command's options.
+        diffusers: Whether the command is about to import diffusers.
+    """
+    if not silent(args):
+        return
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    if diffusers and importlib.util.find_spec("diffusers"):
+        from diffusers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
 
 
 def pick_device(name: str) -> torch.device:

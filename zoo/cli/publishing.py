@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from zoo.cli.output import FailureError, UsageError, note, print_json, print_table, progress, table
+from zoo.cli.output import FailureError, UsageError, hush, note, print_json, print_table, progress, table
 
 
 def add_parser(subparsers: Any) -> None:
@@ -55,6 +55,7 @@ def run_verify(args: argparse.Namespace) -> int:
     if bool(args.names) == args.all:
         raise UsageError("Give names, or --all." if not args.names else "Give names or --all, not both.")
     folders = published() if args.all else [_folder(name) for name in args.names]
+    hush(args, diffusers=any((folder / "model_index.json").is_file() for folder in folders))
     found: dict[str, list[str]] = {}
     with progress(args) as bar:
         for folder in bar.track(folders, description="checking"):
@@ -80,6 +81,7 @@ def run_publish(args: argparse.Namespace) -> int:
     from zoo.cards import check_card
 
     folder = _folder(args.name)
+    hush(args, diffusers=(folder / "model_index.json").is_file())
     with progress(args) as bar:
         bar.add_task("checking", total=None)
         problems = check_card(folder)

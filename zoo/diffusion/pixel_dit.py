@@ -8,6 +8,7 @@ not used here).
 from __future__ import annotations
 
 import inspect
+from os import PathLike
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,8 @@ from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
+
+from zoo.weights import CheckpointError
 
 # `DiffusionPipeline.from_pretrained` looks for the name ModelMixin here to learn how the class is loaded.
 __all__ = ["ModelMixin", "PixelDiT"]
@@ -101,6 +104,30 @@ class PixelDiT(DiTTransformer2DModel, CacheMixin):
         for block in self.transformer_blocks:
             block.norm1.emb = SharedConditioning()
         self._init_weights()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Any:
+        """Load a folder or Hub repository as diffusers does, but strictly: diffusers only warns of a missing weight.
+
+        Args:
+            pretrained_model_name_or_path: Folder written by `save_pretrained`, or Hub id.
+            **kwargs: As of `ModelMixin.from_pretrained`.
+
+        Returns:
+            The model in evaluation mode, with `output_loading_info=True` a pair of it and the keys that did not fit.
+
+        Raises:
+            CheckpointError: A key is missing or unexpected, or a value is not finite.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        if not with_info:
+            for kind in ("missing", "unexpected"):
+                if keys := sorted(info[f"{kind}_keys"]):
+                    raise CheckpointError(f"The weights in {pretrained_model_name_or_path} have {kind} keys: {keys}.")
+            if broken := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
+                raise CheckpointError(f"The weights in {pretrained_model_name_or_path} are not finite in {broken}.")
+        return (model, info) if with_info else model
 
     @property
     def null_label(self) -> int:

@@ -217,7 +217,8 @@ class Diffusion(TimmOptimModule):
         """
         pipeline = self.pipeline()
         if dtype is not None:
-            copy = PixelDiT.from_config(self.model.config).to(dtype)
-            copy.load_state_dict(self.model.state_dict())
+            copy = PixelDiT.from_config(self.model.config)
+            weights = {key: value.detach().cpu().to(dtype) for key, value in self.model.state_dict().items()}
+            copy.load_state_dict(weights, assign=True)
             pipeline.transformer = copy
         pipeline.save_pretrained(str(path))
