@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # Rewrite zoo/catalog.json, the facts behind `zoo list`, from the registry.
 catalog: $(STAMP)
-	$(BIN)/python -m zoo.catalog
+	$(BIN)/python -m zoo.profiling
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -12,12 +12,13 @@ CLASSES = ("circle", "square")
 
 
 def picture(label: int, index: int, size: int = 16) -> Image.Image:
-    """Draw a bright disc (0) or square (1) on noise; the index moves it."""
+    """Draw a red disc (0) or a blue square (1) on noise; the index moves it and changes its shade."""
     rng = np.random.default_rng(1000 * label + index)
     pixels = rng.integers(0, 90, (size, size, 3))
     y, x = np.mgrid[:size, :size] - size / 2 + rng.uniform(-2, 2)
     inside = x**2 + y**2 < (size / 3) ** 2 if label == 0 else np.maximum(abs(x), abs(y)) < size / 3.5
-    pixels[inside] = rng.integers(150, 255, 3)
+    shade = rng.integers(150, 255), rng.integers(30, 90), rng.integers(30, 90)
+    pixels[inside] = shade if label == 0 else shade[::-1]
     return Image.fromarray(pixels.astype(np.uint8))
 
 

@@ -1,7 +1,7 @@
 """zoo: vision and diffusion models whose feed-forward networks are made fast.
 
-Importing zoo registers its backbones and restorers with timm, and does nothing else: no download, no device query, no
-global setting. All other names are imported when they are first used.
+Importing zoo registers its backbones and restorers with timm, and its pipelines with diffusers once that is imported.
+It does nothing else: no download, no device query, no global setting. All other names are imported when first used.
 """
 
 from __future__ import annotations
@@ -66,4 +66,5 @@ def _is_command() -> bool:
 
 if not _is_command():
     import zoo.backbones
+    import zoo.diffusion
     import zoo.restoration  # noqa: F401

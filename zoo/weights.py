@@ -417,7 +417,7 @@ def build_model(
         construct,
         variant,
         pretrained=False,
-        pretrained_cfg=dataclasses.replace(cfg, state_dict=None),
+        pretrained_cfg=dataclasses.replace(cfg, state_dict=None),  # type: ignore[arg-type]  # timm takes cfgs too
         feature_cfg=dict(feature_cfg or {}),
         **{**(defaults or {}), **model_args, **kwargs},
     )

@@ -30,7 +30,7 @@ def small(name: str = "cfsr_x2", **kwargs: object) -> CFSR:
 
 
 class Toy(nn.Module):
-    """Enlarge by repetition and add one: its weights, contract and faults are the test's."""
+    """Enlarge by repetition: its contract and its faults are the test's."""
 
     def __init__(self, scale: int = 2, in_chans: int = 3, **contract: object) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Toy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.sizes.append(tuple(x.shape))
-        return F.interpolate(x, scale_factor=self.scale) + self.one - 1
+        return F.interpolate(x, scale_factor=self.scale) * self.one
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 90), (33, 67), (67, 33), (100, 131)])
@@ -125,10 +125,14 @@ def test_budget_chooses_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "_RUNTIME_BYTES", 0)
     held = 3 * 256 * 256 * 8
     results = []
-    for budget, count in ((held + 1000 * 128 * 128, 1), (held + 1000 * 128 * 70, 2), (held + 1000 * 1000, 25)):
+    for budget, fewest, most in (
+        (held + 1000 * 128 * 128, 1, 1),
+        (held + 1000 * 128 * 70, 2, 2),
+        (held + 1000 * 1000, 20, 40),
+    ):
         model.sizes.clear()
         results.append(restore_tensor(model, x, budget=budget))
-        assert len(model.sizes) == pytest.approx(count, abs=count // 4)
+        assert fewest <= len(model.sizes) <= most
         assert max(shape[2] * shape[3] for shape in model.sizes) * 1000 <= budget - held
     assert all(torch.equal(result, results[0]) for result in results)
     with pytest.raises(ValueError, match=r"budget of 2 MB is too small for 128x128 .* allow at least 2 MB"):
@@ -255,7 +259,7 @@ torch.set_num_threads(1)
 import timm
 import zoo
 from zoo.restoration.tiling import restore_tensor
-model = timm.create_model("cfsr_x2", depths=(1, 1)).eval()
+model = timm.create_model("cfsr_x2", depths=(1,)).eval()
 model.reparameterize()
 budget = int(sys.argv[1])
 tiles = []

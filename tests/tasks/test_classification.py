@@ -53,7 +53,7 @@ def fit(task: Classification, images: ImageClassification, root: Path, **kwargs:
 def test_learns_logs_and_shows(folder: Path, tmp_path: Path) -> None:
     """Discs and squares are told apart after a few epochs; CSV and TensorBoard have the numbers and pictures."""
     loggers = [CSVLogger(tmp_path, "csv"), TensorBoardLogger(str(tmp_path), "tensorboard")]
-    task = module(optim=OptimConfig(lr=5e-3), label_smoothing=0.0)
+    task = module(optim=OptimConfig(lr=1e-2), label_smoothing=0.0)
     trainer = fit(task, data(folder), tmp_path, max_epochs=12, logger=loggers, log_every_n_steps=1)
     assert float(trainer.callback_metrics["val/acc1"]) >= 0.9
     (metrics,) = trainer.test(task, data(folder), verbose=False)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import zoo
 from zoo.bench.report import Benchmark, Entry
@@ -150,6 +151,7 @@ def measure_caches(
     steps: int = 50,
     guidance_scale: float = 3.0,
     classify: Classify | None = None,
+    fewer_steps: bool = True,
     progress: Progress | None = None,
 ) -> CacheResults:
     """Run a pipeline without a cache, with each cache, and with as many steps as fit into each cache's time.
@@ -164,6 +166,7 @@ def measure_caches(
         steps: Of the scheduler, without and with caches.
         guidance_scale: Weight of classifier-free guidance.
         classify: A classifier, to count the images that it recognises as the class asked for.
+        fewer_steps: Run fewer steps in each cache's time too.
         progress: Told after each run.
     """
     images: dict[str, Tensor] = {}
@@ -196,7 +199,9 @@ def measure_caches(
     methods = {candidate.name: candidate.method for candidate in candidates}
     timed = compare(calls, settings, reference=uncached, progress=_stage(progress, "with and without caches"))
     same_time = {
-        name: max(1, min(steps, round(steps / speed.median))) for name, (_, speed) in timed.items() if speed is not None
+        name: max(1, min(steps, round(steps / speed.median)))
+        for name, (_, speed) in timed.items()
+        if fewer_steps and speed is not None
     }
     ladder = {f"{NO_CACHE}, {count} steps": count for count in sorted(set(same_time.values()) - {steps}, reverse=True)}
     if ladder:
@@ -243,20 +248,20 @@ def _to_bytes(images: Tensor) -> Tensor:
     return (images.float().clamp(0, 1) * 255).round()
 
 
-def classifier(name: str, device: str = "cpu") -> Classify:
-    """Return a function that classifies images with a published classifier, by its name with tag."""
+def classify_with(model: nn.Module, device: str = "cpu") -> Classify:
+    """Return a function that classifies images with a classifier of timm's registry, in evaluation mode."""
     from timm.data import resolve_model_data_config
 
-    model = zoo.create_model(name, pretrained=True).to(device)
+    model = model.to(device)
     data = resolve_model_data_config(model)
+    size = tuple(data["input_size"][-2:])
     mean, std = (torch.tensor(data[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
-    zoo.reparameterize(model, measure=False)
 
     @torch.inference_mode()
     def classify(images: Tensor) -> Tensor:
-        size = tuple(data["input_size"][-2:])
+        images = images.float()
         if images.shape[-2:] != size:
-            images = torch.nn.functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
         return model((images.to(device) - mean) / std).argmax(1)
 
     return classify
@@ -276,6 +281,8 @@ def caching(
     pipe.set_progress_bar_config(disable=True)
     classes = pipe.transformer.config.num_classes
     labels = [index % classes for index in range(settings.batch)]
+    judge = zoo.create_model(classifier_name, pretrained=True)
+    zoo.reparameterize(judge, measure=False)
     with torch_threads(settings.threads):
         candidates = builtin_settings(pipe, labels, steps=steps, guidance_scale=guidance_scale)
         results = measure_caches(
@@ -285,7 +292,7 @@ def caching(
             settings,
             steps=steps,
             guidance_scale=guidance_scale,
-            classify=classifier(classifier_name, settings.device),
+            classify=classify_with(judge, settings.device),
             progress=progress,
         )
     return [

@@ -133,7 +133,8 @@ def _denoiser(name: str, size: int | None) -> Parts:
 def _network(name: str, size: int | None) -> Parts:
     ours = catalog.load().get(name.partition(".")[0], {}).get("task") == "classification"
     # timm's own classifiers get no size: not all take one
-    model: Any = factory.create_model(name, **({"img_size": size} if ours and size else {}))
+    arguments: dict[str, Any] = {"img_size": size} if ours and size else {}
+    model: Any = factory.create_model(name, **arguments)
     cfg = model.pretrained_cfg
     if isinstance(cfg, ModelCfg) and cfg.task != "classification":
         side = size or _RESTORER_SIZE

@@ -113,28 +113,25 @@ def compare(
         calls: Name -> function without arguments.
         settings: Rounds, warm-up and device; the caller sets the threads.
         reference: Name of the call that the others are compared with.
-        progress: Told after each round.
+        progress: Told after each call.
 
     Returns:
         Name -> time, and how many times as fast as the reference (None for the reference).
     """
-    last, total = list(calls)[-1], settings.warmup + settings.rounds
-    done = [0]
+    done, total = [0], (settings.warmup + settings.rounds) * len(calls)
 
-    def told(name: str, call: Callable[[], object]) -> Callable[[], object]:
-        if progress is None or name != last:
-            return call
-
+    def told(call: Callable[[], object]) -> Callable[[], object]:
         def call_and_tell() -> object:
             result = call()
-            done[0] += 1
-            progress("timing in turns", done[0], total)
+            if progress is not None:
+                done[0] += 1
+                progress("timing in turns", done[0], total)
             return result
 
         return call_and_tell
 
     times = time_in_turns(
-        {name: told(name, call) for name, call in calls.items()},
+        {name: told(call) for name, call in calls.items()},
         warmup=settings.warmup,
         runs=settings.rounds,
         device=settings.device,

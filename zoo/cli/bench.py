@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoo.catalog import nearest
 from zoo.cli.output import (
     UsageError,
     check_target,
@@ -65,7 +66,13 @@ def run(args: argparse.Namespace) -> int:
     targets = _targets(args, suites)
     for target in targets:
         check_target(target, force=args.force)
-    benchmarks = _measure(args, suites)
+    try:
+        benchmarks = _measure(args, suites)
+    except ValueError as error:
+        near = [found for name in args.names for found in nearest(name, list(SUITES), 1) if found != name]
+        if not near or suites:
+            raise
+        raise UsageError(f"{error} A named benchmark is called {near[0]}.") from error
     if args.json:
         from zoo.bench.report import to_json
 
@@ -82,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace, suites: list[str]) -> None:
     """Refuse calls that make no sense, before torch is imported."""
     if suites and len(suites) != len(args.names) and args.names != ["all"]:
-        raise UsageError(f"Give models or named benchmarks, not both: {', '.join(suites)} are named benchmarks.")
+        raise UsageError(f"Give models or named benchmarks, not both; named: {', '.join(suites)}.")
     if suites:
         for option in ("size", "no_merge", "memory"):
             if getattr(args, option):

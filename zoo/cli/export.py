@@ -38,10 +38,12 @@ def run(args: argparse.Namespace) -> int:
     check_target(output, force=args.force)
     architecture, _, tag = args.name.partition(".")
     registered = catalog.load().get(architecture)
-    random = registered is not None and not tag
-    if random and registered["task"] == "generation":
-        raise UsageError(f"Say which weights: {' or '.join(f'{architecture}.{tag}' for tag in registered['weights'])}.")
-    denoiser = registered["task"] == "generation" if registered else (Path(args.name) / "model_index.json").is_file()
+    random, denoiser = False, (Path(args.name) / "model_index.json").is_file()
+    if registered is not None:
+        random, denoiser = not tag, registered["task"] == "generation"
+        if random and denoiser:
+            names = " or ".join(f"{architecture}.{tag}" for tag in registered["weights"])
+            raise UsageError(f"Say which weights: {names}.")
     hush(args, diffusers=denoiser)
     size = {} if args.image_size is None else {"img_size": args.image_size}
     model = create_model(args.name, pretrained=not random, **size).eval()

@@ -161,7 +161,7 @@ def _labels(model: nn.Module) -> list[str]:
     if count == 1000:
         from timm.data import ImageNetInfo
 
-        return ImageNetInfo().label_descriptions()
+        return list(ImageNetInfo().label_descriptions())
     return [f"class {index}" for index in range(count)]
 
 

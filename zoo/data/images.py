@@ -263,7 +263,7 @@ class ImageClassification(_Images):
             is_training=True,
             scale=self.scale,
             hflip=self.hflip,
-            color_jitter=self.color_jitter,
+            color_jitter=self.color_jitter,  # type: ignore[arg-type]  # None is off, also in timm
             auto_augment=self.auto_augment,
             interpolation=self.interpolation,
             mean=self.mean,

@@ -299,7 +299,7 @@ def _encode_png16(picture: Picture) -> bytes:
     array = array[..., None] if array.ndim == 2 else array
     height, width, channels = array.shape
     rows = np.zeros((height, 1 + width * channels * 2), np.uint8)  # each row starts with filter 0
-    rows[:, 1:] = array.astype(">u2").view(np.uint8).reshape(height, -1)
+    rows[:, 1:] = np.ascontiguousarray(array, ">u2").view(np.uint8).reshape(height, -1)
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -266,7 +266,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _run_plan(
     model: nn.Module,
     x: Tensor,

@@ -55,7 +55,7 @@ class ExactResume(Callback):
         _set_random_state(state)
         loader = trainer.train_dataloader
         sampler = getattr(loader, "sampler", None)
-        if not isinstance(sampler, ResumableSampler):
+        if loader is None or not isinstance(sampler, ResumableSampler):
             return
         epoch_loop = trainer.fit_loop.epoch_loop
         # a checkpoint written after a batch counts this batch as processed, but not yet as completed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.utils import make_grid
 
@@ -112,7 +113,7 @@ class Classification(TimmOptimModule):
         self.log(f"{stage}/loss", nn.functional.cross_entropy(logits, targets), sync_dist=True)
         for name, metric in metrics.items():
             metric(logits, targets)
-            self.log(f"{stage}/{name}", metric, prog_bar=name == "acc1")
+            self.log(f"{stage}/{name}", cast(Metric, metric), prog_bar=name == "acc1")
         return logits.argmax(1)
 
     @rank_zero_only
