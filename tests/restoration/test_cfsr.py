@@ -254,7 +254,11 @@ def pairs(data_dir: Path, name: str, scale: int) -> list[tuple[Tensor, Tensor]]:
     found = []
     for path in sorted((data_dir / "sr" / name / "LR_bicubic" / f"X{scale}").glob("*.png")):
         stem = path.stem.removesuffix(f"x{scale}")
-        high = data_dir / "bsds" / "val" / f"{stem}.jpg" if name == "B100" else data_dir / "sr" / name / "HR" / f"{stem}.png"
+        high = (
+            data_dir / "bsds" / "val" / f"{stem}.jpg"
+            if name == "B100"
+            else data_dir / "sr" / name / "HR" / f"{stem}.png"
+        )
         images = [np.asarray(Image.open(file).convert("RGB")) for file in (path, high)]
         height, width = (side * scale for side in images[0].shape[:2])
         images[1] = images[1][:height, :width]

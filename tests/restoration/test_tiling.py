@@ -106,7 +106,16 @@ def test_plans(height: int, width: int, overlap: int, step: int, pixels: int) ->
 
 @pytest.mark.parametrize(
     ("given_size", "expected"),
-    [("4GB", 4e9), ("512MiB", 2**29), ("300 mb", 3e8), ("1.5g", 1.5e9), (1000, 1000), (2e9, 2e9), ("4e9", 4e9), ("7", 7)],
+    [
+        ("4GB", 4e9),
+        ("512MiB", 2**29),
+        ("300 mb", 3e8),
+        ("1.5g", 1.5e9),
+        (1000, 1000),
+        (2e9, 2e9),
+        ("4e9", 4e9),
+        ("7", 7),
+    ],
 )
 def test_sizes_in_words(given_size: str | float, expected: float) -> None:
     assert parse_bytes(given_size) == expected

@@ -147,10 +147,9 @@ def _resize_plane(plane: NDArray[Any], size: tuple[int, int], peak: float) -> ND
     """Enlarge opacity by bicubic interpolation."""
     if plane.shape[:2] == size:
         return plane
-    x = torch.from_numpy(plane[..., 0].astype(np.float32))[None, None]
-    x = F.interpolate(x, size, mode="bicubic", align_corners=False).clamp_(0, peak)
-    out = x[0, 0, :, :, None].numpy()
-    return (out if peak == 1 else out.round()).astype(plane.dtype)
+    flat = plane[..., 0] if plane.dtype == np.uint8 else plane[..., 0].astype(np.float32)
+    out = np.asarray(Image.fromarray(flat).resize(size[::-1], Image.Resampling.BICUBIC))[..., None].clip(0, peak)
+    return (out.round() if plane.dtype == np.uint16 else out).astype(plane.dtype, copy=False)
 
 
 def _bleed(color: NDArray[Any], alpha: NDArray[Any]) -> NDArray[Any]:
