@@ -108,7 +108,7 @@ def test_card_of_a_denoiser(tmp_path: Path, facts: dict[str, Any]) -> None:
     digests = front_matter(folder / "README.md")["sha256"]
     assert list(digests) == ["transformer/diffusion_pytorch_model.safetensors"]
     assert zoo.create_pipeline(str(folder)).transformer.dtype == torch.float32
-    assert zoo.create_pipeline(str(folder), torch_dtype=torch.float16).transformer.dtype == torch.float16
+    assert zoo.create_pipeline(str(folder), dtype=torch.float16).transformer.dtype == torch.float16
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     save_checkpoint(pixel_dit().half().state_dict(), file)
     with pytest.raises(CheckpointError, match="not the published file"):

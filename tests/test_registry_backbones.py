@@ -129,7 +129,7 @@ def test_layouts_of_intermediates(family: str) -> None:
         try:
             found = model.forward_intermediates(batch, indices=1, intermediates_only=True, output_fmt=layout)[0]
         except AssertionError as refusal:  # timm's own way to say that a family does not have this layout
-            assert "NCHW" in str(refusal)
+            assert "NCHW" in str(refusal)  # noqa: PT017
         else:
             assert torch.equal(found, values)
     with pytest.raises(AssertionError):

@@ -108,6 +108,7 @@ def card_facts(folder: str | Path) -> dict[str, Any]:
         "metrics": [dataclasses.asdict(metric) for metric in _metrics(front)],
         "parity": front.get("parity"),
         "config": front.get("config"),
+        **{key: front.get(key) for key in ("paper", "paper_ids", "origin")},
     }
 
 
@@ -269,7 +270,7 @@ def _write_diffusers(
     """Write a pipeline's folder with its weights in `dtype`, and return the facts for the front matter."""
     if isinstance(weights, Mapping) or not (Path(weights) / "model_index.json").is_file():
         raise ValueError("The weights of a denoiser are a folder written by its pipeline's save_pretrained.")
-    pipeline = create_pipeline(str(weights), **({} if dtype is None else {"torch_dtype": dtype}))
+    pipeline = create_pipeline(str(weights), **({} if dtype is None else {"dtype": dtype}))
     pipeline.save_pretrained(work)
     files = sorted(work.rglob("*.safetensors"))
     return {

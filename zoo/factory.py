@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Any
 
 import timm
-import torch
 from timm.models import get_pretrained_cfg, is_model, split_model_name_tag
 from timm.models._registry import get_arch_pretrained_cfgs
 from torch import nn
@@ -188,8 +187,8 @@ def create_pipeline(name: str, **kwargs: Any) -> Any:
 
     Args:
         name: What to load.
-        **kwargs: Arguments of `DiffusionPipeline.from_pretrained`, for example `torch_dtype` (default: float32, also
-            where the weights are stored in half precision).
+        **kwargs: Arguments of `DiffusionPipeline.from_pretrained`, for example `dtype` (default: float32, also where
+            the weights are stored in half precision).
 
     Raises:
         ValueError: There is no such pipeline; the message names the nearest.
@@ -217,8 +216,7 @@ def create_pipeline(name: str, **kwargs: Any) -> Any:
     for component in components:
         verify_component(path, component)
     try:
-        options = {"use_safetensors": True, "torch_dtype": torch.float32, **kwargs}
-        pipeline = DiffusionPipeline.from_pretrained(path, **options)
+        pipeline = DiffusionPipeline.from_pretrained(path, **{"use_safetensors": True, **kwargs})
     except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} does not load: {' '.join(str(error).split())}") from error
     for component in components:

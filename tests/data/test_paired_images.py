@@ -121,12 +121,12 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
         find_images(tmp_path)
     with pytest.raises(ValueError, match="batch_size 64 is more than the 12 patches"):
         module(folder, batch_size=64).train_dataloader()
-    with pytest.raises(ValueError, match="has 56x48 pixels, a patch needs 80x80"):
+    with pytest.raises(ValueError, match=r"has \d+x4[78] pixels, a patch needs 80x80"):
         next(iter(module(folder, patch_size=40).train_dataloader()))
     files = find_images(folder / "val")
     with pytest.raises(ValueError, match="2 clean images have 1 degraded ones"):
         EvaluationPairs(files, BicubicDownscale(2), find_images(folder / "low")[:1])
-    with pytest.raises(ValueError, match="times 2 is larger than .*: not a pair"):
+    with pytest.raises(ValueError, match=r"times 2 is larger than .*: not a pair"):
         EvaluationPairs(find_images(folder / "low"), BicubicDownscale(2), files)[0]
     (tmp_path / "broken.png").write_bytes(files[0].read_bytes()[:200])
     with pytest.raises(ValueError, match=r"broken.png is not a readable image"):

@@ -42,8 +42,8 @@ def test_all_published_files(data_dir: Path) -> None:
 
 
 def test_by_hand() -> None:
-    """Halving a step: eight taps of the widened kernel at -1.75 ... 1.75, the border repeated, rounded half up."""
-    taps = np.array([-0.0068359375, -0.0205078125, 0.0712890625, 0.4560546875])  # Keys' kernel / 2 at 1.75 ... 0.25
+    """Halving a step: eight taps of the widened kernel, the border repeated, rounded half up."""
+    taps = np.array([-0.01171875, -0.03515625, 0.11328125, 0.43359375])  # half of Keys' kernel at 1.75, ... 0.25
     kernel = np.concatenate([taps, taps[::-1]])
     assert kernel.sum() == 1
     row = np.array([0, 0, 0, 0, 200, 200, 200, 200], np.uint8)

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -96,11 +97,9 @@ def test_plans(height: int, width: int, overlap: int, step: int, pixels: int) ->
     sides = []
     for edges, length in ((plan.rows, height), (plan.columns, width)):
         assert (edges[0], edges[-1]) == (0, length)
-        assert all(a < b for a, b in zip(edges, edges[1:], strict=False))
+        assert all(a < b for a, b in pairwise(edges))
         assert all(edge % step == 0 for edge in edges)
-        sides.append(
-            max(min(b + overlap, length) - max(a - overlap, 0) for a, b in zip(edges, edges[1:], strict=False))
-        )
+        sides.append(max(min(b + overlap, length) - max(a - overlap, 0) for a, b in pairwise(edges)))
     assert sides[0] * sides[1] <= plan.pixels <= pixels
 
 

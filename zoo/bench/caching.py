@@ -277,7 +277,7 @@ def caching(
     guidance_scale: float = 3.0,
 ) -> list[Benchmark]:
     """Every cache of diffusers on the shipped denoiser, beside fewer steps in the same time."""
-    pipe = zoo.create_pipeline(name, torch_dtype=settings.torch_dtype).to(settings.device)
+    pipe = zoo.create_pipeline(name, dtype=settings.torch_dtype).to(settings.device)
     pipe.set_progress_bar_config(disable=True)
     classes = pipe.transformer.config.num_classes
     labels = [index % classes for index in range(settings.batch)]

@@ -137,7 +137,7 @@ def _pipeline(args: argparse.Namespace) -> Any:
     from zoo.factory import create_pipeline
 
     device = pick_device(args.device)
-    pipeline = create_pipeline(args.model, torch_dtype=getattr(torch, args.dtype))
+    pipeline = create_pipeline(args.model, dtype=getattr(torch, args.dtype))
     if not isinstance(pipeline, PixelDiTPipeline):
         raise UsageError(f"{args.model} is a {type(pipeline).__name__}, which does not generate from classes.")
     if args.scheduler:

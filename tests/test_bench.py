@@ -1,0 +1,342 @@
+"""The benchmarks: how times become ratios, what is checked first, what is written; on tiny models."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FirstBlockCacheConfig
+from diffusers.hooks import SeaCacheConfig
+
+import zoo.bench.suites
+import zoo.cli.bench
+from zoo.bench import BenchError, Benchmark, Check, Entry, Goal, Settings, compare_models
+from zoo.bench.caching import (
+    PSNR,
+    RECOGNISED,
+    CacheSetting,
+    builtin_settings,
+    magnitude_ratios,
+    measure_caches,
+    psnr_of_all,
+)
+from zoo.bench.memory import in_fresh_process, resident_peak
+from zoo.bench.report import columns, dumps, markdown, plot, to_json
+from zoo.bench.suites import SUITES, cfsr, repaffn
+from zoo.bench.tiling import tiling
+from zoo.bench.timing import compare, environment, now, require_close, speedup
+from zoo.cli import main
+from zoo.diffusion import PixelDiT, PixelDiTPipeline
+from zoo.profiling import Latency
+
+QUICK = Settings(batch=1, threads=1, rounds=2, warmup=0)
+
+
+def latency(median: float) -> Latency:
+    return Latency(median=median, p20=median, p80=median, runs=1, device="cpu", threads=1)
+
+
+def benchmark(**changes: Any) -> Benchmark:
+    """Return a small made-up result."""
+    fields: dict[str, Any] = dict(
+        name="made_up",
+        title="A against B",
+        conditions={"batch": 1, "threads": 2},
+        environment={"device": "cpu"},
+        date="2026-01-01 00:00 UTC",
+        reference="B",
+        entries=(
+            Entry(name="A", time=latency(10), speedup=speedup([20, 20], [10, 10]), macs=10**9, values={PSNR: 31.5}),
+            Entry(name="B", time=latency(20), macs=2 * 10**9, values={PSNR: math.inf}),
+        ),
+        checks=(Check(what="outputs", value=1e-7, tolerance=1e-4),),
+        goals=(Goal(what="A against B", value=2.0, wanted=1.5),),
+        notes=("A note.",),
+    )
+    return Benchmark(**{**fields, **changes})
+
+
+def test_speedup_compares_each_round_with_itself() -> None:
+    """A round in which the machine was slow for both sides counts like any other."""
+    ratio = speedup([20.0, 200.0, 20.0, 20.0, 20.0], [10.0, 100.0, 10.0, 10.0, 10.0])
+    assert (ratio.median, ratio.p20, ratio.p80) == (2.0, 2.0, 2.0)
+
+
+def test_calls_take_turns() -> None:
+    """The rounds go A B A B, the untimed ones too, and every call is told."""
+    order, told = [], []
+    timed = compare(
+        {"A": lambda: order.append("A"), "B": lambda: order.append("B")},
+        Settings(rounds=2, warmup=1),
+        reference="B",
+        progress=lambda what, done, total: told.append((done, total)),
+    )
+    assert order == ["A", "B"] * 3
+    assert told == [(index, 6) for index in range(1, 7)]
+    assert timed["A"][1] is not None
+    assert timed["B"][1] is None
+    assert timed["A"][0].runs == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"rounds": 0}, "rounds must be at least 1"),
+        ({"dtype": "float8"}, "float32, bfloat16, float16"),
+        ({"device": "gpu"}, "no device"),
+        ({"device": "cuda:97"}, "no device"),
+    ],
+)
+def test_wrong_settings(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Settings(**wrong)
+
+
+def test_unequal_outputs_are_not_timed() -> None:
+    x = torch.ones(3)
+    assert require_close("x", x + 1e-6, x).value == pytest.approx(1e-6, rel=0.1)
+    with pytest.raises(BenchError, match="differ by"):
+        require_close("x", x + 1e-3, x)
+    with pytest.raises(BenchError, match="differ by"):
+        require_close("x", x * math.nan, x)
+    with pytest.raises(BenchError, match="shapes"):
+        require_close("x", torch.ones(2), x)
+
+
+def test_goals() -> None:
+    assert Goal(what="x", value=1.7, wanted=1.64).reached
+    assert not Goal(what="x", value=1.6, wanted=1.64).reached
+    assert Goal(what="x", value=1.1, wanted=1.2, at_most=True).reached
+    assert "NOT reached" in str(Goal(what="x", value=1.3, wanted=1.2, at_most=True))
+
+
+def test_json_has_a_fixed_form() -> None:
+    """What programs read: keys, a verdict on each goal, None for what JSON has no number for."""
+    data = json.loads(dumps([benchmark()]))
+    assert data.keys() == {"schema", "benchmarks"}
+    assert data["schema"] == 1
+    (found,) = data["benchmarks"]
+    assert found.keys() == {
+        *("name", "title", "conditions", "environment", "date", "reference", "entries", "checks", "goals", "notes")
+    }
+    ours, rival = found["entries"]
+    assert ours.keys() == {"name", "time", "speedup", "params", "macs", "peak_bytes", "values", "series"}
+    assert ours["time"]["median"] == 10
+    assert ours["speedup"] == {"median": 2.0, "p20": 2.0, "p80": 2.0}
+    assert rival["speedup"] is None
+    assert rival["values"] == {PSNR: None}
+    assert found["goals"] == [{"what": "A against B", "value": 2.0, "wanted": 1.5, "at_most": False, "reached": True}]
+
+
+def test_markdown_shows_measured_columns_only() -> None:
+    headings = [column.heading for column in columns(benchmark())]
+    assert headings == ["", "median (ms)", "20 to 80 % (ms)", "times as fast as B", "GMACs", PSNR]
+    page = markdown(benchmark())
+    assert "| A | 10.00 | 10.00 to 10.00 | 2.00x (2.00 to 2.00) | 1 | 31.5 |" in page
+    assert "| B | 20.00 | 20.00 to 20.00 | 1 | 2 | equal |" in page
+    assert "- A against B: 2.00, wanted at least 1.5: reached." in page
+    assert "batch 1, threads 2" in page
+
+
+@pytest.mark.slow
+def test_plot(tmp_path: Path) -> None:
+    """It draws the MACs where fewer than two entries have a quality, and refuses to draw nothing."""
+    assert plot(benchmark(), tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    accuracy = "top-1 accuracy (%)"
+    entries = [Entry(name=str(y), time=latency(y), values={accuracy: float(y)}, series="s") for y in (1, 2, 3)]
+    assert "<svg" in plot(benchmark(entries=tuple(entries)), tmp_path / "p.svg").read_text()
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot(benchmark(entries=(Entry(name="A"),)), tmp_path / "q.png")
+
+
+def test_environment_says_what_was_used() -> None:
+    assert {"device", "torch", "timm", "Python"} <= environment().keys()
+    assert environment()["torch"] == torch.__version__
+    assert now().endswith("UTC")
+
+
+def test_one_model_runs_merged_against_its_training_form() -> None:
+    found = compare_models(["repavit_tiny"], QUICK, size=32)
+    merged, training = found.entries
+    assert found.reference == training.name == "repavit_tiny (training form)"
+    assert merged.name == "repavit_tiny (merged)"
+    assert merged.params is not None
+    assert training.params is not None
+    assert merged.params < training.params
+    assert merged.speedup is not None
+    assert merged.speedup.median > 0
+    assert training.speedup is None
+    (check,) = found.checks
+    assert check.value <= check.tolerance
+    assert "32" in found.conditions["input"]
+
+
+def test_two_models_and_their_counts() -> None:
+    """timm's models take part, attention is counted, and nothing is merged where nothing should be."""
+    found = compare_models(["repavit_tiny", "test_vit"], QUICK, merge=False, goal=1e-6)
+    ours, rival = found.entries
+    assert [entry.name for entry in found.entries] == ["repavit_tiny", "test_vit"]
+    assert ours.macs == 1_253_683_200 or ours.macs == pytest.approx(1.25e9, rel=0.01)
+    assert rival.speedup is None
+    assert found.goals[0].reached
+    assert not found.checks
+
+
+def test_models_that_cannot_be_compared() -> None:
+    with pytest.raises(ValueError, match="different tasks"):
+        compare_models(["repavit_tiny", "cfsr_x2"], QUICK, size=32)
+    with pytest.raises(ValueError, match="No model is called 'repavit_tin'"):
+        compare_models(["repavit_tin"], QUICK)
+    with pytest.raises(ValueError, match="different models"):
+        compare_models(["repavit_tiny", "repavit_tiny"], QUICK)
+
+
+def test_peak_sees_what_a_call_takes() -> None:
+    before, peak = resident_peak(lambda: torch.ones(16, 2**20))
+    assert peak - before >= 60 * 2**20
+
+
+@pytest.mark.slow
+def test_fresh_process() -> None:
+    assert in_fresh_process(os.getpid) != os.getpid()
+
+
+def test_repaffn_suite() -> None:
+    (found,) = repaffn(QUICK, sizes={"tiny": (16, 0.75)})
+    ours, mask = found.entries
+    assert found.name == "repaffn_tiny"
+    assert len(found.checks) == 3
+    assert ours.params == mask.params
+    assert ours.values["kept for backward (MiB)"] < mask.values["kept for backward (MiB)"]
+    assert found.goals[0].wanted == 1.3
+
+
+def test_cfsr_suite() -> None:
+    """Both sides compute the same with edge branches that count."""
+    (found,) = cfsr(QUICK, size=16, embed_dim=8, depths=(1,), kernel_size=3)
+    assert found.checks[0].value < 1e-5
+    assert found.goals[0].wanted == 1.15
+    assert found.conditions["output"] == "3x32x32"
+
+
+@pytest.mark.slow
+def test_tiling_suite() -> None:
+    (found,) = tiling(QUICK, size=48, budgets=("4GB",))
+    (entry,) = found.entries
+    assert entry.values["before the call (MiB)"] <= entry.values["peak of the process (MiB)"]
+    assert entry.values["tiles"] == 1
+    assert found.goals[0].at_most
+    assert found.goals[0].reached
+    with pytest.raises(ValueError, match="on the CPU"):
+        tiling(Settings(batch=2))
+
+
+@pytest.fixture(scope="module")
+def pipe() -> PixelDiTPipeline:
+    """A tiny pipeline with random weights that do something."""
+    torch.manual_seed(0)
+    model = PixelDiT(num_attention_heads=2, attention_head_dim=4, num_layers=2, sample_size=8, patch_size=4).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    scheduler = DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing")
+    pipeline = PixelDiTPipeline(model, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_caches_beside_fewer_steps(pipe: PixelDiTPipeline) -> None:
+    """Threshold 0 changes nothing, a large one does; what fits no network is told, not raised."""
+    candidates = [
+        CacheSetting(method="FBC", setting="0", config=FirstBlockCacheConfig(threshold=0)),
+        CacheSetting(method="FBC", setting="9", config=FirstBlockCacheConfig(threshold=9.0)),
+        CacheSetting(method="SeaCache", setting="defaults", config=SeaCacheConfig()),
+    ]
+    found = measure_caches(pipe, [0, 1], candidates, QUICK, steps=6, classify=lambda images: torch.tensor([0, 2]))
+    by_name = {entry.name: entry for entry in found.entries}
+    assert found.uncached.name == "no cache, 6 steps"
+    assert PSNR not in found.uncached.values
+    assert math.isinf(by_name["FBC, 0"].values[PSNR])
+    assert 0 < by_name["FBC, 9"].values[PSNR] < 100
+    assert by_name["FBC, 9"].series == "FBC"
+    assert found.uncached.values[RECOGNISED] == 50
+    assert list(found.refused) == ["SeaCache, defaults"]
+    assert "Wan" in found.refused["SeaCache, defaults"]
+    counts = {int(entry.values["steps in the same time"]) for entry in found.entries if entry.series == "FBC"}
+    assert all(count == 6 or f"no cache, {count} steps" in by_name for count in counts)
+    assert not hasattr(pipe.transformer, "_zoo_cache")
+
+
+def test_every_cache_of_diffusers_is_tried(pipe: PixelDiTPipeline) -> None:
+    methods = {each.method for each in builtin_settings(pipe, [0], steps=3, guidance_scale=3.0)}
+    assert len(methods) == 7
+
+
+def test_mag_cache_is_calibrated(pipe: PixelDiTPipeline) -> None:
+    ratios = magnitude_ratios(pipe, [0], steps=4, guidance_scale=3.0)
+    assert len(ratios) == 4
+    assert ratios[0] == 1.0
+    assert all(math.isfinite(ratio) and ratio > 0 for ratio in ratios)
+
+
+def test_psnr_of_all() -> None:
+    """One level of 255 off everywhere is 48.1 dB, whatever the number of images."""
+    images = torch.full((2, 3, 4, 4), 0.5)
+    assert psnr_of_all(images + 1 / 255, images) == pytest.approx(48.13, abs=0.01)
+    assert math.isinf(psnr_of_all(images + 1e-4, images))
+
+
+def test_command_knows_every_suite() -> None:
+    assert list(zoo.cli.bench.SUITES) == list(SUITES)
+
+
+def test_command_writes_whole_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["bench", "repavit_tiny", "--size", "32", "--rounds", "1", "--batch", "1", "--threads", "1"]
+    assert main([*call, "-o", str(tmp_path), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    written = json.loads((tmp_path / "models.json").read_text())
+    assert printed == written
+    assert "repavit_tiny (merged)" in (tmp_path / "models.md").read_text()
+    assert main([*call, "-o", str(tmp_path)]) == 2
+    assert "--force replaces it" in capsys.readouterr().err
+
+
+def test_command_says_whether_goals_are_reached(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Exit code 1 tells a script that a number was not reached; the results are written all the same."""
+    missed = benchmark(goals=(Goal(what="A against B", value=1.0, wanted=1.5),))
+    monkeypatch.setattr(zoo.bench.suites, "run", lambda names, progress, **overrides: [missed])
+    assert main(["bench", "cfsr", "--plot", str(tmp_path / "p.png")]) == 1
+    assert "NOT reached" in capsys.readouterr().out
+    assert (tmp_path / "p.png").is_file()
+    assert main(["bench", "cfsr", "-q"]) == 1
+    assert capsys.readouterr().out == "A\t2.000\n"
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (["cfsr", "repavit_tiny"], "models or named benchmarks, not both"),
+        (["cfsr", "--size", "32"], "--size is for models"),
+        (["cfsr", "repaffn", "--plot", "p.png"], "--plot takes one"),
+        (["repavit_tiny", "--plot", "p.txt"], "--plot writes .png"),
+        (["repavit_tiny", "--batch", "0"], "--batch must be at least 1"),
+        (["repavt"], "named benchmark is called repavit"),
+        (["repavit_tiny", "--device", "tpu"], "tpu"),
+    ],
+)
+def test_wrong_calls(call: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *call]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+
+
+def test_json_of_nothing() -> None:
+    assert to_json([]) == {"schema": 1, "benchmarks": []}
