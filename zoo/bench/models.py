@@ -15,7 +15,6 @@ from zoo import catalog, factory
 from zoo.bench.memory import in_fresh_process, resident_peak
 from zoo.bench.report import Benchmark, Check, Entry, Goal
 from zoo.bench.timing import Progress, Settings, cast, compare, environment, now, require_close, torch_threads
-from zoo.cfg import ModelCfg
 from zoo.ffn.reparam import reparameterize
 from zoo.profiling import count_macs, count_params, peak_memory
 
@@ -131,16 +130,16 @@ def _denoiser(name: str, size: int | None) -> Parts:
 
 
 def _network(name: str, size: int | None) -> Parts:
-    ours = catalog.load().get(name.partition(".")[0], {}).get("task") == "classification"
-    # timm's own classifiers get no size: not all take one
-    arguments: dict[str, Any] = {"img_size": size} if ours and size else {}
+    facts = catalog.load().get(name.partition(".")[0])  # None: timm's own
+    task = "classification" if facts is None else facts["task"]
+    # timm's classifiers get no size: not all take one
+    arguments: dict[str, Any] = {"img_size": size} if facts and size and task == "classification" else {}
     model: Any = factory.create_model(name, **arguments)
-    cfg = model.pretrained_cfg
-    if isinstance(cfg, ModelCfg) and cfg.task != "classification":
+    if task != "classification":
         side = size or _RESTORER_SIZE
-        return cfg.task, model, torch.rand(1, cfg.input_size[0], side, side), {}
+        return task, model, torch.rand(1, model.in_chans, side, side), {}
     channels, height, width = resolve_model_data_config(model)["input_size"]
-    return "classification", model, torch.randn(1, channels, size or height, size or width), {}
+    return task, model, torch.randn(1, channels, size or height, size or width), {}
 
 
 def _first(output: Any) -> Tensor:

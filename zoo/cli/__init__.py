@@ -16,17 +16,12 @@ from typing import Any, NoReturn
 
 import zoo
 from zoo.catalog import nearest
-from zoo.cli import export, generate, images, listing, publishing
+from zoo.cli import bench, demo, export, generate, images, listing, publishing
 from zoo.cli.output import UsageError
 
 __all__ = ["main"]
 
-_MODULES: tuple[Any, ...] = (listing, images, generate, export, publishing)
-for _name in ("bench", "demo"):  # temporary, until both exist
-    import importlib.util
-
-    if importlib.util.find_spec(f"zoo.cli.{_name}"):
-        _MODULES += (importlib.import_module(f"zoo.cli.{_name}"),)
+_MODULES = (listing, images, generate, bench, demo, export, publishing)
 _WRONG_CALL = (ValueError, TypeError, FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 

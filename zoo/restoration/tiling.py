@@ -73,25 +73,23 @@ def plan_tiles(height: int, width: int, overlap: int, max_pixels: int, multiple_
         multiple_of: Edges are multiples of this.
 
     Returns:
-        The plan, or None where even the smallest tiles are too large.
+        The plan, or None where even the smallest tiles are too large: their own parts are as long as the overlap, since
+        shorter ones would compute every pixel more than nine times.
     """
-    best: tuple[int, int, int] | None = None
-    for rows in range(1, math.ceil(height / multiple_of) + 1):
+    best: tuple[int, int, int, int] | None = None
+    for rows in range(1, _most_parts(height, overlap, multiple_of) + 1):
         tall = _tile_length(height, rows, overlap, multiple_of)
-        if rows > 1 and tall == _tile_length(height, rows - 1, overlap, multiple_of):
-            continue
-        columns = _fewest(width, overlap, max_pixels // tall, multiple_of)
+        columns = _fewest_parts(width, overlap, max_pixels // tall, multiple_of)
         if columns is None:
             continue
-        work = rows * columns * tall * _tile_length(width, columns, overlap, multiple_of)
-        if best is None or work < best[0]:
-            best = (work, rows, columns)
+        pixels = tall * _tile_length(width, columns, overlap, multiple_of)
+        if best is None or rows * columns * pixels < best[0]:
+            best = (rows * columns * pixels, rows, columns, pixels)
         if columns == 1:
             break  # more rows only add overlap
     if best is None:
         return None
-    _, rows, columns = best
-    pixels = _tile_length(height, rows, overlap, multiple_of) * _tile_length(width, columns, overlap, multiple_of)
+    _, rows, columns, pixels = best
     return TilePlan(_edges(height, rows, multiple_of), _edges(width, columns, multiple_of), overlap, pixels)
 
 
@@ -108,16 +106,20 @@ def _tile_length(length: int, parts: int, overlap: int, multiple_of: int) -> int
     return min(own + (2 if parts > 2 else 1) * overlap, length)
 
 
-def _fewest(length: int, overlap: int, longest: int, multiple_of: int) -> int | None:
+def _most_parts(length: int, overlap: int, multiple_of: int) -> int:
+    """Number of parts that are each at least as long as the overlap."""
+    return max(1, length // max(overlap, multiple_of))
+
+
+def _fewest_parts(length: int, overlap: int, longest: int, multiple_of: int) -> int | None:
     """Fewest parts whose tiles are at most `longest`, or None."""
-    for parts in (1, 2):
-        if _tile_length(length, parts, overlap, multiple_of) <= longest:
+    most = _most_parts(length, overlap, multiple_of)
+    own = (longest - 2 * overlap) // multiple_of  # of tiles with two neighbours, in multiples
+    candidates = [1, 2, *([math.ceil(math.ceil(length / multiple_of) / own)] if own > 0 else [])]
+    for parts in candidates:
+        if parts <= most and _tile_length(length, parts, overlap, multiple_of) <= longest:
             return parts
-    own = (longest - 2 * overlap) // multiple_of
-    if own < 1:
-        return None
-    parts = math.ceil(math.ceil(length / multiple_of) / own)
-    return parts if _tile_length(length, parts, overlap, multiple_of) <= longest else None
+    return None
 
 
 def restore_tensor(
@@ -231,8 +233,9 @@ def _first_plan(
         per_pixel *= x.shape[1]
     plan = plan_tiles(height, width, overlap, max(0, allowed - held) // per_pixel, multiple_of)
     if plan is None:
-        side = 2 * overlap + multiple_of
-        need = held + min(side, height) * min(side, width) * per_pixel
+        parts = [(side, _most_parts(side, overlap, multiple_of)) for side in (height, width)]
+        smallest = [_tile_length(side, most, overlap, multiple_of) for side, most in parts]
+        need = held + math.prod(smallest) * per_pixel
         raise ValueError(
             f"A budget of {_megabytes(allowed)} is too small for {x.shape[-1]}x{x.shape[-2]} pixels and "
             f"{type(model).__name__}: {_megabytes(held)} are needed beside the network's work; allow at least "
