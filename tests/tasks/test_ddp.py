@@ -53,7 +53,7 @@ def fit(folder: Path, data: Path, *arguments: str) -> subprocess.CompletedProces
         "--data.init_args.data_dir", str(data), "--trainer.default_root_dir", str(folder), *arguments,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     return done
 
