@@ -216,8 +216,9 @@ def test_info(capsys: Captured, name: str) -> None:
 # --- classify
 
 
-def test_classify(capsys: Captured, models: dict[str, str], tmp_path: Path) -> None:
+def test_classify(capsys: Captured, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures of several kinds, most probable first."""
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow terminal folds long paths
     noise(tmp_path / "a.png")
     Image.open(tmp_path / "a.png").convert("LA").save(tmp_path / "b.png")
     Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(tmp_path / "c.png")

@@ -108,7 +108,6 @@ def card_facts(folder: str | Path) -> dict[str, Any]:
         "metrics": [dataclasses.asdict(metric) for metric in _metrics(front)],
         "parity": front.get("parity"),
         "config": front.get("config"),
-        **{key: front.get(key) for key in ("paper", "paper_ids", "origin")},
     }
 
 

@@ -34,7 +34,7 @@ from zoo import catalog
 from zoo.cards import card_facts, denoiser_cards
 from zoo.cfg import ModelCfg, RestorationCfg
 from zoo.ffn.reparam import reparameterize
-from zoo.weights import cards_dir
+from zoo.weights import cards_dir, front_matter
 
 __all__ = [
     "Latency",
@@ -346,13 +346,14 @@ def _denoiser_facts(name: str, folders: Mapping[str, Path]) -> dict[str, Any]:
             **card_facts(folder),
         }
     first = next(iter(weights.values()))
+    front = front_matter(next(iter(folders.values())) / "README.md")
     return {
         "task": "generation",
         "family": name,
         "summary": documentation.partition("\n")[0].rstrip("."),
-        "paper": first["paper"],
-        "paper_ids": first["paper_ids"],
-        "origin": first["origin"],
+        "paper": front.get("paper"),
+        "paper_ids": _listed(front.get("paper_ids")),
+        "origin": front.get("origin"),
         "notes": [],
         **{key: first[key] for key in ("input_size", "params", "macs")},
         "weights": weights,

@@ -174,7 +174,7 @@ def _compare(
     config = _cache_config(args)
     with cached(pipeline, config):
         pass  # a cache that does not fit is refused before anything is computed
-    pipeline(labels[:1], num_inference_steps=2, seed=args.seed, output_type="pt")  # the first call is slower
+    pipeline(labels[: args.batch_size], num_inference_steps=2, seed=args.seed, output_type="pt")  # the first is slower
     plain, plain_seconds = _generate(args, pipeline, labels)
     with cached(pipeline, config):
         pictures, seconds = _generate(args, pipeline, labels)
