@@ -23,6 +23,7 @@ from zoo.cli.output import (
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import nn
 
 _SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -171,7 +172,7 @@ def _compare(
     from zoo.caching import cached
     from zoo.metrics import psnr
 
-    config = _cache_config(args)
+    config = _cache_config(args, pipeline.transformer)
     with cached(pipeline, config):
         pass  # a cache that does not fit is refused before anything is computed
     pipeline(labels[: args.batch_size], num_inference_steps=2, seed=args.seed, output_type="pt")  # the first is slower
@@ -194,12 +195,19 @@ def _compare(
     return pictures, seconds
 
 
-def _cache_config(args: argparse.Namespace) -> Any:
+def _cache_config(args: argparse.Namespace, model: nn.Module) -> Any:
     from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
+
+    from zoo.diffusion.blocks import as_patterns, attention_modules, feed_forward_modules
 
     if args.cache == "first-block":
         return FirstBlockCacheConfig(threshold=0.1 if args.threshold is None else args.threshold)
-    return TaylorSeerCacheConfig(cache_interval=3 if args.interval is None else args.interval)
+    return TaylorSeerCacheConfig(
+        cache_interval=3 if args.interval is None else args.interval,
+        max_order=1,
+        cache_identifiers=as_patterns([*attention_modules(model), *feed_forward_modules(model)]),
+        taylor_factors_dtype=model.dtype,
+    )
 
 
 def _to_pil(images: Any) -> list[Image]:
