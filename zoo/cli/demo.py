@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     report = args.output / "report.html"
     force = args.force or _is_report(report)
     check_target(report, force=force)
-    hush(args, diffusers=True)
+    hush(argparse.Namespace(quiet=True, json=False), diffusers=True)  # the progress below says what happens
     with progress(args) as display:
         loading = display.add_task("loading the networks", total=1)
         tasks: dict[str, Any] = {}

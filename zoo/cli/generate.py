@@ -57,7 +57,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--threshold", type=float, help="first-block: relative change up to which a step is skipped (default: 0.1)"
     )
-    parser.add_argument("--interval", type=int, help="taylorseer: compute every so many steps in full (default: 3)")
+    parser.add_argument("--interval", type=int, help="taylorseer: compute every so many steps in full (default: 5)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at a time (default: 32)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -203,7 +203,7 @@ def _cache_config(args: argparse.Namespace, model: nn.Module) -> Any:
     if args.cache == "first-block":
         return FirstBlockCacheConfig(threshold=0.1 if args.threshold is None else args.threshold)
     return TaylorSeerCacheConfig(
-        cache_interval=3 if args.interval is None else args.interval,
+        cache_interval=5 if args.interval is None else args.interval,
         max_order=1,
         cache_identifiers=as_patterns([*attention_modules(model), *feed_forward_modules(model)]),
         taylor_factors_dtype=model.dtype,

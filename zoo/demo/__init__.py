@@ -1,0 +1,116 @@
+"""The demo: generate, enlarge, merge and classify with the shipped weights, and write one HTML page about it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from zoo.bench.caching import classify_with
+from zoo.bench.timing import Progress, Settings, environment, now, torch_threads
+from zoo.demo.parts import classify_photos, generate, merge, photos, upscale
+from zoo.demo.report import Results, headline, render
+from zoo.factory import create_model, create_pipeline
+from zoo.ffn.reparam import reparameterize
+from zoo.restoration.inference import load_restorer
+from zoo.weights import CheckpointError, cards_dir
+
+__all__ = ["Models", "Results", "headline", "load_models", "render", "run_demo"]
+
+DENOISER = "pixeldit.cifar10"
+CLASSIFIER = "repavit_tiny.cifar10"
+UPSCALERS = ("cfsr_x2.bsds", "cfsr_x4.bsds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """The networks of the demo.
+
+    Args:
+        pipe: Makes pictures of the classifier's classes.
+        classifier: In evaluation mode.
+        upscalers: By name.
+    """
+
+    pipe: Any
+    classifier: nn.Module
+    upscalers: dict[str, nn.Module]
+
+
+def load_models() -> Models:
+    """Load the shipped weights.
+
+    Raises:
+        CheckpointError: Some are not there, or damaged; the message names them.
+    """
+    missing = [name for name in (DENOISER, CLASSIFIER, *UPSCALERS) if not (cards_dir() / name).is_dir()]
+    if missing:
+        raise CheckpointError(f"The demo needs the weights {', '.join(missing)}, which are not in {cards_dir()}.")
+    pipe = create_pipeline(DENOISER)
+    pipe.set_progress_bar_config(disable=True)
+    classifier = create_model(CLASSIFIER, pretrained=True).eval()
+    reparameterize(classifier, measure=False)
+    upscalers = {name: load_restorer(model=name, device="cpu") for name in UPSCALERS}
+    return Models(pipe=pipe, classifier=classifier, upscalers=upscalers)
+
+
+def run_demo(
+    models: Models,
+    *,
+    threads: int = 2,
+    per_class: int = 3,
+    steps: int = 20,
+    vit: str = "repavit_base",
+    rival: str = "vit_base_patch16_224",
+    progress: Progress | None = None,
+) -> Results:
+    """Compute and measure everything that the report shows, on the CPU.
+
+    Args:
+        models: From `load_models`, or others of the same kinds.
+        threads: CPU threads of torch.
+        per_class: Generated pictures of each class.
+        steps: Of the scheduler.
+        vit: RePaViT to merge.
+        rival: timm's ViT of the same size.
+        progress: Told after each step.
+
+    Raises:
+        ImportError: scikit-image is not installed.
+    """
+    album = photos()
+    start = time.perf_counter()
+    with torch_threads(threads):
+        models.pipe([0], num_inference_steps=2, output_type="latent")  # the first call is slower
+        generation = generate(
+            models.pipe,
+            classify_with(models.classifier),
+            Settings(threads=threads, rounds=3, warmup=0),
+            per_class=per_class,
+            steps=steps,
+            progress=progress,
+        )
+        upscalings = []
+        tasks = [(album[key], name) for key in ("cat", "astronaut", "coffee") for name in models.upscalers]
+        for done, (photo, name) in enumerate(tasks, 1):
+            upscalings.append(upscale(photo, models.upscalers[name], name))
+            if progress is not None:
+                progress("enlarging photos", done, len(tasks))
+        names = list(generation.names)
+        chosen = [(album["cat"], True), (album["coffee"], False), (album["rocket"], False)]
+        classified = classify_photos(models.classifier, names, chosen)
+        merged = merge(Settings(batch=2, threads=threads, rounds=6, warmup=1), name=vit, rival=rival, progress=progress)
+    return Results(
+        generation=generation,
+        upscalings=upscalings,
+        merge=merged,
+        classified=classified,
+        denoiser=DENOISER,
+        classifier=CLASSIFIER,
+        environment=environment(),
+        threads=threads,
+        date=now(),
+        seconds=time.perf_counter() - start,
+    )
