@@ -1,0 +1,71 @@
+"""Attention with a learned bias for every offset between two tokens of a square window (LeViT, EfficientViT, LSNet)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["BiasedAttention", "resize_attention_biases"]
+
+
+class BiasedAttention(nn.Module):
+    """Base class: holds the table of biases and spreads it over the pairs of tokens.
+
+    On a CPU, where spreading costs more than comparing, the spread bias is kept with a copy of the table it came from:
+    it is used only while the table has not changed by a bit, however it was written to, and never carries a graph.
+
+    Args:
+        num_heads: Heads h.
+        resolution: Side r of the window, tokens.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+    """
+
+    attention_bias_idxs: Tensor
+
+    def __init__(self, num_heads: int, resolution: int, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.resolution = resolution
+        self.attention_biases = nn.Parameter(torch.zeros(num_heads, resolution**2, device=device, dtype=dtype))
+        y, x = (
+            axis.flatten() for axis in torch.meshgrid(*[torch.arange(resolution, device=device)] * 2, indexing="ij")
+        )
+        offsets = (y[:, None] - y).abs() * resolution + (x[:, None] - x).abs()  # (r * r, r * r)
+        self.register_buffer("attention_bias_idxs", offsets.flatten(), persistent=False)
+        self._kept: tuple[Tensor, Tensor] | None = None  # (table, spread bias)
+
+    def attention_bias(self) -> Tensor:
+        """Return the bias of every pair of tokens, (h, r * r, r * r)."""
+        table = self.attention_biases
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or table.device.type != "cpu":
+            return self._spread(table)
+        if self._kept is None or self._kept[0].dtype != table.dtype or not torch.equal(self._kept[0], table):
+            with torch.inference_mode(False):  # an inference tensor could not be used in training
+                self._kept = (table.detach().clone(), self._spread(table.detach()))
+        return self._kept[1]
+
+    def _spread(self, table: Tensor) -> Tensor:
+        tokens = self.resolution**2
+        return table.index_select(1, self.attention_bias_idxs).view(-1, tokens, tokens)
+
+
+def resize_attention_biases(table: Tensor, resolution: int) -> Tensor:
+    """Interpolate a table of biases, bicubic, for another window.
+
+    Args:
+        table: (h, r * r), biases by offset, |dy| * r + |dx|.
+        resolution: Side of the new window, tokens.
+
+    Returns:
+        (h, resolution ** 2).
+    """
+    side = round(table.shape[1] ** 0.5)
+    if side == resolution:
+        return table
+    grid = F.interpolate(
+        table.float().view(1, -1, side, side), size=(resolution, resolution), mode="bicubic", align_corners=False
+    )
+    return grid.view(-1, resolution**2).to(table.dtype)

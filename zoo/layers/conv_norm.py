@@ -1,0 +1,251 @@
+"""Convolutions and linear layers with a BatchNorm, and the branches around them that fold into one convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+__all__ = ["ConvNorm", "NormLinear", "RepConv", "fold_norm_into_linear"]
+
+
+def _require_eval(module: nn.Module) -> None:
+    if any(part.training for part in module.modules()):
+        raise RuntimeError(f"{type(module).__name__} cannot be merged in training mode: call model.eval() first.")
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, then BatchNorm, no activation; `reparameterize()` leaves one convolution with bias.
+
+    Args:
+        in_chs: Input channels.
+        out_chs: Output channels.
+        kernel_size: Side of the kernel, pixels.
+        stride: Stride, pixels.
+        padding: Zeros on each side, pixels; None keeps the size at stride 1.
+        dilation: Dilation of the kernel.
+        groups: Groups of the convolution.
+        bias: Give the convolution a bias too, as some authors do.
+        bn_weight_init: Start value of the norm's weight; 0 makes a residual branch start as nothing.
+        eps: Of the norm.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Shape:
+        (B, in_chs, H, W) -> (B, out_chs, H', W').
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        padding: int | None = None,
+        dilation: int = 1,
+        groups: int = 1,
+        *,
+        bias: bool = False,
+        bn_weight_init: float = 1.0,
+        eps: float = 1e-5,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        padding = dilation * (kernel_size - 1) // 2 if padding is None else padding
+        self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding, dilation, groups, bias=bias, **dd)
+        self.bn: nn.BatchNorm2d | None = nn.BatchNorm2d(out_chs, eps=eps, **dd)
+        nn.init.constant_(self.bn.weight, bn_weight_init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x if self.bn is None else self.bn(x)
+
+    def example_input(self) -> Tensor:
+        """Return a random input of the convolution, (1, in_chs, H, W), a little larger than the kernel."""
+        weight, side = self.conv.weight, 2 * self.conv.kernel_size[0] + 3
+        return torch.randn(1, self.conv.in_channels, side, side, device=weight.device, dtype=weight.dtype)
+
+    @torch.no_grad()
+    def reparameterize(self) -> tuple[str, ...]:
+        """Fold the norm into the convolution in place.
+
+        Raises:
+            RuntimeError: The layer is in training mode.
+        """
+        if self.bn is None:
+            return ()
+        _require_eval(self)
+        self.conv = fuse_conv_bn_eval(self.conv, self.bn)
+        self.bn = None
+        return ("norm",)
+
+
+class RepConv(nn.Module):
+    """Sum of depthwise `ConvNorm`s of several kernel sizes, with or without the input itself; folds into one.
+
+    Args:
+        in_chs: Input channels; also the groups.
+        out_chs: Output channels, a multiple of `in_chs`.
+        kernel_sizes: Odd sides of the kernels, pixels; the largest is that of the merged convolution.
+        stride: Stride of every branch, pixels.
+        identity: Add the input (only with equal channels and stride 1).
+        bn_weight_init: Start value of the norms' weights.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Shape:
+        (B, in_chs, H, W) -> (B, out_chs, ceil(H / stride), ceil(W / stride)).
+
+    Raises:
+        ValueError: A kernel size is even, or `identity` does not fit.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_sizes: Sequence[int],
+        stride: int = 1,
+        *,
+        identity: bool = False,
+        bn_weight_init: float = 1.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if any(size % 2 == 0 for size in kernel_sizes):
+            raise ValueError(f"kernel_sizes must be odd, or the branches would not align; got {tuple(kernel_sizes)}.")
+        if identity and (in_chs != out_chs or stride != 1):
+            raise ValueError(f"identity needs equal channels and stride 1, got {in_chs}, {out_chs}, stride {stride}.")
+        self.in_chs, self.identity = in_chs, identity
+        self.branches: nn.ModuleList | None = nn.ModuleList(
+            ConvNorm(
+                in_chs,
+                out_chs,
+                size,
+                stride,
+                groups=in_chs,
+                bn_weight_init=bn_weight_init,
+                device=device,
+                dtype=dtype,
+            )
+            for size in kernel_sizes
+        )
+        self.conv: nn.Conv2d | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.branches is None:
+            assert self.conv is not None
+            return self.conv(x)
+        first, *others = self.branches
+        out = first(x)
+        for branch in others:
+            out = out + branch(x)
+        return out + x if self.identity else out
+
+    def example_input(self) -> Tensor:
+        """Return a random input, (1, in_chs, 17, 17)."""
+        weight = next(self.parameters())
+        return torch.randn(1, self.in_chs, 17, 17, device=weight.device, dtype=weight.dtype)
+
+    @torch.no_grad()
+    def reparameterize(self) -> tuple[str, ...]:
+        """Fold norms, smaller kernels and the identity into one depthwise convolution in place.
+
+        Raises:
+            RuntimeError: The layer is in training mode.
+        """
+        if self.branches is None:
+            return ()
+        _require_eval(self)
+        branches = cast(list[ConvNorm], list(self.branches))
+        for branch in branches:
+            branch.reparameterize()
+        merged = max((branch.conv for branch in branches), key=lambda conv: conv.kernel_size[0])
+        side = merged.kernel_size[0]
+        for conv in (branch.conv for branch in branches if branch.conv is not merged):
+            assert merged.bias is not None
+            assert conv.bias is not None
+            merged.weight += F.pad(conv.weight, [(side - conv.kernel_size[0]) // 2] * 4)
+            merged.bias += conv.bias
+        if self.identity:
+            merged.weight[:, :, side // 2, side // 2] += 1
+        self.conv, self.branches = merged, None
+        return ("norms", "branches", "residual") if self.identity else ("norms", "branches")
+
+
+class NormLinear(nn.Module):
+    """BatchNorm, dropout, linear layer; `reparameterize()` leaves the linear layer.
+
+    Args:
+        in_features: Input features.
+        out_features: Output features.
+        drop: Dropout rate between norm and linear layer.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Shape:
+        (B, in_features) -> (B, out_features).
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, drop: float = 0.0, *, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        self.bn: nn.BatchNorm1d | None = nn.BatchNorm1d(in_features, device=device, dtype=dtype)
+        self.drop = nn.Dropout(drop)
+        self.linear = nn.Linear(in_features, out_features, device=device, dtype=dtype)
+        trunc_normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bn is not None:
+            x = self.bn(x)
+        return self.linear(self.drop(x))
+
+    def example_input(self) -> Tensor:
+        """Return a random input, (2, in_features)."""
+        weight = self.linear.weight
+        return torch.randn(2, self.linear.in_features, device=weight.device, dtype=weight.dtype)
+
+    @torch.no_grad()
+    def reparameterize(self) -> tuple[str, ...]:
+        """Fold the norm into the linear layer in place.
+
+        Raises:
+            RuntimeError: The layer is in training mode.
+        """
+        if self.bn is None:
+            return ()
+        _require_eval(self)
+        fold_norm_into_linear(self.bn, self.linear)
+        self.bn = None
+        return ("norm",)
+
+
+@torch.no_grad()
+def fold_norm_into_linear(norm: nn.BatchNorm1d | nn.BatchNorm2d, linear: nn.Linear | nn.Conv2d) -> None:
+    """Fold a BatchNorm into the linear layer or 1x1 convolution (without padding or groups) that follows it, in place.
+
+    W' = W diag(s), b' = b + W (beta - s * mean), with s = gamma / sqrt(var + eps). Only statistics that do not depend
+    on the batch can be folded, so the norm has to be in evaluation mode.
+
+    Args:
+        norm: Comes first.
+        linear: Follows; needs a bias, which is made here if it has none.
+    """
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    shift = norm.bias - scale * norm.running_mean
+    weight = linear.weight.flatten(1)  # (out, in)
+    bias = weight @ shift
+    linear.bias = nn.Parameter(bias if linear.bias is None else linear.bias + bias)
+    linear.weight.copy_((weight * scale).view_as(linear.weight))
