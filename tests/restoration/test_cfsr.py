@@ -200,7 +200,7 @@ def test_detect(scale: int) -> None:
     model = timm.create_model(name).eval()
     model.reparameterize()
     found = detect(model.state_dict())
-    assert found == (name, {"edge_branches": False, "reparameterized": True})
+    assert found == (name, {"edge_branches": False, "merged": True})
     load_strict(timm.create_model(found[0], **found[1]), model.state_dict(), checkpoint_filter_fn)
     assert detect({"conv_first.weight": torch.zeros(48, 3, 3, 3)}) is None
 

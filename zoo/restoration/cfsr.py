@@ -389,7 +389,7 @@ class CFSR(nn.Module):
         layer_scale_init: First value of the layer scales. The authors' 1e-6 needs a long training.
         interpolation_init: Let the untrained network interpolate: the image passes through the first channels of the
             outer residual path, and the body adds nothing yet. For short trainings.
-        reparameterized: Build the form that `reparameterize()` leaves, to load weights saved after it.
+        merged: Build the form that `reparameterize()` leaves, to load weights saved after it.
         num_classes: Accepted because timm passes it; must be 0.
 
     Shape:
@@ -418,7 +418,7 @@ class CFSR(nn.Module):
         edge_branches: bool = True,
         layer_scale_init: float = 1e-6,
         interpolation_init: bool = False,
-        reparameterized: bool = False,
+        merged: bool = False,
         num_classes: int = 0,
         device: Any = None,
         dtype: Any = None,
@@ -450,7 +450,7 @@ class CFSR(nn.Module):
         self.shuffle = nn.PixelShuffle(scale)
         if interpolation_init:
             self._init_interpolation()
-        if reparameterized:
+        if merged:
             self.eval().reparameterize()
 
     @torch.no_grad()
@@ -573,7 +573,7 @@ def detect(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
     if in_chans != 3:
         kwargs["in_chans"] = in_chans
     if not authors and "layers.0.blocks.0.norm1.weight" not in keys:
-        kwargs["reparameterized"] = True
+        kwargs["merged"] = True
     return f"cfsr_x{scale}", kwargs
 
 
