@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint check-lower catalog clean
+.PHONY: demo test lowest catalog clean
 
 demo: $(STAMP)
 	$(BIN)/zoo demo -o demo
@@ -21,6 +21,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
+
+# The quick tests with the lowest versions that pyproject.toml allows, in an environment of its own.
+lowest:
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet uv
+	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct -e '.[dev]'
+	.venv-lowest/bin/python -m pytest -n auto -m 'not slow'
 
 # Rewrite zoo/catalog.json, the facts behind `zoo list`, from the registry.
 catalog: $(STAMP)

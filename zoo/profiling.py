@@ -224,8 +224,10 @@ def _resident_peak() -> Iterator[list[int]]:
 
 
 def _resident_pages() -> int:
+    """Return the pages that are this process's own, without those of program files."""
     with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1])
+        _, resident, shared, *_ = map(int, file.read().split())
+    return resident - shared
 
 
 def build_catalog() -> dict[str, dict[str, Any]]:

@@ -30,10 +30,11 @@ def in_fresh_process(function: Callable[ArgsT, ResultT], *args: ArgsT.args, **kw
 
 @torch.inference_mode()
 def resident_peak(call: Callable[[], Any]) -> tuple[int, int]:
-    """Return the resident size of this process, in bytes: before a function runs, and the highest while it runs.
+    """Return the memory that is this process's own, in bytes: before a function runs, and the most while it runs.
 
-    Linux keeps the highest size itself, so that no short peak is missed. Where it cannot be set back, the size is
-    sampled, see `zoo.profiling.peak_memory`.
+    Pages of program files do not count: how many are resident depends on what else ran on the machine. Linux keeps the
+    highest size itself, so that no short peak is missed. Where it cannot be set back, the size is sampled, see
+    `zoo.profiling.peak_memory`.
 
     Raises:
         OSError: The platform does not tell the resident size.
@@ -42,13 +43,13 @@ def resident_peak(call: Callable[[], Any]) -> tuple[int, int]:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc: hand back what is freed, or the call would reuse it
     if trim is not None:
         trim(0)
-    before = _resident("VmRSS")
+    before = _resident("RssAnon")
     try:
         (_PROC / "clear_refs").write_text("5", encoding="ascii")  # 5: set the highest size back to the present one
     except OSError:
         return before, before + peak_memory(call)
     call()
-    return before, max(before, _resident("VmHWM"))
+    return before, max(before, _resident("VmHWM") - _resident("RssFile"))
 
 
 def _resident(field: str) -> int:

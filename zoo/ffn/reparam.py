@@ -19,6 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 __all__ = ["LayerReport", "ReparamReport", "Reparameterizable", "reparameterize"]
 
 
+_MOST_ROWS = 30  # RePaViT-Large has 24 layers, a convolutional network a hundred
+
+
 class Reparameterizable(Protocol):
     """A module that can turn itself into an equal, cheaper one for inference."""
 
@@ -96,21 +99,25 @@ class ReparamReport:
         if not self.layers:
             return f"Nothing to re-parameterise: {len(self.unchanged)} layers unchanged, {total} parameters."
         rows = [("layer", "folded", "parameters", "MACs", "on input", "difference")]
-        for layer in self.layers:
-            shape = layer.input_shape
+        for group in self._groups():
+            shapes = {layer.input_shape for layer in group}
+            shape = group[0].input_shape if len(shapes) == 1 else None
+            before, after = (sum(layer.params_before for layer in group), sum(layer.params_after for layer in group))
+            worst = max((layer.difference for layer in group if layer.difference is not None), default=None)
+            first = group[0].name or "(model)"
             rows.append(
                 (
-                    layer.name or "(model)",
-                    ", ".join(layer.folded) or "-",
-                    f"{_count(layer.params_before)} -> {_count(layer.params_after)}",
-                    _change(layer.macs_before, layer.macs_after),
+                    first if len(group) == 1 else f"{first} and {len(group) - 1} more",
+                    ", ".join(group[0].folded) or "-",
+                    f"{_count(before)} -> {_count(after)}",
+                    _change(_sum(layer.macs_before for layer in group), _sum(layer.macs_after for layer in group)),
                     "x".join(map(str, shape)) if shape else "-",
-                    "-" if layer.difference is None else f"{layer.difference:.1e}",
+                    "-" if worst is None else f"{worst:.1e}",
                 )
             )
-        worst = "-" if self.difference is None else f"{self.difference:.1e}"
+        largest = "-" if self.difference is None else f"{self.difference:.1e}"
         macs = _change(self.macs_before, self.macs_after)
-        rows.append(("whole model", f"{len(self.layers)} layers", total, macs, "", worst))
+        rows.append(("whole model", f"{len(self.layers)} layers", total, macs, "", largest))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         rule = "-" * max(map(len, lines))
@@ -118,6 +125,15 @@ class ReparamReport:
         if self.unchanged:
             text.append(f"unchanged: {', '.join(self.unchanged)}")
         return "\n".join(text)
+
+    def _groups(self) -> list[list[LayerReport]]:
+        """Return the rows of the table: each layer, or in a long table the layers of which the same was folded."""
+        if len(self.layers) <= _MOST_ROWS:
+            return [[layer] for layer in self.layers]
+        groups: dict[tuple[str, ...], list[LayerReport]] = {}
+        for layer in self.layers:
+            groups.setdefault(layer.folded, []).append(layer)
+        return list(groups.values())
 
 
 def _sum(values: Iterable[int | None]) -> int | None:

@@ -28,19 +28,46 @@ class BiasedAttention(nn.Module):
 
     def __init__(self, num_heads: int, resolution: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        self.resolution = resolution
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, resolution**2, device=device, dtype=dtype))
-        y, x = (
-            axis.flatten() for axis in torch.meshgrid(*[torch.arange(resolution, device=device)] * 2, indexing="ij")
-        )
-        offsets = (y[:, None] - y).abs() * resolution + (x[:, None] - x).abs()  # (r * r, r * r)
-        self.register_buffer("attention_bias_idxs", offsets.flatten(), persistent=False)
         self._kept: tuple[Tensor, Tensor] | None = None  # (table, spread bias)
+        self._index_offsets(resolution)
+
+    def _index_offsets(self, resolution: int) -> None:
+        """Number the offsets of all pairs of tokens, |dy| * r + |dx|, flat (r ** 4)."""
+        self.resolution = resolution
+        side = torch.arange(resolution, device=self.attention_biases.device)
+        y, x = (axis.flatten() for axis in torch.meshgrid(side, side, indexing="ij"))
+        offsets = (y[:, None] - y).abs() * resolution + (x[:, None] - x).abs()
+        self.register_buffer("attention_bias_idxs", offsets.flatten(), persistent=False)
+
+    def set_resolution(self, resolution: int) -> None:
+        """Change the side of the window, in place; the table is interpolated (`resize_attention_biases`).
+
+        Args:
+            resolution: Side of the new window, tokens.
+        """
+        if resolution == self.resolution:
+            return
+        table = self.attention_biases
+        resized = resize_attention_biases(table.detach(), resolution)
+        self.attention_biases = nn.Parameter(resized, requires_grad=table.requires_grad)
+        self._index_offsets(resolution)
 
     def attention_bias(self) -> Tensor:
         """Return the bias of every pair of tokens, (h, r * r, r * r)."""
+        if not torch.jit.is_scripting():
+            return self._bias()
+        return self._spread(self.attention_biases)
+
+    @torch.jit.ignore
+    def _bias(self) -> Tensor:
         table = self.attention_biases
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or table.device.type != "cpu":
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or table.device.type != "cpu"
+        ):
             return self._spread(table)
         if self._kept is None or self._kept[0].dtype != table.dtype or not torch.equal(self._kept[0], table):
             with torch.inference_mode(False):  # an inference tensor could not be used in training

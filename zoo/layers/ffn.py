@@ -161,14 +161,15 @@ class RePaFFN(nn.Module):
                 rows = self.norm(x.movedim(-1, 1)).movedim(1, -1).reshape(-1, self.dim)
             else:
                 rows = self.norm(rows)
-        branches = []
+        z = None
         if self.active_fc1 is not None and self.active_fc2 is not None:
             hidden = F.gelu(self.active_fc1(rows))
-            branches.append(self.active_fc2(hidden if self.active_norm is None else self.active_norm(hidden)))
+            z = self.active_fc2(hidden if self.active_norm is None else self.active_norm(hidden))
         if self.idle_fc1 is not None and self.idle_fc2 is not None:
             hidden = self.idle_fc1(rows)
-            branches.append(self.idle_fc2(hidden if self.idle_norm is None else self.idle_norm(hidden)))
-        z = branches[0] if len(branches) == 1 else branches[0] + branches[1]
+            hidden = hidden if self.idle_norm is None else self.idle_norm(hidden)
+            z = self.idle_fc2(hidden) if z is None else torch.addmm(z, hidden, self.idle_fc2.weight.t())
+        assert z is not None
         if self.layer_scale is not None:
             z = z * self.layer_scale
         return x + self.drop_path(self.drop(z).view(x.shape))

@@ -55,7 +55,8 @@ def restore(
         scale: Output pixels per input pixel; None takes the model's, or 2 for "sr" where there is no model.
         model: Name of a restorer ("cfsr_x2", "cfsr_x2.authors"), or a restorer. None recognises it from `weights`.
         weights: Weight file, ours or the authors', or a tag of `model`. None takes the model's published weights.
-        budget: Memory the whole process (or the device) may hold: bytes, or like "4GB"; None is no limit.
+        budget: Memory the whole process (or the device) may hold, without the program files that the system shares:
+            bytes, or like "4GB"; None is no limit.
         tile: Side of tiles with their overlap, input pixels, instead of a choice by `budget`.
         overlap: Of tiles, input pixels; None takes the receptive field, where the result is that of the whole picture.
         device: Where to run; None takes a given restorer's place, else CUDA where it is, else the CPU.

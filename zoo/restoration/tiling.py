@@ -249,12 +249,13 @@ def _megabytes(size: int) -> str:
 
 
 def _held_bytes(device: torch.device) -> int:
-    """Memory in use: of this process, or on the device."""
+    """Memory in use: on the device, or of this process, without the pages of program files that it maps."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if sys.platform == "linux":
         with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            _, resident, shared, *_ = map(int, file.read().split())
+        return (resident - shared) * os.sysconf("SC_PAGE_SIZE")  # how much of a library is resident varies by 200 MB
     try:
         import resource  # not on Windows
     except ImportError:
