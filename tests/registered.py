@@ -31,6 +31,8 @@ TINY = {
     "repaswin": Tiny(dict(img_size=64, embed_dim=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 2, 4), window_size=4), 64),
     "repamlpmixer": Tiny(dict(img_size=32, patch_size=8, embed_dim=48, num_blocks=3), 32),
     "repapoolformer": Tiny(dict(depths=(1, 1, 1, 1), dims=(16, 24, 32, 40)), 64),
+    "lsnet": Tiny(dict(dims=(16, 24, 32, 48), depths=(1, 2, 2, 2)), 224),
+    "emov2": Tiny(dict(depths=(1, 2, 2, 2), dims=(16, 24, 32, 40), dim_heads=(8, 8, 8, 8), window_size=3), 96),
     "cfsr": Tiny(dict(embed_dim=16, depths=(1, 1)), 16),
 }
 

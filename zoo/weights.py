@@ -49,7 +49,17 @@ FilterFn = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 WEIGHTS_NAME = "model.safetensors"
-_WRAPPERS = ("params_ema", "params", "state_dict_ema", "state_dict", "model_ema", "model", "model_state", "net")
+_WRAPPERS = (
+    "params_ema",
+    "params",
+    "state_dict_ema",
+    "state_dict",
+    "model_ema",
+    "model",
+    "model_state",
+    "net_E",
+    "net",
+)
 
 
 # what safetensors and the unpickler raise on files that are damaged or something else altogether

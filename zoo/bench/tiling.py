@@ -72,8 +72,8 @@ def tiling(
             checks=(check,),
             goals=tuple(goals),
             notes=(
-                "A budget is what the whole process may hold: Python, torch, picture, result, and the network's work; pages of "
-                "program files do not count, which the system shares and drops as it likes.",
+                "A budget is what the whole process may hold: Python, torch, picture, result, and the network's work; "
+                "pages of program files do not count, which the system shares and drops as it likes.",
                 "Random weights: they change neither time nor memory.",
             ),
         )
