@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.ffn.reparam import ReparamReport, reparameterize
+from zoo.layers.conv_norm import ConvNorm, NormLinear
 from zoo.layers.ffn import RePaFFN
 
 
@@ -64,6 +65,16 @@ def test_report_is_a_table() -> None:
     assert len({line.index("1x196x8") for line in lines[2:4]}) == 1  # columns line up
 
 
+def test_long_report_is_grouped_by_what_was_folded() -> None:
+    net = nn.Sequential(*(ConvNorm(4, 4, 3) for _ in range(40)), NormLinear(4, 2)).eval()
+    report = reparameterize(net)
+    lines = str(report).splitlines()
+    assert len(report.layers) == 41
+    assert len(lines) == 5
+    assert lines[2].startswith("0 and 40 more")
+    assert "41 layers" in lines[-1]
+
+
 def test_twice_is_once() -> None:
     net = Net().eval()
     reparameterize(net)
@@ -99,8 +110,9 @@ def test_training_mode_is_refused_before_anything_changes() -> None:
     assert set(net.state_dict()) == keys
 
 
-def test_the_random_state_is_left_alone() -> None:
-    net = Net().eval()
+@pytest.mark.parametrize("net", [Net(), ConvNorm(3, 4, 3)], ids=["ffn", "convolution"])
+def test_the_random_state_is_left_alone(net: nn.Module) -> None:
+    net.eval()
     before = torch.get_rng_state()
     reparameterize(net)
     assert torch.equal(torch.get_rng_state(), before)

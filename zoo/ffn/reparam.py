@@ -185,8 +185,8 @@ def reparameterize(model: nn.Module, *, sample: Any = None, measure: bool = True
     unchanged: list[nn.Module] = []
     for module in sorted(targets, key=lambda target: -names[target].count(".") if names[target] else 1):
         x = inputs.get(module)
-        if x is None and measure and callable(example_input := getattr(module, "example_input", None)):
-            x = cast(Tensor, example_input())
+        if x is None and measure:
+            x = _example_input(module)
         report = _reparameterize_layer(module, names[module], x)
         if report is not None:
             reports[module] = report
@@ -198,6 +198,16 @@ def reparameterize(model: nn.Module, *, sample: Any = None, measure: bool = True
         params_before=params_before,
         params_after=_params(model),
     )
+
+
+def _example_input(module: nn.Module) -> Tensor | None:
+    """Return a layer's own random input, if it has one, and leave the state of the random generators as it is."""
+    make = getattr(module, "example_input", None)
+    if not callable(make):
+        return None
+    devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        return cast(Tensor, make())
 
 
 def _reparameterize_layer(module: nn.Module, name: str, x: Tensor | None) -> LayerReport | None:
