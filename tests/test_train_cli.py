@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401  its loggers keep the stderr they meet: not the one captured in a single test
 import pytest
 import yaml
 from image_sets import image_folder
