@@ -70,6 +70,15 @@ def test_norm_before_a_pointwise_convolution(bias: bool) -> None:
 
 
 @pytest.mark.parametrize("layer", [ConvNorm(4, 4, 3), NormLinear(4, 4), RepConv(4, 4, (3, 1))])
+def test_merged_layers_can_be_trained(layer: nn.Module) -> None:
+    """A bias that comes from a norm takes gradients, unless the layer is frozen."""
+    frozen = copy.deepcopy(layer).requires_grad_(False)
+    for copied, wanted in ((copy.deepcopy(layer), True), (frozen, False)):
+        copied.eval().reparameterize()
+        assert {parameter.requires_grad for parameter in copied.parameters()} == {wanted}
+
+
+@pytest.mark.parametrize("layer", [ConvNorm(4, 4, 3), NormLinear(4, 4), RepConv(4, 4, (3, 1))])
 def test_training_mode_is_refused(layer: nn.Module) -> None:
     before = layer.state_dict().keys()
     with pytest.raises(RuntimeError, match=r"eval\(\)"):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from zoo.bench.backbones import backbones
 from zoo.bench.caching import caching
 from zoo.bench.models import compare_models
 from zoo.bench.report import Benchmark, Check, Entry, Goal
@@ -221,6 +222,7 @@ class Suite:
 SUITES = {
     "repavit": Suite(run=repavit),
     "repaffn": Suite(run=repaffn),
+    "backbones": Suite(run=backbones),
     "cfsr": Suite(run=cfsr, settings=Settings(batch=1)),
     "tiling": Suite(run=tiling, settings=Settings(batch=1, rounds=1, warmup=0)),
     "cache": Suite(run=caching, settings=Settings(batch=20, rounds=3, warmup=1)),

@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layers.kept import Kept
+
 __all__ = ["BiasedAttention", "resize_attention_biases"]
 
 
 class BiasedAttention(nn.Module):
     """Base class: holds the table of biases and spreads it over the pairs of tokens.
 
-    On a CPU, where spreading costs more than comparing, the spread bias is kept with a copy of the table it came from:
-    it is used only while the table has not changed by a bit, however it was written to, and never carries a graph.
+    In evaluation on a CPU the spread bias is kept as long as the table is the same (`Kept`).
 
     Args:
         num_heads: Heads h.
@@ -24,12 +25,10 @@ class BiasedAttention(nn.Module):
         dtype: Type of the parameters.
     """
 
-    attention_bias_idxs: Tensor
-
     def __init__(self, num_heads: int, resolution: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, resolution**2, device=device, dtype=dtype))
-        self._kept: tuple[Tensor, Tensor] | None = None  # (table, spread bias)
+        self._kept = Kept()
         self._index_offsets(resolution)
 
     def _index_offsets(self, resolution: int) -> None:
@@ -61,22 +60,11 @@ class BiasedAttention(nn.Module):
 
     @torch.jit.ignore
     def _bias(self) -> Tensor:
-        table = self.attention_biases
-        if (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or table.device.type != "cpu"
-        ):
-            return self._spread(table)
-        if self._kept is None or self._kept[0].dtype != table.dtype or not torch.equal(self._kept[0], table):
-            with torch.inference_mode(False):  # an inference tensor could not be used in training
-                self._kept = (table.detach().clone(), self._spread(table.detach()))
-        return self._kept[1]
+        return self._kept(self.attention_biases, self._spread)
 
     def _spread(self, table: Tensor) -> Tensor:
-        tokens = self.resolution**2
-        return table.index_select(1, self.attention_bias_idxs).view(-1, tokens, tokens)
+        tokens = self.resolution * self.resolution  # TorchScript takes ** for a float
+        return table.index_select(1, self.attention_bias_idxs).view(-1, tokens, tokens)  # type: ignore[arg-type]
 
 
 def resize_attention_biases(table: Tensor, resolution: int) -> Tensor:

@@ -83,6 +83,8 @@ class ConvNorm(nn.Module):
             return ()
         _require_eval(self)
         self.conv = fuse_conv_bn_eval(self.conv, self.bn)
+        assert self.conv.bias is not None
+        self.conv.bias.requires_grad_(self.conv.weight.requires_grad)  # a bias made of nothing would be frozen
         self.bn = None
         return ("norm",)
 
@@ -141,14 +143,14 @@ class RepConv(nn.Module):
         self.conv: nn.Conv2d | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.branches is None:
-            assert self.conv is not None
-            return self.conv(x)
-        first, *others = self.branches
-        out = first(x)
-        for branch in others:
-            out = out + branch(x)
-        return out + x if self.identity else out
+        if self.branches is not None:
+            outs = [branch(x) for branch in self.branches]
+            out = outs[0]
+            for other in outs[1:]:
+                out = out + other
+            return out + x if self.identity else out
+        assert self.conv is not None
+        return self.conv(x)
 
     def example_input(self) -> Tensor:
         """Return a random input, (1, in_chs, 17, 17)."""
@@ -247,5 +249,6 @@ def fold_norm_into_linear(norm: nn.BatchNorm1d | nn.BatchNorm2d, linear: nn.Line
     shift = norm.bias - scale * norm.running_mean
     weight = linear.weight.flatten(1)  # (out, in)
     bias = weight @ shift
-    linear.bias = nn.Parameter(bias if linear.bias is None else linear.bias + bias)
+    bias = bias if linear.bias is None else linear.bias + bias
+    linear.bias = nn.Parameter(bias, requires_grad=linear.weight.requires_grad)
     linear.weight.copy_((weight * scale).view_as(linear.weight))
