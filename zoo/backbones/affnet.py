@@ -6,8 +6,6 @@ Apple's CVNets). The filter itself is in zoo/layers/frequency_filter.py. The siz
 without results or weights, are left out.
 """
 
-from __future__ import annotations
-
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ EMOv2: Pushing 5M Vision Model Frontier (TPAMI 2025), https://arxiv.org/abs/2412
 Authors' code: https://github.com/zhangzjn/EMOv2 (no licence stated).
 """
 
-from __future__ import annotations
-
 import re
 from collections import OrderedDict
 from collections.abc import Callable
