@@ -637,6 +637,7 @@ def _cfg(**kwargs: Any) -> ModelCfg:
     fields: dict[str, Any] = dict(
         num_classes=1000,
         input_size=(3, 224, 224),
+        fixed_input_size=True,  # as in timm: windows are built for one size, although every size runs
         pool_size=(4, 4),
         interpolation="bicubic",
         crop_pct=0.875,

@@ -90,10 +90,10 @@ class CascadedGroupAttention(BiasedAttention):
         for i, (qkv, dw) in enumerate(zip(self.qkvs, self.dws)):  # noqa: B905  # TorchScript has no strict
             if i > 0:
                 out = out + groups[i]
-            tokens = F.linear(out, qkv.conv.weight.flatten(1), qkv.conv.bias)
+            tokens = F.linear(out, qkv.conv.weight.flatten(1), qkv.conv.bias)  # type: ignore[arg-type, operator, union-attr]
             q, k, v = tokens.view(batch, height * width, -1).split([self.key_dim, self.key_dim, self.value_dim], 2)
             if torch.jit.is_scripting():
-                q = _convolve(q, dw.conv.weight, dw.conv.bias, height)
+                q = _convolve(q, dw.conv.weight, dw.conv.bias, height)  # type: ignore[arg-type, union-attr]
             else:
                 q = self._queries(q, i)
             attn = torch.baddbmm(bias[i], q, k.transpose(1, 2)).softmax(-1)
@@ -135,8 +135,8 @@ class CascadedGroupAttention(BiasedAttention):
         for layer in (*self.qkvs, *self.dws, self.proj[1]):
             layer.reparameterize()
         for layer in self.dws:
-            layer.conv.weight *= self.scale
-            layer.conv.bias *= self.scale
+            layer.conv.weight *= self.scale  # type: ignore[union-attr]
+            layer.conv.bias *= self.scale  # type: ignore[union-attr]
         self.merged = True
         return ("query scale",)
 
@@ -190,7 +190,7 @@ def plain_attention(attn: CascadedGroupAttention, x: Tensor) -> Tensor:
         x: (B, C, r, r).
     """
     batch, _, height, width = x.shape
-    bias = attn.attention_biases[:, attn.attention_bias_idxs.view(height * width, -1)]
+    bias = attn.attention_biases[:, attn.attention_bias_idxs.view(height * width, -1)]  # type: ignore[operator]
     groups = x.chunk(attn.num_heads, 1)
     out, outs = groups[0], []
     for i, (qkv, dw) in enumerate(zip(attn.qkvs, attn.dws, strict=True)):

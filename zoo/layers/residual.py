@@ -95,4 +95,4 @@ def plain_residual(layer: Residual | ResidualConv, x: Tensor) -> Tensor:
         weight = layer.m.conv.weight.detach().clone()
         weight[:, :, 1, 1] -= 1
         layer.plain_weight = weight
-    return x + F.conv2d(x, layer.plain_weight, layer.m.conv.bias, padding=1, groups=x.shape[1])
+    return x + F.conv2d(x, layer.plain_weight, layer.m.conv.bias, padding=1, groups=x.shape[1])  # type: ignore[arg-type]
