@@ -236,6 +236,8 @@ class EMOv2(nn.Module):
         ValueError: An argument is not one of the allowed values.
     """
 
+    graph_depends_on_size = True  # whether a map is padded and is one window: an exported graph holds for one size
+
     def __init__(
         self,
         in_chans: int = 3,

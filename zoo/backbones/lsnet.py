@@ -279,6 +279,8 @@ class LSNet(nn.Module):
         ValueError: An argument is not one of the allowed values.
     """
 
+    graph_depends_on_size = True  # whether attention biases are interpolated: an exported graph holds for one size
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,

@@ -90,10 +90,10 @@ class CascadedGroupAttention(BiasedAttention):
         for i, (qkv, dw) in enumerate(zip(self.qkvs, self.dws)):  # noqa: B905  # TorchScript has no strict
             if i > 0:
                 out = out + groups[i]
-            tokens = F.linear(out, qkv.conv.weight.flatten(1), qkv.conv.bias)  # type: ignore[arg-type, operator, union-attr]
+            tokens = F.linear(out, qkv.conv.weight.flatten(1), qkv.conv.bias)  # type: ignore
             q, k, v = tokens.view(batch, height * width, -1).split([self.key_dim, self.key_dim, self.value_dim], 2)
             if torch.jit.is_scripting():
-                q = _convolve(q, dw.conv.weight, dw.conv.bias, height)  # type: ignore[arg-type, union-attr]
+                q = _convolve(q, dw.conv.weight, dw.conv.bias, height)  # type: ignore
             else:
                 q = self._queries(q, i)
             attn = torch.baddbmm(bias[i], q, k.transpose(1, 2)).softmax(-1)
