@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SUITES = {
     "repavit": "merged RePaViT-Large against timm's ViT-Large",
     "repaffn": "RePa FFN in training against the mask formulation",
+    "backbones": "each merged backbone against its authors' formulation of the hot block, batch 1 and 16",
     "cfsr": "merged CFSR x2 against the plain formulation",
     "tiling": "memory of tiled restoration against its budget",
     "cache": "every cache of diffusers against fewer steps in the same time",
