@@ -103,12 +103,12 @@ def run_info(args: argparse.Namespace) -> int:
         return 0
     tag = facts.get("tag")
     shown = facts | facts["weights"][tag] if tag else facts
-    head = table("", "", title=f"{args.name}: {facts['summary']}")
+    head = table("", "")
     head.show_header = False
     for label, value in _lines(facts, shown, tag):
         if value:
             head.add_row(label, value)
-    parts: list[Any] = [head]
+    parts: list[Any] = [f"{args.name}: {facts['summary']}", head]  # as a title it would be as narrow as the table
     weights = {tag: facts["weights"][tag]} if tag else facts["weights"]
     if weights and not tag:
         rows = table("weights", "licence", "classes", "input", "from", title="Published weights")
