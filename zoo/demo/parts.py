@@ -117,7 +117,7 @@ def generate(
     study_per_class: int = 1,
     steps: int = 25,
     guidance_scale: float = 3.0,
-    wanted_psnr: float = 30.0,
+    wanted_psnr: float = 35.0,
     candidates: Sequence[CacheSetting] | None = None,
     progress: Progress | None = None,
 ) -> Generation:
