@@ -80,7 +80,8 @@ def print_table(*parts: Any) -> None:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _PIPE_WIDTH
     for part in parts:
-        console.print(part, markup=not isinstance(part, str))
+        text = isinstance(part, str)  # lines are not broken: a terminal wraps them, programs read them whole
+        console.print(part, markup=not text, soft_wrap=text)
 
 
 def note(args: argparse.Namespace, text: str) -> None:
