@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from registered import randomize, relative
 from torch import nn
 
-from zoo.layers.conv_norm import ConvNorm, NormLinear, RepConv, fold_norm_into_linear
+from zoo.layers.conv_norm import ConvNorm, NormLinear, RepConv, average_heads, fold_norm_into_linear
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,15 @@ def test_norm_before_a_pointwise_convolution(bias: bool) -> None:
     expected = block(x)
     fold_norm_into_linear(norm, conv)
     assert relative(conv(x), expected) < 1e-13
+
+
+def test_mean_of_two_heads() -> None:
+    head, other = (randomize(NormLinear(5, 3)).double().eval() for _ in range(2))
+    other.linear.weight.data.mul_(-2)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    expected = (head(x) + other(x)) / 2
+    average_heads(head, other)
+    assert relative(head(x), expected) < 1e-13
 
 
 @pytest.mark.parametrize("layer", [ConvNorm(4, 4, 3), NormLinear(4, 4), RepConv(4, 4, (3, 1))])

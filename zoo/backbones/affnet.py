@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from zoo.cfg import ModelCfg
 from zoo.ffn.reparam import reparameterize
 from zoo.layers.cache_blocking import run_in_parts
-from zoo.layers.conv_norm import ConvNorm
+from zoo.layers.conv_norm import ConvNorm, require_eval
 from zoo.layers.frequency_filter import AdaptiveFrequencyFilter
 from zoo.weights import build_model
 
@@ -481,8 +481,7 @@ class AFFNet(nn.Module):
         Raises:
             RuntimeError: The model is in training mode.
         """
-        if self.training:
-            raise RuntimeError("AFFNet cannot be merged in training mode: call model.eval() first.")
+        require_eval(self)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return ()
 

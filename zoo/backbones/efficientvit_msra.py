@@ -27,7 +27,7 @@ from zoo.cfg import ModelCfg
 from zoo.ffn.reparam import reparameterize
 from zoo.layers.attention_bias import resize_attention_biases
 from zoo.layers.cascaded_attention import CascadedGroupAttention, WindowAttention, plain_attention
-from zoo.layers.conv_norm import ConvNorm, NormLinear
+from zoo.layers.conv_norm import ConvNorm, NormLinear, average_heads, require_eval
 from zoo.layers.residual import Residual, ResidualConv, plain_residual
 from zoo.weights import build_model
 
@@ -456,20 +456,14 @@ class EfficientViTMSRA(nn.Module):
         Raises:
             RuntimeError: The model is in training mode.
         """
-        if self.training:
-            raise RuntimeError("EfficientViTMSRA cannot be merged in training mode: call model.eval() first.")
+        require_eval(self)
         for module in self.modules():
             if isinstance(module, nn.ReLU | Residual):
                 module.inplace = True  # on outputs of convolutions that nobody else holds
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.head_dist is None:
             return ()
-        heads = cast(tuple[NormLinear, NormLinear], (self.head, self.head_dist))
-        for head in heads:
-            head.reparameterize()
-        for leaf in ("weight", "bias"):
-            labels, teacher = (getattr(head.linear, leaf) for head in heads)
-            labels.copy_((labels + teacher) / 2)
+        average_heads(cast(NormLinear, self.head), cast(NormLinear, self.head_dist))
         self.head_dist = None
         return ("second head",)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from zoo.cfg import ModelCfg
 from zoo.ffn.reparam import reparameterize
-from zoo.layers.conv_norm import ConvNorm, fold_norm_into_linear
+from zoo.layers.conv_norm import ConvNorm, fold_norm_into_linear, require_eval
 from zoo.layers.window import HybridAttention, Partition, plain_attention
 from zoo.weights import build_model
 
@@ -158,8 +158,7 @@ class InvertedBlock(nn.Module):
         Raises:
             RuntimeError: The block is in training mode.
         """
-        if self.training:
-            raise RuntimeError("InvertedBlock cannot be merged in training mode: call model.eval() first.")
+        require_eval(self)
         folded = []
         if isinstance(self.expand, nn.Sequential):
             conv = cast(nn.Conv2d, self.expand.conv)

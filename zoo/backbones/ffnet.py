@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from zoo.cfg import ModelCfg
 from zoo.ffn.reparam import reparameterize
 from zoo.layers.cache_blocking import run_in_parts
-from zoo.layers.conv_norm import ConvNorm, RepConv, fold_norm_into_linear
+from zoo.layers.conv_norm import ConvNorm, RepConv, fold_norm_into_linear, require_eval
 from zoo.weights import build_model
 
 __all__ = [
@@ -171,8 +171,7 @@ class FFBlock(nn.Module):
         """
         if self.layer_scale1 is None or self.layer_scale2 is None:
             return ()
-        if self.training:
-            raise RuntimeError("FFBlock cannot be merged in training mode: call model.eval() first.")
+        require_eval(self)
         if isinstance(self.token_mixer.conv2, RepConv):
             self.token_mixer.conv2.reparameterize()
         for conv, scale in (
@@ -220,8 +219,7 @@ class NormConvResidual(nn.Module):
         """
         if self.bn is None:
             return ()
-        if self.training:
-            raise RuntimeError("NormConvResidual cannot be merged in training mode: call model.eval() first.")
+        require_eval(self)
         fold_norm_into_linear(self.bn, self.conv)
         self.conv.weight += torch.eye(
             self.conv.in_channels, device=self.conv.weight.device, dtype=self.conv.weight.dtype
@@ -524,8 +522,7 @@ class FFNet(nn.Module):
         """
         if self.merged:
             return ()
-        if self.training:
-            raise RuntimeError("FFNet cannot be merged in training mode: call model.eval() first.")
+        require_eval(self)
         folded = ["channels-last layout"]
         if isinstance(self.norm, nn.BatchNorm2d) and self._norm_folds():
             fold_norm_into_linear(self.norm, self.head.fc)  # means commute with scale and shift

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from zoo.cfg import ModelCfg
 from zoo.ffn.reparam import reparameterize
 from zoo.layers.attention_bias import BiasedAttention, resize_attention_biases
-from zoo.layers.conv_norm import ConvNorm, NormLinear, RepConv
+from zoo.layers.conv_norm import ConvNorm, NormLinear, RepConv, average_heads, require_eval
 from zoo.layers.ska import LSConv, plain_ls_conv
 from zoo.weights import build_model
 
@@ -472,14 +472,10 @@ class LSNet(nn.Module):
         """
         if self.merged:
             return ()
-        if self.training:
-            raise RuntimeError("LSNet cannot be merged in training mode: call model.eval() first.")
+        require_eval(self)
         folded = ["channels-last layout"]
         if isinstance(self.head, NormLinear) and isinstance(self.head_dist, NormLinear):
-            for part in (self.head, self.head_dist):
-                part.reparameterize()
-            self.head.linear.weight.copy_((self.head.linear.weight + self.head_dist.linear.weight) / 2)
-            self.head.linear.bias.copy_((self.head.linear.bias + self.head_dist.linear.bias) / 2)
+            average_heads(self.head, self.head_dist)
             self.head_dist, self.distillation = nn.Identity(), False
             folded.insert(0, "two classifiers")
         self.stem.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # others: 1x1 or depthwise

@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-__all__ = ["ConvNorm", "NormLinear", "RepConv", "fold_norm_into_linear"]
+__all__ = ["ConvNorm", "NormLinear", "RepConv", "average_heads", "fold_norm_into_linear", "require_eval"]
 
 
-def _require_eval(module: nn.Module) -> None:
-    if any(part.training for part in module.modules()):
+def require_eval(module: nn.Module) -> None:
+    """Raise a RuntimeError if a module that is to be merged, or a norm in it, is in training mode."""
+    if module.training or any(part.training for part in module.modules() if isinstance(part, _BatchNorm)):
         raise RuntimeError(f"{type(module).__name__} cannot be merged in training mode: call model.eval() first.")
 
 
@@ -81,7 +83,7 @@ class ConvNorm(nn.Module):
         """
         if self.bn is None:
             return ()
-        _require_eval(self)
+        require_eval(self)
         self.conv = fuse_conv_bn_eval(self.conv, self.bn)
         assert self.conv.bias is not None
         self.conv.bias.requires_grad_(self.conv.weight.requires_grad)  # a bias made of nothing would be frozen
@@ -166,7 +168,7 @@ class RepConv(nn.Module):
         """
         if self.branches is None:
             return ()
-        _require_eval(self)
+        require_eval(self)
         branches = cast(list[ConvNorm], list(self.branches))
         for branch in branches:
             branch.reparameterize()
@@ -226,7 +228,7 @@ class NormLinear(nn.Module):
         """
         if self.bn is None:
             return ()
-        _require_eval(self)
+        require_eval(self)
         fold_norm_into_linear(self.bn, self.linear)
         self.bn = None
         return ("norm",)
@@ -252,3 +254,20 @@ def fold_norm_into_linear(norm: nn.BatchNorm1d | nn.BatchNorm2d, linear: nn.Line
     bias = bias if linear.bias is None else linear.bias + bias
     linear.bias = nn.Parameter(bias, requires_grad=linear.weight.requires_grad)
     linear.weight.copy_((weight * scale).view_as(linear.weight))
+
+
+@torch.no_grad()
+def average_heads(head: NormLinear, other: NormLinear) -> None:
+    """Make a classifier the mean of itself and another one, norms folded, in place.
+
+    Args:
+        head: Becomes the mean.
+        other: Of the same shape.
+
+    Raises:
+        RuntimeError: One of them is in training mode.
+    """
+    for part in (head, other):
+        part.reparameterize()
+    head.linear.weight.copy_((head.linear.weight + other.linear.weight) / 2)
+    head.linear.bias.copy_((head.linear.bias + other.linear.bias) / 2)

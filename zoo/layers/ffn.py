@@ -20,6 +20,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from zoo.layers.conv_norm import require_eval
+
 __all__ = ["FFNFacts", "PlainRePaFFN", "RePaFFN", "active_channels", "convert_ffn_keys", "ffn_facts", "idle_ratio_of"]
 
 FeatureNorm = Literal["BatchNorm", "LayerNorm", "GroupNorm"]
@@ -197,8 +199,7 @@ class RePaFFN(nn.Module):
         """
         if self.form != "training" or self.feature_norm != "BatchNorm":
             return ()
-        if any(module.training for module in self.modules()):
-            raise RuntimeError("RePaFFN cannot be merged in training mode: call model.eval() first.")
+        require_eval(self)
         kept = next(self.parameters())
         scale, shift = _affine(self.norm, "norm")
         gain = _exact(self.layer_scale) if self.layer_scale is not None else torch.ones_like(scale)

@@ -14,7 +14,7 @@ from timm.layers import DropPath
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from zoo.layers.conv_norm import ConvNorm
+from zoo.layers.conv_norm import ConvNorm, require_eval
 
 __all__ = ["KernelPredictor", "LSConv", "aggregate", "plain_ls_conv", "plain_ska", "ska"]
 
@@ -211,8 +211,7 @@ class LSConv(nn.Module):
         """
         if self.bn is None:
             return ()
-        if self.training:
-            raise RuntimeError("LSConv cannot be merged in training mode: call model.eval() first.")
+        require_eval(self)
         for layer in (self.lkp.cv1, self.lkp.cv2, self.lkp.cv3):
             layer.reparameterize()
         bn = self.bn

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from zoo.layers.conv_norm import require_eval
+
 __all__ = ["HybridAttention", "Partition", "plain_attention"]
 
 Partition = Literal["both", "close", "remote"]
@@ -129,8 +131,7 @@ class HybridAttention(nn.Module):
         Raises:
             RuntimeError: The layer is in training mode.
         """
-        if self.training:
-            raise RuntimeError("HybridAttention cannot be merged in training mode: call model.eval() first.")
+        require_eval(self)
         if self.scale == 1.0:
             return ()
         self.qkv.weight[: self.dim] *= self.scale

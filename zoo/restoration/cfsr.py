@@ -14,6 +14,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.cfg import RestorationCfg
+from zoo.layers.conv_norm import require_eval
 from zoo.weights import build_model, shipped
 
 __all__ = ["CFSR", "detect", "plain_cfsr_block"]
@@ -270,10 +271,7 @@ class CFSRBlock(nn.Module):
         Raises:
             RuntimeError: The block is in training mode.
         """
-        if self.training:
-            raise RuntimeError(
-                "CFSRBlock is in training mode, where its weights still change: call model.eval() first."
-            )
+        require_eval(self)
         done = []
         if self.ffn.edge_scale is not None:
             weight, bias = self.ffn.merged_kernel()
