@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PATH", "entry", "load", "nearest", "select", "unknown"]
+__all__ = ["PATH", "entry", "load", "nearest", "normalisation", "select", "unknown"]
 
 PATH = Path(__file__).with_name("catalog.json")
 
@@ -94,6 +94,17 @@ def select(
         and (max_params is None or facts["params"] <= max_params)
         and (license is None or any(_same(weight["license"], license) for weight in facts["weights"].values()))
     }
+
+
+def normalisation(weight: dict[str, Any]) -> str:
+    """Return in words how pixels in [0, 1] are normalised for a published weight; empty where that is unknown."""
+    if "mean" not in weight:
+        return ""
+    mean, std = ({f"{value:g}" for value in weight[key]} for key in ("mean", "std"))
+    if (mean, std) == ({"0"}, {"1"}):
+        return "none: pixels in [0, 1]"
+    parts = (f"{key} {', '.join(f'{value:.3f}' for value in weight[key])}" for key in ("mean", "std"))
+    return "; ".join(parts)
 
 
 def _same(license: str | None, wanted: str) -> bool:

@@ -20,11 +20,13 @@ class ModelCfg(PretrainedCfg):
             to the front matter of their card.
         model_args: Constructor arguments that belong to the weights and cannot be read from tensor shapes,
             for example `img_size`, `patch_size` or `idle_ratio`. Arguments of the caller win over them.
+        parity: How closely the family's code agrees with the authors', and how that was measured.
     """
 
     task: str = "classification"
     sha256: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
+    parity: str | None = None
 
 
 @dataclass

@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import catalog
 from zoo.cards import card_facts, denoiser_cards
 from zoo.cfg import ModelCfg, RestorationCfg
+from zoo.family_cards import write_family_cards
 from zoo.ffn.reparam import reparameterize
 from zoo.weights import cards_dir, front_matter
 
@@ -274,6 +275,7 @@ def _registered_facts(name: str) -> dict[str, Any]:
         "paper_ids": _listed(default.paper_ids),
         "origin": default.origin_url,
         "notes": _listed(default.notes),
+        "parity": getattr(default, "parity", None),
         **_measured(name, default),
         "weights": {tag: _weight_facts(f"{name}.{tag}", cfg) for tag, cfg in cfgs.items() if _is_published(cfg)},
     }
@@ -295,6 +297,8 @@ def _weight_facts(name: str, cfg: Any) -> dict[str, Any]:
         "license": cfg.license,
         "source": source,
         "num_classes": cfg.num_classes,
+        "mean": list(cfg.mean),
+        "std": list(cfg.std),
         "notes": _listed(cfg.notes),
         **_measured(name, cfg),
         **card_facts(cards_dir() / name),
@@ -342,6 +346,7 @@ def _denoiser_facts(name: str, folders: Mapping[str, Path]) -> dict[str, Any]:
         weights[tag] = {
             "source": "shipped",
             "num_classes": model.config.num_classes,
+            "notes": [],
             "input_size": list(sample.shape[1:]),
             "params": count_params(model),
             "macs": macs,
@@ -357,13 +362,14 @@ def _denoiser_facts(name: str, folders: Mapping[str, Path]) -> dict[str, Any]:
         "paper_ids": _listed(front.get("paper_ids")),
         "origin": front.get("origin"),
         "notes": [],
+        "parity": first.get("parity"),
         **{key: first[key] for key in ("input_size", "params", "macs")},
         "weights": weights,
     }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the catalogue, or say with --check whether it is out of date."""
+    """Write the catalogue and the cards of all families, or say with --check whether it is out of date."""
     parser = argparse.ArgumentParser(prog="python -m zoo.profiling", description=main.__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the file is out of date")
     args = parser.parse_args(argv)
@@ -372,6 +378,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{catalog.PATH} is {'current' if current else 'out of date: run `make catalog`'}.")
         return 0 if current else 1
     print(f"{len(write_catalog())} models written to {catalog.PATH}.")
+    catalog.load.cache_clear()
+    print(f"{len(write_family_cards())} cards of families written.")
     return 0
 
 

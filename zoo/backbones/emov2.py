@@ -560,6 +560,7 @@ def _cfg(file: str | None = None, *notes: str, **kwargs: Any) -> ModelCfg:
         classifier="head.fc",
         origin_url="https://github.com/zhangzjn/EMOv2",
         paper_ids="arXiv:2412.06674",
+        parity="Meets the authors' outputs to 2e-15 (relative, float64): logits, stages and the merged form.",
         paper_name="EMOv2: Pushing 5M Vision Model Frontier",
         notes=(*notes, _NO_LICENCE),
     )

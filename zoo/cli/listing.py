@@ -142,14 +142,13 @@ def _lines(facts: dict[str, Any], shown: dict[str, Any], tag: str | None) -> Ite
     if tag:
         yield "classes", str(shown["num_classes"] or "")
         yield "licence", shown["license"] or "not stated"
+        yield "normalisation", catalog.normalisation(shown)
         yield "from", shown["source"]
         yield "trained on", joined(shown.get("datasets", ()), "")
         yield "config", shown.get("config") or ""
-        yield "parity", shown.get("parity") or ""
     else:
         yield "weights", "" if facts["weights"] else "none published"
-        parities = {weight["parity"] for weight in facts["weights"].values() if weight.get("parity")}
-        yield "parity", joined(sorted(parities), "")
+    yield "parity", shown.get("parity") or facts["parity"] or ""
     yield "note", " ".join(shown["notes"])
 
 
