@@ -89,7 +89,13 @@ def test_config_fits_the_code(path: Path) -> None:
     plugins = {plugin.class_path for plugin in config.trainer.plugins}
     assert "zoo.tasks.callbacks.CheckedCheckpointIO" in plugins
     assert "zoo.tasks.callbacks.ExactResume" in {callback.class_path for callback in config.trainer.callbacks}
-    if isinstance(config.model.init_args.model, str):
+    if "backbone" in config.model.init_args:
+        arguments = dict(config.model.init_args.model_args or {})
+        indices = config.model.init_args.out_indices
+        timm.create_model(
+            config.model.init_args.backbone, features_only=True, out_indices=indices, device="meta", **arguments
+        )
+    elif isinstance(config.model.init_args.model, str):
         arguments = dict(config.model.init_args.model_args or {})
         classes = {"num_classes": config.model.init_args.num_classes} if "num_classes" in config.model.init_args else {}
         model = timm.create_model(config.model.init_args.model, device="meta", **classes, **arguments)
