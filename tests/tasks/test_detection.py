@@ -18,7 +18,7 @@ CONFIG = Path(__file__).resolve().parents[2] / "configs" / "detection" / "emov2_
 
 
 def coco_folder(root: Path, count: int = 4, size: int = 64) -> Path:
-    """Write `train2017`, `val2017` and their annotations: discs and squares, one image with a crowd, one with nothing."""
+    """Write `train2017`, `val2017` and their annotations: discs and squares; one image shows a crowd, one nothing."""
     for split in ("train2017", "val2017"):
         (root / split).mkdir(parents=True)
         images, annotations = [], []
