@@ -20,12 +20,14 @@ class ModelCfg(PretrainedCfg):
             to the front matter of their card.
         model_args: Constructor arguments that belong to the weights and cannot be read from tensor shapes,
             for example `img_size`, `patch_size` or `idle_ratio`. Arguments of the caller win over them.
+        top1: The authors' top-1 accuracy on ImageNet-1k at `input_size`, percent; not measured by us.
         parity: How closely the family's code agrees with the authors', and how that was measured.
     """
 
     task: str = "classification"
     sha256: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
+    top1: float | None = None
     parity: str | None = None
 
 

@@ -276,6 +276,7 @@ def _registered_facts(name: str) -> dict[str, Any]:
         "origin": default.origin_url,
         "notes": _listed(default.notes),
         "parity": getattr(default, "parity", None),
+        "top1": next((top1 for cfg in cfgs.values() if (top1 := getattr(cfg, "top1", None))), None),
         **_measured(name, default),
         "weights": {tag: _weight_facts(f"{name}.{tag}", cfg) for tag, cfg in cfgs.items() if _is_published(cfg)},
     }
@@ -300,8 +301,20 @@ def _weight_facts(name: str, cfg: Any) -> dict[str, Any]:
         "mean": list(cfg.mean),
         "std": list(cfg.std),
         "notes": _listed(cfg.notes),
+        **({"metrics": [_authors_top1(cfg)]} if getattr(cfg, "top1", None) else {}),
         **_measured(name, cfg),
         **card_facts(cards_dir() / name),
+    }
+
+
+def _authors_top1(cfg: ModelCfg) -> dict[str, Any]:
+    """Return the authors' accuracy in the form of a card's metric."""
+    return {
+        "name": "Top-1 accuracy",
+        "value": cfg.top1,
+        "unit": "%",
+        "dataset": "ImageNet-1k",
+        "protocol": f"the authors' figure at {cfg.input_size[-1]} pixels, not measured by us",
     }
 
 
@@ -363,6 +376,7 @@ def _denoiser_facts(name: str, folders: Mapping[str, Path]) -> dict[str, Any]:
         "origin": front.get("origin"),
         "notes": [],
         "parity": first.get("parity"),
+        "top1": None,
         **{key: first[key] for key in ("input_size", "params", "macs")},
         "weights": weights,
     }

@@ -595,9 +595,10 @@ def _cfg(folder: str, top1: float, **kwargs: Any) -> ModelCfg:
         paper_ids="arXiv:2307.14008",
         paper_name="Adaptive Frequency Filters As Efficient Global Token Mixers",
         parity="Meets the authors' outputs to 2e-15 (relative, float64): logits, stages and the merged form.",
+        top1=top1,
         notes=(
-            f"The authors' weights ({top1} % top-1 on ImageNet-1k at 256 pixels) are in the shared folder {folder} ;"
-            " file names are not known here. Download one and pass its path to zoo.create_model.",
+            f"The authors' weights are in the shared folder {folder} ; file names are not known here. Download one and"
+            " pass its path to zoo.create_model.",
             "The files do not hold sparsity_threshold: 0 and 0.01 are possible.",
         ),
     )

@@ -571,18 +571,19 @@ _UNPUBLISHED = "The authors published no ImageNet weights of this size."
 
 default_cfgs = generate_default_cfgs(
     {
-        "emov2_1m.in1k": _cfg("EMOv2_1M_224.pth"),
-        "emov2_1m.dist_in1k": _cfg("EMOv2_1M_224_KD.pth"),
-        "emov2_2m.in1k": _cfg("EMOv2_2M_224.pth"),
-        "emov2_2m.dist_in1k": _cfg("EMOv2_2M_224_KD.pth"),
-        "emov2_5m.in1k": _cfg("EMOv2_5M_224.pth"),
-        "emov2_5m.dist_in1k": _cfg("EMOv2_5M_224_KD.pth"),
+        "emov2_1m.in1k": _cfg("EMOv2_1M_224.pth", top1=72.3),
+        "emov2_1m.dist_in1k": _cfg("EMOv2_1M_224_KD.pth", top1=73.5),
+        "emov2_2m.in1k": _cfg("EMOv2_2M_224.pth", top1=75.8),
+        "emov2_2m.dist_in1k": _cfg("EMOv2_2M_224_KD.pth", top1=76.7),
+        "emov2_5m.in1k": _cfg("EMOv2_5M_224.pth", top1=79.4),
+        "emov2_5m.dist_in1k": _cfg("EMOv2_5M_224_KD.pth", top1=80.9),
         "emov2_5m.dist_in1k_512": _cfg(
             "EMOv2_5M_512_KD.pth",
             "The authors' README calls this file EMOv2_5M_512.pth.",
             input_size=(3, 512, 512),
             pool_size=(16, 16),
             model_args=dict(window_size=8),
+            top1=82.9,
         ),
         "emov2_20m.untrained": _cfg(None, _UNPUBLISHED),
         "emov2_50m.untrained": _cfg(None, _UNPUBLISHED),

@@ -656,14 +656,14 @@ _AT_384: dict[str, Any] = dict(input_size=(3, 384, 384), pool_size=(12, 12), cro
 
 default_cfgs = generate_default_cfgs(
     {
-        "ffnet_1.in1k": _authors("ffnet_1"),
-        "ffnet_1.dist_in1k": _authors("ffnet_1_distillation"),
-        "ffnet_2.in1k": _authors("ffnet_2"),
-        "ffnet_2.dist_in1k": _authors("ffnet_2_distillation"),
-        "ffnet_3.in1k": _authors("ffnet_3", crop_pct=0.95),
-        "ffnet_3.dist_in1k": _authors("ffnet_3_distillation", crop_pct=0.95),
-        "ffnet_3.in1k_384": _authors("ffnet_3_384", **_AT_384),
-        "ffnet_4.in1k_384": _authors("ffnet_4_384", **_AT_384),
+        "ffnet_1.in1k": _authors("ffnet_1", top1=81.3),
+        "ffnet_1.dist_in1k": _authors("ffnet_1_distillation", top1=82.1),
+        "ffnet_2.in1k": _authors("ffnet_2", top1=82.9),
+        "ffnet_2.dist_in1k": _authors("ffnet_2_distillation", top1=83.7),
+        "ffnet_3.in1k": _authors("ffnet_3", top1=83.9, crop_pct=0.95),
+        "ffnet_3.dist_in1k": _authors("ffnet_3_distillation", top1=84.5, crop_pct=0.95),
+        "ffnet_3.in1k_384": _authors("ffnet_3_384", top1=84.5, **_AT_384),
+        "ffnet_4.in1k_384": _authors("ffnet_4_384", top1=85.3, **_AT_384),
     }
 )
 

@@ -605,9 +605,11 @@ def _authors(filename: str, **kwargs: Any) -> ModelCfg:
     return _cfg(hf_hub_id="jameslahm/lsnet", hf_hub_filename=filename, **kwargs)
 
 
+_TOP1 = {"lsnet_t": (74.9, 76.1), "lsnet_s": (77.8, 79.0), "lsnet_b": (80.3, 81.6)}  # without, with distillation
+
 default_cfgs = generate_default_cfgs(
     {
-        f"{name}.{tag}": _authors(f"{name}{suffix}.pth", **kwargs)
+        f"{name}.{tag}": _authors(f"{name}{suffix}.pth", top1=_TOP1[name][tag != "in1k"], **kwargs)
         for name in _VARIANTS
         for tag, suffix, kwargs in (
             ("in1k", "", {}),

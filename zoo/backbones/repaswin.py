@@ -336,7 +336,11 @@ def _cfg(**kwargs: Any) -> ModelCfg:
 
 
 default_cfgs = generate_default_cfgs(
-    {"repaswin_tiny.in1k": _cfg(), "repaswin_small.in1k": _cfg(), "repaswin_base.in1k": _cfg()}
+    {
+        "repaswin_tiny.in1k": _cfg(top1=78.4),
+        "repaswin_small.in1k": _cfg(top1=81.4),
+        "repaswin_base.in1k": _cfg(top1=82.6),
+    }
 )
 
 

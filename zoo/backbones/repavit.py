@@ -387,11 +387,11 @@ default_cfgs = generate_default_cfgs(
                 dynamic_img_size=True,
             ),
         ),
-        "repavit_tiny.in1k*": _cfg(),
-        "repavit_small.in1k": _cfg(),
-        "repavit_base.in1k": _cfg(),
-        "repavit_large.in1k": _cfg(),
-        "repavit_huge.in1k": _cfg(),
+        "repavit_tiny.in1k*": _cfg(top1=69.4),
+        "repavit_small.in1k": _cfg(top1=78.9),
+        "repavit_base.in1k": _cfg(top1=81.3),
+        "repavit_large.in1k": _cfg(top1=82.0),
+        "repavit_huge.in1k": _cfg(top1=81.4),
     }
 )
 

@@ -51,12 +51,20 @@ class Subject:
         return self.model(*self.inputs, **self.named)
 
     @property
-    def accuracy(self) -> float | None:
-        """Top-1 accuracy in percent from the model's card; None without one."""
+    def accuracy(self) -> dict[str, float]:
+        """Top-1 accuracy in percent by data set: of these weights, or the authors'; empty where none is known."""
         architecture, _, tag = self.source.partition(".")
-        weight = catalog.load().get(architecture, {}).get("weights", {}).get(tag, {})
-        found = [metric["value"] for metric in weight.get("metrics", ()) if "top-1" in metric["name"].lower()]
-        return found[0] if found else None
+        facts = catalog.load().get(architecture, {})
+        if not tag:
+            return {"top-1 on ImageNet-1k (%)": facts["top1"]} if facts.get("top1") else {}
+        metrics = facts.get("weights", {}).get(tag, {}).get("metrics", ())
+        found = [metric for metric in metrics if metric["name"] == "Top-1 accuracy"]
+        return {f"top-1 on {metric['dataset']} (%)": metric["value"] for metric in found[:1]}
+
+    @property
+    def family(self) -> str:
+        """Family of the model, "timm" for those of others."""
+        return catalog.load().get(self.source.partition(".")[0], {}).get("family", "timm")
 
     @torch.no_grad()
     def macs(self) -> int:
@@ -142,6 +150,14 @@ def _network(name: str, size: int | None) -> Parts:
     return task, model, torch.randn(1, channels, size or height, size or width), {}
 
 
+def _title(names: Sequence[str], entries: Sequence[Entry]) -> str:
+    if len(names) > 3:
+        return (
+            f"{len(names)} models{', merged where they can be' if any('(merged)' in e.name for e in entries) else ''}"
+        )
+    return " against ".join(entry.name for entry in entries[:2]) + (" and others" if entries[2:] else "")
+
+
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
@@ -204,6 +220,7 @@ def compare_models(
         with torch.inference_mode():
             timed = compare({each.name: each for each in subjects}, settings, reference=reference, progress=progress)
         peaks = [_peak(each, settings, size) if memory else None for each in subjects]
+        by_family = 1 < len({each.family for each in subjects}) < len(subjects)
         entries = tuple(
             Entry(
                 name=each.name,
@@ -212,7 +229,8 @@ def compare_models(
                 params=count_params(each.model),
                 macs=each.macs(),
                 peak_bytes=peak,
-                values={} if each.accuracy is None else {"top-1 accuracy (%)": each.accuracy},
+                values=each.accuracy,
+                series=each.family if by_family else "",
             )
             for each, peak in zip(subjects, peaks, strict=True)
         )
@@ -223,7 +241,7 @@ def compare_models(
     shapes = {"x".join(map(str, each.inputs[0].shape[1:])) for each in subjects}
     return Benchmark(
         name=name,
-        title=title or " against ".join(entry.name for entry in entries[:2]) + (" and others" if entries[2:] else ""),
+        title=title or _title(names, entries),
         conditions=settings.conditions(input=" and ".join(sorted(shapes))),
         environment=environment(settings.device),
         date=now(),

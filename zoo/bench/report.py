@@ -256,8 +256,13 @@ def plot(benchmark: Benchmark, path: str | Path) -> Path:
     label, points = _points(benchmark)
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.add_subplot()
+    all_merged = len(points) > 3 and all(entry.name.endswith(" (merged)") for entry, _, _ in points)
     for index, series in enumerate(dict.fromkeys(entry.series for entry, _, _ in points)):
-        own = [(x, y, entry.name.removeprefix(f"{series}, ")) for entry, x, y in points if entry.series == series]
+        own = [
+            (x, y, entry.name.removeprefix(f"{series}, ").removesuffix(" (merged)" if all_merged else ""))
+            for entry, x, y in points
+            if entry.series == series
+        ]
         style = dict(color=f"C{index}", marker="o", label=series or None)
         axes.plot(
             [x for x, _, _ in own],
@@ -267,14 +272,18 @@ def plot(benchmark: Benchmark, path: str | Path) -> Path:
         )
         for x, y, name in own:
             axes.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
-    if "accuracy" in label.lower():
+    if "top-1" in label or "accuracy" in label:
         front = _front([(x, y) for _, x, y in points])
         axes.plot(*zip(*front, strict=True), color="0.6", linewidth=1, zorder=0, label="not beaten in both")
     threads = f"{benchmark.conditions.get('threads', '?')} threads"
     axes.set_xlabel(f"time of one call, median (ms) — {benchmark.environment['device']}, {threads}", fontsize=9)
     axes.set_ylabel(label)
     axes.set_title(benchmark.title, fontsize=10)
-    axes.set_xlim(left=0)
+    times = [x for _, x, _ in points]
+    if max(times) > 20 * min(times):
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(left=0)
     axes.margins(x=0.15, y=0.12)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
