@@ -69,6 +69,20 @@ def test_norm_before_a_pointwise_convolution(bias: bool) -> None:
     assert relative(conv(x), expected) < 1e-13
 
 
+@pytest.mark.parametrize("filters", [2, 3])
+@pytest.mark.parametrize("size", [(9, 12), (1, 5)])
+@torch.no_grad()
+def test_several_filters_a_channel(filters: int, size: tuple[int, int]) -> None:
+    """One filter of each channel at a time gives what the convolution gives, in its order and layout."""
+    layer = randomize(RepConv(4, 4 * filters, (5, 3), stride=2)).double().eval()
+    layer.reparameterize()
+    assert layer.conv is not None
+    x = torch.randn(2, 4, *size, dtype=torch.float64).to(memory_format=torch.channels_last)
+    found = layer(x)
+    assert relative(found, layer.conv(x)) < 1e-14
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_mean_of_two_heads() -> None:
     head, other = (randomize(NormLinear(5, 3)).double().eval() for _ in range(2))
     other.linear.weight.data.mul_(-2)

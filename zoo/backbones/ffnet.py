@@ -106,6 +106,10 @@ class ChannelMixer(nn.Module):
         return self.fc2(self.act(self.fc1(self.conv(x))))
 
 
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x * scale
+
+
 class FFBlock(nn.Module):
     """Mix pixels, then channels, each with a residual and, in deep networks, a layer scale.
 
@@ -151,11 +155,9 @@ class FFBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        scale1, scale2 = self.layer_scale1, self.layer_scale2
-        mixed = self.token_mixer(x)
-        x = x + self.drop_path1(mixed if scale1 is None else mixed * scale1)
-        mixed = self.channel_mixer(x)
-        return x + self.drop_path2(mixed if scale2 is None else mixed * scale2)
+        # no map has a name of its own, which would keep it alive while the widest one is made
+        x = x + self.drop_path1(_scaled(self.token_mixer(x), self.layer_scale1))
+        return x + self.drop_path2(_scaled(self.channel_mixer(x), self.layer_scale2))
 
     def example_input(self) -> Tensor:
         """Return a random input, (1, C, 17, 17)."""
