@@ -19,9 +19,7 @@ from zoo.bench import BenchError, Benchmark, Check, Entry, Goal, Settings, compa
 from zoo.bench.caching import (
     PSNR,
     RECOGNISED,
-    CacheSetting,
-    builtin_settings,
-    magnitude_ratios,
+    class_subject,
     measure_caches,
     psnr_of_all,
 )
@@ -30,6 +28,7 @@ from zoo.bench.report import columns, dumps, markdown, plot, to_json
 from zoo.bench.suites import SUITES, cfsr, repaffn
 from zoo.bench.tiling import tiling
 from zoo.bench.timing import compare, environment, now, require_close, speedup
+from zoo.caching.presets import PRESETS, CacheSetting, cache_settings
 from zoo.cli import main
 from zoo.diffusion import PixelDiT, PixelDiTPipeline
 from zoo.profiling import Latency
@@ -272,16 +271,9 @@ def test_caches_beside_fewer_steps(pipe: PixelDiTPipeline) -> None:
     assert not hasattr(pipe.transformer, "_zoo_cache")
 
 
-def test_every_cache_of_diffusers_is_tried(pipe: PixelDiTPipeline) -> None:
-    methods = {each.method for each in builtin_settings(pipe, [0], steps=3, guidance_scale=3.0)}
-    assert len(methods) == 7
-
-
-def test_mag_cache_is_calibrated(pipe: PixelDiTPipeline) -> None:
-    ratios = magnitude_ratios(pipe, [0], steps=4, guidance_scale=3.0)
-    assert len(ratios) == 4
-    assert ratios[0] == 1.0
-    assert all(math.isfinite(ratio) and ratio > 0 for ratio in ratios)
+def test_every_cache_is_tried(pipe: PixelDiTPipeline) -> None:
+    subject = class_subject(pipe, [0], steps=4, guidance_scale=3.0)
+    assert {each.method for each in cache_settings(subject)} == {preset.method for preset in PRESETS.values()}
 
 
 def test_psnr_of_all() -> None:

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 import zoo.demo
 from zoo.bench import Check, Entry, Settings
-from zoo.bench.caching import PSNR, RECOGNISED, CacheSetting, classify_with
+from zoo.bench.caching import PSNR, RECOGNISED, classify_with
 from zoo.bench.timing import speedup
+from zoo.caching.presets import CacheSetting
 from zoo.cli import main
 from zoo.demo import Models, headline, load_models, parts, render, run_demo
 from zoo.demo.page import Point, _ticks, bars, before_after, data_uri, page, scatter, table
@@ -329,7 +330,7 @@ def test_run(pipe: PixelDiTPipeline, monkeypatch: pytest.MonkeyPatch, photo: Pho
     album = dict.fromkeys(("cat", "astronaut", "coffee", "rocket"), photo)
     monkeypatch.setattr(zoo.demo, "photos", lambda: album)
     cache = CacheSetting(method="FBC", setting="0.1", config=FirstBlockCacheConfig(threshold=0.1))
-    monkeypatch.setattr(parts, "cache_settings", lambda: [cache])
+    monkeypatch.setattr(parts, "cache_settings", lambda *_: [cache])
     models = Models(pipe=pipe, classifier=small_classifier(2), upscalers={"small": small_cfsr()})
     monkeypatch.setattr(zoo.demo, "merge", lambda settings, **_: merge(QUICK, name="repavit_tiny", rival="test_vit"))
     told: list[str] = []

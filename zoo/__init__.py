@@ -14,13 +14,27 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from zoo.caching import cached, disable_cache, enable_cache
+    from zoo.caching import (
+        BACConfig,
+        CGTaylorConfig,
+        TaylorSeerConfig,
+        cache_summary,
+        cached,
+        calibrate_cache,
+        disable_cache,
+        enable_cache,
+    )
     from zoo.factory import create_model, create_pipeline, list_models, model_info
     from zoo.ffn.reparam import reparameterize
     from zoo.restoration.inference import restore
 
 _LAZY = {
+    "BACConfig": "zoo.caching",
+    "CGTaylorConfig": "zoo.caching",
+    "TaylorSeerConfig": "zoo.caching",
+    "cache_summary": "zoo.caching",
     "cached": "zoo.caching",
+    "calibrate_cache": "zoo.caching",
     "create_model": "zoo.factory",
     "create_pipeline": "zoo.factory",
     "disable_cache": "zoo.caching",
@@ -32,7 +46,12 @@ _LAZY = {
 }
 
 __all__ = [
+    "BACConfig",
+    "CGTaylorConfig",
+    "TaylorSeerConfig",
+    "cache_summary",
     "cached",
+    "calibrate_cache",
     "create_model",
     "create_pipeline",
     "disable_cache",

@@ -12,9 +12,7 @@ from denoisers import DENOISERS, denoise, dit, flux, pixart, pixel_dit, randomiz
 from diffusers import (
     AuraFlowTransformer2DModel,
     AutoencoderKL,
-    DDIMScheduler,
     DiffusionPipeline,
-    DiTPipeline,
     Flux2Transformer2DModel,
     ModelMixin,
 )
@@ -29,12 +27,13 @@ from diffusers.hooks import (
     TaylorSeerCacheConfig,
     TextKVCacheConfig,
 )
-from torch import Tensor, nn
+from hooked import Count, abort_after, assert_clean, class_pipeline, generate
+from torch import nn
 
 import zoo
 from zoo.caching import cached, disable_cache, enable_cache, reset_cache
 from zoo.caching.placement import placed_hooks
-from zoo.diffusion import PixelDiT, PixelDiTPipeline
+from zoo.diffusion import PixelDiT
 from zoo.diffusion.blocks import attention_modules, transformer_blocks
 
 STEPS = 6
@@ -62,32 +61,9 @@ LOSSY = {
 COMPUTED = {"first-block": 1, "taylor": 3, "mag": 2, "pyramid": 3}
 
 
-class Count:
-    """Count the calls of a module's own forward, below all hooks."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.calls, forward = 0, module.forward
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-            return forward(*args, **kwargs)
-
-        module.forward = counted
-
-
 def last_attention(model: nn.Module) -> nn.Module:
     last = list(transformer_blocks(model))[-1]
     return model.get_submodule(next(name for name in attention_modules(model) if name.startswith(last)))
-
-
-def assert_clean(model: nn.Module) -> None:
-    assert not list(placed_hooks(model))
-    assert not model._forward_pre_hooks
-    assert "_zoo_cache" not in model.__dict__
-    assert not getattr(model, "_cache_config", None)
-    for module in list(model.modules())[1:]:
-        assert "forward" not in module.__dict__
-        assert "_diffusers_hook" not in module.__dict__
 
 
 @pytest.mark.parametrize("family", DENOISERS)
@@ -173,26 +149,6 @@ def test_change_of_batch_starts_anew() -> None:
     assert torch.equal(denoise(model, batch=3), expected)
 
 
-def class_pipeline(kind: str) -> DiffusionPipeline:
-    """Return a pipeline around PixelDiT (with CacheMixin) or diffusers' DiT (without, and without any context)."""
-    torch.manual_seed(0)
-    scheduler = DDIMScheduler(prediction_type="v_prediction")
-    if kind == "pixel_dit":
-        pipe: DiffusionPipeline = PixelDiTPipeline(pixel_dit(), scheduler)
-    else:
-        vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
-        model = dit()
-        for block in model.transformer_blocks:  # the pipeline asks for class 1000
-            block.norm1.emb.class_embedder.embedding_table = nn.Embedding(1001, 16)
-        pipe = DiTPipeline(model, vae, scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def generate(pipe: DiffusionPipeline, seed: int = 0) -> Tensor:
-    return pipe([1, 2], num_inference_steps=STEPS, generator=torch.manual_seed(seed), output_type="pt").images
-
-
 @pytest.mark.parametrize("kind", ["pixel_dit", "dit"])
 @pytest.mark.parametrize("stop_after", [1, 3])
 def test_pipelines(kind: str, stop_after: int) -> None:
@@ -204,18 +160,7 @@ def test_pipelines(kind: str, stop_after: int) -> None:
     enable_cache(pipe, LOSSY["first-block"])
     first = generate(pipe)
     assert not torch.equal(first, expected)
-    step, calls = pipe.scheduler.step, []
-
-    def abort(*args: Any, **kwargs: Any) -> Any:
-        calls.append(None)
-        if len(calls) == stop_after:
-            raise KeyboardInterrupt
-        return step(*args, **kwargs)
-
-    pipe.scheduler.step = abort
-    with pytest.raises(KeyboardInterrupt):
-        generate(pipe, seed=1)
-    del pipe.scheduler.step
+    abort_after(pipe, stop_after, seed=1)
     assert torch.equal(generate(pipe), first)
     disable_cache(pipe)
     assert_clean(pipe.transformer)
@@ -337,7 +282,9 @@ def test_refused_models() -> None:
         joint_attention_dim=12, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
     )  # fmt: skip
     assert "some return image and text apart" in refused(flux2, threshold)
-    assert "no cache configuration; known are FasterCacheConfig, FirstBlockCacheConfig" in refused(dit(), 3, TypeError)
+    assert "no cache configuration; known are BACConfig, CGTaylorConfig, FasterCacheConfig" in refused(
+        dit(), 3, TypeError
+    )
     assert "pipeline or a model, got str" in refused("pixeldit.cifar10", threshold, TypeError)
 
 

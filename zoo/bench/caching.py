@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +14,9 @@ from torch import Tensor, nn
 import zoo
 from zoo.bench.report import Benchmark, Entry
 from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
+from zoo.caching.presets import CacheSetting, Subject, cache_settings
 
-__all__ = ["PSNR", "RECOGNISED", "CacheSetting", "builtin_settings", "caching", "magnitude_ratios", "measure_caches"]
+__all__ = ["PSNR", "RECOGNISED", "caching", "class_subject", "measure_caches"]
 
 PSNR = "PSNR (dB)"
 RECOGNISED = "recognised (%)"
@@ -29,97 +28,13 @@ Classify = Callable[[Tensor], Tensor]
 """Images (B, C, H, W) in [0, 1] -> predicted class numbers (B,)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CacheSetting:
-    """A cache to measure.
+def class_subject(pipe: Any, labels: Sequence[int], *, steps: int, guidance_scale: float) -> Subject:
+    """Return a class-conditional pipeline as caches are calibrated on it."""
 
-    Args:
-        method: Its name, for people.
-        setting: What is set, for people, for example "threshold 0.1".
-        config: As `zoo.enable_cache` takes it.
-    """
-
-    method: str
-    setting: str
-    config: Any
-
-    @property
-    def name(self) -> str:
-        """Method and setting."""
-        return f"{self.method}, {self.setting}"
-
-
-def builtin_settings(pipe: Any, labels: Sequence[int], *, steps: int, guidance_scale: float) -> list[CacheSetting]:
-    """Return settings of each cache of diffusers, mild to strong; runs the pipeline once to calibrate MagCache."""
-    from diffusers import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
-    from diffusers.hooks import MagCacheConfig, SeaCacheConfig, TaylorSeerCacheConfig, TextKVCacheConfig
-
-    from zoo.diffusion.blocks import as_patterns, attention_modules, feed_forward_modules
-
-    model = pipe.transformer
-    modules = as_patterns([*attention_modules(model), *feed_forward_modules(model)])
-    found = [
-        CacheSetting(
-            method="First Block Cache", setting=f"threshold {value}", config=FirstBlockCacheConfig(threshold=value)
-        )
-        for value in (0.05, 0.1, 0.2)
-    ]
-    found += [
-        CacheSetting(
-            method="TaylorSeer",
-            setting=f"every {interval} steps",
-            config=TaylorSeerCacheConfig(
-                cache_interval=interval,
-                max_order=1,
-                cache_identifiers=modules,
-                taylor_factors_dtype=model.dtype,
-            ),
-        )
-        for interval in (2, 3, 5)
-    ]
-    ratios = magnitude_ratios(pipe, labels, steps=steps, guidance_scale=guidance_scale)
-    found += [
-        CacheSetting(
-            method="MagCache",
-            setting=f"threshold {value}",
-            config=MagCacheConfig(threshold=value, num_inference_steps=steps, mag_ratios=list(ratios)),
-        )
-        for value in (0.06, 0.24)
-    ]
-    found += [
-        CacheSetting(
-            method="Pyramid Attention Broadcast",
-            setting=f"every {skip} steps",
-            config=PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=skip),
-        )
-        for skip in (2, 4)
-    ]
-    faster = FasterCacheConfig(tensor_format="BCHW", attention_weight_callback=_half)
-    found.append(CacheSetting(method="FasterCache", setting="defaults", config=faster))
-    found.append(CacheSetting(method="SeaCache", setting="defaults", config=SeaCacheConfig()))
-    found.append(CacheSetting(method="Text KV Cache", setting="defaults", config=TextKVCacheConfig()))
-    return found
-
-
-def _half(module: Any) -> float:
-    """FasterCache's weight of the attention extrapolation, diffusers' default without its warning."""
-    return 0.5
-
-
-def magnitude_ratios(pipe: Any, labels: Sequence[int], *, steps: int, guidance_scale: float) -> list[float]:
-    """Calibrate MagCache: run the pipeline once and return how the blocks' residual changes from step to step."""
-    from diffusers.hooks import MagCacheConfig
-
-    printed = io.StringIO()  # diffusers prints them; there is no other way to them
-    with (
-        zoo.cached(pipe, MagCacheConfig(calibrate=True, num_inference_steps=steps)),
-        contextlib.redirect_stdout(printed),
-    ):
+    def run() -> None:
         pipe(list(labels), num_inference_steps=steps, guidance_scale=guidance_scale, seed=1, output_type="latent")
-    lists = [line for line in printed.getvalue().splitlines() if line.startswith("[") and line.endswith("]")]
-    if not lists:
-        raise RuntimeError("MagCache's calibration gave no ratios: diffusers prints them in another form now.")
-    return [float(ratio) for ratio in ast.literal_eval(lists[-1])]
+
+    return Subject(pipe=pipe, run=run, steps=steps, guidance=guidance_scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +191,7 @@ def caching(
     steps: int = 50,
     guidance_scale: float = 3.0,
 ) -> list[Benchmark]:
-    """Every cache of diffusers on the shipped denoiser, beside fewer steps in the same time."""
+    """Every cache on the shipped denoiser, beside fewer steps in the same time."""
     pipe = zoo.create_pipeline(name, dtype=settings.torch_dtype).to(settings.device)
     pipe.set_progress_bar_config(disable=True)
     classes = pipe.transformer.config.num_classes
@@ -284,7 +199,7 @@ def caching(
     judge = zoo.create_model(classifier_name, pretrained=True)
     zoo.reparameterize(judge, measure=False)
     with torch_threads(settings.threads):
-        candidates = builtin_settings(pipe, labels, steps=steps, guidance_scale=guidance_scale)
+        candidates = cache_settings(class_subject(pipe, labels, steps=steps, guidance_scale=guidance_scale))
         results = measure_caches(
             pipe,
             labels,

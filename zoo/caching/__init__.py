@@ -1,5 +1,26 @@
 """Caches that save computation between the steps of a diffusion model."""
 
-from zoo.caching.core import cached, disable_cache, enable_cache, reset_cache
+from zoo.caching.bac import BACConfig, calibrate_cache
+from zoo.caching.blocks import BlockList, ModelBlocks, register_blocks
+from zoo.caching.cg_taylor import CGTaylorConfig
+from zoo.caching.core import cache_summary, cached, disable_cache, enable_cache, reset_cache
+from zoo.caching.schedules import BACSchedule
+from zoo.caching.summary import CacheSummary
+from zoo.caching.taylorseer import TaylorSeerConfig
 
-__all__ = ["cached", "disable_cache", "enable_cache", "reset_cache"]
+__all__ = [
+    "BACConfig",
+    "BACSchedule",
+    "BlockList",
+    "CGTaylorConfig",
+    "CacheSummary",
+    "ModelBlocks",
+    "TaylorSeerConfig",
+    "cache_summary",
+    "cached",
+    "calibrate_cache",
+    "disable_cache",
+    "enable_cache",
+    "register_blocks",
+    "reset_cache",
+]

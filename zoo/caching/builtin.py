@@ -47,7 +47,7 @@ from zoo.diffusion.blocks import (
     transformer_blocks,
 )
 
-__all__ = ["place"]
+__all__ = ["is_count", "is_threshold", "place", "require", "require_evaluation"]
 
 _KEEP_TEXT_HOOK = "zoo_keep_text"
 
@@ -68,21 +68,30 @@ def place(config: Any, model: nn.Module, run: RunTracker) -> None:
         ValueError: The configuration is wrong, or cannot work on this model.
         TypeError: It is no configuration of a cache.
     """
-    known = ", ".join(sorted(cls.__name__ for cls in place.registry if cls is not object))
+    known = ", ".join(sorted(cls.__name__ for cls in place.registry if cls is not object and cls.__name__[0] != "_"))
     raise TypeError(f"{config!r} is no cache configuration; known are {known}.")
 
 
-def _require(condition: bool, config: Any, name: str, allowed: str) -> None:
+def require(condition: bool, config: Any, name: str, allowed: str) -> None:
+    """Raise ValueError that says what is allowed unless the condition holds."""
     if not condition:
         raise ValueError(f"{type(config).__name__}: {name} must be {allowed}, got {getattr(config, name)!r}.")
 
 
-def _is_threshold(value: Any) -> bool:
+def is_threshold(value: Any) -> bool:
+    """Return whether it is a finite number from 0."""
     return isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
 
 
-def _is_count(value: Any, least: int) -> bool:
+def is_count(value: Any, least: int) -> bool:
+    """Return whether it is a whole number from `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def require_evaluation(config: Any, model: nn.Module) -> None:
+    """Raise ValueError where the model trains: with dropout, an output of an earlier step is no output of this one."""
+    if model.training:
+        raise ValueError(f"{type(config).__name__} is for sampling: call {type(model).__name__}.eval() first.")
 
 
 def _block_stack(config: Any, model: nn.Module, least: int) -> list[nn.Module]:
@@ -139,7 +148,7 @@ class _KeepText(ModelHook):
 
 @place.register
 def _first_block(config: FirstBlockCacheConfig, model: nn.Module, run: RunTracker) -> None:
-    _require(_is_threshold(config.threshold), config, "threshold", "a number from 0")
+    require(is_threshold(config.threshold), config, "threshold", "a number from 0")
     blocks = _block_stack(config, model, least=2)
     for block in blocks:
         if not takes(block, "hidden_states"):
@@ -157,10 +166,10 @@ def _first_block(config: FirstBlockCacheConfig, model: nn.Module, run: RunTracke
 
 @place.register
 def _mag(config: MagCacheConfig, model: nn.Module, run: RunTracker) -> None:
-    _require(_is_threshold(config.threshold), config, "threshold", "a number from 0")
-    _require(_is_count(config.max_skip_steps, 0), config, "max_skip_steps", "a whole number from 0")
-    _require(_is_count(config.num_inference_steps, 1), config, "num_inference_steps", "a whole number from 1")
-    _require(_is_threshold(config.retention_ratio), config, "retention_ratio", "a number from 0 to 1")
+    require(is_threshold(config.threshold), config, "threshold", "a number from 0")
+    require(is_count(config.max_skip_steps, 0), config, "max_skip_steps", "a whole number from 0")
+    require(is_count(config.num_inference_steps, 1), config, "num_inference_steps", "a whole number from 1")
+    require(is_threshold(config.retention_ratio), config, "retention_ratio", "a number from 0 to 1")
     for block in _block_stack(config, model, least=1):
         name = block_metadata(block).hidden_states_argument_name
         if not takes(block, name):
@@ -172,12 +181,12 @@ def _mag(config: MagCacheConfig, model: nn.Module, run: RunTracker) -> None:
 
 @place.register
 def _taylor_seer(config: TaylorSeerCacheConfig, model: nn.Module, run: RunTracker) -> None:
-    _require(_is_count(config.cache_interval, 1), config, "cache_interval", "a whole number from 1")
-    _require(_is_count(config.max_order, 0), config, "max_order", "a whole number from 0")
+    require(is_count(config.cache_interval, 1), config, "cache_interval", "a whole number from 1")
+    require(is_count(config.max_order, 0), config, "max_order", "a whole number from 0")
     first, last = config.disable_cache_before_step, config.disable_cache_after_step
     # nothing can be forecast before a first full step
-    _require(_is_count(first, 1), config, "disable_cache_before_step", "a whole number from 1")
-    _require(last is None or _is_count(last, 0), config, "disable_cache_after_step", "None or a whole number from 0")
+    require(is_count(first, 1), config, "disable_cache_before_step", "a whole number from 1")
+    require(last is None or is_count(last, 0), config, "disable_cache_after_step", "None or a whole number from 0")
     names = [name for name, _ in model.named_modules()]
 
     def matching(patterns: Any) -> list[str]:
@@ -205,7 +214,7 @@ def _pyramid(config: PyramidAttentionBroadcastConfig, model: nn.Module, run: Run
     for kind in kinds:
         name = f"{kind}_attention_block_skip_range"
         value = getattr(config, name)
-        _require(value is None or _is_count(value, 1), config, name, "None or a whole number from 1")
+        require(value is None or is_count(value, 1), config, name, "None or a whole number from 1")
     if all(getattr(config, f"{kind}_attention_block_skip_range") is None for kind in kinds):
         config.spatial_attention_block_skip_range = 2  # diffusers' default, without its warning
     if config.current_timestep_callback is None:
@@ -216,7 +225,7 @@ def _pyramid(config: PyramidAttentionBroadcastConfig, model: nn.Module, run: Run
 @place.register
 def _faster(config: FasterCacheConfig, model: nn.Module, run: RunTracker) -> None:
     for name in ("spatial_attention_block_skip_range", "unconditional_batch_skip_range"):
-        _require(_is_count(getattr(config, name), 1), config, name, "a whole number from 1")
+        require(is_count(getattr(config, name), 1), config, name, "a whole number from 1")
     if config.current_timestep_callback is None:
         config.current_timestep_callback = run.current_timestep
     if takes(model, "class_labels"):  # batched for guidance like the rest, but unknown to diffusers' list

@@ -13,11 +13,13 @@ from diffusers import CacheMixin, DiffusionPipeline
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
+from zoo.caching import bac, cg_taylor, taylorseer  # noqa: F401  they register their configurations with place
 from zoo.caching.builtin import place
 from zoo.caching.placement import PlacedHook, placed_hooks, refresh_contexts, remove_hooks, share_contexts
 from zoo.caching.runs import RunTracker
+from zoo.caching.summary import CacheSummary, DenoiserSummary
 
-__all__ = ["cached", "disable_cache", "enable_cache", "reset_cache"]
+__all__ = ["cache_summary", "cached", "disable_cache", "enable_cache", "reset_cache"]
 
 _ACTIVE = "_zoo_cache"
 _RESET = "_reset_stateful_cache"  # what pipelines call on each component at the end
@@ -30,7 +32,11 @@ class _ActiveCache:
     config: Any
     hooks: list[PlacedHook]
     run: RunTracker
-    handle: torch.utils.hooks.RemovableHandle
+    handles: tuple[torch.utils.hooks.RemovableHandle, ...]
+
+    def __reduce__(self) -> Any:
+        # reached through the model: a copy's hooks would run the weights of the original in silence
+        raise RuntimeError("A model with a cache cannot be copied or pickled: call zoo.disable_cache first.")
 
     def reset(self) -> None:
         """Forget everything stored, so that the next call begins a run."""
@@ -38,6 +44,11 @@ class _ActiveCache:
             if placed.in_place and placed.hook._is_stateful:
                 placed.hook.reset_state(placed.module)
         self.run.forget()
+
+    def nbytes(self) -> int | None:
+        """Memory held by stored features now, bytes; None for diffusers' caches."""
+        caches = {id(cache): cache for placed in self.hooks if (cache := getattr(placed.hook, "cache", None))}
+        return sum(cache.nbytes for cache in caches.values()) if caches else None
 
 
 def enable_cache(pipe_or_model: DiffusionPipeline | nn.Module, config: Any) -> None:
@@ -48,14 +59,16 @@ def enable_cache(pipe_or_model: DiffusionPipeline | nn.Module, config: Any) -> N
     without contexts, one call a step is taken for granted. What is stored is dropped at the start of each run, also
     after a run that was aborted.
 
-    Compile and offload first, enable the cache second. Disable it before copying or pickling the model.
+    Compile and offload first, enable the cache second. Disable it before copying or pickling the model, which is
+    refused otherwise.
 
     Args:
         pipe_or_model: A pipeline, all of whose denoisers get the cache, or a denoiser.
-        config: One of diffusers' configurations (`FirstBlockCacheConfig`, `TaylorSeerCacheConfig`, `MagCacheConfig`,
-            `PyramidAttentionBroadcastConfig`, `FasterCacheConfig`, `SeaCacheConfig`, `TextKVCacheConfig`). A missing
-            `current_timestep_callback` is filled in. A `TaylorSeerCacheConfig` without identifiers takes the attention
-            modules. Threshold 0 and interval 1 give exactly what the model gives without a cache.
+        config: `CGTaylorConfig`, `BACConfig` or `TaylorSeerConfig`, or one of diffusers' configurations
+            (`FirstBlockCacheConfig`, `TaylorSeerCacheConfig`, `MagCacheConfig`, `PyramidAttentionBroadcastConfig`,
+            `FasterCacheConfig`, `SeaCacheConfig`, `TextKVCacheConfig`). A missing `current_timestep_callback` is filled
+            in. A `TaylorSeerCacheConfig` without identifiers takes the attention modules. Threshold 0, interval 1 and a
+            schedule of all steps give exactly what the model gives without a cache.
 
     Raises:
         ValueError: A cache is on already; a number is out of range; the method cannot work on this model, or would find
@@ -63,8 +76,9 @@ def enable_cache(pipe_or_model: DiffusionPipeline | nn.Module, config: Any) -> N
         TypeError: What was given is no pipeline or model, or no configuration of a cache.
 
     Example:
-        >>> zoo.enable_cache(pipe, FirstBlockCacheConfig(threshold=0.1))
+        >>> zoo.enable_cache(pipe, zoo.CGTaylorConfig(threshold=0.02))
         >>> images = pipe(class_labels=["cat"] * 8).images
+        >>> print(zoo.cache_summary(pipe))
         >>> zoo.disable_cache(pipe)
     """
     pipeline, models = _targets(pipe_or_model)
@@ -128,6 +142,27 @@ def reset_cache(pipe_or_model: DiffusionPipeline | nn.Module) -> None:
             model._reset_stateful_cache()
 
 
+def cache_summary(pipe_or_model: DiffusionPipeline | nn.Module) -> CacheSummary:
+    """Say what the cache did in the last run: what was computed and skipped, gate errors, memory, time.
+
+    Args:
+        pipe_or_model: As for `enable_cache`.
+
+    Raises:
+        ValueError: No cache of zoo's is on.
+
+    Example:
+        >>> print(zoo.cache_summary(pipe))
+    """
+    found = []
+    for model in _targets(pipe_or_model)[1]:
+        active = model.__dict__.get(_ACTIVE)
+        if active is None:
+            raise ValueError(f"{type(model).__name__} has no cache of zoo's: call zoo.enable_cache and run it first.")
+        found.append(DenoiserSummary.of(type(model).__name__, active.config, active.run.log, active.nbytes()))
+    return CacheSummary(tuple(found))
+
+
 def _targets(pipe_or_model: Any) -> tuple[DiffusionPipeline | None, list[nn.Module]]:
     """Return the pipeline, if it is one, and the denoisers."""
     if isinstance(pipe_or_model, DiffusionPipeline):
@@ -189,7 +224,8 @@ def _enable(model: nn.Module, config: Any, pipeline: DiffusionPipeline | None) -
 def _disable(model: nn.Module) -> None:
     active = model.__dict__[_ACTIVE]
     remove_hooks(model, active.hooks)
-    active.handle.remove()
+    for handle in active.handles:
+        handle.remove()
     delattr(model, _ACTIVE)
     if isinstance(model, CacheMixin):
         model._cache_config = None

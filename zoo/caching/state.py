@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from diffusers.hooks.hooks import CacheContext, StateManager
 
-__all__ = ["ContextStates"]
+__all__ = ["DEFAULT_CONTEXT", "ContextStates"]
 
-_DEFAULT = CacheContext(name="default")
+DEFAULT_CONTEXT = CacheContext(name="default")
 
 
 class ContextStates(StateManager):
@@ -26,11 +27,15 @@ class ContextStates(StateManager):
     @property
     def context(self) -> CacheContext:
         """The context of the current call."""
-        return self._context if self._context is not None else _DEFAULT
+        return self._context if self._context is not None else DEFAULT_CONTEXT
 
     def set_context(self, context: CacheContext | str | None) -> None:
         """Enter a context; None leaves it."""
         self._context = CacheContext(context) if isinstance(context, str) else context
+
+    def stored(self) -> Iterable[Any]:
+        """Return the states of all contexts."""
+        return self._state_cache.values()
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
         """Forget the states of all contexts; stay in the current one, as a run may begin inside it."""

@@ -23,7 +23,6 @@ from zoo.cli.output import (
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import nn
 
 _SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -33,7 +32,8 @@ _SCHEDULERS = {
     "heun": "HeunDiscreteScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-_CACHES = ("none", "first-block", "taylorseer")
+# what each cache lets one set; the table is zoo.caching.presets, which is not imported to parse a command
+_CACHES = {"cg-taylor": "threshold", "bac": "updates", "taylorseer": "interval", "first-block": "threshold"}
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 _COLUMNS = 10  # pictures beside each other in a grid
 _TILE = 96  # smaller pictures are enlarged to at least this many pixels in a grid
@@ -53,11 +53,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--steps", type=int, default=50, help="steps of the scheduler (default: 50)")
     parser.add_argument("--guidance", type=float, help="weight of classifier-free guidance; up to 1 is off")
     parser.add_argument("--scheduler", choices=list(_SCHEDULERS), help="default: the one that came with the model")
-    parser.add_argument("--cache", choices=_CACHES, default="none", help="leave out what an earlier step computed")
     parser.add_argument(
-        "--threshold", type=float, help="first-block: relative change up to which a step is skipped (default: 0.1)"
+        "--cache", choices=("none", *_CACHES), default="none", help="leave out what an earlier step computed"
     )
-    parser.add_argument("--interval", type=int, help="taylorseer: compute every so many steps in full (default: 5)")
+    parser.add_argument(
+        "--threshold", type=float, help="cg-taylor, first-block: error or change up to which a step is skipped"
+    )
+    parser.add_argument("--updates", type=int, help="bac: steps at which each part is computed (default: a third)")
+    parser.add_argument("--interval", type=int, help="taylorseer: compute every so many steps in full (default: 3)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at a time (default: 32)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -115,9 +118,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_cache(args: argparse.Namespace) -> None:
-    for option, cache in (("threshold", "first-block"), ("interval", "taylorseer")):
-        if getattr(args, option) is not None and args.cache != cache:
-            raise UsageError(f"--{option} belongs to --cache {cache}.")
+    for option in dict.fromkeys(_CACHES.values()):
+        if getattr(args, option) is not None and _CACHES.get(args.cache) != option:
+            fitting = " or ".join(name for name, own in _CACHES.items() if own == option)
+            raise UsageError(f"--{option} belongs to --cache {fitting}.")
 
 
 def _classes(text: str | None, pipeline: Any) -> list[int | str]:
@@ -172,7 +176,7 @@ def _compare(
     from zoo.caching import cached
     from zoo.metrics import psnr
 
-    config = _cache_config(args, pipeline.transformer)
+    config = _cache_config(args, pipeline, labels)
     with cached(pipeline, config):
         pass  # a cache that does not fit is refused before anything is computed
     pipeline(labels[: args.batch_size], num_inference_steps=2, seed=args.seed, output_type="pt")  # the first is slower
@@ -195,19 +199,14 @@ def _compare(
     return pictures, seconds
 
 
-def _cache_config(args: argparse.Namespace, model: nn.Module) -> Any:
-    from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
+def _cache_config(args: argparse.Namespace, pipeline: Any, labels: list[int]) -> Any:
+    from zoo.caching.presets import Subject, cache_setting
 
-    from zoo.diffusion.blocks import as_patterns, attention_modules, feed_forward_modules
+    def run() -> None:
+        _generate(args, pipeline, labels[: args.batch_size])
 
-    if args.cache == "first-block":
-        return FirstBlockCacheConfig(threshold=0.1 if args.threshold is None else args.threshold)
-    return TaylorSeerCacheConfig(
-        cache_interval=5 if args.interval is None else args.interval,
-        max_order=1,
-        cache_identifiers=as_patterns([*attention_modules(model), *feed_forward_modules(model)]),
-        taylor_factors_dtype=model.dtype,
-    )
+    subject = Subject(pipe=pipeline, run=run, steps=args.steps, guidance=args.guidance)
+    return cache_setting(args.cache, subject, getattr(args, _CACHES[args.cache])).config
 
 
 def _to_pil(images: Any) -> list[Image]:

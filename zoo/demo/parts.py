@@ -17,12 +17,13 @@ import zoo
 from zoo.bench.caching import (
     PSNR,
     CacheResults,
-    CacheSetting,
     Classify,
+    class_subject,
     measure_caches,
 )
 from zoo.bench.report import Check, Entry
 from zoo.bench.timing import Progress, Settings, compare, require_close
+from zoo.caching.presets import CacheSetting, cache_settings
 from zoo.data.resize import imresize
 from zoo.ffn.reparam import ReparamReport
 from zoo.metrics import psnr, ssim
@@ -35,7 +36,6 @@ __all__ = [
     "Merge",
     "Photo",
     "Upscaling",
-    "cache_settings",
     "classify_photos",
     "generate",
     "merge",
@@ -81,31 +81,7 @@ class Generation:
     rule: str
 
 
-def cache_settings() -> list[CacheSetting]:
-    """Return the caches that the demo tries: two of diffusers' methods, mild to strong."""
-    from diffusers import FirstBlockCacheConfig
-    from diffusers.hooks import TaylorSeerCacheConfig
-
-    found = [
-        CacheSetting(
-            method="First Block Cache", setting=f"threshold {value}", config=FirstBlockCacheConfig(threshold=value)
-        )
-        for value in (0.1, 0.2, 0.4)
-    ]
-    found += [
-        CacheSetting(
-            method="TaylorSeer",
-            setting=f"every {interval} steps",
-            config=TaylorSeerCacheConfig(
-                cache_interval=interval, max_order=1, taylor_factors_dtype=torch.float32, cache_identifiers=_BLOCK_PARTS
-            ),
-        )
-        for interval in (2, 3, 5)
-    ]
-    return found
-
-
-_BLOCK_PARTS = [r"transformer_blocks\.\d+\.attn1", r"transformer_blocks\.\d+\.ff"]
+_TRIED = ("cg-taylor", "bac", "taylorseer", "first-block")
 
 
 def generate(
@@ -132,14 +108,16 @@ def generate(
         steps: Of the scheduler.
         guidance_scale: Weight of classifier-free guidance.
         wanted_psnr: The fastest cache that keeps this PSNR in the study is chosen, dB.
-        candidates: Caches to try; None takes `cache_settings`.
+        candidates: Caches to try; None takes ours and First Block Cache, mild to strong.
         progress: Told after each run.
 
     Raises:
         ValueError: No cache works on this pipeline.
     """
-    candidates = cache_settings() if candidates is None else candidates
     classes = pipe.transformer.config.num_classes
+    if candidates is None:
+        subject = class_subject(pipe, list(range(classes)), steps=steps, guidance_scale=guidance_scale)
+        candidates = cache_settings(subject, _TRIED)
     study = measure_caches(
         pipe,
         list(range(classes)) * study_per_class,

@@ -1,0 +1,440 @@
+"""BAC: each attention and feed-forward module is computed at steps of its own, found once from a calibration run.
+
+Block-wise Adaptive Caching for Accelerating Diffusion Policy (ICLR 2026), https://arxiv.org/abs/2506.13456. Authors'
+code: https://github.com/ky-ji/BAC (MIT).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import BaseState
+from torch import Tensor, nn
+
+from zoo.caching.blocks import Unit, model_units
+from zoo.caching.builtin import is_count, place, require, require_evaluation
+from zoo.caching.runs import RunTracker
+from zoo.caching.schedules import (
+    BACSchedule,
+    Kind,
+    Metric,
+    adjacent_steps,
+    anchor_steps,
+    block_error,
+    bubbling_union,
+    similarity,
+    top_errors,
+    uniform_steps,
+)
+from zoo.caching.state import ContextStates
+from zoo.caching.units import UnitCache, place_units
+
+__all__ = ["BACConfig", "Calibration", "calibrate", "calibrate_cache", "uniform_schedule"]
+
+_RECORD_HOOK = "zoo_bac_record"
+_SAME_TIMESTEPS = 0.01  # of the largest: schedules of other timesteps do not fit
+
+
+@dataclass(kw_only=True)
+class BACConfig:
+    """Compute each attention and feed-forward module at steps of its own, and reuse its output at the others.
+
+    The steps come from a calibration: `config = zoo.calibrate_cache(pipe, BACConfig(updates=10), run)` returns the
+    configuration with a schedule, for `zoo.enable_cache(pipe, config)` and for `config.schedule.save(folder)`.
+
+    Args:
+        updates: Steps at which a module is computed, the first one among them; None takes a tenth, at least 2.
+        union: So many modules, those that drift most, are also computed whenever a feed-forward after them is.
+        metric: What makes two outputs alike: "cosine", "l1" or "mse".
+        objective: "anchor", the likeness of reused and true outputs at all steps; or "adjacent", the formula printed in
+            the paper, which computes where the output differs most from the step before.
+        always_update_last: Compute everything at the last step too, as the authors' code does; one more update.
+        max_features: Elements of a module's output that the calibration looks at, chosen at random.
+        seed: Of that choice.
+        schedule: The schedule, or its file; None before the calibration. With one, the settings above have no effect.
+    """
+
+    updates: int | None = None
+    union: int = 3
+    metric: Metric = "cosine"
+    objective: Literal["anchor", "adjacent"] = "anchor"
+    always_update_last: bool = True
+    max_features: int = 65536
+    seed: int = 0
+    schedule: BACSchedule | str | PathLike[str] | None = None
+
+    def check(self) -> None:
+        """Raise ValueError where a value is out of range."""
+        updates = self.updates
+        require(updates is None or is_count(updates, 1), self, "updates", "None or a whole number from 1")
+        require(is_count(self.union, 0), self, "union", "a whole number from 0")
+        require(self.metric in ("cosine", "l1", "mse"), self, "metric", "'cosine', 'l1' or 'mse'")
+        require(self.objective in ("anchor", "adjacent"), self, "objective", "'anchor' or 'adjacent'")
+        require(is_count(self.max_features, 1), self, "max_features", "a whole number from 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How alike the outputs of each unit are at any two steps, from one or more uncached runs.
+
+    Args:
+        model: Class of the denoiser.
+        num_steps: Calls of the denoiser in a run, for each context.
+        scheduler: Class of the scheduler, None if unknown.
+        timesteps: Of the scheduler, empty if unknown.
+        metric: What `matrices` holds.
+        kinds: What each unit is, in the order in which the units run.
+        matrices: (steps, steps) for each unit, averaged over runs, samples and contexts.
+        errors: Mean absolute change of each unit's output between any two steps.
+        trajectories: Samples times contexts that were averaged.
+    """
+
+    model: str
+    num_steps: int
+    scheduler: str | None
+    timesteps: tuple[float, ...]
+    metric: Metric
+    kinds: dict[str, Kind]
+    matrices: dict[str, Tensor]
+    errors: dict[str, float]
+    trajectories: int
+
+    def plan(self, config: BACConfig, guidance: float | None = None) -> BACSchedule:
+        """Choose the steps of all units.
+
+        Args:
+            config: `updates`, `union`, `objective` and `always_update_last` count.
+            guidance: Scale of classifier-free guidance, to be noted.
+        """
+        config.check()
+        steps = self.num_steps
+        updates = min(steps, max(2, round(0.1 * steps))) if config.updates is None else min(config.updates, steps)
+        if updates == 1 < steps:
+            warnings.warn("updates=1: everything after the first step is a repetition of it.", stacklevel=2)
+        larger_is_alike = self.metric == "cosine"
+        chosen = {}
+        for unit, matrix in self.matrices.items():
+            rows = matrix.tolist()
+            if config.objective == "anchor":
+                chosen[unit] = anchor_steps(rows, updates, "max" if larger_is_alike else "min")
+            else:
+                sign = 1 if larger_is_alike else -1
+                chosen[unit] = adjacent_steps([sign * rows[max(0, k - 1)][k] for k in range(steps)], updates)
+        union = top_errors(self.errors, config.union)
+        units = bubbling_union(chosen, self.kinds, union)
+        if config.always_update_last:
+            units = {unit: tuple(sorted({*own, steps - 1})) for unit, own in units.items()}
+        return BACSchedule(
+            model=self.model,
+            num_steps=steps,
+            units=units,
+            kinds=self.kinds,
+            errors=self.errors,
+            scheduler=self.scheduler,
+            timesteps=self.timesteps,
+            guidance=guidance,
+            updates=updates,
+            union=union,
+            objective=config.objective,
+        )
+
+
+def uniform_schedule(model: nn.Module, num_steps: int, updates: int) -> BACSchedule:
+    """Return the same evenly spaced steps for all units: the baseline that needs no calibration.
+
+    Args:
+        model: The denoiser.
+        num_steps: Calls of the denoiser in a run.
+        updates: Steps at which everything is computed.
+    """
+    units = model_units(model, "BACConfig")
+    return BACSchedule(
+        model=type(model).__name__,
+        num_steps=num_steps,
+        units=dict.fromkeys([unit.path for unit in units], uniform_steps(num_steps, updates)),
+        kinds={unit.path: unit.kind for unit in units},
+        errors={},
+        updates=min(updates, num_steps),
+        objective="uniform",
+    )
+
+
+def calibrate(
+    pipe_or_model: DiffusionPipeline | nn.Module, config: BACConfig, run: Callable[[], object]
+) -> Calibration:
+    """Run a model uncached, and compare the outputs of its units at all steps.
+
+    Memory: `steps * units * max_features` numbers of 4 bytes for each context, on the CPU.
+
+    Args:
+        pipe_or_model: A pipeline or a denoiser without a cache.
+        config: `metric`, `max_features` and `seed` count.
+        run: Makes one or more whole runs, with the steps, scheduler and guidance of later use. Each sample of each run
+            counts alike.
+
+    Raises:
+        ValueError: `run` did not call the denoiser, or its runs have different numbers of steps.
+    """
+    from zoo.caching.core import cached
+
+    config.check()
+    record = _Record(config)
+    with cached(pipe_or_model, record):
+        run()
+        record.finish()
+    return record.result()
+
+
+class _Record:
+    """A cache that skips nothing, and looks at the outputs of all units; its configuration and state in one."""
+
+    def __init__(self, config: BACConfig) -> None:
+        self.config = config
+        self.shared = _Sums()
+
+    def finish(self) -> None:
+        """Take the last run for complete."""
+        self.shared.finish(self.config.metric)
+
+    def result(self) -> Calibration:
+        """Return the averages."""
+        sums = self.shared
+        if not sums.steps:
+            raise ValueError("The run of the calibration did not call the denoiser.")
+        if len(sums.steps) > 1:
+            raise ValueError(f"The runs of a calibration need the same number of steps, got {sorted(sums.steps)}.")
+        return Calibration(
+            model=sums.model,
+            num_steps=sums.steps.pop(),
+            scheduler=sums.scheduler,
+            timesteps=sums.timesteps,
+            metric=self.config.metric,
+            kinds=sums.kinds,
+            matrices={unit: total / sums.count for unit, total in sums.matrices.items()},
+            errors={unit: total / sums.count for unit, total in sums.errors.items()},
+            trajectories=sums.count,
+        )
+
+
+@dataclass
+class _Sums:
+    """Features of the current run, and sums over those before."""
+
+    model: str = ""
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    scheduler: str | None = None
+    timesteps: tuple[float, ...] = ()
+    features: dict[str, dict[str, dict[int, list[Tensor]]]] = field(default_factory=dict)  # context, unit, step: calls
+    matrices: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    steps: set[int] = field(default_factory=set)
+    count: int = 0
+
+    def finish(self, metric: Metric) -> None:
+        """Add the run to the sums; contexts that were active in a part of it only are left out."""
+        features, self.features = self.features, {}
+        lengths = {context: len(next(iter(units.values()))) for context, units in features.items()}
+        if not lengths:
+            return
+        longest = max(lengths.values())
+        self.steps.add(longest)
+        if len(self.steps) > 1:
+            return
+        for context, units in features.items():
+            if lengths[context] < longest:
+                continue
+            for unit in self.kinds:
+                if unit not in units:
+                    continue
+                stacked = torch.stack([torch.cat(calls, dim=1) for _, calls in sorted(units[unit].items())], dim=1)
+                for sample in stacked:  # (steps, features)
+                    self.matrices[unit] = self.matrices.get(unit, torch.zeros(())) + similarity(sample, metric)
+                    self.errors[unit] = self.errors.get(unit, 0.0) + block_error(sample)
+            self.count += len(stacked)
+
+
+class _RecordHook(ModelHook):
+    """Look at the output of a unit."""
+
+    def __init__(self, unit: Unit, record: _Record, run: RunTracker, states: ContextStates) -> None:
+        super().__init__()
+        self._unit = unit
+        self._record = record
+        self._run = run
+        self._states = states
+        self._chosen: dict[tuple[int, int], Tensor] = {}  # by call and size
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = self.fn_ref.original_forward(*args, **kwargs)
+        self._look(output, args, kwargs)
+        return output
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _look(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._unit.block is not None:
+            output = self._unit.block.change(output, args, kwargs)
+        parts = output if isinstance(output, tuple | list) else [output]
+        flat = torch.cat([part.flatten(1) for part in parts if part is not None], dim=1)  # (B, elements)
+        context = self._record.shared.features.setdefault(self._states.context.name, {})
+        calls = context.setdefault(self._unit.path, {}).setdefault(self._run.step, [])
+        calls.append(flat.index_select(1, self._choose(len(calls), flat)).float().cpu())
+
+    def _choose(self, call: int, flat: Tensor) -> Tensor:
+        key = call, flat.shape[1]
+        if key not in self._chosen:
+            limit = max(1, self._record.config.max_features // len(flat))
+            generator = torch.Generator().manual_seed(self._record.config.seed)
+            chosen = torch.randperm(flat.shape[1], generator=generator)[:limit].sort().values
+            self._chosen[key] = chosen.to(flat.device)
+        return self._chosen[key]
+
+
+class _FirstRecordHook(_RecordHook):
+    """The hook through which contexts and ends of runs reach the record."""
+
+    _is_stateful = True
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self._run.step == 0:
+            shared, timesteps = self._record.shared, self._run.timesteps
+            if timesteps is not None:
+                shared.scheduler = type(self._run.scheduler).__name__
+                shared.timesteps = tuple(torch.as_tensor(timesteps).tolist()[self._run.start :])
+        return super().new_forward(module, *args, **kwargs)
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self._record.finish()
+        self._run.forget()
+        return module
+
+
+@place.register
+def _record(config: _Record, model: nn.Module, run: RunTracker) -> None:
+    shared = config.shared
+    if shared.model:
+        raise ValueError("A calibration is of one denoiser: give it pipe.transformer or pipe.transformer_2.")
+    units, states = model_units(model, "BACConfig"), ContextStates(BaseState)
+    require_evaluation(config.config, model)
+    shared.model, shared.kinds = type(model).__name__, {unit.path: unit.kind for unit in units}
+    for unit in units:
+        hook = (_FirstRecordHook if unit is units[0] else _RecordHook)(unit, config, run, states)
+        HookRegistry.check_if_exists_or_initialize(unit.module).register_hook(hook, _RECORD_HOOK)
+
+
+class _Plan:
+    """The schedule as the hooks ask for it, checked against each run.
+
+    Args:
+        schedule: Which steps compute which unit.
+        run: Tells the step.
+    """
+
+    def __init__(self, schedule: BACSchedule, run: RunTracker) -> None:
+        self._schedule = schedule
+        self._run = run
+        self._steps = {unit: frozenset(steps) for unit, steps in schedule.units.items()}
+        self._offset = 0
+        self._checked: object = None
+        self._warned = False
+
+    def __call__(self, unit: str) -> bool:
+        if self._checked is not self._run.log:
+            self._check_run()
+            self._checked = self._run.log
+        step = self._run.step + self._offset
+        if step >= self._schedule.num_steps:
+            self._refuse(f"{step + 1} or more")
+        return step in self._steps[unit]
+
+    def _check_run(self) -> None:
+        schedule, run = self._schedule, self._run
+        timesteps = [] if run.timesteps is None else torch.as_tensor(run.timesteps).tolist()
+        self._offset = 0
+        if run.num_steps is not None and run.num_steps != schedule.num_steps:
+            if len(timesteps) != schedule.num_steps:
+                self._refuse(str(run.num_steps))
+            self._offset = run.start  # image-to-image: the end of the schedule's own timesteps
+        elif timesteps:
+            timesteps = timesteps[run.start :]
+        if not timesteps or not schedule.timesteps:
+            return
+        scheduler = type(run.scheduler).__name__
+        largest = max(map(abs, schedule.timesteps))
+        if any(
+            abs(ours - theirs) > _SAME_TIMESTEPS * largest
+            for ours, theirs in zip(timesteps, schedule.timesteps, strict=True)
+        ):
+            raise ValueError(
+                f"The BAC schedule is for other timesteps ({schedule.scheduler}) than those of this run ({scheduler}): "
+                f"calibrate anew with zoo.calibrate_cache."
+            )
+        if scheduler != schedule.scheduler and not self._warned:
+            self._warned = True
+            warnings.warn(f"The BAC schedule was found with {schedule.scheduler}, not {scheduler}.", stacklevel=2)
+
+    def _refuse(self, steps: str) -> None:
+        raise ValueError(
+            f"The BAC schedule is for {self._schedule.num_steps} steps, this run has {steps}: calibrate for it with "
+            f"zoo.calibrate_cache."
+        )
+
+
+@place.register
+def _bac(config: BACConfig, model: nn.Module, run: RunTracker) -> None:
+    config.check()
+    require_evaluation(config, model)
+    if config.schedule is None:
+        raise ValueError(
+            "BACConfig has no schedule: calibrate first, config = zoo.calibrate_cache(pipe, BACConfig(), run=lambda: "
+            "pipe(...)), or give it the file of one."
+        )
+    schedule = config.schedule
+    if not isinstance(schedule, BACSchedule):
+        schedule = BACSchedule.load(Path(schedule))
+    schedule.check()
+    units = model_units(model, "BACConfig")
+    if schedule.model != type(model).__name__ or set(schedule.units) != {unit.path for unit in units}:
+        raise ValueError(
+            f"The BAC schedule is for a {schedule.model} with {len(schedule.units)} units, this is a "
+            f"{type(model).__name__} with {len(units)}."
+        )
+    place_units(units, UnitCache(run, _Plan(schedule, run)))
+
+
+def calibrate_cache(
+    pipe_or_model: DiffusionPipeline | nn.Module,
+    config: BACConfig,
+    run: Callable[[], object],
+    *,
+    guidance: float | None = None,
+) -> BACConfig:
+    """Find the steps at which each part of a model is to be computed.
+
+    Args:
+        pipe_or_model: A pipeline or a denoiser without a cache.
+        config: What to look for.
+        run: Makes one or more whole uncached runs, for example `lambda: pipe("a cat", num_inference_steps=50)`, with
+            the steps, scheduler and guidance of later use.
+        guidance: Scale of classifier-free guidance in `run`, to be noted in the schedule and its file name.
+
+    Returns:
+        The configuration with the schedule, for `zoo.enable_cache`.
+
+    Raises:
+        ValueError: A cache is on; the model is unknown; `run` did not call the denoiser, or its runs differ in steps.
+
+    Example:
+        >>> config = zoo.calibrate_cache(pipe, zoo.BACConfig(updates=10), lambda: pipe(["cat"]))
+        >>> zoo.enable_cache(pipe, config)
+    """
+    return dataclasses.replace(config, schedule=calibrate(pipe_or_model, config, run).plan(config, guidance))

@@ -1,0 +1,226 @@
+"""Named caches with settings from mild to strong: what the command line offers and benchmarks measure."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from diffusers import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers.hooks import MagCacheConfig, SeaCacheConfig, TaylorSeerCacheConfig, TextKVCacheConfig
+
+from zoo.caching.bac import BACConfig, Calibration, calibrate
+from zoo.caching.cg_taylor import CGTaylorConfig
+from zoo.caching.core import cached
+from zoo.caching.taylorseer import TaylorSeerConfig
+from zoo.diffusion.blocks import as_patterns, attention_modules, feed_forward_modules
+
+__all__ = ["PRESETS", "CacheSetting", "Preset", "Subject", "cache_setting", "cache_settings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSetting:
+    """A cache to measure.
+
+    Args:
+        method: Its name, for people.
+        setting: What is set, for people, for example "threshold 0.1".
+        config: As `zoo.enable_cache` takes it.
+    """
+
+    method: str
+    setting: str
+    config: Any
+
+    @property
+    def name(self) -> str:
+        """Method and setting."""
+        return f"{self.method}, {self.setting}"
+
+
+@dataclass(kw_only=True)
+class Subject:
+    """A pipeline that caches are to be chosen for; it is calibrated where one asks for it, once.
+
+    Args:
+        pipe: The pipeline, without a cache.
+        run: Makes one uncached run, with the steps, scheduler and guidance of later use.
+        steps: Of the scheduler in `run`.
+        guidance: Scale of guidance in `run`, to be noted in schedules.
+    """
+
+    pipe: Any
+    run: Callable[[], object] = field(repr=False)
+    steps: int
+    guidance: float | None = None
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """How alike the outputs of the units are at any two steps, for BAC."""
+        return calibrate(self.pipe, BACConfig(), self.run)
+
+    @cached_property
+    def magnitude_ratios(self) -> list[float]:
+        """How the blocks' residual changes from step to step, for MagCache.
+
+        Raises:
+            RuntimeError: diffusers tells them in another way now.
+        """
+        printed = io.StringIO()  # diffusers prints them; there is no other way to them
+        config = MagCacheConfig(calibrate=True, num_inference_steps=self.steps)
+        with cached(self.pipe, config), contextlib.redirect_stdout(printed):
+            self.run()
+        lists = [line for line in printed.getvalue().splitlines() if line.startswith("[") and line.endswith("]")]
+        if not lists:
+            raise RuntimeError("MagCache's calibration gave no ratios: diffusers prints them in another form now.")
+        return [float(ratio) for ratio in ast.literal_eval(lists[-1])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A cache with one knob.
+
+    Args:
+        method: Its name, for people.
+        knob: What is set; empty where nothing is.
+        label: The setting for people, the value as {}.
+        values: Values from mild to strong for so many steps; the second, or the only one, is the default.
+        config: Makes the configuration.
+    """
+
+    method: str
+    knob: str
+    label: str
+    values: Callable[[int], Sequence[float]]
+    config: Callable[[Subject, Any], Any]
+
+    def default(self, steps: int) -> float:
+        """Return the value to take where none is asked for."""
+        values = self.values(steps)
+        return values[min(1, len(values) - 1)]
+
+
+def _bac(subject: Subject, updates: int) -> BACConfig:
+    config = BACConfig(updates=updates)
+    return BACConfig(updates=updates, schedule=subject.calibration.plan(config, subject.guidance))
+
+
+def _diffusers_taylorseer(subject: Subject, interval: int) -> TaylorSeerCacheConfig:
+    model = subject.pipe.transformer
+    return TaylorSeerCacheConfig(
+        cache_interval=interval,
+        max_order=1,
+        cache_identifiers=as_patterns([*attention_modules(model), *feed_forward_modules(model)]),
+        taylor_factors_dtype=model.dtype,
+    )
+
+
+def _mag(subject: Subject, threshold: float) -> MagCacheConfig:
+    ratios = subject.magnitude_ratios
+    return MagCacheConfig(threshold=threshold, num_inference_steps=subject.steps, mag_ratios=list(ratios))
+
+
+def _half(module: Any) -> float:
+    """FasterCache's weight of the attention extrapolation, diffusers' default without its warning."""
+    return 0.5
+
+
+PRESETS: dict[str, Preset] = {
+    "cg-taylor": Preset(
+        method="CG-Taylor",
+        knob="threshold",
+        label="threshold {}, last order 2",  # 7 dB better than order 1 at threshold 0.02 on pixeldit.cifar10
+        values=lambda steps: (0.01, 0.02, 0.03),
+        config=lambda subject, value: CGTaylorConfig(threshold=value, last_order=2),
+    ),
+    "bac": Preset(
+        method="BAC",
+        knob="updates",
+        label="{} updates",
+        values=lambda steps: sorted({max(2, round(steps / each)) for each in (2, 3, 5)}, reverse=True),
+        config=_bac,
+    ),
+    "taylorseer": Preset(
+        method="TaylorSeer",
+        knob="interval",
+        label="every {} steps",
+        values=lambda steps: (2, 3, 5),
+        config=lambda subject, value: TaylorSeerConfig(interval=value),
+    ),
+    "diffusers-taylorseer": Preset(
+        method="TaylorSeer of diffusers",
+        knob="interval",
+        label="every {} steps",
+        values=lambda steps: (2, 3, 5),
+        config=_diffusers_taylorseer,
+    ),
+    "first-block": Preset(
+        method="First Block Cache",
+        knob="threshold",
+        label="threshold {}",
+        values=lambda steps: (0.05, 0.1, 0.2),
+        config=lambda subject, value: FirstBlockCacheConfig(threshold=value),
+    ),
+    "mag": Preset(
+        method="MagCache",
+        knob="threshold",
+        label="threshold {}",
+        values=lambda steps: (0.06, 0.24),
+        config=_mag,
+    ),
+    "pyramid": Preset(
+        method="Pyramid Attention Broadcast",
+        knob="interval",
+        label="every {} steps",
+        values=lambda steps: (2, 4),
+        config=lambda subject, value: PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=value),
+    ),
+    "faster": Preset(
+        method="FasterCache",
+        knob="",
+        label="defaults",
+        values=lambda steps: (0,),
+        config=lambda subject, value: FasterCacheConfig(tensor_format="BCHW", attention_weight_callback=_half),
+    ),
+    "sea": Preset(
+        method="SeaCache",
+        knob="",
+        label="defaults",
+        values=lambda steps: (0,),
+        config=lambda subject, value: SeaCacheConfig(),
+    ),
+    "text-kv": Preset(
+        method="Text KV Cache",
+        knob="",
+        label="defaults",
+        values=lambda steps: (0,),
+        config=lambda subject, value: TextKVCacheConfig(),
+    ),
+}
+
+
+def cache_setting(name: str, subject: Subject, value: float | None = None) -> CacheSetting:
+    """Return a cache by name.
+
+    Args:
+        name: One of `PRESETS`.
+        subject: What it is for.
+        value: Of its knob; None takes the default.
+
+    Raises:
+        ValueError: There is no such preset.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"No cache is called {name!r}; there are {', '.join(PRESETS)}.")
+    preset = PRESETS[name]
+    value = preset.default(subject.steps) if value is None else value
+    return CacheSetting(method=preset.method, setting=preset.label.format(value), config=preset.config(subject, value))
+
+
+def cache_settings(subject: Subject, names: Sequence[str] = tuple(PRESETS)) -> list[CacheSetting]:
+    """Return all settings of the named caches, each cache mild to strong."""
+    return [cache_setting(name, subject, value) for name in names for value in PRESETS[name].values(subject.steps)]

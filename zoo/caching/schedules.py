@@ -1,0 +1,301 @@
+"""Which steps compute which unit: the schedules of Block-wise Adaptive Caching, and where they are kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "BACSchedule",
+    "Kind",
+    "Metric",
+    "adjacent_steps",
+    "anchor_steps",
+    "block_error",
+    "bubbling_union",
+    "similarity",
+    "top_errors",
+    "uniform_steps",
+]
+
+Kind = Literal["attention", "feed_forward"]
+Metric = Literal["cosine", "l1", "mse"]
+
+_VERSION = 1
+
+
+def anchor_steps(
+    matrix: Sequence[Sequence[float]], updates: int, direction: Literal["max", "min"] = "max"
+) -> tuple[int, ...]:
+    """Choose the update steps whose features stand best for the steps between them.
+
+    The adaptive caching scheduler of BAC (https://arxiv.org/abs/2506.13456, section 3.2) as its published code computes
+    it: the best sum over all steps of the likeness to the last update. Dynamic programme, O(updates * steps²). Of equal
+    schedules the one with the earliest last update is taken, then the earliest one before that, and so on.
+
+    Args:
+        matrix: Likeness or distance of the features of step t, column, to those of step a, row; steps x steps.
+        updates: Steps to compute, step 0 among them; more than there are steps means all.
+        direction: "max" for likeness, "min" for distance.
+
+    Raises:
+        ValueError: There is no step, or no update.
+    """
+    steps = len(matrix)
+    updates = _check_counts(steps, updates)
+    sign = 1.0 if direction == "max" else -1.0
+    # gain[a][e]: sum of the steps from a up to, not including, e, when a is the last update
+    gain = []
+    for start, row in enumerate(matrix):
+        sums, total = [0.0] * (steps + 1), 0.0
+        for step in range(start, steps):
+            total += sign * row[step]
+            sums[step + 1] = total
+        gain.append(sums)
+    best = [-math.inf, *gain[0][1:]]  # one update; by the end of its segment
+    starts: list[list[int]] = []
+    for count in range(2, updates + 1):
+        values, froms = [-math.inf] * (steps + 1), [0] * (steps + 1)
+        for end in range(count, steps + 1):
+            for start in range(count - 1, end):
+                value = best[start] + gain[start][end]
+                if value > values[end]:
+                    values[end], froms[end] = value, start
+        best = values
+        starts.append(froms)
+    chosen, end = [], steps
+    for froms in reversed(starts):
+        end = froms[end]
+        chosen.append(end)
+    return (0, *reversed(chosen))
+
+
+def adjacent_steps(likeness: Sequence[float | None], updates: int) -> tuple[int, ...]:
+    """Choose the update steps by the formula printed in the paper: where a feature differs most from the one before.
+
+    It does not see how long a stored feature has been reused; `anchor_steps` does.
+
+    Args:
+        likeness: Of each step's feature to the one of the step before; the first entry is not used.
+        updates: Steps to compute, step 0 among them; more than there are steps means all.
+
+    Raises:
+        ValueError: There is no step, or no update.
+    """
+    steps = len(likeness)
+    updates = _check_counts(steps, updates)
+    values = {step: value for step, value in enumerate(likeness) if step and value is not None}
+    return tuple(sorted([0, *sorted(values, key=lambda step: (values[step], step))[: updates - 1]]))
+
+
+def uniform_steps(steps: int, updates: int) -> tuple[int, ...]:
+    """Spread update steps evenly: the baseline that needs no calibration.
+
+    Raises:
+        ValueError: There is no step, or no update.
+    """
+    updates = _check_counts(steps, updates)
+    return tuple(index * steps // updates for index in range(updates))
+
+
+def _check_counts(steps: int, updates: int) -> int:
+    if steps < 1:
+        raise ValueError(f"A schedule needs at least 1 step, got {steps}.")
+    if updates < 1:
+        raise ValueError(f"updates must be at least 1, since the first step is computed, got {updates}.")
+    return min(updates, steps)
+
+
+def similarity(features: Tensor, metric: Metric = "cosine") -> Tensor:
+    """Compare a unit's features at all steps with each other.
+
+    Args:
+        features: (steps, elements) of one sample.
+        metric: "cosine", larger is more alike; "l1" (mean absolute difference) or "mse", smaller is more alike.
+
+    Returns:
+        (steps, steps). Cosine of two features that are both zero is 1, of one that is zero 0.
+    """
+    features = features.float()
+    if metric == "l1":
+        return torch.cdist(features, features, p=1) / features.shape[1]
+    if metric == "mse":
+        squares = features.square().sum(1)
+        return (squares[:, None] + squares - 2 * features @ features.T).clamp_min(0) / features.shape[1]
+    norms = features.norm(dim=1)
+    zero = norms == 0
+    unit = features / norms.masked_fill(zero, 1)[:, None]
+    result = unit @ unit.T
+    result[zero[:, None] & zero] = 1
+    return result.fill_diagonal_(1)
+
+
+def block_error(features: Tensor) -> float:
+    """Return the mean absolute difference of a unit's features over all pairs of steps (BAC, section 3.3).
+
+    Differs from the paper: a mean over elements, so that units of different sizes can be ranked together.
+
+    Args:
+        features: (steps, elements); 0 is returned for a single step.
+    """
+    if len(features) < 2:
+        return 0.0
+    return float(torch.pdist(features, p=1).mean() / features.shape[1])
+
+
+def top_errors(errors: Mapping[str, float], count: int) -> tuple[str, ...]:
+    """Return the units with the largest errors; of equal ones those that come first."""
+    return tuple(sorted(errors, key=lambda unit: -errors[unit])[:count])
+
+
+def bubbling_union(
+    schedules: Mapping[str, Sequence[int]], kinds: Mapping[str, Kind], selected: Sequence[str]
+) -> dict[str, tuple[int, ...]]:
+    """Let some units also be computed whenever a feed-forward after them is (BAC, section 3.3).
+
+    A feed-forward that is updated on a stale input makes errors worse; so the units that drift most are fresh then.
+
+    Args:
+        schedules: Update steps by unit, in the order in which the units run.
+        kinds: What each unit is.
+        selected: The units that drift most, for example from `top_errors`.
+    """
+    units = list(schedules)
+    result = {}
+    for index, unit in enumerate(units):
+        steps = set(schedules[unit])
+        if unit in selected:
+            for later in units[index + 1 :]:
+                if kinds[later] == "feed_forward":
+                    steps.update(schedules[later])
+        result[unit] = tuple(sorted(steps))
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class BACSchedule:
+    """Which steps compute which unit of a model.
+
+    Args:
+        model: Class of the denoiser.
+        num_steps: Calls of the denoiser in a run, for each context.
+        units: Steps at which each unit is computed, by name, in the order in which the units run.
+        kinds: What each unit is.
+        errors: Mean absolute change of each unit's output between any two steps; empty without calibration.
+        scheduler: Class of the scheduler, None if unknown.
+        timesteps: Of the scheduler, empty if unknown.
+        guidance: Scale of classifier-free guidance in the calibration, None if not said.
+        updates: Steps asked for, a unit, before the union.
+        union: Units that were enlarged by the union.
+        objective: How the steps were chosen.
+    """
+
+    model: str
+    num_steps: int
+    units: dict[str, tuple[int, ...]]
+    kinds: dict[str, Kind]
+    errors: dict[str, float]
+    scheduler: str | None = None
+    timesteps: tuple[float, ...] = ()
+    guidance: float | None = None
+    updates: int
+    union: tuple[str, ...] = ()
+    objective: str = "anchor"
+
+    @property
+    def mean_updates(self) -> float:
+        """Computed steps of a unit, on average."""
+        return sum(len(steps) for steps in self.units.values()) / len(self.units)
+
+    def __str__(self) -> str:
+        return (
+            f"BAC schedule of {self.model} for {self.num_steps} steps: {len(self.units)} units, "
+            f"{self.mean_updates:.1f} of {self.num_steps} steps computed on average"
+        )
+
+    @property
+    def filename(self) -> str:
+        """Name of its file in a model's folder: it says model, scheduler, steps and guidance."""
+        guidance = "any" if self.guidance is None else f"{self.guidance:g}"
+        name = f"bac_{self.model}_{self.scheduler or 'any'}_{self.num_steps}_{guidance}"
+        return re.sub(r"[^\w.-]", "-", name) + ".json"
+
+    def save(self, path: str | Path) -> Path:
+        """Write JSON.
+
+        Args:
+            path: A file, or a folder, for example that of the model, to be named as `filename` says.
+
+        Returns:
+            The file.
+        """
+        path = Path(path)
+        file = path / self.filename if path.is_dir() else path
+        file.write_text(json.dumps({"version": _VERSION, **asdict(self)}) + "\n")
+        return file
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        num_steps: int | None = None,
+        scheduler: str | None = None,
+        guidance: float | None = None,
+    ) -> BACSchedule:
+        """Read what `save` wrote.
+
+        Args:
+            path: The file, or a folder with one or more schedules.
+            num_steps: In a folder: only those of so many steps.
+            scheduler: In a folder: only those of a scheduler of this class.
+            guidance: In a folder: only those of this guidance scale.
+
+        Raises:
+            FileNotFoundError: There is no such file, or none in the folder that fits.
+            ValueError: It is no schedule, or several in the folder fit.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            return cls._read(path)
+        wanted = {"num_steps": num_steps, "scheduler": scheduler, "guidance": guidance}
+        wanted = {key: value for key, value in wanted.items() if value is not None}
+        found = {file.name: cls._read(file) for file in sorted(path.glob("bac_*.json"))}
+        fitting = [each for each in found.values() if all(getattr(each, key) == wanted[key] for key in wanted)]
+        if len(fitting) != 1:
+            said = ", ".join(f"{key}={value}" for key, value in wanted.items()) or "no condition"
+            there = ", ".join(found) or "none"
+            kind = ValueError if fitting else FileNotFoundError
+            raise kind(f"{len(fitting)} BAC schedules in {path} fit ({said}); there are: {there}.")
+        return fitting[0]
+
+    @classmethod
+    def _read(cls, file: Path) -> BACSchedule:
+        try:
+            values = json.loads(file.read_text())
+            if values.pop("version") != _VERSION:
+                raise ValueError("of another version")
+            values["units"] = {unit: tuple(steps) for unit, steps in values["units"].items()}
+            values["timesteps"] = tuple(values["timesteps"])
+            values["union"] = tuple(values["union"])
+            schedule = cls(**values)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{file} is no BAC schedule: {error}") from error
+        schedule.check(str(file))
+        return schedule
+
+    def check(self, name: str = "The schedule") -> None:
+        """Raise ValueError where the schedule contradicts itself."""
+        if not self.units or set(self.units) != set(self.kinds):
+            raise ValueError(f"{name} has no units, or no kind for one of them.")
+        for unit, steps in self.units.items():
+            if not steps or steps[0] != 0 or list(steps) != sorted(set(steps)) or steps[-1] >= self.num_steps:
+                raise ValueError(f"{name}: steps of {unit} must rise from 0 and stay below {self.num_steps}.")
