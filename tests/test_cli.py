@@ -136,7 +136,7 @@ def test_nothing_prints_help(capsys: Captured) -> None:
         (["restore", "x.png", "-o", "out", "--device", "gpu"], "no device 'gpu'"),
         (["generate", "-o", "x.png", "--model", "repavit_tiny"], "not a diffusion pipeline"),
         (["generate", "-o", "x.png", "--count", "0"], "--count must be at least 1"),
-        (["generate", "-o", "x.png", "--threshold", "0.1"], "--threshold belongs to --cache first-block"),
+        (["generate", "-o", "x.png", "--threshold", "0.1"], "--threshold belongs to --cache cg-taylor or first-block"),
         (["export", "cfsr_x2", "--format", "onx"], "Did you mean onnx?"),
         (["verify"], "Give names, or --all."),
         (["publish", "cfsr_x22", "--repo-id", "a/b"], "no card of 'cfsr_x22'"),
@@ -359,7 +359,7 @@ def test_generate_a_grid(capsys: Captured, models: dict[str, str], tmp_path: Pat
     assert "--force" in error_of(capsys, *command, "-o", tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("cache", ["first-block", "taylorseer"])
+@pytest.mark.parametrize("cache", ["cg-taylor", "bac", "taylorseer", "first-block"])
 def test_generate_with_a_cache_says_what_it_saves(
     capsys: Captured, models: dict[str, str], tmp_path: Path, cache: str
 ) -> None:

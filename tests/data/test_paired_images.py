@@ -12,14 +12,16 @@ from PIL import Image
 
 from zoo.data.paired_images import (
     BicubicDownscale,
+    Degradation,
     EvaluationPairs,
     GaussianNoise,
     PairedImages,
+    Phase,
     TrainingPatches,
     find_images,
 )
 from zoo.data.resize import imresize
-from zoo.data.samplers import SeededDataset
+from zoo.data.samplers import PhasedSampler, SeededDataset
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +73,12 @@ def test_noise(folder: Path) -> None:
     blind = TrainingPatches(files, GaussianNoise((0, 50)), 40, patches_per_image=20)
     spread = torch.stack([(s - t).std() * 255 for s, t in (blind[i] for i in range(60))])
     assert float(spread.min()) < 10 < 40 < float(spread.max())
-    first, second = (EvaluationPairs(files, GaussianNoise(25), seed=seed) for seed in (0, 1))
-    assert torch.equal(first[1][0], first[1][0])
-    assert not torch.equal(first[1][0], second[1][0])
-    assert not torch.equal(first[0][0] - first[0][1], first[1][0] - first[1][1])
+    tested = EvaluationPairs(files, GaussianNoise((0, 50), test_sigma=25))
+    for source, target in (tested[0], tested[1]):  # the protocol's noise, the same for each image
+        np.random.seed(0)
+        clean = target.permute(1, 2, 0).numpy().copy()
+        clean += np.random.normal(0, 25 / 255.0, clean.shape)
+        assert np.array_equal(source.permute(1, 2, 0).numpy(), clean)
 
 
 def test_evaluation_pairs(folder: Path) -> None:
@@ -87,6 +91,63 @@ def test_evaluation_pairs(folder: Path) -> None:
             assert torch.equal(a, b)
     gray = EvaluationPairs(clean, BicubicDownscale(2), mode="L")
     assert gray[0][0].shape == (1, 15, 16)
+
+
+class Reach(Degradation):
+    """The mean over rows and columns at most `margin` away: a patch needs its surroundings."""
+
+    random, margin = True, 3
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        padded = np.pad(image / np.float32(255), ((3, 3), (3, 3), (0, 0)), mode="edge")
+        shifts = [padded[dy : dy + image.shape[0], dx : dx + image.shape[1]] for dy in range(7) for dx in range(7)]
+        return np.mean(shifts, axis=0, dtype=np.float32)
+
+
+def test_a_patch_is_degraded_with_its_surroundings(folder: Path) -> None:
+    """Patches of every size are parts of the degraded photo, also where its blur comes from beyond the patch."""
+    files = find_images(folder / "train")[:1]
+    patches, whole = TrainingPatches(files, Reach(), 20), EvaluationPairs(files, Reach())[0][0]
+    windows = whole.unfold(1, 8, 1).unfold(2, 8, 1)
+    for index in range(12):
+        low, high = patches.patch(index, 8)
+        assert (low.shape, high.shape) == ((3, 8, 8), (3, 8, 8))
+        turned = [torch.rot90(image, turns, (1, 2)) for image in (low, low.flip(2)) for turns in range(4)]
+        distances = [(windows - image[:, None, None]).abs().amax((0, 3, 4)).min() for image in turned]
+        assert float(min(distances)) < 1e-5
+
+
+PHASES = [Phase(batches=3, patch_size=8, batch_size=4), Phase(batches=2, patch_size=12, batch_size=2)]
+
+
+def test_phases_make_patches_grow(folder: Path) -> None:
+    """Each phase has its number, size and batch; every patch of the data comes once before one comes again."""
+    data = module(folder, phases=PHASES)
+    loader = data.train_dataloader()
+    assert len(loader) == 5
+    shapes = [tuple(low.shape) for low, _ in loader]
+    assert shapes == [(4, 3, 8, 8)] * 3 + [(2, 3, 12, 12)] * 2
+    keys = [key for batch in loader.sampler for key in batch]
+    assert sorted(key[1] for key in keys[:12]) == list(range(12))
+    assert {key[0] for key in keys[12:]} == {1}
+    loader.sampler.set_epoch(1)  # after the phases the last one goes on
+    assert [tuple(low.shape) for low, _ in loader] == [(2, 3, 12, 12)] * 5
+
+
+def test_phases_start_anywhere_and_split_over_processes(folder: Path) -> None:
+    """A resumed sampler, workers and two processes take the samples that one uninterrupted process takes."""
+    patches = TrainingPatches(find_images(folder / "train"), BicubicDownscale(2), 12, 4)
+    whole = list(PhasedSampler(patches, PHASES, seed=5))
+    for start in range(6):
+        resumed = PhasedSampler(patches, PHASES, seed=5)
+        resumed.start = start
+        assert list(resumed) == whole[start:]
+        assert list(resumed) == whole  # the next epoch is complete
+    halves = [list(PhasedSampler(patches, PHASES, seed=5, rank=rank, world_size=2)) for rank in (0, 1)]
+    together = {key for half in halves for batch in half[:3] for key in batch}
+    assert len(together) == 24
+    alone, helped = (list(module(folder, phases=PHASES, num_workers=workers).train_dataloader()) for workers in (0, 2))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(alone, helped, strict=True))
 
 
 def module(folder: Path, **kwargs: object) -> PairedImages:
@@ -135,3 +196,7 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
         BicubicDownscale(1)
     with pytest.raises(ValueError, match="sigma must be at least 0, a pair in rising order"):
         GaussianNoise((50, 10))
+    with pytest.raises(ValueError, match="test_sigma must be at least 0, got -1"):
+        GaussianNoise(25, test_sigma=-1)
+    with pytest.raises(ValueError, match="batch_size of a phase must be at least 1, got 0"):
+        Phase(batches=1, patch_size=8, batch_size=0)

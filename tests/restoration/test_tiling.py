@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,6 +44,67 @@ class Toy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.sizes.append(tuple(x.shape))
         return F.interpolate(x, scale_factor=self.scale) * self.one
+
+
+class Streamer(Toy):
+    """A toy that takes the whole map or, as asked, strips."""
+
+    def __init__(self, least: int = 1000, faults: int = 0, **contract: object) -> None:
+        super().__init__(bytes_per_pixel=10**6, **contract)
+        self.least, self.faults, self.asked = least, faults, []
+
+    def stream_bytes(self, height: int, width: int) -> int:
+        return self.least
+
+    def stream(self, x: Tensor, *, memory: int | None = None, progress: Callable[[int, int], None]) -> Tensor:
+        self.asked.append(memory)
+        if len(self.asked) <= self.faults:
+            raise torch.OutOfMemoryError("full")
+        progress(1, 2)
+        progress(2, 2)
+        return self(x)
+
+
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_streams_what_does_not_fit_whole(ensemble: bool) -> None:
+    model, x = Streamer(), torch.rand(1, 3, 40, 50)
+    said: list[str] = []
+    calls: list[tuple[int, int]] = []
+    told = dict(inform=said.append, progress=lambda done, count: calls.append((done, count)))
+    found = restore_tensor(model, x, budget="4GB", self_ensemble=ensemble, **told)
+    assert (found - restore_tensor(model, x, self_ensemble=ensemble)).abs().max() < 1e-6
+    assert said == ["whole"]
+    calls.clear()
+    x = torch.randint(0, 256, (1, 3, 90, 80), dtype=torch.uint8)
+    found = restore_tensor(model, x, budget="4GB", levels=255, self_ensemble=ensemble, **told)
+    assert said == ["whole", "streamed, exact"]
+    assert torch.equal(found, F.interpolate(x.float(), scale_factor=2).to(torch.uint8))
+    assert len(set(model.asked)) == 1
+    assert 10**9 < model.asked[0] < 4 * 10**9
+    passes = 8 if ensemble else 1
+    assert calls == [(done, 2 * passes) for done in range(1, 2 * passes + 1)]
+
+
+def test_tiles_where_a_stream_does_not_fit_or_is_not_wanted() -> None:
+    said: list[str] = []
+    model, x = Streamer(least=10**12, receptive_field=4), torch.rand(1, 3, 90, 80)
+    restore_tensor(model, x, budget="4GB", inform=said.append)
+    model.least = 1000
+    restore_tensor(model, x, budget="4GB", tile=60, inform=said.append)
+    restore_tensor(model, x, budget="4GB", tile=60, overlap=2, inform=said.append)
+    assert [words.partition(" tiles, ")[2] for words in said] == ["exact", "exact", "blended"]
+    assert not model.asked
+
+
+def test_a_stream_without_memory_gets_less(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Streamer(faults=2), torch.rand(1, 3, 90, 80)
+    with caplog.at_level(logging.WARNING):
+        restore_tensor(model, x, budget="4GB")
+    first, second, third = model.asked
+    assert (second, third) == (first // 2, first // 4)
+    assert "Out of memory with a stream of" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):
+        restore_tensor(Streamer(least=10**9, faults=9), x, budget="4GB")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 90), (33, 67), (67, 33), (100, 131)])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from image_sets import photo_folder
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -18,7 +20,7 @@ import zoo  # noqa: F401  registers the models
 from zoo.data.paired_images import BicubicDownscale, Degradation, GaussianNoise, PairedImages
 from zoo.metrics import psnr
 from zoo.tasks.optim import OptimConfig
-from zoo.tasks.restoration import Restoration, initialize
+from zoo.tasks.restoration import Restoration, fft_loss, initialize
 from zoo.weights import CheckpointError, read_checkpoint, sha256_of
 
 TINY = dict(embed_dim=8, depths=(1,), kernel_size=5, layer_scale_init=1.0, interpolation_init=True)
@@ -88,6 +90,76 @@ def test_losses(loss: str) -> None:
     assert task.training_step(batch, 0).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_fft_loss_is_its_formula() -> None:
+    """Real and imaginary parts of the whole transforms, not normalised, as FFNetSR's recipe has it."""
+    output, target = torch.rand(2, 3, 6, 9), torch.rand(2, 3, 6, 9)
+    expected = [
+        np.abs(part(np.fft.rfft2(output.double())) - part(np.fft.rfft2(target.double()))).mean()
+        for part in (np.real, np.imag)
+    ]
+    assert float(fft_loss(output, target)) == pytest.approx(np.mean(expected), rel=1e-5)
+    assert float(fft_loss(output + 1, output)) == pytest.approx(6 * 9 / (6 * 5 * 2), rel=1e-4)  # all in one coefficient
+    task, batch = module(fft_weight=0.02), (torch.rand(2, 3, 8, 8), torch.rand(2, 3, 16, 16))
+    task.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    difference = (task(batch[0]) - batch[1]).detach()
+    total = difference.abs().mean() + 0.02 * fft_loss(difference, torch.zeros(()))
+    assert task.training_step(batch, 0).item() == pytest.approx(total.item(), rel=1e-5)
+
+
+def test_mixup_mixes_pairs_alike() -> None:
+    """Input and truth are mixed with the same share and partner, half of the time, and never in a batch of one."""
+    task = module(mixup=1.2)
+    target = torch.rand(4, 3, 8, 8)
+    changed = 0
+    for _ in range(40):
+        degraded, mixed = task._mix(target / 2, target)
+        assert torch.allclose(degraded, mixed / 2, atol=1e-6)
+        assert torch.allclose(mixed.sum(0), target.sum(0), atol=1e-4)  # a permutation keeps the sum
+        changed += not torch.equal(mixed, target)
+    assert 8 < changed < 32
+    alone = target[:1]
+    assert all(task._mix(alone, alone)[0] is alone for _ in range(8))
+    assert module()._mix(target, target)[0] is target
+
+
+def test_the_protocol_is_that_of_the_task() -> None:
+    assert module().protocol.name == "y-crop"
+    assert module(protocol="dpdd").metrics.keys() == {"psnr", "ssim", "mae"}
+    with pytest.raises(ValueError, match=r"No protocol is called 'psnr'; there are y-crop, rgb"):
+        module(protocol="psnr")
+    with pytest.raises(ValueError, match=r"must not be negative, got 0\.0 and -1"):
+        module(mixup=-1)
+
+
+def rates(folder: Path, root: Path, **options: Any) -> list[float]:
+    """Return the learning rate of each of 12 steps."""
+    seen: list[float] = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    task = module(optim=OptimConfig(weight_decay=0.0, **options))
+    fit(task, data(folder, batch_size=4), root, max_epochs=-1, max_steps=12, callbacks=[Watch()])
+    return seen
+
+
+def test_halved_at_milestones(folder: Path, tmp_path: Path) -> None:
+    """DAT's schedule: the rate of step m is the first halved one, as PyTorch's MultiStepLR has it."""
+    found = rates(folder, tmp_path, lr=2e-4, sched="multistep", milestones=[6, 9, 11], decay_rate=0.5, warmup=0.0)
+    assert found == pytest.approx([2e-4] * 6 + [1e-4] * 3 + [5e-5] * 2 + [2.5e-5])
+    for wrong in (dict(milestones=[3]), dict(sched="multistep"), dict(sched="multistep", milestones=[4, 2])):
+        with pytest.raises(ValueError, match="milestones are rising steps"):
+            OptimConfig(**wrong)
+
+
+def test_held_then_cosine(folder: Path, tmp_path: Path) -> None:
+    """Restormer's schedule: constant, then one cosine over the rest."""
+    found = rates(folder, tmp_path, lr=3e-4, warmup=4 / 12, warmup_lr=3e-4, warmup_prefix=True, min_lr=1e-6)
+    expected = [1e-6 + (3e-4 - 1e-6) * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
+    assert found == pytest.approx([3e-4] * 4 + expected)
+
+
 def test_start_from_another_scale(tmp_path: Path) -> None:
     """All but the upsampler comes from the x2 network; anything else that does not fit stops."""
     first = module()
@@ -128,13 +200,18 @@ def test_denoising_measures_colour(folder: Path, tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.gain * x
 
-    task = module(metric_space="rgb", metric_crop=0)
+    task = module(protocol="rgb")
     task.model = Same()
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         (scores,) = trainer.test(task, data(folder, GaussianNoise(25)), verbose=False)
     assert scores["test/psnr"] == pytest.approx(20.17, abs=0.5)  # 20 log10(255 / 25), a little more where clipped
+    blind = data(folder, GaussianNoise((0, 50), test_sigma=25))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (again,) = trainer.test(task, blind, verbose=False)
+    assert again == scores  # the protocol's noise depends on nothing but its strength
 
 
 def test_bad_choices() -> None:

@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from image_sets import image_folder
+from image_sets import image_folder, photo_folder
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor
 
 import zoo  # noqa: F401  registers the models
 from zoo.data.images import ImageClassification
+from zoo.data.paired_images import BicubicDownscale, PairedImages, Phase
 from zoo.tasks.callbacks import CheckedCheckpointIO, ExactResume
 from zoo.tasks.classification import Classification
 from zoo.tasks.optim import OptimConfig
+from zoo.tasks.restoration import Restoration
 
 Run = tuple[dict[str, Tensor], dict[tuple[int, int], float]]
 
@@ -166,3 +168,45 @@ def test_without_exact_resume_the_run_differs(
     monkeypatch.setattr(ExactResume, "on_load_checkpoint", lambda *args: None)
     resumed = fit(tmp_path, data, resume=folder / "step=6.ckpt")
     assert not all(torch.equal(resumed[0][key], value) for key, value in whole[0].items())
+
+
+class Seen(Callback):
+    """Record the input of every step."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[int, Tensor] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.inputs[trainer.global_step] = batch[0].clone()
+
+
+@pytest.mark.slow
+def test_resume_in_every_phase(tmp_path: Path) -> None:
+    """Progressive patches with mixup: a run that is resumed from any step goes on as the uninterrupted one."""
+    photos = photo_folder(tmp_path / "photos", 3)
+    phases = [Phase(batches=2, patch_size=8, batch_size=4), Phase(batches=2, patch_size=12, batch_size=2)]
+
+    def train(folder: Path, resume: Path | None = None) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+        torch.manual_seed(0 if resume is None else 99)
+        module = Restoration(
+            "cfsr_x2", dict(embed_dim=8, depths=(1,), kernel_size=5), mixup=1.2, optim=OptimConfig(lr=1e-2)
+        )
+        images = PairedImages(str(photos), BicubicDownscale(2), patches_per_image=5, phases=phases)
+        seen = Seen()
+        every_step = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = Trainer(
+                accelerator="cpu", max_steps=6, max_epochs=-1, callbacks=[ExactResume(), seen, every_step],
+                logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+            )  # fmt: skip
+            trainer.fit(module, images, ckpt_path=resume, weights_only=False)
+        return module.state_dict(), seen.inputs
+
+    weights, inputs = train(tmp_path / "whole")
+    assert [tuple(inputs[step].shape) for step in range(6)] == [(4, 3, 8, 8)] * 2 + [(2, 3, 12, 12)] * 4
+    for step in range(1, 6):
+        again, rest = train(tmp_path / f"from{step}", tmp_path / "whole" / f"step={step}.ckpt")
+        assert sorted(rest) == list(range(step, 6))
+        assert all(torch.equal(rest[place], inputs[place]) for place in rest)
+        assert all(torch.equal(again[key], value) for key, value in weights.items())

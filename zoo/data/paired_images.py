@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from lightning import LightningDataModule
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.data.resize import imresize
-from zoo.data.samplers import LateLoader, ResumableSampler, SeededDataset
+from zoo.data.degradations import BicubicDownscale, Degradation, GaussianNoise, Pixels
+from zoo.data.photos import find_images, read_pixels, to_tensor
+from zoo.data.samplers import LateLoader, PatchBatches, Phase, PhasedSampler, ResumableSampler, SeededDataset
 
 __all__ = [
     "BicubicDownscale",
@@ -23,99 +23,10 @@ __all__ = [
     "EvaluationPairs",
     "GaussianNoise",
     "PairedImages",
+    "Phase",
     "TrainingPatches",
     "find_images",
 ]
-
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
-_Array = NDArray[Any]
-
-
-class Degradation:
-    """Turns a clean image into the one that a network restores.
-
-    Attributes:
-        scale: Clean pixels per degraded pixel along each side.
-        random: Each patch is degraded anew; otherwise the whole photo is degraded once.
-    """
-
-    scale: int = 1
-    random: bool = False
-
-    def __call__(self, image: NDArray[np.uint8], rng: np.random.Generator) -> _Array:
-        """Return the degraded version of an (H, W, C) image: uint8, or float32 in units of 1/255."""
-        raise NotImplementedError
-
-
-class BicubicDownscale(Degradation):
-    """Shrink with MATLAB's bicubic `imresize`, bit for bit the low-resolution files of the benchmarks.
-
-    Args:
-        scale: Integer factor.
-
-    Raises:
-        ValueError: `scale` is less than 2.
-    """
-
-    def __init__(self, scale: int = 2) -> None:
-        if scale < 2:
-            raise ValueError(f"scale must be at least 2, got {scale}.")
-        self.scale = scale
-
-    def __call__(self, image: NDArray[np.uint8], rng: np.random.Generator) -> _Array:
-        return imresize(image, 1 / self.scale)
-
-
-class GaussianNoise(Degradation):
-    """Add white Gaussian noise, neither clipped nor rounded.
-
-    Args:
-        sigma: Standard deviation in units of 1/255; a pair draws it uniformly between the two for every patch.
-
-    Raises:
-        ValueError: `sigma` is negative or the pair is not ordered.
-    """
-
-    random = True
-
-    def __init__(self, sigma: float | tuple[float, float] = 25.0) -> None:
-        low, high = sigma if isinstance(sigma, (tuple, list)) else (sigma, sigma)
-        if not 0 <= low <= high:
-            raise ValueError(f"sigma must be at least 0, a pair in rising order, got {sigma}.")
-        self.low, self.high = low, high
-
-    def __call__(self, image: NDArray[np.uint8], rng: np.random.Generator) -> _Array:
-        sigma = rng.uniform(self.low, self.high)
-        return (image + sigma * rng.standard_normal(image.shape)).astype(np.float32)
-
-
-def find_images(folder: str | Path) -> list[Path]:
-    """Return all image files under a folder, sorted by path.
-
-    Raises:
-        FileNotFoundError: There is no such folder, or no image in it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"No folder {folder}.")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
-    if not files:
-        raise FileNotFoundError(f"No image ({', '.join(_IMAGE_SUFFIXES)}) under {folder}.")
-    return files
-
-
-def _read(path: Path, mode: str) -> NDArray[np.uint8]:
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert(mode))
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable image: {error}") from error
-    return pixels if pixels.ndim == 3 else pixels[..., None]
-
-
-def _tensor(pixels: _Array) -> Tensor:
-    """(H, W, C) of 0..255 -> (C, H, W) of [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float().div_(255)
 
 
 class TrainingPatches(Dataset[tuple[Tensor, Tensor]]):
@@ -127,7 +38,7 @@ class TrainingPatches(Dataset[tuple[Tensor, Tensor]]):
     Args:
         files: Clean photos.
         degradation: How the network's input is made.
-        patch_size: Side of the degraded patch, pixels.
+        patch_size: Side of the degraded patch, pixels; the largest one that is asked for.
         patches_per_image: Patches of each photo in an epoch.
         mode: "RGB", or "L" for one channel.
 
@@ -145,15 +56,15 @@ class TrainingPatches(Dataset[tuple[Tensor, Tensor]]):
     ) -> None:
         self.degradation, self.patch_size, self.patches_per_image = degradation, patch_size, patches_per_image
         self.files, self.mode = list(files), mode
-        self._photos: dict[int, tuple[NDArray[np.uint8], _Array | None]] = {}
+        self._photos: dict[int, tuple[NDArray[np.uint8], Pixels | None]] = {}
 
     def __len__(self) -> int:
         return len(self.files) * self.patches_per_image
 
-    def _photo(self, index: int) -> tuple[NDArray[np.uint8], _Array | None]:
+    def _photo(self, index: int) -> tuple[NDArray[np.uint8], Pixels | None]:
         if index not in self._photos:
             scale, least = self.degradation.scale, self.patch_size * self.degradation.scale
-            clean = _read(self.files[index], self.mode)
+            clean = read_pixels(self.files[index], self.mode)
             height, width = clean.shape[0] // scale * scale, clean.shape[1] // scale * scale
             if min(height, width) < least:
                 raise ValueError(
@@ -165,21 +76,35 @@ class TrainingPatches(Dataset[tuple[Tensor, Tensor]]):
         return self._photos[index]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.patch(index, self.patch_size)
+
+    def patch(self, index: int, side: int) -> tuple[Tensor, Tensor]:
+        """Return a degraded patch of `side` x `side` pixels and its clean version."""
         clean, degraded = self._photo(index % len(self.files))
         rng = np.random.default_rng(np.random.randint(0, 2**31, 2))
-        scale, side = self.degradation.scale, self.patch_size
+        scale = self.degradation.scale
         top = int(rng.integers(0, clean.shape[0] // scale - side + 1))
         left = int(rng.integers(0, clean.shape[1] // scale - side + 1))
         target = clean[top * scale : (top + side) * scale, left * scale : (left + side) * scale]
         if degraded is None:
-            source = self.degradation(target, rng)
+            source = self._degrade(clean, top, left, side, rng)
         else:
             source = degraded[top : top + side, left : left + side]
         turns, flip = int(rng.integers(0, 4)), bool(rng.integers(0, 2))
         source, target = np.rot90(source, turns), np.rot90(target, turns)
         if flip:
             source, target = source[:, ::-1], target[:, ::-1]
-        return _tensor(source), _tensor(target)
+        return to_tensor(source), to_tensor(target)
+
+    def _degrade(self, clean: Pixels, top: int, left: int, side: int, rng: np.random.Generator) -> Pixels:
+        """Degrade a patch together with the surroundings that it depends on; place and side in degraded pixels."""
+        scale = self.degradation.scale
+        margin = -(-self.degradation.margin // scale)
+        first = [max(0, place - margin) for place in (top, left)]
+        last = [place + side + margin for place in (top, left)]
+        region = clean[first[0] * scale : last[0] * scale, first[1] * scale : last[1] * scale]
+        source = self.degradation(region, rng)[top - first[0] :, left - first[1] :]
+        return source[:side, :side]
 
 
 class EvaluationPairs(Dataset[tuple[Tensor, Tensor]]):
@@ -190,7 +115,7 @@ class EvaluationPairs(Dataset[tuple[Tensor, Tensor]]):
         degradation: Makes the network's input, and gives the scale.
         degraded_files: The network's input, one a clean image, instead of making it.
         mode: "RGB", or "L" for one channel.
-        seed: Image i gets the noise of generator (seed, i).
+        seed: Image i is degraded with the generator (seed, i); noise is the protocol's own.
 
     Raises:
         ValueError: The two lists differ in length, or a pair in size.
@@ -213,18 +138,18 @@ class EvaluationPairs(Dataset[tuple[Tensor, Tensor]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        clean, scale = _read(self.files[index], self.mode), self.degradation.scale
+        clean, scale = read_pixels(self.files[index], self.mode), self.degradation.scale
         if self.degraded_files is None:
             clean = clean[: clean.shape[0] // scale * scale, : clean.shape[1] // scale * scale]
-            source = self.degradation(clean, np.random.default_rng((self.seed, index)))
+            source = self.degradation.evaluate(clean, np.random.default_rng((self.seed, index)))
         else:
-            source = _read(self.degraded_files[index], self.mode)
+            source = read_pixels(self.degraded_files[index], self.mode)
             clean = clean[: source.shape[0] * scale, : source.shape[1] * scale]
             if clean.shape[:2] != (source.shape[0] * scale, source.shape[1] * scale):
                 raise ValueError(
                     f"{self.degraded_files[index]} times {scale} is larger than {self.files[index]}: not a pair."
                 )
-        return _tensor(source), _tensor(clean)
+        return to_tensor(source), to_tensor(clean)
 
 
 class PairedImages(LightningDataModule):
@@ -241,8 +166,13 @@ class PairedImages(LightningDataModule):
         batch_size: Patches of a step and process.
         num_workers: Loader processes.
         mode: "RGB", or "L" for one channel.
-        seed: Of order, patches and noise.
+        seed: Of order, patches and training noise.
         limit: Use only the first photos of each split.
+        phases: Progressive training, in place of `patch_size` and `batch_size`: patches grow and batches shrink after
+            so many batches. The whole training is then one epoch (set `trainer.max_steps`, and `val_check_interval`
+            with `check_val_every_n_epoch: null`); the last phase goes on for ever. Restormer's first two are
+            `phases: [{batches: 92000, patch_size: 128, batch_size: 64}, {batches: 64000, patch_size: 160,
+            batch_size: 40}]`.
     """
 
     def __init__(
@@ -259,36 +189,40 @@ class PairedImages(LightningDataModule):
         mode: Literal["RGB", "L"] = "RGB",
         seed: int = 0,
         limit: int | None = None,
+        phases: list[Phase] | None = None,
     ) -> None:
         super().__init__()
         self.data_dir, self.degradation = Path(data_dir), degradation
         self.train_folders, self.val_folder, self.val_degraded_folder = train_folders, val_folder, val_degraded_folder
         self.patch_size, self.patches_per_image, self.batch_size = patch_size, patches_per_image, batch_size
         self.num_workers, self.mode, self.seed, self.limit = num_workers, mode, seed, limit
+        self.phases = phases
 
     def _files(self, folder: str) -> list[Path]:
         return find_images(self.data_dir / folder)[: self.limit]
 
     def train_dataloader(self) -> DataLoader[Any]:
         files = [path for folder in self.train_folders or ["."] for path in self._files(folder)]
-        data = TrainingPatches(files, self.degradation, self.patch_size, self.patches_per_image, self.mode)
+        largest = max((phase.patch_size for phase in self.phases or []), default=self.patch_size)
+        data = TrainingPatches(files, self.degradation, largest, self.patches_per_image, self.mode)
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        common: dict[str, Any] = dict(
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+        if self.phases:
+            phased = PhasedSampler(data, self.phases, self.seed, rank, world)
+            return LateLoader(PatchBatches(data, self.seed), batch_size=None, sampler=phased, **common)
         sampler = ResumableSampler(data, self.seed, rank, world)
         if len(sampler) < self.batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is more than the {len(sampler)} patches of a process and epoch: "
                 f"raise patches_per_image."
             )
-        return LateLoader(
-            SeededDataset(data, self.seed),
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            drop_last=True,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        seeded = SeededDataset(data, self.seed)
+        return LateLoader(seeded, batch_size=self.batch_size, sampler=sampler, drop_last=True, **common)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if self.val_folder is None:

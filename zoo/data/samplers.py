@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
-__all__ = ["LateLoader", "ResumableSampler", "SeededDataset"]
+__all__ = ["LateLoader", "PatchBatches", "Phase", "PhasedSampler", "ResumableSampler", "SeededDataset"]
+
+
+@contextmanager
+def _drawing_from(*numbers: int) -> Iterator[None]:
+    """Seed the global generators for a while; the process's own random state comes back afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    draw = np.random.SeedSequence(numbers).generate_state(1)[0]
+    random.seed(int(draw))
+    np.random.seed(draw)
+    torch.default_generator.manual_seed(int(draw))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 class SeededDataset(Dataset[Any]):
@@ -31,18 +50,8 @@ class SeededDataset(Dataset[Any]):
         return len(self.data)
 
     def __getitem__(self, key: tuple[int, ...]) -> Any:
-        index = key[1]
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        draw = np.random.SeedSequence((self.seed, *key)).generate_state(1)[0]
-        random.seed(int(draw))
-        np.random.seed(draw)
-        torch.default_generator.manual_seed(int(draw))
-        try:
-            return self.data[index]
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.set_rng_state(states[2])
+        with _drawing_from(self.seed, *key):
+            return self.data[key[1]]
 
 
 class ResumableSampler(DistributedSampler[Any]):
@@ -75,6 +84,107 @@ class ResumableSampler(DistributedSampler[Any]):
         for place, index in enumerate(own[start:], start):
             repetition = (self.rank + place * self.num_replicas) % self.repeats
             yield (self.epoch, index, repetition) if repetition else (self.epoch, index)
+
+
+@dataclass(kw_only=True)  # not frozen: Lightning's loggers copy hyper-parameters field by field
+class Phase:
+    """A part of a training with patches that grow (Restormer, section 5).
+
+    Args:
+        batches: How long it lasts, in batches of a process: optimizer steps times accumulated batches.
+        patch_size: Side of the degraded patch, pixels.
+        batch_size: Patches of a step and process.
+
+    Raises:
+        ValueError: One of them is less than 1.
+    """
+
+    batches: int
+    patch_size: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("batches", "patch_size", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} of a phase must be at least 1, got {getattr(self, name)}.")
+
+
+class _Patches(Protocol):
+    def patch(self, index: int, side: int) -> tuple[Tensor, Tensor]: ...
+
+
+class PatchBatches(Dataset[Any]):
+    """Whole batches of patches, whose number and size the keys of a `PhasedSampler` give.
+
+    Args:
+        data: Has `patch(index, side)`, which may use the global generators: each patch gets its own random numbers.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, data: _Patches, seed: int) -> None:
+        self.data, self.seed = data, seed
+
+    def __getitem__(self, keys: list[tuple[int, int, int]]) -> Any:
+        pairs = []
+        for turn, index, side in keys:
+            with _drawing_from(self.seed, turn, index):
+                pairs.append(self.data.patch(index, side))
+        return default_collate(pairs)
+
+
+class PhasedSampler(ResumableSampler):
+    """Yield batches of patches that grow from phase to phase, and start where an interrupted run stopped.
+
+    The phases together are one epoch; in later epochs the last phase goes on. Samples are taken from one permutation of
+    the data after another, split over processes, so that a resumed run gets what the uninterrupted one would have got.
+
+    Args:
+        data: The data set; only its length is used.
+        phases: At least one.
+        seed: Seed of the order.
+        rank: Index of this process.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: There is no phase.
+    """
+
+    def __init__(self, data: Any, phases: Sequence[Phase], seed: int, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(data, seed, rank, world_size)
+        if not phases:
+            raise ValueError("phases must have at least one phase.")
+        self.phases = list(phases)
+        self._order: tuple[int, Tensor] | None = None  # the permutation in use
+
+    def __len__(self) -> int:
+        return sum(phase.batches for phase in self.phases)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:  # type: ignore[override]
+        first, self.start = self.epoch * len(self) + self.start, 0
+        for number in range(first, (self.epoch + 1) * len(self)):
+            phase, taken = self._place(number)
+            samples = [taken + self.rank + self.num_replicas * place for place in range(phase.batch_size)]
+            yield [(*self._sample(sample), phase.patch_size) for sample in samples]
+
+    def _place(self, number: int) -> tuple[Phase, int]:
+        """Return the phase of a batch, and how many samples all batches before it take in all processes."""
+        taken = 0
+        for phase in self.phases[:-1]:
+            if number < phase.batches:
+                break
+            number -= phase.batches
+            taken += phase.batches * phase.batch_size
+        else:
+            phase = self.phases[-1]
+        return phase, (taken + number * phase.batch_size) * self.num_replicas
+
+    def _sample(self, number: int) -> tuple[int, int]:
+        """Return (turn through the data, index) of a sample in the endless order."""
+        turn, place = divmod(number, self.size)
+        if self._order is None or self._order[0] != turn:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
+            self._order = turn, torch.randperm(self.size, generator=generator)
+        return turn, int(self._order[1][place])
 
 
 class LateLoader(DataLoader[Any]):

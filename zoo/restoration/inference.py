@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import timm
@@ -42,6 +43,7 @@ def restore(
     dtype: str | torch.dtype | None = None,
     self_ensemble: bool = False,
     progress: Progress | None = None,
+    sigma: float | None = None,
 ) -> Any:
     """Restore a picture of any kind and size.
 
@@ -62,18 +64,19 @@ def restore(
         device: Where to run; None takes a given restorer's place, else CUDA where it is, else the CPU.
         dtype: Precision of the network, for example "bfloat16"; None is float32.
         self_ensemble: Average over eight flips and turns: better by about 0.1 dB, eight times as slow.
-        progress: Called with (tiles done, tiles in all).
+        progress: Called with (parts done, parts in all).
+        sigma: Standard deviation of the noise, of 255: takes the weights trained for it.
 
     Returns:
         A Pillow image, or an array where an array was given.
 
     Raises:
         PictureError: The picture is unreadable, damaged, or of an unknown kind.
-        ValueError: No weights fit, the scale is not the model's, or the budget or tile is too small.
+        ValueError: No weights fit, the scale or the noise is not the model's, or the budget or tile is too small.
         CheckpointError: The weights do not exist, are damaged, or do not fit.
     """
     picture = open_picture(image)
-    restorer = load_restorer(task, scale, model, weights, device=device, dtype=dtype)
+    restorer = load_restorer(task, scale, model, weights, sigma=sigma, device=device, dtype=dtype)
     restored = restore_picture(
         picture,
         restorer,
@@ -95,6 +98,7 @@ def restore_picture(
     overlap: int | None = None,
     self_ensemble: bool = False,
     progress: Progress | None = None,
+    inform: Callable[[str], object] | None = None,
 ) -> Picture:
     """Restore an opened picture, for example from a batch of files with one model; see `restore`.
 
@@ -105,7 +109,8 @@ def restore_picture(
         tile: Side of tiles.
         overlap: Of tiles.
         self_ensemble: Average over eight flips and turns.
-        progress: Called with (tiles done, tiles in all); black ink is not counted.
+        progress: Called with (parts done, parts in all); black ink is not counted.
+        inform: Told in words how the picture is run, see `restore_tensor`.
 
     Raises:
         ValueError: The budget or the tile is too small.
@@ -124,6 +129,7 @@ def restore_picture(
             self_ensemble=self_ensemble,
             levels=levels,
             progress=progress,
+            inform=inform if planes is color else None,
         )
         if levels is None:
             out = out.clamp_(0, 1)
@@ -178,6 +184,7 @@ def load_restorer(
     model: str | nn.Module | None = None,
     weights: str | os.PathLike[str] | None = None,
     *,
+    sigma: float | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> nn.Module:
@@ -187,20 +194,22 @@ def load_restorer(
     precision.
 
     Raises:
-        ValueError: There is no such restorer, nothing shipped fits, or the scale is not the model's.
+        ValueError: There is no such restorer, nothing shipped fits, or the scale or the noise is not the model's.
         CheckpointError: The weights do not exist, are damaged, or do not fit.
     """
     precision = _dtype(dtype)
     if isinstance(model, nn.Module):
         if weights is not None:
             raise ValueError("weights go with the name of a model; a restorer that is given has its own.")
+        if sigma is not None:
+            raise ValueError("sigma chooses weights; a restorer that is given has its own.")
         restorer = model
         parameter = next(model.parameters())
         place = parameter.device if device is None else torch.device(device)
         if (place, precision or parameter.dtype) != (parameter.device, parameter.dtype):
             restorer = copy.deepcopy(model).to(place, precision or parameter.dtype)
     else:
-        restorer = _load(task, scale, model, weights).eval()
+        restorer = _load(task, scale, model, weights, sigma).eval()
         reparameterize(restorer, measure=False)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         restorer = restorer.to(place, precision)
@@ -217,7 +226,9 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     raise ValueError(f'dtype must be a floating-point type such as "float32" or "bfloat16", got {dtype!r}.')
 
 
-def _load(task: str, scale: int | None, name: str | None, weights: str | os.PathLike[str] | None) -> nn.Module:
+def _load(
+    task: str, scale: int | None, name: str | None, weights: str | os.PathLike[str] | None, sigma: float | None
+) -> nn.Module:
     """Build a restorer and load its weights: published ones by name or by task, or those of a file."""
     if name is not None:
         _require_restorer(name)
@@ -225,7 +236,10 @@ def _load(task: str, scale: int | None, name: str | None, weights: str | os.Path
         if weights is not None and f"{architecture}.{weights}" in get_arch_pretrained_cfgs(architecture):
             name, weights = f"{architecture}.{weights}", None
     if weights is None:
-        return timm.create_model(name or _shipped(task, scale), pretrained=True)
+        name = _shipped(task, scale, sigma) if name is None else _for_noise(name, sigma)
+        return timm.create_model(name, pretrained=True)
+    if sigma is not None:
+        raise ValueError(f"sigma chooses published weights; {weights} is one file, trained for its own noise.")
     state_dict = read_checkpoint(Path(weights))
     for family in FAMILIES:
         found = family.detect(state_dict)
@@ -247,7 +261,8 @@ def _require_restorer(name: str) -> None:
     restorers = _restorers()
     if architecture not in restorers:
         if is_model(architecture):
-            raise ValueError(f"{name!r} does not restore images; {', '.join(restorers)} do.")
+            names = ", ".join(f"{family.__name__.rpartition('.')[2]}_*" for family in FAMILIES)
+            raise ValueError(f"{name!r} does not restore images; {names} do, see `zoo list`.")
         raise ValueError(catalog.unknown(name))
     if tag and name not in get_arch_pretrained_cfgs(architecture):
         raise ValueError(catalog.unknown(name))
@@ -257,9 +272,42 @@ def _restorers() -> list[str]:
     return [name for family in FAMILIES for name in family.default_cfgs]
 
 
-def _shipped(task: str, scale: int | None) -> str:
-    """Return NAME.TAG of the shipped weights for a task and scale; of several, the largest network's."""
-    fitting: list[tuple[int, str]] = []
+def _noise_error(cfg: RestorationCfg, sigma: float | None) -> float | None:
+    """Return how badly weights fit a noise, 0 where they were trained for just this; None where they do not fit.
+
+    Where no noise is asked for, weights for a range of noise fit best.
+    """
+    if sigma is None:
+        return 0.0 if isinstance(cfg.sigma, tuple) or cfg.sigma is None else 1.0
+    if cfg.sigma is None:
+        return None
+    low, high = cfg.sigma if isinstance(cfg.sigma, tuple) else (cfg.sigma, cfg.sigma)
+    return high - low if low <= sigma <= high else None
+
+
+def _noise_words(sigma: float | tuple[float, float] | None) -> str:
+    if sigma is None:
+        return "no stated noise"
+    return f"sigma {sigma[0]:g} to {sigma[1]:g}" if isinstance(sigma, tuple) else f"sigma {sigma:g}"
+
+
+def _for_noise(name: str, sigma: float | None) -> str:
+    """Return NAME.TAG of the published weights of a restorer that fit a noise best."""
+    if sigma is None:
+        return name
+    architecture, tag = split_model_name_tag(name)
+    cfgs = cast(dict[str, RestorationCfg], get_arch_pretrained_cfgs(architecture))
+    errors = {full: _noise_error(cfg, sigma) for full, cfg in cfgs.items() if not tag or full == name}
+    fitting = {full: error for full, error in errors.items() if error is not None}
+    if not fitting:
+        known = ", ".join(f"{full} ({_noise_words(cfg.sigma)})" for full, cfg in cfgs.items())
+        raise ValueError(f"{name} has no weights for noise of sigma {sigma:g}; there are {known}.")
+    return min(fitting, key=lambda full: fitting[full])
+
+
+def _shipped(task: str, scale: int | None, sigma: float | None) -> str:
+    """Return NAME.TAG of the shipped weights for a task, scale and noise; of several, the largest network's."""
+    fitting: list[tuple[float, int, str]] = []
     others: list[str] = []
     wanted = scale or (2 if task == "sr" else 1)
     for architecture in _restorers():
@@ -267,12 +315,15 @@ def _shipped(task: str, scale: int | None) -> str:
             file = Path(cfg.file) if cfg.file else None
             if not isinstance(cfg, RestorationCfg) or file is None or not file.is_file():
                 continue
-            if (cfg.task, cfg.scale) == (task, wanted):
-                fitting.append((file.stat().st_size, name))
-            others.append(f"{name} ({cfg.task}, x{cfg.scale})")
+            error = _noise_error(cfg, sigma)
+            if (cfg.task, cfg.scale) == (task, wanted) and error is not None:
+                fitting.append((-error, file.stat().st_size, name))
+            noise = "" if cfg.sigma is None else f", {_noise_words(cfg.sigma)}"
+            others.append(f"{name} ({cfg.task}, x{cfg.scale}{noise})")
     if not fitting:
+        noise = "" if sigma is None else f" and sigma {sigma:g}"
         raise ValueError(
-            f"No weights for the task {task!r} at scale {wanted} are shipped; shipped are "
+            f"No weights for the task {task!r} at scale {wanted}{noise} are shipped; shipped are "
             f"{', '.join(others) or 'none'}. Give a weight file, or the name of a model with published weights."
         )
-    return max(fitting)[1]
+    return max(fitting)[2]

@@ -1,4 +1,4 @@
-"""Run a restorer on a map of any size: padding, tiles within a memory budget, self-ensemble, retries."""
+"""Run a restorer on a map of any size: whole, streamed or in tiles within a budget, self-ensemble, retries."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TilePlan", "parse_bytes", "plan_tiles", "restore_tensor"]
+__all__ = ["StreamPlan", "TilePlan", "parse_bytes", "plan_tiles", "restore_tensor"]
 
 Progress = Callable[[int, int], None]
 
@@ -60,6 +62,17 @@ class TilePlan:
     def count(self) -> int:
         """Number of tiles."""
         return (len(self.rows) - 1) * (len(self.columns) - 1)
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """How a map is streamed through a restorer that has `stream`.
+
+    Args:
+        memory: Most bytes that the stream may hold beside the map and the result.
+    """
+
+    memory: int
 
 
 def plan_tiles(height: int, width: int, overlap: int, max_pixels: int, multiple_of: int = 1) -> TilePlan | None:
@@ -132,26 +145,30 @@ def restore_tensor(
     self_ensemble: bool = False,
     levels: int | None = None,
     progress: Progress | None = None,
+    inform: Callable[[str], object] | None = None,
 ) -> Tensor:
-    """Restore a map of any size, whole or in tiles.
+    """Restore a map of any size: whole where that fits the budget, else streamed, else in tiles.
 
-    Where the overlap covers the receptive field of the network (`model.receptive_field`, in input pixels), tiles are
-    cut without blending and the result equals that of the whole map up to rounding; otherwise tiles are blended across
-    their overlap. A tile that runs out of memory makes all tiles half as large; one that is not finite in half
-    precision is computed again in float32.
+    A restorer with a method `stream` gives the whole map's result from strips within the budget, where the budget is
+    enough for it and no tiles are asked for. Where the overlap covers the receptive field of the network
+    (`model.receptive_field`, in input pixels), tiles are cut without blending and the result equals that of the whole
+    map up to rounding; otherwise tiles are blended across their overlap, and the result differs a little from that of
+    the whole map. What runs out of memory is tried again with half of it; what is not finite in half precision is
+    computed again in float32.
 
     Args:
-        model: Restorer with `scale` and `in_chans`, and if it has them `multiple_of`, `receptive_field` and
-            `bytes_per_pixel` (working memory in bytes per input pixel, float32). It runs where its weights are and in
-            their precision. A one-channel network restores each channel of `x` apart, a three-channel one gets gray
-            maps three times.
+        model: Restorer with `scale` and `in_chans`, and if it has them `multiple_of`, `receptive_field`,
+            `bytes_per_pixel` (working memory in bytes per input pixel, float32), `stream` and `stream_bytes`. It runs
+            where its weights are and in their precision. A one-channel network restores each channel of `x` apart, a
+            three-channel one gets gray maps three times.
         x: (B, C, H, W), floating point in [0, 1], uint8 or uint16; any device.
         budget: Memory that the process may hold in all (CPU), or on the device: bytes, or like "4GB"; None is no limit.
         tile: Side of the tiles with their overlap, in input pixels, instead of a choice by `budget`.
         overlap: Beyond each tile's own part, input pixels; None takes the receptive field, or 32 where it is unknown.
         self_ensemble: Average over the eight flips and turns.
         levels: 255 or 65535 return whole numbers up to that (uint8, int32), which holds less memory; None floats.
-        progress: Called with (tiles done, tiles in all).
+        progress: Called with (parts done, parts in all).
+        inform: Told in words how the map is run: "whole", "streamed, exact", "6 tiles, exact" or "6 tiles, blended".
 
     Returns:
         (B, C, scale * H, scale * W) on the CPU: float32 not clamped, or whole numbers clamped to `levels`.
@@ -161,6 +178,7 @@ def restore_tensor(
             for any tile.
         RuntimeError: The network's output is not finite in float32.
         torch.OutOfMemoryError: Even the smallest tile does not fit.
+        OSError: The temporary files of a stream do not fit the disk.
     """
     if x.ndim != 4 or 0 in x.shape:
         raise ValueError(f"A map is (B, C, H, W) and not empty, got {tuple(x.shape)}.")
@@ -174,25 +192,54 @@ def restore_tensor(
     overlap = math.ceil(overlap / multiple_of) * multiple_of
     exact = reach is not None and overlap >= reach
     device = next(model.parameters()).device
-    plan = _first_plan(model, x, height, width, overlap, tile, budget, multiple_of, device, exact, levels)
+    plan = _first_plan(
+        model, x, height, width, overlap, tile, budget, multiple_of, device, exact, levels, self_ensemble
+    )
     was_training = model.training
     model.eval()
     try:
         while True:
             try:
+                if isinstance(plan, StreamPlan):
+                    if inform is not None:
+                        inform("streamed, exact")
+                    return _run_stream(model, x, plan, self_ensemble, levels, progress)
+                if inform is not None:
+                    tiles = f"{plan.count} tiles, {'exact' if exact else 'blended'}"
+                    inform("whole" if plan.count == 1 else tiles)
                 return _run_plan(model, x, plan, scale, exact, self_ensemble, levels, progress)
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
-                smaller = plan_tiles(height, width, overlap, plan.pixels // 2, multiple_of)
+                smaller = _halved(plan, model, height, width, overlap, multiple_of)
                 if smaller is None:
                     raise
-                _log.warning("Out of memory with %d tiles; trying %d.", plan.count, smaller.count)
+                _log.warning("Out of memory with %s; trying %s.", _words(plan), _words(smaller))
                 plan = smaller
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     finally:
         model.train(was_training)
+
+
+Plan = TilePlan | StreamPlan
+
+
+def _halved(plan: Plan, model: nn.Module, height: int, width: int, overlap: int, multiple_of: int) -> Plan | None:
+    """Return a plan that takes about half the memory, or None."""
+    if isinstance(plan, StreamPlan):
+        return StreamPlan(plan.memory // 2) if plan.memory // 2 >= _least_stream(model, height, width) else None
+    return plan_tiles(height, width, overlap, plan.pixels // 2, multiple_of)
+
+
+def _words(plan: Plan) -> str:
+    return f"a stream of {_megabytes(plan.memory)}" if isinstance(plan, StreamPlan) else f"{plan.count} tiles"
+
+
+def _least_stream(model: nn.Module, height: int, width: int) -> int:
+    """Return the least memory for streaming, in bytes."""
+    least: Any = model.stream_bytes
+    return int(least(height, width))
 
 
 def _first_plan(
@@ -207,8 +254,9 @@ def _first_plan(
     device: torch.device,
     exact: bool,
     levels: int | None,
-) -> TilePlan:
-    """Choose tiles by their side or by the budget."""
+    self_ensemble: bool,
+) -> Plan:
+    """Choose by the side of tiles or by the budget."""
     if tile is not None:
         if tile >= max(height, width):
             return TilePlan((0, height), (0, width), overlap, height * width)
@@ -232,6 +280,12 @@ def _first_plan(
     if int(getattr(model, "in_chans", x.shape[1])) == 1:
         per_pixel *= x.shape[1]
     plan = plan_tiles(height, width, overlap, max(0, allowed - held) // per_pixel, multiple_of)
+    if hasattr(model, "stream") and (plan is None or plan.count > 1):
+        maps = 4 * x.shape[0] * x.shape[1] * height * width  # the image and its result in float32, and sums of them
+        maps *= 1 + (4 if self_ensemble else 2) * int(getattr(model, "scale", 1)) ** 2 + int(self_ensemble)
+        memory = allowed - held - (maps if device.type == "cpu" else 0)
+        if memory >= _least_stream(model, height, width):
+            return StreamPlan(memory)
     if plan is None:
         parts = [(side, _most_parts(side, overlap, multiple_of)) for side in (height, width)]
         smallest = [_tile_length(side, most, overlap, multiple_of) for side, most in parts]
@@ -308,6 +362,31 @@ def _run_plan(
     return _round(out, levels) if blend else out
 
 
+@torch.no_grad()
+def _run_stream(
+    model: nn.Module,
+    x: Tensor,
+    plan: StreamPlan,
+    self_ensemble: bool,
+    levels: int | None,
+    progress: Progress | None,
+) -> Tensor:
+    """Restore strip by strip; the map and the result stay where `x` is."""
+    stream: Any = model.stream
+    passes = 8 if self_ensemble else 1
+    run = 0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal run
+        if progress is not None:
+            progress(run * total + done, passes * total)
+        run += done == total
+
+    pixels = x if x.is_floating_point() else x.float() / torch.iinfo(x.dtype).max
+    call = partial(stream, memory=plan.memory, progress=tell)
+    return _round(_run_tile(model, pixels, self_ensemble, call).cpu(), levels)
+
+
 @dataclass(frozen=True)
 class _Span:
     """One tile along one axis, in input pixels: what it sees, what is kept of it, and where blending ends."""
@@ -371,17 +450,27 @@ def _round(x: Tensor, levels: int | None) -> Tensor:
     return x.clamp(0, 1).mul_(levels).round_().to(_result_type(levels))
 
 
-def _run_tile(model: nn.Module, x: Tensor, self_ensemble: bool) -> Tensor:
-    """Restore one tile, (B, C, H, W) -> float32; again in float32 if the result is not finite."""
+Call = Callable[[Tensor], Tensor]
+
+
+def _run_tile(model: nn.Module, x: Tensor, self_ensemble: bool, call: Call | None = None) -> Tensor:
+    """Restore one tile, (B, C, H, W) -> float32; again in float32 if the result is not finite.
+
+    Args:
+        model: The restorer.
+        x: The tile.
+        self_ensemble: Average over the eight flips and turns.
+        call: Runs the network on a tile where it is; None runs the model on its device.
+    """
     parameter = next(model.parameters())
-    tile = x.to(parameter.device)
-    result = _ensemble(model, tile.to(parameter.dtype), self_ensemble)
+    tile = x.to(parameter.device) if call is None else x
+    result = _ensemble(model, tile.to(parameter.dtype), self_ensemble, call or model)
     if bool(torch.isfinite(result).all()):
         return result
     if parameter.dtype != torch.float32:
         _log.warning("The output in %s is not finite; computing this tile in float32.", parameter.dtype)
         with _as_float32(model):
-            result = _ensemble(model, tile.float(), self_ensemble)
+            result = _ensemble(model, tile.float(), self_ensemble, call or model)
         if bool(torch.isfinite(result).all()):
             return result
     raise RuntimeError(f"The output of {type(model).__name__} is not finite: its weights or its input are broken.")
@@ -402,28 +491,28 @@ def _as_float32(model: nn.Module) -> Iterator[None]:
             tensor.data = data
 
 
-def _ensemble(model: nn.Module, x: Tensor, self_ensemble: bool) -> Tensor:
+def _ensemble(model: nn.Module, x: Tensor, self_ensemble: bool, call: Call) -> Tensor:
     """Run the network once, or average it over the eight symmetries of the square."""
     if not self_ensemble:
-        return _run_channels(model, x).float()
+        return _run_channels(model, x, call).float()
     total: Tensor | None = None
     for turns in range(4):
         for flip in (False, True):
             turned = torch.rot90(x, turns, (2, 3))
-            result = _run_channels(model, turned.flip(3) if flip else turned).float()
+            result = _run_channels(model, turned.flip(3) if flip else turned, call).float()
             result = torch.rot90(result.flip(3) if flip else result, -turns, (2, 3))
-            total = result if total is None else total + result
+            total = result if total is None else total.add_(result)
     assert total is not None  # the loop runs
-    return total / 8
+    return total.div_(8)
 
 
-def _run_channels(model: nn.Module, x: Tensor) -> Tensor:
+def _run_channels(model: nn.Module, x: Tensor, call: Call) -> Tensor:
     """Run the network on a map whose number of channels may not be the network's."""
     wanted, given = int(getattr(model, "in_chans", x.shape[1])), x.shape[1]
     if wanted == given:
-        return model(x)
+        return call(x)
     if wanted == 1:
-        return model(x.flatten(0, 1).unsqueeze(1)).unflatten(0, (x.shape[0], given)).squeeze(2)
-    if given == 1:
-        return model(x.expand(-1, wanted, -1, -1)).mean(1, keepdim=True)
+        return call(x.flatten(0, 1).unsqueeze(1)).unflatten(0, (x.shape[0], given)).squeeze(2)
+    if given == 1 and wanted == 3:
+        return call(x.expand(-1, wanted, -1, -1)).mean(1, keepdim=True)
     raise ValueError(f"{type(model).__name__} restores {wanted} channels, the map has {given}.")

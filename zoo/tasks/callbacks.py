@@ -60,7 +60,7 @@ class ExactResume(Callback):
         epoch_loop = trainer.fit_loop.epoch_loop
         # a checkpoint written after a batch counts this batch as processed, but not yet as completed
         seen = epoch_loop.batch_progress.current.completed + int(epoch_loop.restarted_on_train_batch_end)
-        sampler.start = seen * loader.batch_size if seen < trainer.num_training_batches else 0
+        sampler.start = seen * (loader.batch_size or 1) if seen < trainer.num_training_batches else 0
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.training or trainer.validating:

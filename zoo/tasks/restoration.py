@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from zoo.factory import create_model
-from zoo.metrics import ColorSpace, psnr, ssim
+from zoo.metrics import measure
+from zoo.protocols import ProtocolName, find_protocol, protocol_of_task
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
 from zoo.weights import load_strict, read_checkpoint, save_checkpoint
 
-__all__ = ["Restoration"]
+__all__ = ["Restoration", "fft_loss", "initialize"]
 
 Loss = Literal["l1", "mse", "charbonnier"]
 
@@ -33,13 +34,17 @@ class Restoration(TimmOptimModule):
             scale); everything else must fit.
         optim: Optimizer and schedule.
         loss: "l1", "mse" or "charbonnier" (square root of squared error plus 1e-6), on [0, 1] pixels.
-        metric_space: Colour space of PSNR and SSIM.
-        metric_crop: Border pixels left out of PSNR and SSIM; None takes the scale of the model.
+        fft_weight: Weight of `fft_loss`, added to `loss`; FFNetSR (section 6) has `loss: l1, fft_weight: 0.02`.
+        mixup: Parameter of the Beta distribution from which half of the batches are mixed with themselves in another
+            order; 0 is off. Restormer's denoisers have 1.2 (section 4).
+        protocol: How validation and test measure; see `zoo.protocols`. None takes the customary one of the model's
+            task. The data module makes or reads the degraded images.
         log_images: Number of validation images written to TensorBoard, input beside output beside truth.
         channels_last: Memory format of model and images.
 
     Raises:
         CheckpointError: `init_from` does not fit the model.
+        ValueError: A weight or `mixup` is negative, or there is no such protocol.
     """
 
     def __init__(
@@ -51,13 +56,16 @@ class Restoration(TimmOptimModule):
         init_except: list[str] | None = None,
         optim: OptimConfig = OptimConfig(),  # noqa: B008  frozen
         loss: Loss = "l1",
-        metric_space: ColorSpace = "y",
-        metric_crop: int | None = None,
+        fft_weight: float = 0.0,
+        mixup: float = 0.0,
+        protocol: ProtocolName | None = None,
         log_images: int = 2,
         channels_last: bool = True,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        if fft_weight < 0 or mixup < 0:
+            raise ValueError(f"fft_weight and mixup must not be negative, got {fft_weight} and {mixup}.")
         self.model = create_model(model, pretrained, **(model_args or {})).train()
         if init_from is not None:
             initialize(self.model, init_from, init_except or [])
@@ -65,15 +73,17 @@ class Restoration(TimmOptimModule):
         self.model.to(memory_format=self.memory_format)
         self.optim, self.loss, self.log_images = optim, loss, log_images
         self.scale = int(getattr(self.model, "scale", 1))
-        self.metric_space, self.metric_crop = metric_space, self.scale if metric_crop is None else metric_crop
-        self.metrics = nn.ModuleDict({name: MeanMetric() for name in ("psnr", "ssim")})
+        self.fft_weight, self.mixup = fft_weight, mixup
+        task = str(getattr(self.model, "pretrained_cfg", {}).get("task", "sr"))
+        self.protocol = protocol_of_task(task) if protocol is None else find_protocol(protocol)
+        self.metrics = nn.ModuleDict({name: MeanMetric() for name in self.protocol.metrics})
 
     def forward(self, images: Tensor) -> Tensor:
         """Restore images (B, C, H, W) in [0, 1]; the result is not clamped."""
         return self.model(images.to(memory_format=self.memory_format))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        degraded, target = batch
+        degraded, target = self._mix(*batch)
         output = self(degraded).float()
         if self.loss == "l1":
             loss = F.l1_loss(output, target)
@@ -81,16 +91,23 @@ class Restoration(TimmOptimModule):
             loss = F.mse_loss(output, target)
         else:
             loss = (output - target).square().add(1e-6).sqrt().mean()
+        if self.fft_weight:
+            loss = loss + self.fft_weight * fft_loss(output, target)
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def _mix(self, degraded: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix half of the batches with themselves in another order."""
+        if not self.mixup or degraded.shape[0] == 1 or torch.rand(()) < 0.5:
+            return degraded, target
+        share = float(torch.distributions.Beta(self.mixup, self.mixup).sample())
+        order = torch.randperm(degraded.shape[0]).to(degraded.device)
+        return degraded.lerp(degraded[order], 1 - share), target.lerp(target[order], 1 - share)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], batch_idx: int, stage: str) -> None:
         degraded, target = batch
         output = self(degraded).float()
-        values = {
-            name: measure(output, target, space=self.metric_space, crop=self.metric_crop)
-            for name, measure in (("psnr", psnr), ("ssim", ssim))
-        }
+        values = measure(self.protocol, output, target, self.scale)
         for name, metric in self.metrics.items():
             assert isinstance(metric, MeanMetric)  # for the type checker: a ModuleDict forgets
             metric(values[name].float())
@@ -114,6 +131,18 @@ class Restoration(TimmOptimModule):
     def export_weights(self, path: str | Path, dtype: torch.dtype | None = None) -> str:
         """Write the model's weights as safetensors and return the file's SHA-256 digest."""
         return save_checkpoint(self.model.state_dict(), path, dtype=dtype)
+
+
+def fft_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Return the mean absolute difference of the real and imaginary parts of both images' spectra.
+
+    The two-dimensional real Fourier transform is not normalised, as in FFNetSR (section 6): values grow with the patch.
+
+    Args:
+        output: (B, C, H, W), float32.
+        target: The same shape.
+    """
+    return torch.view_as_real(torch.fft.rfft2(output - target)).abs().mean()
 
 
 def initialize(model: nn.Module, path: str | Path, exceptions: list[str]) -> None:
