@@ -29,6 +29,8 @@ def place(tmp_path: Path) -> Path:
     cat.save(tmp_path / "photo.jpg")
     (tmp_path / "photos").mkdir()
     cat.save(tmp_path / "photos" / "one.png")
+    (tmp_path / "set5").mkdir()
+    cat.save(tmp_path / "set5" / "cat.png")
     parquet_folder(tmp_path / "DIR", size=32)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     shutil.copy(ROOT / "train.py", tmp_path)

@@ -44,12 +44,13 @@ def test_description(name: str) -> None:
         assert isinstance(cfg, ModelCfg), full
         assert cfg.paper_ids, full
         assert cfg.origin_url or cfg.license, full
-        assert cfg.input_size[0] == 3, full
         if isinstance(cfg, RestorationCfg):
+            assert cfg.input_size[0] == timm.create_model(name, device="meta").in_chans, full
             assert cfg.num_classes == 0, full
             assert cfg.scale >= 1, full
             assert cfg.multiple_of >= 1, full
         else:
+            assert cfg.input_size[0] == 3, full
             model = timm.create_model(name, device="meta", **cfg.model_args)
             own = dict(model.named_modules())
             heads = (cfg.classifier,) if isinstance(cfg.classifier, str) else cfg.classifier  # two with distillation

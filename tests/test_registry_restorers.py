@@ -82,7 +82,7 @@ def test_tiles_equal_the_whole(family: str) -> None:
     tiled = restore_tensor(model, x, tile=tile, overlap=overlap, progress=lambda done, count: counted.append(count))
     assert counted[0] > 1, "the picture was not cut"
     assert tiled.shape == whole.shape
-    assert relative(tiled, whole) < (1e-5 if reach is not None else 0.1)
+    assert relative(tiled, whole) < (1e-5 if reach is not None else 0.15)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,7 +7,18 @@ from typing import Any
 
 from timm.models import PretrainedCfg
 
-__all__ = ["ModelCfg", "RestorationCfg"]
+__all__ = ["CIFAR10", "ModelCfg", "RestorationCfg"]
+
+CIFAR10: dict[str, Any] = dict(
+    num_classes=10,
+    label_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    crop_pct=1.0,
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2470, 0.2435, 0.2616),
+    license="apache-2.0",
+    notes=None,
+)
+"""Fields of the weights that we trained on CIFAR-10."""
 
 
 @dataclass

@@ -18,12 +18,12 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from zoo.cfg import ModelCfg
+from zoo.cfg import CIFAR10, ModelCfg
 from zoo.ffn.reparam import reparameterize
 from zoo.layers.cache_blocking import run_in_parts
 from zoo.layers.conv_norm import ConvNorm, require_eval
 from zoo.layers.frequency_filter import AdaptiveFrequencyFilter
-from zoo.weights import build_model
+from zoo.weights import build_model, shipped
 
 __all__ = ["AFFBlock", "AFFLayer", "AFFNet", "InvertedResidual", "checkpoint_filter_fn", "detect"]
 
@@ -579,7 +579,7 @@ def detect(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
     return name, dict(in_chans=stem[1], num_classes=0 if head is None else head[0], merged="stem.conv.bias" in shapes)
 
 
-def _cfg(folder: str, top1: float, **kwargs: Any) -> ModelCfg:
+def _cfg(**kwargs: Any) -> ModelCfg:
     fields: dict[str, Any] = dict(
         num_classes=1000,
         input_size=(3, 256, 256),
@@ -595,6 +595,13 @@ def _cfg(folder: str, top1: float, **kwargs: Any) -> ModelCfg:
         paper_ids="arXiv:2307.14008",
         paper_name="Adaptive Frequency Filters As Efficient Global Token Mixers",
         parity="Meets the authors' outputs to 2e-15 (relative, float64): logits, stages and the merged form.",
+    )
+    return ModelCfg(**{**fields, **kwargs})
+
+
+def _authors(folder: str, top1: float) -> ModelCfg:
+    """Return the cfg of the authors' weights, which have no address of their own."""
+    return _cfg(
         top1=top1,
         notes=(
             f"The authors' weights are in the shared folder {folder} ; file names are not known here. Download one and"
@@ -602,14 +609,21 @@ def _cfg(folder: str, top1: float, **kwargs: Any) -> ModelCfg:
             "The files do not hold sparsity_threshold: 0 and 0.01 are possible.",
         ),
     )
-    return ModelCfg(**{**fields, **kwargs})
 
 
 default_cfgs = generate_default_cfgs(
     {
-        "affnet_et.in1k": _cfg("https://1drv.ms/f/s!AjKVODXuNei2gRohpLEiih31-T24?e=KSOEZ5", 73.0),
-        "affnet_t.in1k": _cfg("https://1drv.ms/f/s!AjKVODXuNei2gR3bxUACGV1s-NCt?e=WrEVTC", 77.0),
-        "affnet.in1k": _cfg("https://1drv.ms/f/s!AjKVODXuNei2gRckRc6eJ4kB8dW3?e=7comla", 79.8),
+        "affnet_et.cifar10": _cfg(
+            **CIFAR10,
+            file=shipped("affnet_et.cifar10"),
+            input_size=(3, 64, 64),
+            pool_size=(4, 4),
+            model_args=dict(output_stride=16),
+        ),
+        # a star makes a tag the default; it must come after a tag that has weights, or timm moves that one to the front
+        "affnet_et.in1k*": _authors("https://1drv.ms/f/s!AjKVODXuNei2gRohpLEiih31-T24?e=KSOEZ5", 73.0),
+        "affnet_t.in1k": _authors("https://1drv.ms/f/s!AjKVODXuNei2gR3bxUACGV1s-NCt?e=WrEVTC", 77.0),
+        "affnet.in1k": _authors("https://1drv.ms/f/s!AjKVODXuNei2gRckRc6eJ4kB8dW3?e=7comla", 79.8),
     }
 )
 

@@ -23,11 +23,11 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from zoo.cfg import ModelCfg
+from zoo.cfg import CIFAR10, ModelCfg
 from zoo.ffn.reparam import reparameterize
 from zoo.layers.conv_norm import ConvNorm, fold_norm_into_linear, require_eval
 from zoo.layers.window import HybridAttention, Partition, plain_attention
-from zoo.weights import build_model
+from zoo.weights import build_model, shipped
 
 __all__ = [
     "PLAIN",
@@ -546,9 +546,9 @@ _FILES = "https://github.com/zhangzjn/EMOv2/raw/main/resources/Cls/"
 _NO_LICENCE = "The authors' repository states no licence."
 
 
-def _cfg(file: str | None = None, *notes: str, **kwargs: Any) -> ModelCfg:
+def _cfg(name: str | None = None, *notes: str, **kwargs: Any) -> ModelCfg:
     fields: dict[str, Any] = dict(
-        url=_FILES + file if file else "",
+        url=_FILES + name if name else "",
         num_classes=1000,
         input_size=(3, 224, 224),
         pool_size=(7, 7),
@@ -573,6 +573,13 @@ default_cfgs = generate_default_cfgs(
     {
         "emov2_1m.in1k": _cfg("EMOv2_1M_224.pth", top1=72.3),
         "emov2_1m.dist_in1k": _cfg("EMOv2_1M_224_KD.pth", top1=73.5),
+        "emov2_1m.cifar10": _cfg(
+            **CIFAR10,
+            file=shipped("emov2_1m.cifar10"),
+            input_size=(3, 64, 64),
+            pool_size=(2, 2),
+            model_args=dict(window_size=(7, 7, 4, 2)),
+        ),
         "emov2_2m.in1k": _cfg("EMOv2_2M_224.pth", top1=75.8),
         "emov2_2m.dist_in1k": _cfg("EMOv2_2M_224_KD.pth", top1=76.7),
         "emov2_5m.in1k": _cfg("EMOv2_5M_224.pth", top1=79.4),

@@ -26,7 +26,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from zoo.cfg import ModelCfg
+from zoo.cfg import CIFAR10, ModelCfg
 from zoo.layers.ffn import RePaFFN, active_channels, convert_ffn_keys, ffn_facts, idle_ratio_of
 from zoo.weights import build_model, shipped
 
@@ -362,21 +362,14 @@ def _cfg(**kwargs: Any) -> ModelCfg:
     return ModelCfg(**{**fields, **kwargs})
 
 
-_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
 # A star makes a tag the default; it must come after a tag that has weights, or timm moves that one to the front.
 default_cfgs = generate_default_cfgs(
     {
         "repavit_tiny.cifar10": _cfg(
+            **CIFAR10,
             file=shipped("repavit_tiny.cifar10"),
-            num_classes=10,
-            label_names=_CIFAR10,
             input_size=(3, 32, 32),
-            crop_pct=1.0,
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.2470, 0.2435, 0.2616),
             origin_url=None,
-            notes=None,
             model_args=dict(
                 img_size=32,
                 patch_size=4,

@@ -1,5 +1,5 @@
 """Image restorers, one file a family; importing this package registers them with timm."""
 
-from zoo.restoration import cfsr
+from zoo.restoration import cfsr, dat, ffnetsr, restormer
 
-FAMILIES = (cfsr,)  # in the order in which a checkpoint is tried
+FAMILIES = (cfsr, dat, ffnetsr, restormer)  # in the order in which a checkpoint is tried

@@ -5,19 +5,14 @@ from __future__ import annotations
 import errno
 import shutil
 import tempfile
-from collections.abc import Iterator
 from typing import BinaryIO, Self
 
 import torch
 from torch import Tensor
 
+from zoo.layers.strips import strips
+
 __all__ = ["FeatureMap", "Workspace", "strips"]
-
-
-def strips(height: int, rows: int) -> Iterator[tuple[int, int]]:
-    """Yield (first, end) of strips of at most `rows` rows that cover `height` rows."""
-    for first in range(0, height, rows):
-        yield first, min(first + rows, height)
 
 
 class FeatureMap:
@@ -28,14 +23,23 @@ class FeatureMap:
         device: Where strips are returned, and where the map lies if it is in memory.
         dtype: Of the map.
         file: Open temporary file that holds the map; None holds it in memory.
+        channels_first: Strips of n rows are (channels, n, width), as convolutions and matrix products on a CPU like
+            them best; otherwise (n, width, channels).
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype, file: BinaryIO | None = None
+        self,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        dtype: torch.dtype,
+        file: BinaryIO | None = None,
+        channels_first: bool = False,
     ) -> None:
-        self.shape, self.device, self.dtype = shape, device, dtype
+        self.shape, self.device, self.dtype, self.channels_first = shape, device, dtype, channels_first
         self._file = file
-        self._tensor = torch.empty(shape, device=device, dtype=dtype) if file is None else None
+        height, width, channels = shape
+        size = (channels, height, width) if channels_first else shape
+        self._tensor = torch.empty(size, device=device, dtype=dtype) if file is None else None
 
     @property
     def nbytes(self) -> int:
@@ -61,12 +65,14 @@ class FeatureMap:
         """
         self._check(first, end)
         if self._tensor is not None:
-            return self._tensor[first:end]
-        rows = torch.empty((end - first, *self.shape[1:]), dtype=self.dtype)
+            return self._tensor[:, first:end] if self.channels_first else self._tensor[first:end]
+        _, width, channels = self.shape
+        row = (channels, width) if self.channels_first else (width, channels)
+        rows = torch.empty((end - first, *row), dtype=self.dtype)
         file, data = self._open_at(first), _bytes(rows)
         while data:
             data = data[file.readinto(data) :]  # type: ignore[attr-defined]
-        return rows.to(self.device)
+        return (rows.transpose(0, 1) if self.channels_first else rows).to(self.device)
 
     def write(self, first: int, rows: Tensor) -> None:
         """Write (n, width, channels) as the rows from `first` on.
@@ -75,10 +81,13 @@ class FeatureMap:
             IndexError: The rows are not all in the map.
             OSError: The disk is full.
         """
-        self._check(first, first + rows.shape[0])
+        end = first + rows.shape[1 if self.channels_first else 0]
+        self._check(first, end)
         if self._tensor is not None:
-            self._tensor[first : first + rows.shape[0]] = rows
+            self.read(first, end).copy_(rows)
         else:
+            if self.channels_first:
+                rows = rows.transpose(0, 1)
             file, data = self._open_at(first), _bytes(rows.to("cpu", self.dtype).contiguous())
             while data:
                 data = data[file.write(data) :]
@@ -130,8 +139,14 @@ class Workspace:
         """Bytes of the maps that are in memory."""
         return sum(feature_map.nbytes for feature_map in self._maps if feature_map.in_memory)
 
-    def new(self, height: int, width: int, channels: int) -> FeatureMap:
+    def new(self, height: int, width: int, channels: int, *, channels_first: bool = False) -> FeatureMap:
         """Return an empty map, in memory if it still fits there.
+
+        Args:
+            height: Rows.
+            width: Pixels of a row.
+            channels: Channels.
+            channels_first: Layout of its strips, see `FeatureMap`.
 
         Raises:
             OSError: The temporary folder has no room for it.
@@ -149,6 +164,6 @@ class Workspace:
                 )
             file = tempfile.TemporaryFile(prefix="zoo-", buffering=0)  # noqa: SIM115  closed by release()
             file.truncate(size)
-        feature_map = FeatureMap((height, width, channels), self.device, self.dtype, file)
+        feature_map = FeatureMap((height, width, channels), self.device, self.dtype, file, channels_first)
         self._maps.append(feature_map)
         return feature_map

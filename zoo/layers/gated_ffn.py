@@ -1,0 +1,95 @@
+"""Feed-forward network whose two depthwise-convolved halves gate each other (Restormer, Zamir et al., CVPR 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.layers.pixel_norm import PixelNorm
+from zoo.layers.strips import RowWindow, add_product, depthwise_strip, linear_strip
+
+__all__ = ["GatedFFN", "aligned_hidden"]
+
+_CHUNK_BYTES = 2**20  # of the channels that are convolved and gated together
+_ALIGNED = 8  # hidden channels are padded to a multiple: a depthwise convolution of 510 takes twice the time of 512
+
+
+def aligned_hidden(hidden_dim: int) -> int:
+    """Return the number of hidden channels that `GatedFFN.pad_hidden` leaves."""
+    return -(-hidden_dim // _ALIGNED) * _ALIGNED
+
+
+class GatedFFN(nn.Module):
+    """Gated-Dconv feed-forward network (GDFN): gelu(a) * b of two depthwise-convolved halves.
+
+    Args:
+        dim: Channels C.
+        hidden_dim: Channels of each half.
+
+    Shape:
+        (B, H, W, C) -> the same.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, **dd: Any) -> None:
+        super().__init__()
+        self.project_in = nn.Linear(dim, 2 * hidden_dim, bias=False, **dd)
+        self.dwconv = nn.Conv2d(2 * hidden_dim, 2 * hidden_dim, 3, padding=1, groups=2 * hidden_dim, bias=False, **dd)
+        self.project_out = nn.Linear(hidden_dim, dim, bias=False, **dd)
+
+    @property
+    def hidden_dim(self) -> int:
+        """Channels of each half."""
+        return self.project_out.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.dwconv(self.project_in(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).chunk(2, -1)
+        return self.project_out(F.gelu(a) * b)
+
+    def fed_strips(
+        self, norm: PixelNorm, parts: Iterator[Tensor], height: int, width: int, rows: int
+    ) -> Iterator[Tensor]:
+        """Yield strips of a map plus what the network makes of it, one row behind the given strips (C, n, width)."""
+        weight, dtype = self.project_in.weight, self.project_in.weight.dtype
+        window = RowWindow(len(weight), height, rows, width, weight.device, dtype)
+        waiting: Tensor | None = None
+        for strip in parts:
+            linear_strip(weight, self.project_in.bias, norm.strip(strip), window.open(strip.shape[1]))
+            strip = strip if waiting is None else torch.cat([waiting, strip], 1)
+            if window.fresh:
+                yield add_product(strip[:, : window.fresh], self.project_out.weight, self._gate(window.seen))
+            waiting = strip[:, window.fresh :].clone()
+            window.advance()
+
+    def _gate(self, seen: Tensor) -> Tensor:
+        """Return gelu(a) * b of (2 hidden_dim, rows + 2, width), a few channels at a time."""
+        kernel, hidden, (_, rows, width) = self.dwconv.weight, self.hidden_dim, seen.shape
+        out = seen.new_empty(hidden, rows - 2, width)
+        channels = max(_CHUNK_BYTES // (rows * width * seen.element_size()) // 16, 1) * 16
+        for first in range(0, hidden, channels):
+            last = min(first + channels, hidden)
+            a, b = (slice(first + half, last + half) for half in (0, hidden))
+            gate = F.gelu(depthwise_strip(seen[a], kernel[a]))
+            torch.mul(gate, depthwise_strip(seen[b], kernel[b]), out=out[first:last])
+        return out
+
+    def pad_hidden(self) -> bool:
+        """Add hidden channels of zeros up to an aligned number; they change nothing, since gelu(0) * 0 = 0."""
+        hidden, extra = self.hidden_dim, aligned_hidden(self.hidden_dim) - self.hidden_dim
+        if extra == 0:
+            return False
+        for layer in (self.project_in, self.dwconv):
+            halves = layer.weight.unflatten(0, (2, hidden))
+            padded = torch.cat([halves, halves.new_zeros(2, extra, *halves.shape[2:])], 1).flatten(0, 1)
+            layer.weight = nn.Parameter(padded, requires_grad=layer.weight.requires_grad)
+        if self.project_in.bias is not None:
+            bias = F.pad(self.project_in.bias.unflatten(0, (2, hidden)), (0, extra)).flatten()
+            self.project_in.bias = nn.Parameter(bias, requires_grad=self.project_in.weight.requires_grad)
+        last = self.project_out.weight
+        self.project_out.weight = nn.Parameter(F.pad(last, (0, extra)), requires_grad=last.requires_grad)
+        self.project_in.out_features = self.dwconv.in_channels = self.dwconv.out_channels = 2 * (hidden + extra)
+        self.dwconv.groups, self.project_out.in_features = 2 * (hidden + extra), hidden + extra
+        return True

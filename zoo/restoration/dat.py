@@ -1,0 +1,629 @@
+"""DAT: Dual Aggregation Transformer for Image Super-Resolution (Chen et al., ICCV 2023),
+https://arxiv.org/abs/2308.03364. Authors' code: https://github.com/zhengchen1999/DAT (Apache 2.0)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from zoo.cfg import RestorationCfg
+from zoo.layers.dual_aggregation import DualAggregationBlock, SpatialAttention, Strips, plain_dual_aggregation_block
+from zoo.restoration.streaming import FeatureMap, Workspace
+from zoo.weights import build_model
+
+__all__ = ["DAT", "PLAIN", "checkpoint_filter_fn", "detect", "plain_dat"]
+
+_SCALES = (1, 2, 3, 4, 8)
+_RGB_MEAN = (0.4488, 0.4371, 0.4040)
+_FEATURES = 64  # channels of the larger upsampler
+_STRIP = 3 * 2**17  # numbers in a map of the body's channels that is computed at a time on a CPU: 1.5 MB in float32
+_STRIP_CUDA = 2**24
+_FEWEST_PIXELS = 1024
+_TILE_PIXELS = 8192  # of convolutions, whose overlap is computed twice
+
+
+def _residual_conv(dim: int, kind: str, **dd: Any) -> nn.Module:
+    """One 3x3 convolution, or three that are narrow in between."""
+    if kind == "1conv":
+        return nn.Conv2d(dim, dim, 3, padding=1, **dd)
+    return nn.Sequential(
+        nn.Conv2d(dim, dim // 4, 3, padding=1, **dd),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(dim // 4, dim // 4, 1, **dd),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(dim // 4, dim, 3, padding=1, **dd),
+    )
+
+
+class ResidualGroup(nn.Module):
+    """Blocks with spatial and with channel attention in turn, a convolution, and a residual connection around them.
+
+    Args:
+        dim: Channels C.
+        depth: Blocks.
+        kind: Of the convolution, "1conv" or "3conv".
+        shifted: Remainder by 4 of the numbers of the blocks with shifted windows.
+        drop_path: Rates of the blocks.
+        split_size: Of the windows, pixels.
+        block_args: Further arguments of `DualAggregationBlock`.
+
+    Shape:
+        (B, H, W, C) -> (B, H, W, C).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        kind: str,
+        shifted: int,
+        drop_path: list[float],
+        split_size: tuple[int, int],
+        block_args: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.blocks = nn.Sequential(
+            *(
+                DualAggregationBlock(
+                    dim,
+                    split_size=split_size if index % 2 == 0 else None,
+                    shift=index % 4 == shifted,
+                    drop_path=drop_path[index],
+                    **block_args,
+                )
+                for index in range(depth)
+            )
+        )
+        self.conv = _residual_conv(dim, kind, device=block_args["device"], dtype=block_args["dtype"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and self.training:
+            features = checkpoint_seq(self.blocks, x)
+        else:
+            features = self.blocks(x)
+        return x + self.conv(features.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class DAT(nn.Module):
+    """Upscale an image with attention over space and over channels in turn (Chen et al., ICCV 2023, arXiv 2308.03364).
+
+    Maps are channels-last inside; the result is the authors' up to rounding. In inference on a CPU the network runs by
+    strips (`stream`). `reparameterize()` makes the form for inference.
+
+    Args:
+        scale: Integer factor, 1, 2, 3, 4 or 8.
+        in_chans: Channels of input and output.
+        embed_dim: Channels of the body.
+        depths: Blocks of each residual group.
+        num_heads: Heads of each attention, even.
+        split_size: Height and width of the windows of one half of the channels (turned for the other half), pixels.
+        expansion: Hidden channels of the feed-forward networks over `embed_dim`.
+        resi_connection: Convolution at the end of a group, "1conv" or the smaller "3conv".
+        upsampler: "pixelshuffle" or the smaller "pixelshuffledirect".
+        drop_path_rate: Stochastic depth of the last block; the paper trains with 0.1.
+        merged: Build the form that `reparameterize()` leaves, to load weights saved after it.
+        num_classes: Accepted because timm passes it; must be 0.
+
+    Shape:
+        (B, in_chans, H, W) in [0, 1] -> (B, in_chans, scale * H, scale * W), not clamped; any H and W.
+
+    Raises:
+        ValueError: An argument is none of the allowed ones, or `num_classes` is not 0.
+    """
+
+    multiple_of = 1
+    mean: Tensor
+
+    def __init__(
+        self,
+        scale: int = 2,
+        in_chans: int = 3,
+        embed_dim: int = 180,
+        depths: tuple[int, ...] = (6, 6, 6, 6, 6, 6),
+        num_heads: int = 6,
+        split_size: tuple[int, int] = (8, 32),
+        expansion: float = 4.0,
+        resi_connection: str = "1conv",
+        upsampler: str = "pixelshuffle",
+        drop_path_rate: float = 0.0,
+        merged: bool = False,
+        num_classes: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if scale not in _SCALES:
+            raise ValueError(f"scale must be 1, 2, 3, 4 or 8, got {scale}.")
+        if num_heads % 2 or embed_dim % num_heads:
+            raise ValueError(f"num_heads must be even and divide embed_dim, got {num_heads} for {embed_dim} channels.")
+        if max(split_size) % min(split_size) or any(side % 2 for side in split_size):
+            raise ValueError(f"split_size must be two even sides, one a multiple of the other, got {split_size}.")
+        if resi_connection not in ("1conv", "3conv"):
+            raise ValueError(f"resi_connection must be '1conv' or '3conv', got {resi_connection!r}.")
+        if upsampler not in ("pixelshuffle", "pixelshuffledirect"):
+            raise ValueError(f"upsampler must be 'pixelshuffle' or 'pixelshuffledirect', got {upsampler!r}.")
+        if int(embed_dim * expansion) % 2:
+            raise ValueError(f"expansion must give an even number of channels, got {embed_dim} * {expansion}.")
+        if num_classes:
+            raise ValueError(f"DAT restores images and has no classes: num_classes must be 0, got {num_classes}.")
+        dd = {"device": device, "dtype": dtype}
+        self.scale, self.in_chans, self.num_classes, self.embed_dim = scale, in_chans, num_classes, embed_dim
+        self.expansion = expansion
+        mean = torch.tensor(_RGB_MEAN, **dd) if in_chans == 3 else torch.zeros(in_chans, **dd)
+        self.register_buffer("mean", mean.view(1, in_chans, 1, 1), persistent=False)
+        self.conv_first = nn.Conv2d(in_chans, embed_dim, 3, padding=1, **dd)
+        self.before_RG = nn.Sequential(nn.Identity(), nn.LayerNorm(embed_dim, **dd))
+        rates = [drop_path_rate * index / max(1, sum(depths) - 1) for index in range(sum(depths))]
+        block_args = dict(num_heads=num_heads, expansion=expansion, **dd)
+        self.layers = nn.Sequential(
+            *(
+                ResidualGroup(
+                    embed_dim,
+                    depth,
+                    resi_connection,
+                    2 if index % 2 == 0 else 0,
+                    rates[sum(depths[:index]) :],
+                    tuple(split_size),  # type: ignore[arg-type]  # a list in configs
+                    block_args,
+                )
+                for index, depth in enumerate(depths)
+            )
+        )
+        self.norm = nn.LayerNorm(embed_dim, **dd)
+        self.conv_after_body = _residual_conv(embed_dim, resi_connection, **dd)
+        self._body_halo = 1 if resi_connection == "1conv" else 2
+        if upsampler == "pixelshuffle":
+            self.conv_before_upsample: nn.Module = nn.Sequential(
+                nn.Conv2d(embed_dim, _FEATURES, 3, padding=1, **dd), nn.LeakyReLU()
+            )
+            steps = [3] if scale == 3 else [2] * int(math.log2(scale))
+            parts = (
+                part
+                for step in steps
+                for part in (nn.Conv2d(_FEATURES, step**2 * _FEATURES, 3, padding=1, **dd), nn.PixelShuffle(step))
+            )
+            self.upsample = nn.Sequential(*parts)
+            self.conv_last: nn.Module = nn.Conv2d(_FEATURES, in_chans, 3, padding=1, **dd)
+            self._tail_halo, self._tail_width = self._body_halo + 3, 2 * _FEATURES * scale**2
+        else:
+            self.conv_before_upsample = nn.Identity()
+            self.upsample = nn.Sequential(
+                nn.Conv2d(embed_dim, in_chans * scale**2, 3, padding=1, **dd), nn.PixelShuffle(scale)
+            )
+            self.conv_last = nn.Identity()
+            self._tail_halo, self._tail_width = self._body_halo + 1, 2 * in_chans * scale**2
+        if merged:
+            self.eval().reparameterize()
+
+    @property
+    def bytes_per_pixel(self) -> int:
+        """Working memory of the forward pass on a CPU, in bytes per input pixel in float32."""
+        return 4 * (5 * self.embed_dim + 2 * self.in_chans * self.scale**2)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of keeping what they computed."""
+        for group in cast(list[ResidualGroup], list(self.layers)):
+            group.grad_checkpointing = enable
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the features before upsampling: (B, in_chans, H, W) -> (B, embed_dim, H, W)."""
+        shallow = self.conv_first((x - self.mean).contiguous(memory_format=torch.channels_last))
+        deep = self.layers(self.before_RG(shallow.permute(0, 2, 3, 1)))
+        return self.conv_after_body(self.norm(deep).permute(0, 3, 1, 2)) + shallow
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._runs_by_strips(x):
+            return self._stream(x, None, None)
+        return self._upscale(self.forward_features(x))
+
+    def _upscale(self, features: Tensor) -> Tensor:
+        return self.conv_last(self.upsample(self.conv_before_upsample(features))) + self.mean
+
+    def _runs_by_strips(self, x: Tensor) -> bool:
+        """Whether to compute piece by piece: CPU inference, where the pieces stay in the cache."""
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if traced or self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return False
+        return x.device.type == "cpu"
+
+    @torch.no_grad()
+    def stream(
+        self, x: Tensor, *, memory: int | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> Tensor:
+        """Return what `forward` returns in evaluation mode, up to rounding, within a bound of memory.
+
+        Windows are computed a few at a time, and attention between channels sums its products strip by strip; features
+        that do not fit in `memory` lie in temporary files.
+
+        Args:
+            x: (B, in_chans, H, W) in [0, 1].
+            memory: Bytes to hold beside `x` and the result; None is no limit.
+            progress: Called with (blocks done, blocks in all).
+
+        Returns:
+            (B, in_chans, scale * H, scale * W) on the device of `x`.
+
+        Raises:
+            RuntimeError: The model is in training mode.
+            ValueError: `memory` is less than `stream_bytes`.
+        """
+        if self.training:
+            raise RuntimeError("DAT cannot be streamed in training mode: call model.eval() first.")
+        return self._stream(x, memory, progress)
+
+    def stream_bytes(self, height: int, width: int) -> int:
+        """Return the least `memory` with which `stream` restores an image of this size."""
+        return self._strip_bytes(height, width, _FEWEST_PIXELS)
+
+    def _strip_bytes(self, height: int, width: int, pixels: int) -> int:
+        """Return the memory of the widest step that computes about `pixels` at a time."""
+        group = cast(ResidualGroup, self.layers[0])
+        attention = cast(SpatialAttention, group.blocks[0].attn)
+        tall, dim = attention.multiple_of, self.embed_dim
+        wide = width + -width % tall
+        area = min(max(pixels, 2 * width), height * width)
+        mixing = (area + 2 * width) * dim * (10 + 4 * self.expansion)
+        rows = min(max(pixels, tall * wide), (height + -height % tall) * wide)  # of windows
+        windows = rows * 4 * dim + max(pixels, tall * tall) * 12 * dim
+        halo, tile = self._tail_halo, max(pixels, _TILE_PIXELS)
+        convolution = 3 * dim * (tile + 8 * width)
+        rows = max(tile // width, 4 * halo)
+        columns = min(max(tile // rows, 4 * halo), width)
+        tail = rows + 2 * halo
+        tail = tail * width * dim + tail * (columns + 2 * halo) * (3 * dim + 2 * self._tail_width)
+        size = self.norm.weight.element_size()
+        return int(size * max(mixing, windows, convolution, tail)) + 2**20
+
+    def _stream(self, x: Tensor, memory: int | None, progress: Callable[[int, int], None] | None) -> Tensor:
+        batch, _, height, width = x.shape
+        weight = self.norm.weight
+        pixels = max(_FEWEST_PIXELS, (_STRIP if weight.device.type == "cpu" else _STRIP_CUDA) // self.embed_dim)
+        room: int | None = None
+        if memory is not None:
+            while pixels > _FEWEST_PIXELS and 2 * self._strip_bytes(height, width, pixels) > memory:
+                pixels //= 2
+            room = memory - self._strip_bytes(height, width, pixels)
+            if room < 0:
+                raise ValueError(
+                    f"memory must be at least {self.stream_bytes(height, width)} bytes for {width}x{height} pixels, "
+                    f"got {memory}."
+                )
+        out = x.new_empty(batch, self.in_chans, self.scale * height, self.scale * width)
+        steps = batch * (sum(len(cast(ResidualGroup, group).blocks) for group in self.layers) + 1)
+        done = 0
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, steps)
+
+        for image, result in zip(x, out, strict=True):
+            with Workspace(room, weight.device, weight.dtype) as space:
+                strips = Strips(height, width, pixels, partial(space.new, height, width))
+                self._restore(image, result, space, strips, step)
+        return out
+
+    def _restore(self, image: Tensor, out: Tensor, space: Workspace, strips: Strips, step: Callable[[], None]) -> None:
+        """Restore one image (in_chans, H, W) by strips into `out`."""
+        height, width, dim = strips.height, strips.width, self.embed_dim
+        residual, features = space.new(height, width, dim), space.new(height, width, dim)
+        for first, end in strips:
+            shallow = self._shallow(image, first, end, 1)[0].permute(1, 2, 0)
+            residual.write(first, self.before_RG(shallow))
+        for group in cast(list[ResidualGroup], list(self.layers)):
+            source = residual
+            for block in cast(list[DualAggregationBlock], list(group.blocks)):
+                block.run(source, features, strips)
+                source = features
+                step()
+            rows = max(strips.pixels, _TILE_PIXELS) // width + 4
+            for first in range(0, height, rows):
+                convolved = self._convolve(group.conv, source, first, min(first + rows, height))
+                residual.write(first, residual.read(first, first + convolved.shape[0]) + convolved)
+        features.release()
+        self._finish(image, residual, out, strips)
+        step()
+
+    def _shallow(self, image: Tensor, first: int, end: int, halo: int) -> Tensor:
+        """Return rows [first, end) of the first convolution, (1, C, n, W); `halo` rows beyond them are seen."""
+        top, bottom = max(first - halo, 0), min(end + halo, image.shape[1])
+        part = image[None, :, top:bottom].to(self.mean.device, self.mean.dtype) - self.mean
+        part = self.conv_first(part.contiguous(memory_format=torch.channels_last))
+        return part[:, :, first - top : end - top]
+
+    def _convolve(self, conv: nn.Module, source: FeatureMap, first: int, end: int) -> Tensor:
+        """Return rows [first, end) of the convolution that ends a group, (n, W, C)."""
+        top, bottom = max(first - self._body_halo, 0), min(end + self._body_halo, source.shape[0])
+        part = conv(source.read(top, bottom).permute(2, 0, 1)[None])
+        return part[0, :, first - top : end - top].permute(1, 2, 0)
+
+    def _finish(self, image: Tensor, features: FeatureMap, out: Tensor, strips: Strips) -> None:
+        """Run what follows the body, in tiles that overlap: its convolutions are few but its maps are large."""
+        halo, scale, (height, width) = self._tail_halo, self.scale, (strips.height, strips.width)
+        pixels = max(strips.pixels, _TILE_PIXELS)
+        rows = max(pixels // width, 4 * halo)
+        columns = max(pixels // rows, 4 * halo)
+        for first in range(0, height, rows):
+            top, bottom = max(first - halo, 0), min(first + rows + halo, height)
+            strip = features.read(top, bottom)
+            end = min(first + rows, height)
+            for start in range(0, width, columns):
+                left, right = max(start - halo, 0), min(start + columns + halo, width)
+                stop = min(start + columns, width)
+                deep = self.norm(strip[:, left:right]).permute(2, 0, 1)[None]
+                shallow = self._shallow(image[..., left:right], top, bottom, 0)
+                tile = self._upscale(self.conv_after_body(deep) + shallow)[0]
+                kept = tile[
+                    :, scale * (first - top) : scale * (end - top), scale * (start - left) : scale * (stop - left)
+                ]
+                out[:, scale * first : scale * end, scale * start : scale * stop] = kept.to(out.device, out.dtype)
+
+    def reparameterize(self) -> list[str]:
+        """Fold norms and position biases of every block; exact, in place, idempotent.
+
+        Raises:
+            RuntimeError: The model is in training mode.
+        """
+        folded: set[str] = set()
+        for module in list(self.modules()):
+            fold = getattr(module, "reparameterize", None)
+            if module is not self and fold is not None:
+                folded |= set(fold())
+        return sorted(folded)
+
+
+def plain_dat(model: DAT, x: Tensor) -> Tensor:
+    """Run the network as the paper writes it, block by block: oracle of tests and rival in benchmarks.
+
+    Args:
+        model: In evaluation mode, in training or merged form.
+        x: (B, in_chans, H, W).
+
+    Returns:
+        (B, in_chans, scale * H, scale * W).
+    """
+    batch, _, height, width = x.shape
+
+    def as_map(tokens: Tensor) -> Tensor:
+        return tokens.transpose(1, 2).reshape(batch, -1, height, width)
+
+    shallow = model.conv_first(x - model.mean)
+    tokens = model.before_RG(shallow.flatten(2).transpose(1, 2))
+    for group in cast(list[ResidualGroup], list(model.layers)):
+        features = tokens
+        for block in cast(list[DualAggregationBlock], list(group.blocks)):
+            features = plain_dual_aggregation_block(block, features, height, width)
+        tokens = group.conv(as_map(features)).flatten(2).transpose(1, 2) + tokens
+    deep = model.conv_after_body(as_map(model.norm(tokens))) + shallow
+    return model.conv_last(model.upsample(model.conv_before_upsample(deep))) + model.mean
+
+
+PLAIN: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {DAT: plain_dat}
+
+_DERIVED = re.compile(r"\.(relative_position_index|attn_mask_[01])$")
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Drop the authors' tables and masks, which are derived, and keep the shape of the windows that they tell.
+
+    Files without these tables, as some trainers write them, are taken to have the model's windows.
+
+    Raises:
+        ValueError: The weights are for windows of another shape, which no other tensor would show.
+    """
+    out: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        if key.endswith(".rpe_biases"):
+            out[key.removesuffix("rpe_biases") + "window"] = value[-1].round().to(torch.int64) + 1
+        elif not _DERIVED.search(key):
+            out[key] = value
+    own = {key: value for key, value in model.state_dict().items() if key.endswith(".window")}
+    if not any(key.endswith(".window") for key in out) and "before_RG.1.weight" in out:
+        out |= own
+    for key, value in own.items():
+        found = out.get(key, value)
+        if found.shape == value.shape and not (value.is_meta or torch.equal(found.cpu(), value.cpu())):
+            raise ValueError(
+                f"The weights are for windows of {_sides(found)} ({key}), the model has {_sides(value)}: "
+                "build it with that split_size."
+            )
+    return out
+
+
+def _sides(window: Tensor) -> str:
+    return "x".join(str(side) for side in window.tolist())
+
+
+_SIZES: dict[str, dict[str, Any]] = {  # as in the paper's table of variants; the first that fits a file is taken
+    "light": dict(
+        embed_dim=60,
+        depths=(18,),
+        split_size=(8, 32),
+        expansion=2.0,
+        resi_connection="3conv",
+        upsampler="pixelshuffledirect",
+    ),
+    "2": dict(embed_dim=180, depths=(6,) * 6, split_size=(8, 32), expansion=2.0),
+    "s": dict(embed_dim=180, depths=(6,) * 6, split_size=(8, 16), expansion=2.0),
+    "": dict(embed_dim=180, depths=(6,) * 6, split_size=(8, 32), expansion=4.0),
+}
+_COMMON: dict[str, Any] = dict(num_heads=6, resi_connection="1conv", upsampler="pixelshuffle", in_chans=3)
+
+
+def detect(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
+    """Recognise a DAT state dict, the authors' or ours: (registered name, constructor arguments), or None.
+
+    The shape of the windows is in the authors' offset tables; files without them are taken for 8x32 (DAT-2, not DAT-S).
+    """
+    first = state_dict.get("conv_first.weight")
+    temperature = state_dict.get("layers.0.blocks.1.attn.temperature")
+    hidden = state_dict.get("layers.0.blocks.0.ffn.fc1.weight")
+    last = state_dict.get("upsample.0.weight")
+    if first is None or temperature is None or hidden is None or "before_RG.1.weight" not in state_dict:
+        return None
+    blocks = {match[0] for key in state_dict if (match := re.match(r"layers\.\d+\.blocks\.\d+\.", key))}
+    groups = [int(block.split(".")[1]) for block in blocks]
+    dim, in_chans = first.shape[:2]
+    found: dict[str, Any] = dict(
+        embed_dim=dim,
+        depths=tuple(groups.count(group) for group in range(max(groups) + 1)),
+        num_heads=temperature.shape[0],
+        split_size=_split_size(state_dict),
+        expansion=hidden.shape[0] / dim,
+        resi_connection="1conv" if "layers.0.conv.weight" in state_dict else "3conv",
+        upsampler="pixelshuffle" if "conv_last.weight" in state_dict else "pixelshuffledirect",
+        in_chans=in_chans,
+    )
+    if found["upsampler"] == "pixelshuffledirect":
+        scale = 0 if last is None else math.isqrt(last.shape[0] // in_chans)
+    elif last is not None and last.shape[0] == 9 * last.shape[1]:
+        scale = 3
+    else:
+        scale = 2 ** sum(f"upsample.{index}.weight" in state_dict for index in range(0, 8, 2))
+    if scale not in _SCALES:
+        return None
+    fits = [
+        size for size, fixed in _SIZES.items() if all(found[key] == fixed[key] for key in ("embed_dim", "expansion"))
+    ]
+    exact = [size for size in fits if _SIZES[size]["split_size"] == found["split_size"]]
+    size = (exact or fits or [""])[0]
+    known = {**_COMMON, **_SIZES[size]}
+    kwargs = {key: value for key, value in found.items() if known[key] != value}
+    if scale not in (2, 3, 4):
+        kwargs["scale"] = scale
+    if "layers.0.blocks.0.norm1.weight" not in state_dict:
+        kwargs["merged"] = True
+    return "_".join(part for part in ("dat", size, f"x{scale if scale in (2, 3, 4) else 2}") if part), kwargs
+
+
+def _split_size(state_dict: dict[str, Tensor]) -> tuple[int, int]:
+    prefix = "layers.0.blocks.0.attn.attns.0."
+    window = state_dict.get(prefix + "window")
+    offsets = state_dict.get(prefix + "rpe_biases")
+    if window is None and offsets is not None:
+        window = offsets[-1].round() + 1
+    return (8, 32) if window is None else (int(window[0]), int(window[1]))
+
+
+_MIRROR = "https://github.com/OpenModelDB/model-hub/releases/download/dat/"
+_FOLDERS = {  # of the authors, on Google Drive
+    "light": "105JRMN5VJbJ7EMQJdqmhDVMAFCaKYDl8",
+    "s": "1hM0v3fUg5u6GjkI7dduxShyGgGfEwQXO",
+    "2": "1yV9LMhr2tYM_eHEIVY4Jw9X3bWGgorbD",
+    "": "14VG5mw5ie8RrR4jjypeHynXDZYWL8w-r",
+}
+_MIRRORED = {("s", 4): "4x-DAT_S.pth", ("s", 3): "3x-DAT_S.pth", ("", 4): "4x-DAT.pth", ("2", 4): "4x-DAT_2.pth"}
+
+
+def _cfg(size: str, scale: int) -> RestorationCfg:
+    mirrored = _MIRRORED.get((size, scale))
+    file = "_".join(part for part in ("DAT", size if size == "light" else size.upper(), f"x{scale}.pth") if part)
+    return RestorationCfg(
+        task="sr",
+        scale=scale,
+        input_size=(3, 64, 64),
+        min_input_size=(3, 1, 1),
+        interpolation="bicubic",
+        paper_ids="arXiv:2308.03364",
+        paper_name="Dual Aggregation Transformer for Image Super-Resolution",
+        origin_url="https://github.com/zhengchen1999/DAT",
+        license="apache-2.0",
+        url=None if mirrored is None else _MIRROR + mirrored,
+        notes=(f"The authors publish {file} at https://drive.google.com/drive/folders/{_FOLDERS[size]}.",),
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"{'_'.join(part for part in ('dat', size) if part)}_x{scale}.df2k": _cfg(size, scale)
+        for size in _FOLDERS
+        for scale in (2, 3, 4)
+    }
+)
+
+
+def _create_dat(variant: str, size: str, scale: int, pretrained: bool, /, **kwargs: Any) -> DAT:
+    defaults = {**_SIZES[size], "scale": scale}
+    return build_model(DAT, variant, pretrained, filter_fn=checkpoint_filter_fn, defaults=defaults, **kwargs)
+
+
+@register_model
+def dat_light_x2(pretrained: bool = False, **kwargs: Any) -> DAT:
+    """DAT-light x2: 553 290 parameters."""
+    return _create_dat("dat_light_x2", "light", 2, pretrained, **kwargs)
+
+
+@register_model
+def dat_light_x3(pretrained: bool = False, **kwargs: Any) -> DAT:
+    """DAT-light x3: 561 405 parameters."""
+    return _create_dat("dat_light_x3", "light", 3, pretrained, **kwargs)
+
+
+@register_model
+def dat_light_x4(pretrained: bool = False, **kwargs: Any) -> DAT:
+    """DAT-light x4: 572 766 parameters."""
+    return _create_dat("dat_light_x4", "light", 4, pretrained, **kwargs)
+
+
+@register_model
+def dat_s_x2(pretrained: bool = False, **kwargs: Any) -> DAT:
+    """DAT-S x2: 11 064 419 parameters."""
+    return _create_dat("dat_s_x2", "s", 2, pretrained, **kwargs)
+
+
+@register_model
+def dat_s_x3(pretrained: bool = False, **kwargs: Any) -> DAT:
+    """DAT-S x3: 11 249 059 parameters."""
+    return _create_dat("dat_s_x3", "s", 3, pretrained, **kwargs)
+
+
+@register_model
+def dat_s_x4(pretrained: bool = False, **kwargs: Any) -> DAT:
+    """DAT-S x4: 11 212 131 parameters."""
+    return _create_dat("dat_s_x4", "s", 4, pretrained, **kwargs)
+
+
+@register_model
+def dat_2_x2(pretrained: bool = False, **kwargs: Any) -> DAT:
+    """DAT-2 x2: 11 064 419 parameters."""
+    return _create_dat("dat_2_x2", "2", 2, pretrained, **kwargs)
+
+
+@register_model
+def dat_2_x3(pretrained: bool = False, **kwargs: Any) -> DAT:
+    """DAT-2 x3: 11 249 059 parameters."""
+    return _create_dat("dat_2_x3", "2", 3, pretrained, **kwargs)
+
+
+@register_model
+def dat_2_x4(pretrained: bool = False, **kwargs: Any) -> DAT:
+    """DAT-2 x4: 11 212 131 parameters."""
+    return _create_dat("dat_2_x4", "2", 4, pretrained, **kwargs)
+
+
+@register_model
+def dat_x2(pretrained: bool = False, **kwargs: Any) -> DAT:
+    """DAT x2: 14 654 339 parameters."""
+    return _create_dat("dat_x2", "", 2, pretrained, **kwargs)
+
+
+@register_model
+def dat_x3(pretrained: bool = False, **kwargs: Any) -> DAT:
+    """DAT x3: 14 838 979 parameters."""
+    return _create_dat("dat_x3", "", 3, pretrained, **kwargs)
+
+
+@register_model
+def dat_x4(pretrained: bool = False, **kwargs: Any) -> DAT:
+    """DAT x4: 14 802 051 parameters."""
+    return _create_dat("dat_x4", "", 4, pretrained, **kwargs)
