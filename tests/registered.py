@@ -38,7 +38,7 @@ TINY = {
     "efficientvit_msra": Tiny(dict(embed_dim=(32, 48, 64), depth=(1, 1, 2), num_heads=(2, 3, 2)), 64),
     "cfsr": Tiny(dict(embed_dim=16, depths=(1, 1)), 16),
     "dat": Tiny(dict(embed_dim=64, depths=(4, 2), num_heads=4, split_size=(4, 8), expansion=2.0), 16),
-    "ffnetsr": Tiny(dict(dim=16, depth=2), 16),
+    "ffnetsr": Tiny(dict(dim=16, depth=2, norm="BN"), 16),
     "restormer": Tiny(dict(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, mlp_ratio=2.0), 16),
 }
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import zoo  # noqa: F401  registers the models
 from zoo.layers.gated_ffn import GatedFFN
 from zoo.layers.pixel_norm import PixelNorm
-from zoo.restoration import restormer, restormer_strips
+from zoo.restoration import restormer
 from zoo.restoration.restormer import (
     PLAIN,
     Restormer,
@@ -156,9 +156,9 @@ def test_streams_are_the_whole_map(kind: str, size: tuple[int, int], monkeypatch
         least = model.stream_bytes(*size)
         for memory in (None, least, 3 * least, 40 * least):
             assert relative(model.stream(x, memory=memory), whole) < 1e-12
-        for strip_bytes in (1, 20_000):
-            monkeypatch.setattr(restormer_strips, "STRIP_BYTES", strip_bytes)
-            monkeypatch.setattr(restormer, "STRIP_BYTES", strip_bytes)
+        for strip_bytes, rows in ((1, 1), (20_000, 1), (1, 3)):
+            monkeypatch.setattr(restormer, "_STRIP_BYTES", strip_bytes)
+            monkeypatch.setattr(restormer, "_FEWEST_ROWS", rows)
             assert relative(model.stream(x), whole) < 1e-12
 
 
@@ -343,7 +343,10 @@ def test_weight_tags() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"dim": 10, "num_heads": (1, 2, 3, 4)}, "dim must be even, and a multiple of num_heads at each level; got 10, "),
+        (
+            {"dim": 10, "num_heads": (1, 2, 3, 4)},
+            "dim must be even, and a multiple of num_heads at each level; got 10, ",
+        ),
         ({"dim": 7, "num_heads": (1, 1, 1, 1)}, "dim must be even"),
         ({"num_blocks": (1, 2, 3)}, "num_blocks and num_heads must have four numbers"),
         ({"num_blocks": (1, 0, 1, 1)}, "num_blocks and num_refinement_blocks must be at least 1"),

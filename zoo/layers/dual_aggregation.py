@@ -175,12 +175,18 @@ class SpatialAttention(_AdaptiveInteraction):
         height, width, dim = x.shape[1:]
         qkv = self.qkv(x)
         c = self._convolve(qkv[..., 2 * dim :])
-        below, right = -height % self.multiple_of, -width % self.multiple_of
         tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if tracing or below or right:  # in a traced program the size is open
-            qkv = F.pad(qkv, (0, 0, 0, right, 0, below))
+        step = self.multiple_of
+        padded = ((height + step - 1) // step * step, (width + step - 1) // step * step)
+        if tracing or padded != (height, width):  # in a traced program the size is open
+            qkv = F.pad(qkv, (0, 0, 0, padded[1] - width, 0, padded[0] - height))
         qkv = qkv.unflatten(-1, (3, 2, dim // 2))
-        a = torch.cat([attn(qkv[..., i, :]) for i, attn in enumerate(self.attns)], -1)[:, :height, :width]
+        a = torch.cat([attn(qkv[..., i, :]) for i, attn in enumerate(self.attns)], -1)
+        if tracing:
+            a = a.index_select(1, torch.arange(height, device=x.device))
+            a = a.index_select(2, torch.arange(width, device=x.device))
+        else:
+            a = a[:, :height, :width]
         channels = self.channel_interaction(c.permute(0, 3, 1, 2)).sigmoid().permute(0, 2, 3, 1)
         pixels = self.spatial_interaction(a.permute(0, 3, 1, 2)).sigmoid().permute(0, 2, 3, 1)
         return self.proj(a * channels + c * pixels)

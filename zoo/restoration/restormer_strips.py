@@ -15,13 +15,13 @@ from zoo.restoration.streaming import FeatureMap, Workspace
 if TYPE_CHECKING:
     from zoo.restoration.restormer import Restormer, RestormerBlock
 
-__all__ = ["MULTIPLE", "STRIP_BYTES", "StripRun", "aligned", "padding_mode", "strip_rows"]
+__all__ = ["MULTIPLE", "StripRun", "aligned", "padding_mode", "strip_rows"]
 
 MULTIPLE = 8  # of height and width inside the network
-STRIP_BYTES = 8 * 2**20  # of the widest map of a strip
 
 
 def aligned(side: int) -> int:
+    """Return a side of the image inside the network."""
     return -(-side // MULTIPLE) * MULTIPLE
 
 
@@ -54,7 +54,7 @@ class StripRun:
         image: Tensor,
         restored: Tensor,
         workspace: Workspace,
-        strip_bytes: int = STRIP_BYTES,
+        strip_bytes: int,
         *,
         keep_values: bool = False,
         tell: Callable[[int], object] = lambda units: None,
