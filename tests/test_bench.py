@@ -25,6 +25,7 @@ from zoo.bench.caching import (
 )
 from zoo.bench.memory import in_fresh_process, resident_peak
 from zoo.bench.report import columns, dumps, markdown, plot, to_json
+from zoo.bench.restorers import restorers
 from zoo.bench.suites import SUITES, cfsr, repaffn
 from zoo.bench.tiling import tiling
 from zoo.bench.timing import compare, environment, now, require_close, speedup
@@ -332,3 +333,26 @@ def test_wrong_calls(call: list[str], said: str, capsys: pytest.CaptureFixture[s
 
 def test_json_of_nothing() -> None:
     assert to_json([]) == {"schema": 1, "benchmarks": []}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dat_light_x2", "restormer_denoise_color", "ffnetsr_light_x2"])
+def test_restorers_suite(name: str) -> None:
+    """Small networks through the whole path: equal outputs, ratios, peaks, goals."""
+    arguments = {
+        "dat_light_x2": dict(depths=(2,)),
+        "restormer_denoise_color": dict(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1),
+        "ffnetsr_light_x2": dict(dim=16, depth=2),
+    }[name]
+    settings = Settings(batch=1, rounds=1, warmup=0, threads=1)
+    (found,) = restorers(settings, models=[name], size=(32, 40), arguments=arguments)
+    streams = name.startswith("restormer")
+    assert [entry.name for entry in found.entries] == [
+        f"{name} (merged)",
+        "plain formulation",
+        *([f"{name} (streamed)"] if streams else []),
+    ]
+    assert len(found.checks) == 1 + streams
+    assert all(check.value < 1e-3 for check in found.checks)
+    assert all(entry.peak_bytes is not None and entry.peak_bytes >= 0 for entry in found.entries)
+    assert len(found.goals) == {"dat_light_x2": 2, "restormer_denoise_color": 4, "ffnetsr_light_x2": 1}[name]

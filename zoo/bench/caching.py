@@ -212,7 +212,7 @@ def caching(
         )
     return [
         Benchmark(
-            name="cache",
+            name="caching",
             title=f"Caches of diffusion steps on {name}",
             conditions=settings.conditions(
                 scheduler=type(pipe.scheduler).__name__, steps=steps, **{"guidance scale": guidance_scale}

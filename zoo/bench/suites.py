@@ -15,6 +15,7 @@ from zoo.bench.backbones import backbones
 from zoo.bench.caching import caching
 from zoo.bench.models import compare_models
 from zoo.bench.report import Benchmark, Check, Entry, Goal
+from zoo.bench.restorers import restorers
 from zoo.bench.tiling import tiling
 from zoo.bench.timing import Progress, Settings, compare, environment, now, require_close, torch_threads
 from zoo.layers.ffn import PlainRePaFFN, RePaFFN, active_channels
@@ -225,7 +226,8 @@ SUITES = {
     "backbones": Suite(run=backbones),
     "cfsr": Suite(run=cfsr, settings=Settings(batch=1)),
     "tiling": Suite(run=tiling, settings=Settings(batch=1, rounds=1, warmup=0)),
-    "cache": Suite(run=caching, settings=Settings(batch=20, rounds=3, warmup=1)),
+    "restorers": Suite(run=restorers, settings=Settings(batch=1, rounds=3, warmup=0)),
+    "caching": Suite(run=caching, settings=Settings(batch=20, rounds=3, warmup=1)),
 }
 """The benchmarks that `zoo bench NAME` knows."""
 

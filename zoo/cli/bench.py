@@ -27,7 +27,8 @@ SUITES = {
     "backbones": "each merged backbone against its authors' formulation of the hot block, batch 1 and 16",
     "cfsr": "merged CFSR x2 against the plain formulation",
     "tiling": "memory of tiled restoration against its budget",
-    "cache": "every cache of diffusers against fewer steps in the same time",
+    "restorers": "merged and streamed restorers against their authors' formulation, time and memory",
+    "caching": "every cache of diffusers against fewer steps in the same time",
 }
 """Named benchmarks; the same names as `zoo.bench.suites.SUITES`, which costs the import of torch."""
 
@@ -109,8 +110,8 @@ def _targets(args: argparse.Namespace, suites: list[str]) -> list[Path]:
     files = [] if args.plot is None else [args.plot]
     if args.output is not None:
         files += [args.output / f"{name}.{suffix}" for name in suites or ["models"] for suffix in ("json", "md")]
-        if "cache" in suites:
-            files.append(args.output / "cache.png")
+        if "caching" in suites:
+            files.append(args.output / "caching.png")
     return files
 
 
@@ -175,6 +176,6 @@ def _write(args: argparse.Namespace, suites: list[str], benchmarks: list[Benchma
         for suffix, text in texts.items():
             with replacing(args.output / f"{name}.{suffix}", force=args.force) as temporary:
                 temporary.write_text(text, encoding="utf-8")
-        if name == "cache":
-            with replacing(args.output / "cache.png", force=args.force) as temporary:
+        if name == "caching":
+            with replacing(args.output / "caching.png", force=args.force) as temporary:
                 plot(own[0], temporary)
