@@ -58,7 +58,7 @@ def test_facts_are_complete(name: str) -> None:
     assert len(facts["input_size"]) == 3
     if "merged_params" in facts:
         assert facts["merged_params"] < 1.01 * facts["params"]  # channels of zeros may be added, to align the others
-        assert facts["merged_macs"] <= facts["macs"]
+        assert facts["merged_macs"] < 1.01 * facts["macs"]
     for weight in facts["weights"].values():
         assert weight["source"] == "shipped" or "://" in weight["source"] or weight["source"].startswith("hf-hub:")
 
