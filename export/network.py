@@ -195,10 +195,10 @@ def _cfg(model: nn.Module) -> Mapping[str, Any]:
 
 def _any_size(model: nn.Module, kind: Kind) -> bool:
     """True where height and width may be left open."""
-    if kind == "restorer":
-        return True
     if getattr(model, "graph_depends_on_size", False):
         return False
+    if kind == "restorer":
+        return True
     return kind == "classifier" and not _cfg(model).get("fixed_input_size", True)
 
 

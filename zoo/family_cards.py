@@ -23,7 +23,7 @@ _USE = {
 import timm
 import zoo  # registers the models with timm
 
-model = timm.create_model("{name}", pretrained=False, num_classes=10)  # pretrained=True: published weights
+model = timm.create_model("{name}", num_classes=10)  # pretrained=True: published weights
 features = timm.create_model("{name}", features_only=True)
 print(zoo.reparameterize(model.eval()))  # exact, in place""",
     "restoration": """\

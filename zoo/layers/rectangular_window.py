@@ -154,7 +154,8 @@ class DynamicPositionBias(nn.Module):
         require_eval(self)
         if not self.dead:
             self.register_buffer("table", self.offset_table().contiguous())
-        self.pos_proj = self.pos1 = self.pos2 = self.pos3 = nn.Identity()
+        for name in ("pos_proj", "pos1", "pos2", "pos3"):
+            setattr(self, name, nn.Identity())
         return ("dead position bias",) if self.dead else ("position bias",)
 
 
@@ -211,7 +212,8 @@ class WindowAttention(nn.Module):
             qkv = torch.roll(qkv, (-self.shift[0], -self.shift[1]), (1, 2))
         rows, columns = height // tall, width // wide
         shape = (3, batch, rows, columns, self.num_heads, tall * wide, self.head_dim)
-        qkv = qkv.unflatten(-1, (self.num_heads, self.head_dim)).unflatten(2, (columns, wide)).unflatten(1, (rows, tall))
+        qkv = qkv.unflatten(-1, (self.num_heads, self.head_dim))
+        qkv = qkv.unflatten(2, (columns, wide)).unflatten(1, (rows, tall))
         q, k, v = _copy(qkv.permute(5, 0, 1, 3, 6, 2, 4, 7)).view(shape)
         if self.pos.dead and self.training and torch.is_grad_enabled():
             # a gradient of zeros: distributed training and optimizers complain of parameters without one

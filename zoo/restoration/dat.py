@@ -120,6 +120,7 @@ class DAT(nn.Module):
     """
 
     multiple_of = 1
+    graph_depends_on_size = True  # how windows are cut and masked: an exported graph holds for one size
     mean: Tensor
 
     def __init__(

@@ -328,7 +328,7 @@ class Restormer(nn.Module):
         Args:
             x: (B, in_chans, H, W) in [0, 1], on any device; strips of it go to the network's device.
             memory: Most bytes to be held there beside `x` and the result: what does not fit lies in temporary files.
-                None holds all maps in memory, about 560 bytes per pixel at dim 48.
+                None holds all maps in memory, at dim 48 about 700 bytes per pixel.
             progress: Called with (done, all), in units of equal work.
 
         Returns:
