@@ -154,8 +154,8 @@ def _norm(norm: nn.Module | None, x: Tensor) -> Tensor:
 class FFNetSR(nn.Module):
     """Upscale an image with a convolutional mixer (Yun et al., 2024, arXiv 2406.02021).
 
-    A pixel depends on its surroundings only, so tiles that overlap by the receptive field are exact. In inference on a
-    CPU the image passes through the network by strips of rows (`stream`), which needs no overlap.
+    A pixel depends on its surroundings only, so tiles that overlap by the receptive field are exact. `stream` needs no
+    overlap: it passes the image through the network by strips of rows, in bounded memory.
 
     Args:
         scale: Integer factor, 1, 2, 3, 4 or 8; the authors publish 2.
@@ -224,17 +224,8 @@ class FFNetSR(nn.Module):
         return checkpoint_seq(self.body, x) if self.grad_checkpointing and self.training else self.body(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._runs_by_strips(x):
-            return self._stream(x, _PIXELS, None)
         enlarged = x.repeat_interleave(self.scale**2, dim=1)
         return self.shuffle(self.conv_bef_up(self.forward_features(x)) + enlarged)
-
-    def _runs_by_strips(self, x: Tensor) -> bool:
-        """Whether to compute strip by strip: CPU inference, where the strips stay in the cache."""
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if traced or self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-            return False
-        return x.device.type == "cpu"
 
     @torch.no_grad()
     def stream(

@@ -1,0 +1,42 @@
+"""Strict loading of diffusers models."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+from diffusers import ModelMixin
+
+from zoo.weights import CheckpointError
+
+__all__ = ["StrictModelMixin"]
+
+
+class StrictModelMixin(ModelMixin):
+    """A diffusers model whose `from_pretrained` refuses weights that do not fit: diffusers only warns of them."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Any:
+        """Load a folder or Hub repository as diffusers does, but strictly.
+
+        Args:
+            pretrained_model_name_or_path: Folder written by `save_pretrained`, or Hub id.
+            **kwargs: As of `ModelMixin.from_pretrained`.
+
+        Returns:
+            The model in evaluation mode, with `output_loading_info=True` a pair of it and the keys that did not fit.
+
+        Raises:
+            CheckpointError: A key is missing or unexpected, or a value is not finite.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        if not with_info:
+            for kind in ("missing", "unexpected"):
+                if keys := sorted(info[f"{kind}_keys"]):
+                    raise CheckpointError(f"The weights in {pretrained_model_name_or_path} have {kind} keys: {keys}.")
+            if broken := [
+                name for name, value in model.state_dict().items() if not (value.is_meta or value.isfinite().all())
+            ]:
+                raise CheckpointError(f"The weights in {pretrained_model_name_or_path} are not finite in {broken}.")
+        return (model, info) if with_info else model

@@ -1,0 +1,33 @@
+"""Mixtures of experts made from dense models: conversion, routing, losses of distillation.
+
+Dense2MoE (ICCV 2025), https://arxiv.org/abs/2510.09094; MoE++ (ICLR 2025), https://arxiv.org/abs/2410.07348.
+"""
+
+from zoo.moe.blocks import BlockGroup, MixtureOfBlocks, MoBConfig, block_groups, mix_blocks
+from zoo.moe.dense2moe import MoEConfig, MoEReport, activated_parameters, expert_layers, set_top_k
+from zoo.moe.experts import MoEFFN
+from zoo.moe.losses import balance_loss, feature_loss, record_balance
+from zoo.moe.modulation import share_modulation
+from zoo.moe.router import Router
+from zoo.moe.transformers import convert, to_dense
+
+__all__ = [
+    "BlockGroup",
+    "MixtureOfBlocks",
+    "MoBConfig",
+    "MoEConfig",
+    "MoEFFN",
+    "MoEReport",
+    "Router",
+    "activated_parameters",
+    "balance_loss",
+    "block_groups",
+    "convert",
+    "expert_layers",
+    "feature_loss",
+    "mix_blocks",
+    "record_balance",
+    "set_top_k",
+    "share_modulation",
+    "to_dense",
+]

@@ -1,0 +1,211 @@
+"""Dense feed-forward layers, as diffusers, timm and zoo build them, seen as hidden channels that can be regrouped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.activations import GEGLU, GELU, ApproximateGELU, LinearActivation, SwiGLU
+from diffusers.models.attention import FeedForward
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
+from timm.layers import GluMlp, Mlp
+from timm.layers import SwiGLU as TimmSwiGLU
+from torch import Tensor, nn
+
+from zoo.layers.ffn import RePaFFN
+
+__all__ = ["ACTIVATIONS", "Channels", "DenseFFN", "read_ffn"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+}
+"""Name -> activation of a hidden channel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channels:
+    """The weights of hidden channels, or their gradients.
+
+    Args:
+        up: (G, H, D): a row of D values makes hidden channel h of H; G is 1, or 2 in a gated layer: value, then gate.
+        up_bias: (G, H) or None.
+        down: (O, H): column h adds hidden channel h to the O outputs.
+    """
+
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseFFN:
+    """y = down(act(up(x))), or down(value(x) * act(gate(x))), inside a module of some library.
+
+    Args:
+        up: Product that makes the hidden channels, or the values of a gated layer; with `packed`, values and gates.
+        gate: Product that makes the gates where it is a module of its own.
+        down: Product that makes the outputs.
+        activation: Key of `ACTIVATIONS`.
+        packed: Order of the halves of `up` in a gated layer; None: `up` is not packed.
+        first_column: Where the hidden channels start in `down`'s input; attention comes before them in Flux.
+        dropout: Rate at which outputs are dropped in training.
+    """
+
+    up: nn.Linear
+    gate: nn.Linear | None = None
+    down: nn.Linear
+    activation: str
+    packed: Literal["value first", "gate first"] | None = None
+    first_column: int = 0
+    dropout: float = 0.0
+
+    @property
+    def dim(self) -> int:
+        """Inputs."""
+        return self.up.in_features
+
+    @property
+    def out_dim(self) -> int:
+        """Outputs."""
+        return self.down.out_features
+
+    @property
+    def hidden_dim(self) -> int:
+        """Hidden channels."""
+        return self.down.in_features - self.first_column
+
+    @property
+    def gated(self) -> bool:
+        """Every hidden channel is a value times an activated gate."""
+        return self.gate is not None or self.packed is not None
+
+    @property
+    def owns_output_bias(self) -> bool:
+        """The output bias is the layer's own; Flux shares it with attention."""
+        return self.first_column == 0 and self.down.bias is not None
+
+    def parameters(self) -> list[Tensor]:
+        """Return the weights and biases that hold the hidden channels."""
+        layers = [self.up, *([self.gate] if self.gate is not None else [])]
+        return [p for layer in layers for p in (layer.weight, layer.bias) if p is not None] + [self.down.weight]
+
+    def channels(self, gradients: bool = False) -> Channels:
+        """Return the hidden channels' weights, or their gradients; views where the layout allows.
+
+        Raises:
+            ValueError: A gradient is asked for and there is none.
+        """
+
+        def read(parameter: Tensor) -> Tensor:
+            if not gradients:
+                return parameter.detach()
+            if parameter.grad is None:
+                raise ValueError("A feed-forward weight got no gradient from the loss: does the loss use the output?")
+            return parameter.grad
+
+        weights = [read(self.up.weight)]
+        biases = [] if self.up.bias is None else [read(self.up.bias)]
+        if self.gate is not None:
+            weights.append(read(self.gate.weight))
+            biases += [] if self.gate.bias is None else [read(self.gate.bias)]
+        halves = 2 if self.packed is not None else len(weights)
+        up = (
+            torch.cat(weights).view(halves, -1, self.dim) if len(weights) > 1 else weights[0].view(halves, -1, self.dim)
+        )
+        bias = torch.cat(biases).view(halves, -1) if biases else None
+        if self.packed == "gate first":
+            up, bias = up.flip(0), None if bias is None else bias.flip(0)
+        return Channels(up=up, up_bias=bias, down=read(self.down.weight)[:, self.first_column :])
+
+    @torch.no_grad()
+    def write(self, channels: Channels) -> None:
+        """Set the hidden channels' weights; the inverse of `channels()`."""
+        up, bias = channels.up, channels.up_bias
+        if self.packed == "gate first":
+            up, bias = up.flip(0), None if bias is None else bias.flip(0)
+        layers = [self.up] if self.gate is None else [self.up, self.gate]
+        for layer, weight in zip(layers, up.reshape(len(layers), -1, self.dim), strict=True):
+            layer.weight.copy_(weight)
+        if bias is not None:
+            for layer, values in zip(layers, bias.reshape(len(layers), -1), strict=True):
+                layer.bias.copy_(values)
+        self.down.weight[:, self.first_column :].copy_(channels.down)
+
+
+def read_ffn(module: nn.Module) -> DenseFFN | None:
+    """Return a module's feed-forward layer, or None if it is none.
+
+    Known are diffusers' `FeedForward` and the hidden layer of Flux's single blocks, timm's `Mlp`, `GluMlp` and
+    `SwiGLU`, and the activated channels of a merged `RePaFFN`.
+
+    Raises:
+        ValueError: It is one, with a part that hidden channels cannot be split around: a norm, an unknown activation,
+            or a `RePaFFN` that is not merged.
+    """
+    if isinstance(module, FeedForward):
+        return _read_diffusers(module)
+    if isinstance(module, FluxSingleTransformerBlock) and hasattr(module, "proj_mlp"):
+        first = module.proj_out.in_features - module.proj_mlp.out_features
+        activation = _activation(module.act_mlp)
+        return DenseFFN(up=module.proj_mlp, down=module.proj_out, activation=activation, first_column=first)
+    if type(module) in (Mlp, GluMlp, TimmSwiGLU):
+        return _read_timm(module)
+    if isinstance(module, RePaFFN):
+        if module.linear is None or module.active_fc1 is None or module.active_fc2 is None:
+            raise ValueError(
+                "A RePaFFN is converted in its merged form: call model.eval() and zoo.reparameterize first."
+            )
+        return DenseFFN(up=module.active_fc1, down=module.active_fc2, activation="gelu")
+    return None
+
+
+def _read_diffusers(module: FeedForward) -> DenseFFN:
+    first, down = module.net[0], module.net[2]
+    assert isinstance(down, nn.Linear)
+    rates = {layer.p for layer in module.net if isinstance(layer, nn.Dropout)}
+    dropout = max(rates, default=0.0)
+    if isinstance(first, GELU):
+        activation = "gelu_tanh" if first.approximate == "tanh" else "gelu"
+    elif isinstance(first, ApproximateGELU):
+        activation = "quick_gelu"
+    elif isinstance(first, (GEGLU, SwiGLU)):
+        activation = "gelu" if isinstance(first, GEGLU) else "silu"
+        return DenseFFN(up=first.proj, down=down, activation=activation, packed="value first", dropout=dropout)
+    elif isinstance(first, LinearActivation):
+        activation = _activation(first.activation)
+    else:
+        raise ValueError(f"FeedForward with {type(first).__name__} cannot be split: known are GELU, GEGLU, SwiGLU.")
+    return DenseFFN(up=first.proj, down=down, activation=activation, dropout=dropout)
+
+
+def _read_timm(module: Any) -> DenseFFN:
+    if not isinstance(module.norm, nn.Identity):
+        raise ValueError(f"{type(module).__name__} has a norm between its products, which sees all hidden channels.")
+    activation, dropout = _activation(module.act), module.drop2.p
+    if isinstance(module, TimmSwiGLU):
+        return DenseFFN(up=module.fc1_x, gate=module.fc1_g, down=module.fc2, activation=activation, dropout=dropout)
+    if not isinstance(module.fc1, nn.Linear):
+        raise ValueError(f"{type(module).__name__} of convolutions cannot be split: build it with use_conv=False.")
+    packed: Literal["value first", "gate first"] | None = None
+    if isinstance(module, GluMlp):
+        packed = "value first" if module.gate_last else "gate first"
+    return DenseFFN(up=module.fc1, down=module.fc2, activation=activation, packed=packed, dropout=dropout)
+
+
+def _activation(module: nn.Module) -> str:
+    """Return the key of an activation module in `ACTIVATIONS`."""
+    name = type(module).__name__
+    if name in ("GELU", "GELUTanh"):
+        return "gelu_tanh" if name == "GELUTanh" or getattr(module, "approximate", "none") == "tanh" else "gelu"
+    known = {"SiLU": "silu", "Swish": "silu", "ReLU": "relu", "QuickGELU": "quick_gelu", "Sigmoid": "sigmoid"}
+    if name not in known:
+        raise ValueError(f"Activation {name} is unknown: {', '.join(ACTIVATIONS)} can be split into experts.")
+    return known[name]
