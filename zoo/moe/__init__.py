@@ -9,7 +9,7 @@ from zoo.moe.experts import MoEFFN
 from zoo.moe.losses import balance_loss, feature_loss, record_balance
 from zoo.moe.modulation import share_modulation
 from zoo.moe.router import Router
-from zoo.moe.transformers import convert, to_dense
+from zoo.moe.transformers import convert, load_transformer, to_dense
 
 __all__ = [
     "BlockGroup",
@@ -25,6 +25,7 @@ __all__ = [
     "convert",
     "expert_layers",
     "feature_loss",
+    "load_transformer",
     "mix_blocks",
     "record_balance",
     "set_top_k",

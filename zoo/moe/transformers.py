@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Iterable
 from dataclasses import asdict
+from os import PathLike
+from pathlib import Path
 from typing import Any, ClassVar
 
 from diffusers import (
@@ -46,6 +49,7 @@ __all__ = [
     "MoESD3Transformer2DModel",
     "ModelMixin",
     "convert",
+    "load_transformer",
     "to_dense",
 ]
 
@@ -222,3 +226,21 @@ def to_dense(model: nn.Module) -> Any:
         found.__class__ = type(model).dense_class  # type: ignore[attr-defined]
         found._internal_dict = FrozenDict({key: value for key, value in found.config.items() if key not in _OWN})
     return dense
+
+
+def load_transformer(folder: str | PathLike[str], **kwargs: Any) -> Any:
+    """Load a transformer, dense or with experts, from a folder that `save_pretrained` wrote, by its configuration.
+
+    Args:
+        folder: Has config.json.
+        **kwargs: As of `from_pretrained`.
+
+    Raises:
+        ValueError: The configuration names a class that cannot have experts.
+    """
+    name = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    classes = {cls.__name__: cls for pair in _CLASSES.items() for cls in pair}
+    if name not in classes:
+        raise ValueError(f"{folder} holds a {name}; known are {', '.join(sorted(classes))}.")
+    model: Any = classes[name]
+    return model.from_pretrained(folder, **kwargs)
