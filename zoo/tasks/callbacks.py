@@ -1,4 +1,4 @@
-"""What Lightning leaves out: random state, the place inside an epoch, and word of checkpoints that were not written."""
+"""What Lightning leaves out: exact resume, word of checkpoints that were not written, and averaging of experts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
+from torch import nn
 
 from zoo.data.samplers import ResumableSampler
+from zoo.ffn.ewa import EWAConfig, ExpertsWeightsAveraging, apply, average, expert_spread
 
-__all__ = ["CheckedCheckpointIO", "ExactResume"]
+__all__ = ["AverageExperts", "CheckedCheckpointIO", "ExactResume"]
 
 
 class ExactResume(Callback):
@@ -97,6 +99,39 @@ def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([value.cpu() for value in state["cuda"]])
+
+
+class AverageExperts(Callback):
+    """Train feed-forward layers of the task's model as experts whose weights are averaged, see `zoo.ffn.ewa`.
+
+    Checkpoints hold the experts, so that a run continues exactly; `zoo.ffn.ewa.collapse_state_dict` makes them dense.
+
+    Args:
+        config: Experts, share rate, which layers.
+    """
+
+    def __init__(self, config: EWAConfig = EWAConfig()) -> None:  # noqa: B008  frozen
+        self.config = config
+        self._step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        model = pl_module.model
+        assert isinstance(model, nn.Module)
+        if not any(isinstance(module, ExpertsWeightsAveraging) for module in model.modules()):
+            apply(model, self.config)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Average after an optimizer step; batches that only add up gradients change nothing."""
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        model = pl_module.model
+        assert isinstance(model, nn.Module)
+        average(model, self.config.share_rate)
+        if trainer.global_step % 50 == 0:
+            pl_module.log("train/expert_spread", expert_spread(model))
 
 
 class CheckedCheckpointIO(TorchCheckpointIO):
