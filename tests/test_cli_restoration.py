@@ -15,6 +15,7 @@ import timm
 import torch
 from image_sets import photo_folder
 from PIL import Image
+from registered import build
 from test_cli import error_of, run
 from tiny_folders import restorer_folder
 from torch import Tensor, nn
@@ -396,6 +397,58 @@ def test_evaluate_pairs(capsys: Captured, tmp_path: Path, denoiser: dict[str, An
     assert "needs degraded images as files" in error_of(
         capsys, "evaluate", "x.y", "--protocol", "derain", "--data", alone
     )
+
+
+# --- two views of a dual-pixel sensor
+
+
+@pytest.fixture
+def dual(tmp_path: Path) -> str:
+    """Write weights of a network that makes one picture of two views, and views laid out as DPDD's."""
+    save_checkpoint(build("restormer", in_chans=6, dual_pixel=True).state_dict(), tmp_path / "dual.safetensors")
+    for folder in ("target", "inputC", "inputL", "inputR"):
+        photo_folder(tmp_path / "DPDD" / folder, 2, (24, 20))
+    return str(tmp_path / "dual.safetensors")
+
+
+def test_restore_two_views(capsys: Captured, dual: str, tmp_path: Path) -> None:
+    """Left views with their right ones, by name; one that has none fails alone."""
+    left, right = tmp_path / "DPDD" / "inputL", tmp_path / "DPDD" / "inputR"
+    command = ["restore", left, "--right", right, "-o", tmp_path / "out", "--weights", dual]
+    code, out, _ = run(capsys, *command, "--compare", tmp_path / "page.html", "--metrics", right, "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert report["task"] == "defocus"
+    assert [Path(entry["right"]).parent.name for entry in report["restored"]] == ["inputR"] * 2
+    assert Image.open(tmp_path / "out" / "photo0.png").mode == "RGB"
+    assert (tmp_path / "page.html").is_file()
+    (right / "photo1.png").unlink()
+    code, _, err = run(capsys, *command, "--force")
+    assert code == 1
+    assert "There is no right view of this name" in err
+    single = ["restore", left / "photo0.png", "--right", right / "photo0.png", "-o", tmp_path / "one.png"]
+    assert run(capsys, *single, "--weights", dual)[0] == 0
+    assert np.array_equal(
+        np.asarray(Image.open(tmp_path / "one.png")), np.asarray(Image.open(tmp_path / "out/photo0.png"))
+    )
+
+
+def test_views_and_weights_that_do_not_fit(capsys: Captured, dual: str, upscaler: str, tmp_path: Path) -> None:
+    left, right, out = tmp_path / "DPDD" / "inputL", tmp_path / "DPDD" / "inputR", ["-o", tmp_path / "out"]
+    assert "give the right ones by --right" in error_of(capsys, "restore", left, *out, "--weights", dual)
+    wrong = ["restore", left, *out, "--right", right]
+    assert "restores one picture, not two views: leave out --right" in error_of(capsys, *wrong, "--model", upscaler)
+    assert "No weights for defocus are shipped yet" in error_of(capsys, *wrong)
+    assert "--right: there is no folder" in error_of(capsys, *wrong[:-1], tmp_path / "nowhere", "--weights", dual)
+
+
+def test_evaluate_two_views(capsys: Captured, dual: str, tmp_path: Path) -> None:
+    report = json.loads(run(capsys, "evaluate", dual, "--data", tmp_path / "DPDD", "--json")[1])
+    (found,) = report["sets"]
+    assert report["protocol"] == "dpdd"
+    assert (found["images"], found["made"]) == (2, 0)
+    (tmp_path / "DPDD" / "inputR").rename(tmp_path / "DPDD" / "right")
+    assert "no folders inputL and inputR" in error_of(capsys, "evaluate", dual, "--data", tmp_path / "DPDD")
 
 
 @pytest.mark.parametrize(

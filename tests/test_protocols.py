@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from scipy.ndimage import correlate1d
 from skimage.metrics import structural_similarity
 
+from zoo.alignment import align
 from zoo.metrics import luma, mae, measure, psnr, ssim
 from zoo.protocols import PROTOCOLS, find_protocol, noisy, protocol_of_task
 
@@ -92,7 +94,7 @@ def test_mean_absolute_error() -> None:
     assert mae(output, target, space="rgb", quantize=False).tolist() == pytest.approx([0, 0.05], abs=1e-7)
 
 
-@pytest.mark.parametrize("name", PROTOCOLS)
+@pytest.mark.parametrize("name", [name for name, protocol in PROTOCOLS.items() if not protocol.aligned])
 def test_protocols_name_their_numbers(name: str) -> None:
     """Each gives what it promises; equal images are perfect; what it leaves out has no influence."""
     protocol, (output, target) = find_protocol(name), images()
@@ -123,6 +125,52 @@ def test_protocols_are_their_formulas() -> None:
     assert float(found["dpdd"]["psnr"]) == pytest.approx(float(-10 * torch.log10(error)), abs=1e-5)
     assert found["sidd"]["psnr"] == found["dpdd"]["psnr"]
     assert "mae" in found["dpdd"]
+
+
+def test_aligned_images() -> None:
+    """RealBlur: neither brightness nor a small shift counts; what comes from beyond the border is left out."""
+    large = torch.nn.functional.interpolate(torch.rand(2, 3, 16, 14), (96, 84), mode="bicubic").clamp(0, 1)
+    target, shifted = large[..., 4:-4, 4:-4], large[..., 6:-2, 3:-5]
+    protocol = find_protocol("realblur")
+    found = measure(protocol, shifted, target)
+    assert (measure(find_protocol("deblur"), shifted, target)["psnr"] < 25).all()
+    assert (found["psnr"] > 33).all(), "brightness is scaled before the shift is found, which costs a little"
+    assert (found["ssim"] > 0.99).all()
+    darker = measure(protocol, 0.7 * shifted, target)
+    assert torch.allclose(darker["psnr"], found["psnr"], atol=0.1), "but for rounding to 8 bits"
+    aligned, mask = align(0.9 * shifted[0], target[0])
+    assert 0.93 < float(mask.mean()) < 0.99
+    assert float(((aligned - target[0]) * mask).abs().max()) < 0.06
+    noise = 0.05 * torch.randn_like(target)
+    noisier = measure(protocol, target + noise, target)
+    assert torch.allclose(noisier["psnr"], measure(find_protocol("deblur"), target + noise, target)["psnr"], atol=0.3)
+
+
+def test_ssim_of_aligned_images_is_scikit_images() -> None:
+    """Gaussian weights, population covariances, five pixels of border left out."""
+    output, target = images((48, 40))
+    aligned, mask = align((output[0].clamp(0, 1) * 255).round() / 255, target[0])
+    planes = [(image * mask).permute(1, 2, 0).double().numpy() for image in (target[0], aligned)]
+    _, similarity = structural_similarity(
+        *planes, channel_axis=2, gaussian_weights=True, use_sample_covariance=False, data_range=1, full=True
+    )
+    inner = mask.double().numpy()[5:-5, 5:-5, None]
+    expected = (similarity[5:-5, 5:-5] * inner).sum() / (3 * inner.sum())
+    found = measure(find_protocol("realblur"), output, target)
+    assert float(found["ssim"]) == pytest.approx(expected, abs=1e-6)
+    error = np.square(planes[0] - planes[1]).sum() / (3 * mask.sum().item())
+    assert float(found["psnr"]) == pytest.approx(-10 * np.log10(error), abs=1e-4)
+
+
+def test_images_that_cannot_be_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
+    flat, target = torch.full((1, 3, 32, 32), 0.5), images((32, 32))[1]
+    with pytest.raises(ValueError, match="cannot be aligned with its truth"):
+        measure(find_protocol("realblur"), flat, target)
+    with pytest.raises(ValueError, match="SSIM needs at least 11 pixels a side"):
+        measure(find_protocol("realblur"), flat[..., :9], flat[..., :9])
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ImportError, match=r"pip install 'ffn-zoo\[realblur\]'"):
+        align(target[0], target[0])
 
 
 def test_tasks_have_protocols() -> None:

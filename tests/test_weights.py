@@ -114,10 +114,18 @@ def test_saving_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("wrapper", ["params_ema", "params", "state_dict", "model", "model_state"])
-@pytest.mark.parametrize("prefix", ["", "module.", "model.", "_orig_mod."])
+@pytest.mark.parametrize("wrapper", ["params_ema", "params-ema", "params", "state_dict", "model", "model_state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "netG.", "module.netG.", "_orig_mod."])
 def test_training_checkpoints_are_unwrapped(tmp_path: Path, wrapper: str, prefix: str) -> None:
     torch.save({wrapper: {f"{prefix}w": torch.ones(1)}, "epoch": 3}, tmp_path / "c.pth")
+    assert list(read_checkpoint(tmp_path / "c.pth")) == ["w"]
+
+
+def test_the_only_entry_is_unwrapped(tmp_path: Path) -> None:
+    """Whatever it is called; but a state dict of one tensor is itself."""
+    torch.save({"my_network": {"w": torch.ones(1), "v": torch.ones(1)}}, tmp_path / "c.pth")
+    assert list(read_checkpoint(tmp_path / "c.pth")) == ["w", "v"]
+    torch.save({"w": torch.ones(1)}, tmp_path / "c.pth")
     assert list(read_checkpoint(tmp_path / "c.pth")) == ["w"]
 
 
@@ -137,6 +145,12 @@ def test_unsafe_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             read_checkpoint(name)
         assert "\n" not in str(caught.value)
     assert not Path("evil").exists()
+
+
+def test_programs_are_refused(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.rand(1, 2)), tmp_path / "script.pt")
+    with pytest.raises(CheckpointError, match=r"script.pt is a TorchScript program, which is refused: a file of its"):
+        read_checkpoint(tmp_path / "script.pt")
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pth", "x.ckpt"])

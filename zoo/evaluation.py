@@ -6,28 +6,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
 from zoo.data.degradations import to_float
-from zoo.data.photos import Pair, to_tensor
+from zoo.data.photos import Pair, read_pair, to_tensor
 from zoo.data.resize import imresize
 from zoo.metrics import measure
 from zoo.protocols import Protocol, noisy
-from zoo.restoration.image_io import open_picture
 from zoo.restoration.tiling import restore_tensor
 
 __all__ = ["Restorer", "Score", "bicubic", "evaluate", "load_pair", "network", "unchanged"]
 
 Restorer = Callable[[Tensor], Tensor]
 """Maps (1, C, H, W) in [0, 1] to (1, C, scale * H, scale * W), not clamped."""
-
-Pixels = NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +74,8 @@ def load_pair(
     """Read a clean image and read or make its degraded version, as a protocol says.
 
     Args:
-        pair: Files; 16-bit ones keep their depth.
+        pair: Files. Of a degraded image with 16 bits the high 8 are read, as the papers' code does; the two views of a
+            dual-pixel sensor become 6 channels and keep their 16 bits.
         protocol: Says how a degraded version is made that is no file.
         scale: Clean pixels per degraded pixel; the clean image is cut from the top left to fit.
         sigma: Of the noise where the protocol adds it, in units of 1/255.
@@ -94,15 +88,9 @@ def load_pair(
     Raises:
         ValueError: A file is unreadable, the two are no pair, or the degraded version can only be a file.
     """
-    clean = _read(pair.clean, channels)
-    if pair.degraded is not None:
-        source = _read(pair.degraded, channels)
-        height, width = scale * source.shape[0], scale * source.shape[1]
-        clean = clean[:height, :width]
-        if clean.shape[:2] != (height, width):
-            raise ValueError(f"{pair.degraded} times {scale} is larger than {pair.clean}: not a pair.")
+    source, clean = read_pair(pair, "L" if channels == 1 else "RGB", scale)
+    if source is not None:
         return to_tensor(source)[None], to_tensor(clean)[None]
-    clean = clean[: clean.shape[0] // scale * scale, : clean.shape[1] // scale * scale]
     if protocol.degradation == "bicubic" and scale > 1:
         source = imresize(clean, 1 / scale)
     elif protocol.degradation == "noise" and sigma is not None:
@@ -151,18 +139,3 @@ def evaluate(
         if progress is not None:
             progress(len(scores), len(pairs))
     return scores
-
-
-def _read(path: Path, channels: int) -> Pixels:
-    """Read an image as (H, W, channels): uint8, or float32 in units of full brightness where it has more bits."""
-    picture = open_picture(path)
-    if picture.black is not None:
-        raise ValueError(f"{path} is a CMYK image, which no protocol measures.")
-    color: Pixels = picture.color
-    if channels == 1 and color.shape[2] == 3:
-        if color.dtype != np.uint8:
-            raise ValueError(f"{path} has 16-bit colour, which has no customary gray version.")
-        color = np.asarray(Image.fromarray(color).convert("L"))[..., None]
-    elif channels == 3 and color.shape[2] == 1:
-        color = color.repeat(3, axis=2)
-    return color / np.float32(65535) if color.dtype == np.uint16 else color

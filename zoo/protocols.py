@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PROTOCOLS", "Protocol", "ProtocolName", "find_protocol", "noisy", "protocol_of_task"]
 
-ProtocolName = Literal["y-crop", "rgb", "derain", "deblur", "dpdd", "sidd"]
+ProtocolName = Literal["y-crop", "rgb", "derain", "deblur", "realblur", "dpdd", "sidd"]
 SsimWindow = Literal["gaussian", "volume", "uniform"]
 
 
@@ -30,6 +30,8 @@ class Protocol:
         quantize: Round to 8 bits first; otherwise floats are compared.
         window: Of SSIM; see `zoo.metrics.ssim`.
         mae: Report the mean absolute error too.
+        aligned: Lay the restored image onto the truth first, and leave out what has no counterpart; see
+            `zoo.alignment`.
         degradation: What makes the input of a clean image: "bicubic", "noise", or None where it is given as a file.
         summary: One line for tables and cards.
     """
@@ -41,6 +43,7 @@ class Protocol:
     quantize: bool = True
     window: SsimWindow = "gaussian"
     mae: bool = False
+    aligned: bool = False
     degradation: Literal["bicubic", "noise"] | None = None
     summary: str
 
@@ -79,6 +82,12 @@ PROTOCOLS: dict[str, Protocol] = {
             window="volume",
             summary="MATLAB's for GoPro and HIDE: 8-bit RGB, no crop, SSIM of the image as a volume (3-D Gaussian of "
             "sigma 1.5, replicated border)",
+        ),
+        Protocol(
+            name="realblur",
+            aligned=True,
+            summary="RealBlur: 8-bit RGB, brightness scaled and image warped onto the truth (ECC homography, needs "
+            "OpenCV), pixels without counterpart left out, SSIM with an 11x11 Gaussian, mean of the channels",
         ),
         Protocol(
             name="dpdd",

@@ -51,9 +51,11 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 WEIGHTS_NAME = "model.safetensors"
 _WRAPPERS = (
     "params_ema",
+    "params-ema",
     "params",
     "state_dict_ema",
     "state_dict",
+    "model_state_dict",
     "model_ema",
     "model",
     "model_state",
@@ -130,16 +132,16 @@ def card_sha256(folder: Path, filename: str = WEIGHTS_NAME) -> str | None:
 def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:
     """Read a state dict from a .safetensors or PyTorch file, without running code from it.
 
-    Training checkpoints are unwrapped ("params_ema", "state_dict", "model", ...; EMA weights first) and Lightning's or
-    DataParallel's common prefix is removed.
+    Training checkpoints are unwrapped ("params_ema", "state_dict", "model", ...; EMA weights first, or the only entry
+    whatever it is called) and a common prefix ("model.", "module.", "netG.", ...) is removed.
 
     Args:
         path: The file.
         sha256: Expected digest; None skips the comparison.
 
     Raises:
-        CheckpointError: The file does not exist, is damaged, has another digest, needs unsafe unpickling, holds no
-            tensors, or holds a value that is not finite.
+        CheckpointError: The file does not exist, is damaged, has another digest, needs unsafe unpickling, is a program,
+            holds no tensors, or holds a value that is not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -158,6 +160,10 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, Te
             ) from error
         raise CheckpointError(f"{path} is not a readable weight file: {_reason(error)}") from error
     except _UNREADABLE as error:
+        if "TorchScript" in str(error):
+            raise CheckpointError(
+                f"{path} is a TorchScript program, which is refused: a file of its state_dict() is what can be read."
+            ) from error
         raise CheckpointError(f"{path} is not a readable weight file: {_reason(error)}") from error
     state_dict = _unwrap(loaded, path)
     bad = [key for key, value in state_dict.items() if value.is_floating_point() and not torch.isfinite(value).all()]
@@ -186,10 +192,13 @@ def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
         if isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
             break
+    else:
+        only = next(iter(loaded.values())) if len(loaded) == 1 else None
+        loaded = only if isinstance(only, Mapping) else loaded
     state_dict = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
     if not state_dict:
         raise CheckpointError(f"{path} holds no tensors; its entries are {_some(map(str, loaded))}.")
-    for prefix in ("module.", "model.", "_orig_mod."):
+    for prefix in ("module.", "model.", "netG.", "_orig_mod."):
         if all(key.startswith(prefix) for key in state_dict):
             state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
     return state_dict

@@ -10,6 +10,7 @@ import torch
 from image_sets import photo_folder
 from PIL import Image
 
+from zoo.data import paired_images
 from zoo.data.paired_images import (
     BicubicDownscale,
     Degradation,
@@ -18,8 +19,8 @@ from zoo.data.paired_images import (
     PairedImages,
     Phase,
     TrainingPatches,
-    find_images,
 )
+from zoo.data.photos import Pair, find_pairs, pair_folders
 from zoo.data.resize import imresize
 from zoo.data.samplers import PhasedSampler, SeededDataset
 
@@ -40,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("scale", [2, 3])
 def test_patches_are_aligned(scale: int, folder: Path) -> None:
     """The low-resolution patch is that of its photo, whatever flip and turn."""
-    patches = TrainingPatches(find_images(folder / "train"), BicubicDownscale(scale), 10, patches_per_image=8)
+    patches = TrainingPatches(find_pairs(folder / "train"), BicubicDownscale(scale), 10, patches_per_image=8)
     assert len(patches) == 24
     variants = set()
     for index in range(24):
@@ -55,8 +56,8 @@ def test_patches_are_aligned(scale: int, folder: Path) -> None:
 
 
 def test_patches_depend_on_seed_epoch_and_index_only(folder: Path) -> None:
-    files = find_images(folder / "train")
-    first, second = (SeededDataset(TrainingPatches(files, BicubicDownscale(2), 8), seed=3) for _ in range(2))
+    pairs = find_pairs(folder / "train")
+    first, second = (SeededDataset(TrainingPatches(pairs, BicubicDownscale(2), 8), seed=3) for _ in range(2))
     second[0, 1]  # what was read before does not matter
     assert all(torch.equal(a, b) for a, b in zip(first[0, 0], second[0, 0], strict=True))
     assert not torch.equal(first[1, 0][1], first[0, 0][1])
@@ -64,16 +65,16 @@ def test_patches_depend_on_seed_epoch_and_index_only(folder: Path) -> None:
 
 def test_noise(folder: Path) -> None:
     """White noise of the asked strength, neither clipped nor rounded, new for every patch, fixed in evaluation."""
-    files = find_images(folder / "train")
-    patches = TrainingPatches(files, GaussianNoise(50), 40, patches_per_image=20)
+    pairs = find_pairs(folder / "train")
+    patches = TrainingPatches(pairs, GaussianNoise(50), 40, patches_per_image=20)
     noise = torch.stack([source - target for source, target in (patches[i] for i in range(60))]) * 255
     assert float(noise.std()) == pytest.approx(50, rel=0.02)
     assert abs(float(noise.mean())) < 1
     assert float((patches[0][0]).max()) > 1
-    blind = TrainingPatches(files, GaussianNoise((0, 50)), 40, patches_per_image=20)
+    blind = TrainingPatches(pairs, GaussianNoise((0, 50)), 40, patches_per_image=20)
     spread = torch.stack([(s - t).std() * 255 for s, t in (blind[i] for i in range(60))])
     assert float(spread.min()) < 10 < 40 < float(spread.max())
-    tested = EvaluationPairs(files, GaussianNoise((0, 50), test_sigma=25))
+    tested = EvaluationPairs(pairs, GaussianNoise((0, 50), test_sigma=25))
     for source, target in (tested[0], tested[1]):  # the protocol's noise, the same for each image
         np.random.seed(0)
         clean = target.permute(1, 2, 0).numpy().copy()
@@ -83,8 +84,8 @@ def test_noise(folder: Path) -> None:
 
 def test_evaluation_pairs(folder: Path) -> None:
     """Made or read, the pairs are the same; clean images are cut to a multiple of the scale."""
-    clean, low = find_images(folder / "val"), find_images(folder / "low")
-    made, read = EvaluationPairs(clean, BicubicDownscale(2)), EvaluationPairs(clean, BicubicDownscale(2), low)
+    clean, both = find_pairs(folder / "val"), pair_folders(folder / "val", [folder / "low"], 2)
+    made, read = EvaluationPairs(clean, BicubicDownscale(2)), EvaluationPairs(both, BicubicDownscale(2))
     for index in range(2):
         assert made[index][1].shape == (3, 30, 32)
         for a, b in zip(made[index], read[index], strict=True):
@@ -106,8 +107,8 @@ class Reach(Degradation):
 
 def test_a_patch_is_degraded_with_its_surroundings(folder: Path) -> None:
     """Patches of every size are parts of the degraded photo, also where its blur comes from beyond the patch."""
-    files = find_images(folder / "train")[:1]
-    patches, whole = TrainingPatches(files, Reach(), 20), EvaluationPairs(files, Reach())[0][0]
+    pairs = find_pairs(folder / "train")[:1]
+    patches, whole = TrainingPatches(pairs, Reach(), 20), EvaluationPairs(pairs, Reach())[0][0]
     windows = whole.unfold(1, 8, 1).unfold(2, 8, 1)
     for index in range(12):
         low, high = patches.patch(index, 8)
@@ -136,7 +137,7 @@ def test_phases_make_patches_grow(folder: Path) -> None:
 
 def test_phases_start_anywhere_and_split_over_processes(folder: Path) -> None:
     """A resumed sampler, workers and two processes take the samples that one uninterrupted process takes."""
-    patches = TrainingPatches(find_images(folder / "train"), BicubicDownscale(2), 12, 4)
+    patches = TrainingPatches(find_pairs(folder / "train"), BicubicDownscale(2), 12, 4)
     whole = list(PhasedSampler(patches, PHASES, seed=5))
     for start in range(6):
         resumed = PhasedSampler(patches, PHASES, seed=5)
@@ -153,6 +154,65 @@ def test_phases_start_anywhere_and_split_over_processes(folder: Path) -> None:
 def module(folder: Path, **kwargs: object) -> PairedImages:
     options = dict(train_folders=["train"], val_folder="val", patch_size=8, patches_per_image=4, batch_size=4)
     return PairedImages(str(folder), BicubicDownscale(2), **{**options, **kwargs})
+
+
+def paired(root: Path, names: str, size: tuple[int, int] = (40, 30)) -> Path:
+    """Write clean photos, and views of them that are darker by 10, 20, ... levels, in a folder a name."""
+    photo_folder(root / "target", 3, size)
+    for path in sorted((root / "target").iterdir()):
+        pixels = np.asarray(Image.open(path)) // 2 + 100
+        Image.fromarray(pixels).save(path)
+        for step, name in enumerate(names.split(), 1):
+            (root / name).mkdir(exist_ok=True)
+            Image.fromarray((pixels - 10 * step).astype(np.uint8)).save(root / name / f"{path.stem}.png")
+    return root
+
+
+@pytest.mark.parametrize("phases", [None, PHASES], ids=["one size", "phases"])
+@pytest.mark.parametrize("views", ["input", "inputL inputR"])
+def test_degraded_folders(views: str, phases: list[Phase] | None, tmp_path: Path) -> None:
+    """Training and validation read files; both versions of a patch are cut, flipped and turned alike."""
+    folder = paired(tmp_path, views)
+    degraded = views.split() if " " in views else views
+    data = PairedImages(
+        str(folder), train_folders=["target"], train_degraded_folders=[degraded], val_folder="target",
+        val_degraded_folder=degraded, patch_size=12, batch_size=4, phases=phases,
+    )  # fmt: skip
+    expected = 10 * torch.arange(1, len(views.split()) + 1).repeat_interleave(3).view(1, -1, 1, 1)
+    batches = [*data.train_dataloader(), *data.val_dataloader()]
+    assert len(batches) > 6
+    for source, target in batches:
+        darker = (target.repeat(1, source.shape[1] // 3, 1, 1) - source) * 255
+        assert torch.allclose(darker, expected.expand_as(darker).float(), atol=1e-3)
+    assert batches[-1][0].shape == (1, 3 * len(views.split()), 30, 40)
+
+
+def test_small_pairs_are_mirrored(tmp_path: Path) -> None:
+    """Photos smaller than a patch go on as their mirror image, as in Restormer's training on Rain13K."""
+    folder = paired(tmp_path, "input", (11, 9))
+    pairs = pair_folders(folder / "target", [folder / "input"])
+    source, target = TrainingPatches(pairs, Degradation(), 16).patch(0, 16)
+    assert source.shape == target.shape == (3, 16, 16)
+    assert torch.allclose(target - source, torch.full((), 10 / 255), atol=1e-6)
+    whole = EvaluationPairs(pairs, Degradation())[0][1]
+    mirrored = torch.cat([whole, whole.flip(2)], 2)[..., :16]
+    mirrored = torch.cat([mirrored, mirrored.flip(1)], 1)[:, :16]
+    turned = [torch.rot90(image, turns, (1, 2)) for image in (target, target.flip(2)) for turns in range(4)]
+    assert any(torch.equal(image, mirrored) for image in turned)
+
+
+def test_only_some_photos_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is beyond the limit is read again, and gives the same patches."""
+    pairs = find_pairs(folder / "train")
+    kept = SeededDataset(TrainingPatches(pairs, BicubicDownscale(2), 8), seed=3)
+    expected = [kept[0, index] for index in range(3)]
+    monkeypatch.setattr(paired_images, "_KEPT_BYTES", 12_000)
+    data = TrainingPatches(pairs, BicubicDownscale(2), 8)
+    read = SeededDataset(data, seed=3)
+    for _ in range(2):
+        found = [read[0, index] for index in range(3)]
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(found, expected, strict=True))
+    assert len(data._photos) == 1
 
 
 def test_loaders(folder: Path) -> None:
@@ -178,20 +238,24 @@ def test_workers_give_the_same_patches(folder: Path) -> None:
 def test_refusals(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="No folder"):
         module(folder, train_folders=["nowhere"]).train_dataloader()
-    with pytest.raises(FileNotFoundError, match="No image"):
-        find_images(tmp_path)
     with pytest.raises(ValueError, match="batch_size 64 is more than the 12 patches"):
         module(folder, batch_size=64).train_dataloader()
-    with pytest.raises(ValueError, match=r"has \d+x4[78] pixels, a patch needs 80x80"):
+    with pytest.raises(ValueError, match=r"has \d+x4[68] pixels, a patch needs 80x80"):
         next(iter(module(folder, patch_size=40).train_dataloader()))
-    files = find_images(folder / "val")
-    with pytest.raises(ValueError, match="2 clean images have 1 degraded ones"):
-        EvaluationPairs(files, BicubicDownscale(2), find_images(folder / "low")[:1])
-    with pytest.raises(ValueError, match=r"times 2 is larger than .*: not a pair"):
-        EvaluationPairs(find_images(folder / "low"), BicubicDownscale(2), files)[0]
-    (tmp_path / "broken.png").write_bytes(files[0].read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"broken.png is not a readable image"):
-        EvaluationPairs([tmp_path / "broken.png"], BicubicDownscale(2))[0]
+    with pytest.raises(FileNotFoundError, match="No image"):
+        module(tmp_path, train_folders=["."]).train_dataloader()
+    with pytest.raises(ValueError, match=r"has 33x31 pixels and .* 16x15: not a pair at scale 2"):
+        next(iter(module(folder, val_folder="low", val_degraded_folder="val").val_dataloader()))
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((folder / "val" / "photo0.png").read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"broken.png is damaged"):
+        EvaluationPairs([Pair(broken)], BicubicDownscale(2))[0]
+    with pytest.raises(ValueError, match="must have one entry for each of the 2 train_folders, got 1"):
+        module(folder, train_folders=["train", "val"], train_degraded_folders=["low"])
+    unmade = PairedImages(str(folder), train_folders=["train"], val_folder="val")
+    for loader in (unmade.train_dataloader, unmade.val_dataloader):
+        with pytest.raises(ValueError, match="has no folder of degraded versions, and there is no degradation"):
+            loader()
     with pytest.raises(ValueError, match="scale must be at least 2, got 1"):
         BicubicDownscale(1)
     with pytest.raises(ValueError, match="sigma must be at least 0, a pair in rising order"):

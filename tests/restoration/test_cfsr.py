@@ -193,8 +193,9 @@ def test_a_missing_key_is_named(key: str) -> None:
 def test_detect(scale: int) -> None:
     """Our forms and the authors' are recognised from their tensors alone."""
     name = f"cfsr_x{scale}"
-    model = timm.create_model(name, depths=(1,))
-    assert detect(model.state_dict()) == (name, {})
+    assert detect(timm.create_model(name).state_dict()) == (name, {})
+    small = dict(embed_dim=8, depths=(2, 1), kernel_size=5, mlp_ratio=1.5)
+    assert detect(timm.create_model(name, **small).state_dict()) == (name, small)
     assert detect(timm.create_model(name, edge_branches=False).state_dict()) == (name, {"edge_branches": False})
     assert detect(timm.create_model(name, in_chans=1).state_dict()) == (name, {"in_chans": 1})
     model = timm.create_model(name).eval()

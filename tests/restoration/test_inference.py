@@ -12,6 +12,7 @@ import timm
 import torch
 from image_sets import photo_folder
 from PIL import Image, ImageCms, ImageOps
+from registered import build
 from timm.models import get_pretrained_cfg
 from torch import nn
 
@@ -86,6 +87,42 @@ def test_arrays(shape: tuple[int, ...], dtype: Any, model: CFSR) -> None:
     assert isinstance(out, np.ndarray)
     assert out.dtype == array.dtype
     assert out.shape == (18, 16, *shape[2:])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_two_views_become_one_picture(dtype: Any) -> None:
+    """The network sees the left and the right view as six channels; tiles too give three."""
+    dual = build("restormer", in_chans=6, dual_pixel=True)
+    peak = 1 if dtype == np.float32 else np.iinfo(dtype).max
+    values = np.random.default_rng(0).random((2, 40, 56, 3))
+    left, right = (values * peak).astype(dtype)
+    with torch.no_grad():
+        expected = dual(torch.from_numpy(np.concatenate([left, right], 2) / np.float32(peak)).permute(2, 0, 1)[None])
+    expected = expected[0].clamp(0, 1).permute(1, 2, 0).numpy() * peak
+    found = restore((left, right), model=dual)
+    assert isinstance(found, np.ndarray)
+    assert found.dtype == dtype
+    assert np.abs(found - expected).max() <= (0.51 if peak > 1 else 1e-5)
+    assert restore((left, right), model=dual, tile=40, overlap=8).shape == (40, 56, 3)
+    assert not np.array_equal(found, restore((right, left), model=dual))
+    if dtype == np.uint8:
+        images = tuple(Image.fromarray(view) for view in (left, right))
+        assert np.array_equal(np.asarray(restore(images, model=dual, self_ensemble=False)), found)
+
+
+def test_views_that_do_not_fit(model: CFSR) -> None:
+    dual = build("restormer", in_chans=6, dual_pixel=True)
+    view = np.zeros((9, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match="Restormer with these weights restores two views of a dual-pixel sensor, got"):
+        restore(view, model=dual)
+    with pytest.raises(ValueError, match="CFSR with these weights restores one picture, got two views"):
+        restore((view, view), model=model)
+    with pytest.raises(PictureError, match="8x9 pixels of uint8, the array 8x9 pixels of uint16: no two views of one"):
+        restore((view, view.astype(np.uint16)), model=dual)
+    with pytest.raises(PictureError, match="is no view of a dual-pixel sensor: expected RGB without transparency"):
+        restore((view, view[..., :1]), model=dual)
+    with pytest.raises(ValueError, match="or the two views of a dual-pixel sensor; got 3"):
+        restore((view, view, view), model=dual)  # type: ignore[arg-type]
 
 
 def test_sixteen_bits_are_kept(tmp_path: Path, model: CFSR) -> None:

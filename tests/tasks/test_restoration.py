@@ -14,6 +14,7 @@ import torch
 from image_sets import photo_folder
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image, ImageFilter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import zoo  # noqa: F401  registers the models
@@ -212,6 +213,30 @@ def test_denoising_measures_colour(folder: Path, tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         (again,) = trainer.test(task, blind, verbose=False)
     assert again == scores  # the protocol's noise depends on nothing but its strength
+
+
+@pytest.mark.parametrize("views", [["input"], ["inputL", "inputR"]], ids=["one view", "two views"])
+def test_learns_from_degraded_folders(views: list[str], folder: Path, tmp_path: Path) -> None:
+    """Deblurring, deraining and defocus data are files; two steps, validation and its pictures."""
+    for view in views:
+        (tmp_path / "data" / view).mkdir(parents=True)
+        for path in (folder / "train").iterdir():
+            Image.open(path).filter(ImageFilter.BoxBlur(1)).save(tmp_path / "data" / view / path.name)
+    (tmp_path / "data" / "target").symlink_to(folder / "train")
+    images = PairedImages(
+        str(tmp_path / "data"), train_folders=["target"], train_degraded_folders=[views], val_folder="target",
+        val_degraded_folder=views, patch_size=16, batch_size=2,
+    )  # fmt: skip
+    sizes = dict(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1)
+    name = "restormer_defocus_dual" if len(views) == 2 else "restormer_defocus"
+    task, logger = Restoration(name, model_args=sizes), TensorBoardLogger(str(tmp_path / "log"))
+    trainer = fit(task, images, tmp_path, max_epochs=-1, max_steps=2, logger=logger, val_check_interval=2)
+    assert trainer.global_step == 2
+    assert task.protocol.name == "dpdd"
+    assert float(trainer.callback_metrics["val/psnr"]) > 0
+    scores = EventAccumulator(logger.log_dir)
+    scores.Reload()
+    assert scores.Images("val/0")
 
 
 def test_bad_choices() -> None:

@@ -27,8 +27,8 @@ def add_parser(subparsers: Any) -> None:
         help="measure a restorer on benchmark sets",
         description="Print the mean PSNR and SSIM of a restorer on benchmark sets, measured as the papers do. A set is "
         "a folder of clean images (their degraded versions are made), a folder that holds HR, GT or target and LR*, "
-        "input*, blur* or noisy* (scales in folders X2, X3, X4 or names like babyx2.png), or a text file that names "
-        "clean images below its folder.",
+        "input*, blur* or noisy* (scales in folders X2, X3, X4 or names like babyx2.png; two views in inputL and "
+        "inputR), or a text file that names clean images of the set in its folder.",
         epilog="protocols: " + "; ".join(f"{name}: {protocol.summary}" for name, protocol in PROTOCOLS.items()),
     )
     parser.add_argument("model", metavar="MODEL", help="name, NAME.TAG, file or folder; baselines: bicubic, input")
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from zoo.data.photos import find_pairs
     from zoo.evaluation import evaluate
 
-    found = {name: find_pairs(folder, scale) for name, folder in sets.items()}
+    found = {name: find_pairs(folder, scale, subjects.views) for name, folder in sets.items()}
     chosen = {name: pairs[: args.limit] for name, pairs in found.items()}
     results: list[dict[str, Any]] = []
     with progress(args) as bar:
@@ -96,7 +96,7 @@ class _Subjects:
     """What is measured: a baseline, or a model that may be another one for each noise level."""
 
     def __init__(self, args: argparse.Namespace, wanted: list[float]) -> None:
-        self.args, self.channels, self.device = args, 3, "cpu"
+        self.args, self.channels, self.views, self.device = args, 3, 1, "cpu"
         self.sigmas = wanted or list(_SIGMAS)
         self._models: dict[float | None, Any] = {}
         if args.model in _BASELINES:
@@ -111,7 +111,11 @@ class _Subjects:
         self._by_sigma = bool(wanted) and not exact
         model = self._model(self.sigmas[0] if self._by_sigma else None)
         cfg: Any = getattr(model, "pretrained_cfg", None) or {}
-        self.scale, self.channels = int(getattr(model, "scale", 1)), int(getattr(model, "in_chans", 3))
+        self.scale, self.channels = (
+            int(getattr(model, "scale", 1)),
+            int(getattr(model, "out_chans", getattr(model, "in_chans", 3))),
+        )
+        self.views = 2 if getattr(model, "in_chans", 3) == 6 else 1
         self.device = str(next(model.parameters()).device)
         self.protocol = PROTOCOLS[args.protocol] if args.protocol else protocol_of_task(str(cfg.get("task", "sr")))
         if not wanted and args.weights is None and isinstance(cfg.get("sigma"), (int, float)):
@@ -173,7 +177,7 @@ def _summary(
         "set": name,
         "images": count,
         "available": available,
-        "made": sum(pair.degraded is None for pair in pairs),
+        "made": sum(not pair.degraded for pair in pairs),
         "sigma": sigma,
         **means,
         "seconds_per_image": sum(score.seconds for score in scores) / count,

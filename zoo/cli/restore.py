@@ -64,6 +64,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--sigma", type=float, help="strength of the noise, of 255: picks weights for it (denoise)")
     parser.add_argument("--model", metavar="NAME.TAG", help="published weights, file, folder or Hub id")
     parser.add_argument("--weights", help="weight file for --model, or one whose architecture is recognised")
+    parser.add_argument(
+        "--right",
+        type=Path,
+        metavar="VIEWS",
+        help="right views of a dual-pixel sensor to the left ones in FILE (defocus)",
+    )
     parser.add_argument("--budget", default="4GB", help="memory the process may hold: 800MB, 4GB, none (default: 4GB)")
     parser.add_argument("--tile", type=int, metavar="PIXELS", help="side of tiles, in place of a choice by --budget")
     parser.add_argument("--overlap", type=int, metavar="PIXELS", help="of tiles (default: no seam can appear)")
@@ -88,9 +94,15 @@ def run(args: argparse.Namespace) -> int:
     """Restore pictures."""
     _check(args)
     pictures = find_pictures(args.files)
-    references = _references(pictures, args.metrics)
+    references = _of_same_names("--metrics", pictures, args.metrics)
+    rights = _of_same_names("--right", pictures, args.right)
     model = load_model(args, task=args.task, sigma=args.sigma)
-    job = _Job(args, model, references)
+    name, takes_two = args.model or args.weights or type(model).__name__, getattr(model, "in_chans", 3) == 6
+    if takes_two and args.right is None:
+        raise UsageError(f"{name} restores two views of a dual-pixel sensor: give the right ones by --right.")
+    if args.right is not None and not takes_two:
+        raise UsageError(f"{name} restores one picture, not two views: leave out --right.")
+    job = _Job(args, model, references, rights)
     targets = _targets(pictures, args, job)
     existing = {target for target in targets if target.exists()}
     if existing and not (args.force or args.skip_existing):
@@ -159,6 +171,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--sigma is the noise of --task denoise, at least 0; got {args.sigma:g} for {args.task}.")
     if args.sigma is not None and args.task is None and args.model is None and args.weights is None:
         args.task = "denoise"
+    if args.right is not None and args.task is None and args.model is None and args.weights is None:
+        args.task = "defocus"
     if args.compare is not None and args.compare.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--compare writes a .html file, not {args.compare.name!r}.")
     facts = catalog.load().get((args.model or "").partition(".")[0])
@@ -186,8 +200,10 @@ def _check(args: argparse.Namespace) -> None:
 class _Job:
     """One model at work on many pictures, and what came of it."""
 
-    def __init__(self, args: argparse.Namespace, model: nn.Module, references: dict[Path, Path]) -> None:
-        self.args, self.model, self.references = args, model, references
+    def __init__(
+        self, args: argparse.Namespace, model: nn.Module, references: dict[Path, Path], rights: dict[Path, Path]
+    ) -> None:
+        self.args, self.model, self.references, self.rights = args, model, references, rights
         cfg: Any = getattr(model, "pretrained_cfg", None) or {}
         self.scale = int(getattr(model, "scale", 1))
         self.task = args.task or str(cfg.get("task") or "sr")
@@ -219,7 +235,7 @@ class _Job:
                 if skip:
                     result = open_picture(target) if self.args.metrics or self.comparison is not None else None
                 else:
-                    result = self._restore(source, target, entry)
+                    result = self._restore(self._with_right_view(picture.path, source, entry), target, entry)
                 if result is not None and self.args.metrics:
                     self._measure(picture.path, result, entry)
                 if result is not None and self.comparison is not None:
@@ -229,6 +245,16 @@ class _Job:
             return
         entry["warnings"] = [*entry.get("warnings", []), *said]
         (self.skipped if skip else self.restored).append(entry)
+
+    def _with_right_view(self, path: Path, source: Planes, entry: dict[str, Any]) -> Planes:
+        from zoo.restoration.inference import open_picture, pair_views
+
+        if self.args.right is None:
+            return source
+        if path not in self.rights:
+            raise ValueError(f"There is no right view of this name in {self.args.right}.")
+        entry["right"] = str(self.rights[path])
+        return pair_views(source, open_picture(self.rights[path]))
 
     def _restore(self, source: Planes, target: Path, entry: dict[str, Any]) -> Planes:
         from zoo.restoration.inference import restore_picture
@@ -322,7 +348,8 @@ def _mean_change(before: Planes, after: Planes) -> float:
     """Mean absolute difference of two pictures of one size, of 255."""
     import numpy as np
 
-    difference = after.color.astype(np.float32) / after.peak - before.color.astype(np.float32) / before.peak
+    first = before.color[..., : after.color.shape[2]]  # of two views the left one
+    difference = after.color.astype(np.float32) / after.peak - first.astype(np.float32) / before.peak
     return float(np.abs(difference).mean()) * 255
 
 
@@ -367,16 +394,16 @@ def _targets(pictures: list[Picture], args: argparse.Namespace, job: _Job) -> li
     return list(targets)
 
 
-def _references(pictures: list[Picture], given: Path | None) -> dict[Path, Path]:
-    """Return the reference of each picture that has one: of the same name below the folder, in any format."""
+def _of_same_names(option: str, pictures: list[Picture], given: Path | None) -> dict[Path, Path]:
+    """Return the file that an option gives for each picture: of the same name below a folder, in any format."""
     if given is None:
         return {}
     if given.is_file():
         if len(pictures) != 1:
-            raise UsageError(f"--metrics {given} is one file for {len(pictures)} pictures: give a folder.")
+            raise UsageError(f"{option} {given} is one file for {len(pictures)} pictures: give a folder.")
         return {pictures[0].path: given}
     if not given.is_dir():
-        raise UsageError(f"--metrics: there is no folder {given}.")
+        raise UsageError(f"{option}: there is no folder {given}.")
     known = {picture.relative.with_suffix("").as_posix(): picture.path for picture in find_pictures([str(given)])}
     found = {}
     for picture in pictures:
@@ -386,7 +413,7 @@ def _references(pictures: list[Picture], given: Path | None) -> dict[Path, Path]
         if match is not None:
             found[picture.path] = match
     if not found:
-        raise UsageError(f"--metrics: {given} has no picture that is called like one of the {len(pictures)} inputs.")
+        raise UsageError(f"{option}: {given} has no picture that is called like one of the {len(pictures)} inputs.")
     return found
 
 

@@ -9,12 +9,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from zoo.data.degradations import BicubicDownscale, Degradation, GaussianNoise, Pixels
-from zoo.data.photos import find_images, read_pixels, to_tensor
+from zoo.data.photos import Pair, find_images, pair_folders, read_pair, to_tensor
 from zoo.data.samplers import LateLoader, PatchBatches, Phase, PhasedSampler, ResumableSampler, SeededDataset
 
 __all__ = [
@@ -25,64 +24,75 @@ __all__ = [
     "PairedImages",
     "Phase",
     "TrainingPatches",
-    "find_images",
 ]
+
+_KEPT_BYTES = 2**30  # of photos that a process keeps in memory
 
 
 class TrainingPatches(Dataset[tuple[Tensor, Tensor]]):
     """Random aligned patches of degraded and clean photos, flipped and turned at random.
 
-    Photos are kept in memory once read (a 481x321 photo: 0.5 MB). Random choices come from NumPy's global generator;
-    a `SeededDataset` around this makes them a function of (seed, epoch, index).
+    The first gigabyte of photos is kept in memory once read (a 481x321 photo: 0.5 MB). Random choices come from NumPy's
+    global generator; a `SeededDataset` around this makes them a function of (seed, epoch, index). Photos that come with
+    their degraded version and are smaller than a patch are mirrored to the right and below, as Restormer's authors do.
 
     Args:
-        files: Clean photos.
-        degradation: How the network's input is made.
+        pairs: Clean photos, each with its degraded version, or to be degraded.
+        degradation: How the network's input is made, where it is no file; gives the scale.
         patch_size: Side of the degraded patch, pixels; the largest one that is asked for.
         patches_per_image: Patches of each photo in an epoch.
         mode: "RGB", or "L" for one channel.
 
     Raises:
-        ValueError: A photo is unreadable or smaller than a patch.
+        ValueError: A photo is unreadable, no pair with its degraded version, or to be degraded and smaller than a
+            patch.
     """
 
     def __init__(
         self,
-        files: Sequence[Path],
+        pairs: Sequence[Pair],
         degradation: Degradation,
         patch_size: int,
         patches_per_image: int = 1,
         mode: Literal["RGB", "L"] = "RGB",
     ) -> None:
         self.degradation, self.patch_size, self.patches_per_image = degradation, patch_size, patches_per_image
-        self.files, self.mode = list(files), mode
-        self._photos: dict[int, tuple[NDArray[np.uint8], Pixels | None]] = {}
+        self.pairs, self.mode = list(pairs), mode
+        self._photos: dict[int, tuple[Pixels | None, Pixels]] = {}
+        self._kept = 0
 
     def __len__(self) -> int:
-        return len(self.files) * self.patches_per_image
+        return len(self.pairs) * self.patches_per_image
 
-    def _photo(self, index: int) -> tuple[NDArray[np.uint8], Pixels | None]:
-        if index not in self._photos:
-            scale, least = self.degradation.scale, self.patch_size * self.degradation.scale
-            clean = read_pixels(self.files[index], self.mode)
-            height, width = clean.shape[0] // scale * scale, clean.shape[1] // scale * scale
-            if min(height, width) < least:
+    def _photo(self, index: int) -> tuple[Pixels | None, Pixels]:
+        """Return the degraded photo, or None where each patch is degraded anew, and the clean one."""
+        if index in self._photos:
+            return self._photos[index]
+        pair, least = self.pairs[index], self.patch_size * self.degradation.scale
+        degraded, clean = read_pair(pair, self.mode, self.degradation.scale)
+        if degraded is None:
+            if min(clean.shape[:2]) < least:
                 raise ValueError(
-                    f"{self.files[index]} has {clean.shape[1]}x{clean.shape[0]} pixels, a patch needs {least}x{least}."
+                    f"{pair.clean} has {clean.shape[1]}x{clean.shape[0]} pixels, a patch needs {least}x{least}."
                 )
-            clean = clean[:height, :width]
-            degraded = None if self.degradation.random else self.degradation(clean, np.random.default_rng(0))
-            self._photos[index] = clean, degraded
-        return self._photos[index]
+            if not self.degradation.random:
+                degraded = self.degradation(clean, np.random.default_rng(0))
+        size = clean.nbytes + (0 if degraded is None else degraded.nbytes)
+        if self._kept + size <= _KEPT_BYTES:
+            self._photos[index] = degraded, clean
+            self._kept += size
+        return degraded, clean
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.patch(index, self.patch_size)
 
     def patch(self, index: int, side: int) -> tuple[Tensor, Tensor]:
         """Return a degraded patch of `side` x `side` pixels and its clean version."""
-        clean, degraded = self._photo(index % len(self.files))
+        degraded, clean = self._photo(index % len(self.pairs))
         rng = np.random.default_rng(np.random.randint(0, 2**31, 2))
         scale = self.degradation.scale
+        if degraded is not None:
+            degraded, clean = _at_least(degraded, side), _at_least(clean, side * scale)
         top = int(rng.integers(0, clean.shape[0] // scale - side + 1))
         left = int(rng.integers(0, clean.shape[1] // scale - side + 1))
         target = clean[top * scale : (top + side) * scale, left * scale : (left + side) * scale]
@@ -107,60 +117,55 @@ class TrainingPatches(Dataset[tuple[Tensor, Tensor]]):
         return source[:side, :side]
 
 
+def _at_least(image: Pixels, side: int) -> Pixels:
+    """Mirror an image to the right and below, its last pixels included, until it has `side` x `side` pixels."""
+    below, right = (max(0, side - length) for length in image.shape[:2])
+    return np.pad(image, ((0, below), (0, right), (0, 0)), mode="symmetric") if below or right else image
+
+
 class EvaluationPairs(Dataset[tuple[Tensor, Tensor]]):
     """Whole degraded and clean images.
 
     Args:
-        files: Clean images, cut from the top left to a multiple of the scale, or to a degraded file's size x scale.
-        degradation: Makes the network's input, and gives the scale.
-        degraded_files: The network's input, one a clean image, instead of making it.
+        pairs: Clean images, each with its degraded version, or to be degraded. They are cut from the top left to a
+            multiple of the scale, or to the size of the degraded version times the scale.
+        degradation: Makes the network's input, where it is no file; gives the scale.
         mode: "RGB", or "L" for one channel.
         seed: Image i is degraded with the generator (seed, i); noise is the protocol's own.
 
     Raises:
-        ValueError: The two lists differ in length, or a pair in size.
+        ValueError: An image is unreadable, or its degraded version has another size.
     """
 
     def __init__(
-        self,
-        files: Sequence[Path],
-        degradation: Degradation,
-        degraded_files: Sequence[Path] | None = None,
-        mode: Literal["RGB", "L"] = "RGB",
-        seed: int = 0,
+        self, pairs: Sequence[Pair], degradation: Degradation, mode: Literal["RGB", "L"] = "RGB", seed: int = 0
     ) -> None:
-        if degraded_files is not None and len(degraded_files) != len(files):
-            raise ValueError(f"{len(files)} clean images have {len(degraded_files)} degraded ones; each needs one.")
-        self.files, self.degraded_files = list(files), degraded_files
-        self.degradation, self.mode, self.seed = degradation, mode, seed
+        self.pairs, self.degradation, self.mode, self.seed = list(pairs), degradation, mode, seed
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        clean, scale = read_pixels(self.files[index], self.mode), self.degradation.scale
-        if self.degraded_files is None:
-            clean = clean[: clean.shape[0] // scale * scale, : clean.shape[1] // scale * scale]
+        source, clean = read_pair(self.pairs[index], self.mode, self.degradation.scale)
+        if source is None:
             source = self.degradation.evaluate(clean, np.random.default_rng((self.seed, index)))
-        else:
-            source = read_pixels(self.degraded_files[index], self.mode)
-            clean = clean[: source.shape[0] * scale, : source.shape[1] * scale]
-            if clean.shape[:2] != (source.shape[0] * scale, source.shape[1] * scale):
-                raise ValueError(
-                    f"{self.degraded_files[index]} times {scale} is larger than {self.files[index]}: not a pair."
-                )
         return to_tensor(source), to_tensor(clean)
 
 
 class PairedImages(LightningDataModule):
     """Pairs of degraded and clean images for `zoo.tasks.restoration.Restoration`.
 
+    Degraded versions are files of the same names as the clean ones, see `zoo.data.photos.pair_folders`. Where two
+    folders are given for one, they hold the left and the right view of a dual-pixel sensor, which become 6 channels.
+
     Args:
         data_dir: Folder that the other folders are relative to.
-        degradation: How the network's input is made from a clean photo.
+        degradation: How the network's input is made from a clean photo, and the scale. None where all degraded versions
+            are files of the clean images' size.
         train_folders: Folders of clean photos, searched with all subfolders.
+        train_degraded_folders: Folder, or two, of the degraded versions for each of `train_folders`; None makes them.
         val_folder: Folder of clean images for validation and `test`.
-        val_degraded_folder: Folder of their degraded versions, paired in sorted order; None makes them.
+        val_degraded_folder: Folder, or two, of their degraded versions; None makes them.
         patch_size: Side of the degraded training patch, pixels.
         patches_per_image: Patches of each photo in an epoch.
         batch_size: Patches of a step and process.
@@ -173,15 +178,20 @@ class PairedImages(LightningDataModule):
             with `check_val_every_n_epoch: null`); the last phase goes on for ever. Restormer's first two are
             `phases: [{batches: 92000, patch_size: 128, batch_size: 64}, {batches: 64000, patch_size: 160,
             batch_size: 40}]`.
+
+    Raises:
+        ValueError: There are not as many folders of degraded photos as of clean ones. A loader raises it where a
+            degraded version is missing, has another size, or is neither given nor made.
     """
 
     def __init__(
         self,
         data_dir: str,
-        degradation: Degradation,
+        degradation: Degradation | None = None,
         train_folders: list[str] | None = None,
+        train_degraded_folders: list[str | list[str]] | None = None,
         val_folder: str | None = None,
-        val_degraded_folder: str | None = None,
+        val_degraded_folder: str | list[str] | None = None,
         patch_size: int = 48,
         patches_per_image: int = 16,
         batch_size: int = 16,
@@ -193,18 +203,32 @@ class PairedImages(LightningDataModule):
     ) -> None:
         super().__init__()
         self.data_dir, self.degradation = Path(data_dir), degradation
-        self.train_folders, self.val_folder, self.val_degraded_folder = train_folders, val_folder, val_degraded_folder
+        self.train_folders, self.train_degraded_folders = train_folders or ["."], train_degraded_folders
+        self.val_folder, self.val_degraded_folder = val_folder, val_degraded_folder
+        if train_degraded_folders is not None and len(train_degraded_folders) != len(self.train_folders):
+            raise ValueError(
+                f"train_degraded_folders must have one entry for each of the {len(self.train_folders)} train_folders, "
+                f"got {len(train_degraded_folders)}."
+            )
         self.patch_size, self.patches_per_image, self.batch_size = patch_size, patches_per_image, batch_size
         self.num_workers, self.mode, self.seed, self.limit = num_workers, mode, seed, limit
         self.phases = phases
 
-    def _files(self, folder: str) -> list[Path]:
-        return find_images(self.data_dir / folder)[: self.limit]
+    def _pairs(self, folder: str, degraded: str | list[str] | None) -> list[Pair]:
+        if degraded is not None:
+            views = [self.data_dir / view for view in ([degraded] if isinstance(degraded, str) else degraded)]
+            scale = 1 if self.degradation is None else self.degradation.scale
+            return pair_folders(self.data_dir / folder, views, scale)[: self.limit]
+        if self.degradation is None:
+            raise ValueError(f"{folder} has no folder of degraded versions, and there is no degradation to make them.")
+        return [Pair(path) for path in find_images(self.data_dir / folder)[: self.limit]]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        files = [path for folder in self.train_folders or ["."] for path in self._files(folder)]
+        degraded: Sequence[str | list[str] | None] = self.train_degraded_folders or [None] * len(self.train_folders)
+        folders = zip(self.train_folders, degraded, strict=True)
+        pairs = [pair for folder, other in folders for pair in self._pairs(folder, other)]
         largest = max((phase.patch_size for phase in self.phases or []), default=self.patch_size)
-        data = TrainingPatches(files, self.degradation, largest, self.patches_per_image, self.mode)
+        data = TrainingPatches(pairs, self.degradation or Degradation(), largest, self.patches_per_image, self.mode)
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         common: dict[str, Any] = dict(
             num_workers=self.num_workers,
@@ -227,8 +251,8 @@ class PairedImages(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if self.val_folder is None:
             return []
-        degraded = None if self.val_degraded_folder is None else self._files(self.val_degraded_folder)
-        data = EvaluationPairs(self._files(self.val_folder), self.degradation, degraded, self.mode, self.seed)
+        pairs = self._pairs(self.val_folder, self.val_degraded_folder)
+        data = EvaluationPairs(pairs, self.degradation or Degradation(), self.mode, self.seed)
         return DataLoader(data, batch_size=1, generator=torch.Generator().manual_seed(self.seed))
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:

@@ -9,6 +9,7 @@ from zoo.moe.experts import MoEFFN
 from zoo.moe.losses import balance_loss, feature_loss, record_balance
 from zoo.moe.modulation import share_modulation
 from zoo.moe.router import Router
+from zoo.moe.routing import RoutingSummary, record_routing
 from zoo.moe.transformers import convert, load_transformer, to_dense
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "MoEFFN",
     "MoEReport",
     "Router",
+    "RoutingSummary",
     "activated_parameters",
     "balance_loss",
     "block_groups",
@@ -28,6 +30,7 @@ __all__ = [
     "load_transformer",
     "mix_blocks",
     "record_balance",
+    "record_routing",
     "set_top_k",
     "share_modulation",
     "to_dense",

@@ -417,7 +417,8 @@ _DERIVED = re.compile(r"\.(relative_position_index|attn_mask_[01])$")
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Drop the authors' tables and masks, which are derived, and keep the shape of the windows that they tell.
 
-    Files without these tables, as some trainers write them, are taken to have the model's windows.
+    Files without these tables, as some trainers write them, are taken to have the model's windows. Projections without
+    bias get one of zeros.
 
     Raises:
         ValueError: The weights are for windows of another shape, which no other tensor would show.
@@ -431,6 +432,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     own = {key: value for key, value in model.state_dict().items() if key.endswith(".window")}
     if not any(key.endswith(".window") for key in out) and "before_RG.1.weight" in out:
         out |= own
+    if "layers.0.blocks.0.attn.qkv.bias" not in out and "layers.0.blocks.0.attn.qkv.weight" in out:
+        weights = {key: value for key, value in out.items() if key.endswith(".attn.qkv.weight")}
+        out |= {key.removesuffix("weight") + "bias": value.new_zeros(len(value)) for key, value in weights.items()}
     for key, value in own.items():
         found = out.get(key, value)
         if found.shape == value.shape and not (value.is_meta or torch.equal(found.cpu(), value.cpu())):
@@ -468,9 +472,12 @@ def detect(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
     """
     first = state_dict.get("conv_first.weight")
     temperature = state_dict.get("layers.0.blocks.1.attn.temperature")
+    positions = state_dict.get("layers.0.blocks.0.attn.attns.0.pos.pos3.2.bias")  # one number for each two heads
     hidden = state_dict.get("layers.0.blocks.0.ffn.fc1.weight")
     last = state_dict.get("upsample.0.weight")
-    if first is None or temperature is None or hidden is None or "before_RG.1.weight" not in state_dict:
+    if first is None or hidden is None or "before_RG.1.weight" not in state_dict:
+        return None
+    if temperature is None and positions is None:
         return None
     blocks = {match[0] for key in state_dict if (match := re.match(r"layers\.\d+\.blocks\.\d+\.", key))}
     groups = [int(block.split(".")[1]) for block in blocks]
@@ -478,7 +485,7 @@ def detect(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
     found: dict[str, Any] = dict(
         embed_dim=dim,
         depths=tuple(groups.count(group) for group in range(max(groups) + 1)),
-        num_heads=temperature.shape[0],
+        num_heads=2 * len(cast(Tensor, positions)) if temperature is None else len(temperature),
         split_size=_split_size(state_dict),
         expansion=hidden.shape[0] / dim,
         resi_connection="1conv" if "layers.0.conv.weight" in state_dict else "3conv",

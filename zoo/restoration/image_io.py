@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-__all__ = ["Picture", "PictureError", "open_picture"]
+__all__ = ["Picture", "PictureError", "open_picture", "pair_views"]
 
 Array = NDArray[Any]
 
@@ -47,8 +47,8 @@ class Picture:
     """A picture as planes of numbers, and what is needed to turn them back into the same kind of picture.
 
     Args:
-        color: (H, W, 1) gray or (H, W, 3) colour; uint8, uint16, or float32 in [0, 1]. Inks of CMYK are inverted, so
-            that they look like RGB.
+        color: (H, W, 1) gray, (H, W, 3) colour, or (H, W, 6) of two views; uint8, uint16, or float32 in [0, 1]. Inks of
+            CMYK are inverted, so that they look like RGB.
         black: (H, W, 1), the inverted black of CMYK.
         alpha: (H, W, 1) opacity.
         mode: Pillow mode; "array" for a NumPy array.
@@ -197,6 +197,22 @@ def open_picture(source: str | os.PathLike[str] | Image.Image | Array) -> Pictur
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
         raise PictureError(f"{path} is damaged: {error}.") from error
     return picture if low_bytes is None else _widen(picture, low_bytes)
+
+
+def pair_views(left: Picture, right: Picture) -> Picture:
+    """Return the two views of a dual-pixel sensor as one picture of six channels; all else is the left one's.
+
+    Raises:
+        PictureError: They are not two colour pictures of one size and depth, without transparency.
+    """
+    for view in (left, right):
+        if view.color.shape[2] != 3 or view.alpha is not None or view.black is not None:
+            raise PictureError(f"{view.name} is no view of a dual-pixel sensor: expected RGB without transparency.")
+    if left.color.shape != right.color.shape or left.color.dtype != right.color.dtype:
+        kinds = [f"{view.size[1]}x{view.size[0]} pixels of {view.color.dtype}" for view in (left, right)]
+        raise PictureError(f"{left.name} has {kinds[0]}, {right.name} {kinds[1]}: no two views of one picture.")
+    color = np.concatenate([left.color, right.color], axis=2)
+    return dataclasses.replace(left, color=color, name=f"{left.name} and {right.name}")
 
 
 def _low_bytes(path: Path, image: ImageFile.ImageFile) -> Array | None:

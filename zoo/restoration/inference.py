@@ -21,17 +21,26 @@ from zoo import catalog
 from zoo.cfg import RestorationCfg
 from zoo.ffn.reparam import reparameterize
 from zoo.restoration import FAMILIES
-from zoo.restoration.image_io import Picture, PictureError, open_picture
+from zoo.restoration.image_io import Picture, PictureError, open_picture, pair_views
 from zoo.restoration.tiling import Progress, restore_tensor
 from zoo.weights import CheckpointError, load_strict, read_checkpoint
 
-__all__ = ["Picture", "PictureError", "load_restorer", "open_picture", "restore", "restore_picture", "restore_tensor"]
+__all__ = [
+    "Picture",
+    "PictureError",
+    "load_restorer",
+    "open_picture",
+    "pair_views",
+    "restore",
+    "restore_picture",
+    "restore_tensor",
+]
 
 Source = str | os.PathLike[str] | Image.Image | NDArray[Any]
 
 
 def restore(
-    image: Source,
+    image: Source | tuple[Source, Source],
     task: str = "sr",
     scale: int | None = None,
     model: str | nn.Module | None = None,
@@ -52,7 +61,8 @@ def restore(
     colour under full transparency is filled from its surroundings before.
 
     Args:
-        image: Path, Pillow image, or array (H, W) or (H, W, 1 to 4) of uint8, uint16, bool, or floats in [0, 1].
+        image: Path, Pillow image, or array (H, W) or (H, W, 1 to 4) of uint8, uint16, bool, or floats in [0, 1]; or a
+            tuple of two, the left and the right view of a dual-pixel sensor.
         task: "sr", "denoise", ...: chooses shipped weights where neither `model` nor `weights` is given.
         scale: Output pixels per input pixel; None takes the model's, or 2 for "sr" where there is no model.
         model: Name of a restorer ("cfsr_x2", "cfsr_x2.authors"), or a restorer. None recognises it from `weights`.
@@ -75,7 +85,11 @@ def restore(
         ValueError: No weights fit, the scale or the noise is not the model's, or the budget or tile is too small.
         CheckpointError: The weights do not exist, are damaged, or do not fit.
     """
-    picture = open_picture(image)
+    views = image if isinstance(image, tuple) else (image,)
+    if len(views) > 2:
+        raise ValueError(f"One picture is restored, or the two views of a dual-pixel sensor; got {len(views)}.")
+    pictures = [open_picture(view) for view in views]
+    picture = pair_views(*pictures) if len(pictures) == 2 else pictures[0]
     restorer = load_restorer(task, scale, model, weights, sigma=sigma, device=device, dtype=dtype)
     restored = restore_picture(
         picture,
@@ -86,7 +100,7 @@ def restore(
         self_ensemble=self_ensemble,
         progress=progress,
     )
-    return restored.to_array() if isinstance(image, np.ndarray) else restored.to_image()
+    return restored.to_array() if isinstance(views[0], np.ndarray) else restored.to_image()
 
 
 def restore_picture(
@@ -103,7 +117,7 @@ def restore_picture(
     """Restore an opened picture, for example from a batch of files with one model; see `restore`.
 
     Args:
-        picture: From `open_picture`.
+        picture: From `open_picture`, or from `pair_views`.
         model: From `load_restorer`, or any restorer.
         budget: Memory limit.
         tile: Side of tiles.
@@ -113,9 +127,13 @@ def restore_picture(
         inform: Told in words how the picture is run, see `restore_tensor`.
 
     Raises:
-        ValueError: The budget or the tile is too small.
+        ValueError: The budget or the tile is too small, or the network restores two views and got one, or the reverse.
         RuntimeError: The network's output is not finite.
     """
+    if (picture.color.shape[2] == 6) != (getattr(model, "in_chans", 3) == 6):
+        kinds = "one picture", "two views of a dual-pixel sensor"
+        wanted, given = kinds if picture.color.shape[2] == 6 else kinds[::-1]
+        raise ValueError(f"{type(model).__name__} with these weights restores {wanted}, got {given}.")
     levels = None if picture.peak == 1 else int(picture.peak)
 
     def run(planes: NDArray[Any], progress: Progress | None) -> NDArray[Any]:

@@ -171,7 +171,8 @@ def restore_tensor(
         inform: Told in words how the map is run: "whole", "streamed, exact", "6 tiles, exact" or "6 tiles, blended".
 
     Returns:
-        (B, C, scale * H, scale * W) on the CPU: float32 not clamped, or whole numbers clamped to `levels`.
+        (B, C, scale * H, scale * W) on the CPU: float32 not clamped, or whole numbers clamped to `levels`; of a network
+        that takes as many channels as `x` has and returns fewer (two views in, one picture out), with these.
 
     Raises:
         ValueError: `x` has another rank or no pixels, the tile is too small for its overlap, or the budget is too small
@@ -272,7 +273,7 @@ def _first_plan(
     allowed = parse_bytes(budget)
     held = _held_bytes(device)
     if device.type == "cpu":  # the result, and once more in the picture made of it; sums of blended tiles are float32
-        samples = x.shape[0] * x.shape[1] * height * width * int(getattr(model, "scale", 1)) ** 2
+        samples = x.shape[0] * _out_channels(model, x) * height * width * int(getattr(model, "scale", 1)) ** 2
         depth = {None: 4, 255: 1}.get(levels, 4)
         held += samples * (2 * depth + (0 if exact or levels is None else 4)) + _RUNTIME_BYTES
     itemsize = next(model.parameters()).element_size()
@@ -336,7 +337,7 @@ def _run_plan(
     progress: Progress | None,
 ) -> Tensor:
     """Restore tile by tile into one output."""
-    shape = (*x.shape[:2], scale * x.shape[2], scale * x.shape[3])
+    shape = (x.shape[0], _out_channels(model, x), scale * x.shape[2], scale * x.shape[3])
     blend = plan.count > 1 and not exact and plan.overlap > 0
     out = torch.zeros(shape) if blend else torch.empty(shape, dtype=_result_type(levels))
     rows, columns = (list(_spans(edges, plan.overlap, blend)) for edges in (plan.rows, plan.columns))
@@ -504,6 +505,12 @@ def _ensemble(model: nn.Module, x: Tensor, self_ensemble: bool, call: Call) -> T
             total = result if total is None else total.add_(result)
     assert total is not None  # the loop runs
     return total.div_(8)
+
+
+def _out_channels(model: nn.Module, x: Tensor) -> int:
+    """Return the number of channels of the restored map: that of `x`, unless the network makes one picture of two."""
+    given = x.shape[1]
+    return int(getattr(model, "out_chans", given)) if getattr(model, "in_chans", None) == given else given
 
 
 def _run_channels(model: nn.Module, x: Tensor, call: Call) -> Tensor:

@@ -116,7 +116,8 @@ class Restoration(TimmOptimModule):
             self._log_picture(f"{stage}/{batch_idx}", degraded, output, target)
 
     def _log_picture(self, tag: str, degraded: Tensor, output: Tensor, target: Tensor) -> None:
-        enlarged = F.interpolate(degraded, size=target.shape[-2:], mode="bicubic", align_corners=False)
+        view = degraded[:, : target.shape[1]]  # of two views the left one
+        enlarged = F.interpolate(view, size=target.shape[-2:], mode="bicubic", align_corners=False)
         row = torch.cat([enlarged[0], output[0], target[0]], dim=-1).clamp(0, 1).cpu()
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger):

@@ -1,0 +1,239 @@
+"""Our restorers in programs built on spandrel, and spandrel's file layouts in our own loader."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import spandrel
+import timm
+import torch
+from parity import protocol
+from registered import RESTORERS, build, images, randomize, relative
+from safetensors.torch import save_file
+from spandrel import ArchRegistry, ArchSupport, ModelLoader
+from spandrel.architectures.Compact import Compact, CompactArch
+from spandrel.architectures.DAT import DAT, DATArch
+from torch import Tensor
+
+import zoo
+import zoo.spandrel
+from zoo.restoration.inference import load_restorer
+from zoo.weights import CheckpointError, shipped
+
+RECORDS = Path(__file__).parent / "parity"
+AUTHORS = {
+    "cfsr": "cfsr_x2_merged_40x52",
+    "ffnetsr": "ffnetsr_shallow_x2_40x52",
+    "restormer": "restormer_biasfree_64",
+}
+DESCRIBED = {"cfsr": ("SR", 2), "dat": ("SR", 2), "ffnetsr": ("SR", 2), "restormer": ("Restoration", 1)}
+
+
+def registry(*own: spandrel.Architecture, **options: Any) -> ArchRegistry:
+    """Return a registry of all of spandrel's architectures, or of some, and ours."""
+    made = spandrel.MAIN_REGISTRY.copy()
+    if own:
+        made = ArchRegistry()
+        made.add(*map(ArchSupport.from_architecture, own))
+    zoo.spandrel.install(made, **options)
+    return made
+
+
+def authors(family: str) -> dict[str, Tensor]:
+    """Return a state dict with the authors' keys and random numbers."""
+    facts, _ = protocol.load(RECORDS / family / AUTHORS[family])
+    return {key: torch.from_numpy(value) for key, value in protocol.fill_state_dict(facts["state_dict"]).items()}
+
+
+@pytest.mark.parametrize("family", RESTORERS)
+@pytest.mark.parametrize("merged", [False, True], ids=["training form", "merged"])
+def test_our_files(family: str, merged: bool, tmp_path: Path) -> None:
+    """Files of ours load in both forms, give our outputs on any size, and are described as they are."""
+    model = build(family)
+    if merged:
+        zoo.reparameterize(model, measure=False)
+    save_file(model.state_dict(), tmp_path / "ours.safetensors")
+    found = ModelLoader(registry=registry()).load_from_file(tmp_path / "ours.safetensors")
+    assert isinstance(found, spandrel.ImageModelDescriptor)
+    assert (found.purpose, found.scale) == DESCRIBED[family]
+    assert found.architecture.id == f"zoo.{found.architecture.name}"
+    assert found.architecture.name.lower() == family
+    assert (found.input_channels, found.output_channels) == (3, 3)
+    assert found.size_requirements.multiple_of == model.multiple_of
+    assert found.tags[0] in RESTORERS[family]
+    assert (found.supports_half, found.supports_bfloat16) == (family == "cfsr", True)
+    for size in ((16, 16), (21, 34)):
+        x = images(family, 1, size=size)
+        with torch.no_grad():
+            assert relative(found(x), model(x).clamp(0, 1)) < 1e-5
+    assert found(torch.rand(1, 3, 5, 1)).shape == (1, 3, 5 * found.scale, found.scale)
+    for low in (torch.bfloat16, *([torch.float16] if found.supports_half else [])):
+        assert found.to(low)(images(family, 1).to(low)).isfinite().all()
+
+
+def test_gray_and_two_views() -> None:
+    loader = ModelLoader(registry=registry())
+    gray = loader.load_from_state_dict(build("restormer", in_chans=1).state_dict())
+    assert (gray.input_channels, gray.output_channels) == (1, 1)
+    dual = loader.load_from_state_dict(build("restormer", in_chans=6, dual_pixel=True).state_dict())
+    assert (dual.input_channels, dual.output_channels, dual.purpose) == (6, 3, "Restoration")
+    assert dual.tags == ["restormer_defocus_dual"]
+
+
+@pytest.mark.parametrize("name", ["cfsr_x2.bsds", "cfsr_x4.bsds"])
+def test_shipped_weights(name: str) -> None:
+    """The files of our cards, in spandrel's main registry; what it finds there afterwards is its own."""
+    theirs = [support.architecture.id for support in spandrel.MAIN_REGISTRY if "zoo." not in support.architecture.id]
+    zoo.spandrel.install()
+    zoo.spandrel.install()
+    ours = [f"zoo.{name}" for name in ("CFSR", "DAT", "FFNetSR", "Restormer")]
+    assert [support.architecture.id for support in spandrel.MAIN_REGISTRY] == theirs + ours
+    found = ModelLoader().load_from_file(shipped(name))
+    x = torch.rand(1, 3, 19, 23)
+    expected = timm.create_model(name, pretrained=True).eval()
+    with torch.no_grad():
+        assert relative(found(x), expected(x).clamp(0, 1)) < 1e-5
+    assert found.scale == int(name[6])
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_dat_of_the_authors(replace: bool) -> None:
+    """Their files stay with spandrel's own DAT unless ours is to replace it; both give the same picture."""
+    made = registry(DATArch(), replace=replace)
+    loader = ModelLoader(registry=made)
+    network = DAT(embed_dim=64, split_size=[4, 8], depth=[4, 2], num_heads=[4, 4], expansion_factor=2.0, upscale=3)
+    derived = {
+        key: value.clone() for key, value in network.state_dict().items() if "rpe_biases" in key or "mask" in key
+    }
+    state_dict = randomize(network).state_dict() | derived
+    found = loader.load_from_state_dict(state_dict)
+    assert isinstance(found.architecture, zoo.spandrel.Restorer) == replace
+    zoo.spandrel.install(made, replace=not replace)
+    other = loader.load_from_state_dict(state_dict)
+    assert isinstance(other.architecture, zoo.spandrel.Restorer) != replace
+    x = torch.rand(1, 3, 40, 52)
+    assert relative(found(x), other(x)) < 1e-5
+    assert (found.scale, found.input_channels) == (other.scale, other.input_channels)
+
+
+@pytest.mark.parametrize(("family", "name"), [("cfsr", "CFSR"), ("ffnetsr", "FFNetSR"), ("restormer", "Restormer")])
+def test_authors_files_that_spandrel_does_not_know(family: str, name: str) -> None:
+    """Ours alone claims them, so that no order matters."""
+    state_dict = authors(family)
+    claimed = [support.architecture.id for support in registry() if support.detect(state_dict)]
+    assert claimed == [f"zoo.{name}"]
+
+
+def test_others_are_left_alone() -> None:
+    """Foreign weights go where they went; what nobody knows stays unknown; what does not fit is named."""
+    made = registry(CompactArch())
+    loader = ModelLoader(registry=made)
+    assert loader.load_from_state_dict(Compact(num_feat=4, num_conv=1).state_dict()).architecture.id == "Compact"
+    with pytest.raises(spandrel.UnsupportedModelError):
+        loader.load_from_state_dict({"something.weight": torch.zeros(3), "epoch": 4})
+    state_dict = build("cfsr").state_dict()
+    del state_dict["norm.bias"]
+    with pytest.raises(CheckpointError, match=r"missing: norm\.bias"):
+        loader.load_from_state_dict(state_dict)
+
+
+def test_spandrel_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "zoo.spandrel")
+    monkeypatch.setitem(sys.modules, "spandrel", None)
+    with pytest.raises(ImportError, match=r"pip install 'ffn-zoo\[spandrel\]'"):
+        importlib.import_module("zoo.spandrel")
+
+
+def authors_keys(family: str, **kwargs: Any) -> dict[str, Tensor]:
+    """Return the weights of a tiny network under the authors' names: the reverse of the family's filter."""
+    out: dict[str, Tensor] = {}
+    for key, value in build(family, **kwargs).state_dict().items():
+        if family != "dat" and value.ndim == 2 and key.endswith("weight"):
+            value = value[:, :, None, None]  # their 1x1 convolutions
+        if key.endswith(".window"):
+            axes = [torch.arange(1 - side, side) for side in value.tolist()]
+            table = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1).float()
+            tokens = int(value.prod())
+            out[key.replace("window", "rpe_biases")] = table
+            out[key.replace("window", "relative_position_index")] = torch.zeros(tokens, tokens, dtype=torch.int64)
+        elif ".mixer.expand." in key:
+            a, v = value.chunk(2)
+            out |= {key.replace(".mixer.expand.", ".attn.a.0."): a, key.replace(".mixer.expand.", ".attn.v."): v}
+        else:
+            for pattern, theirs in _THEIRS[family]:
+                key = re.sub(pattern, theirs, key)
+            out[key] = value.clone()
+    return out
+
+
+_THEIRS: dict[str, list[tuple[str, str]]] = {
+    "cfsr": [
+        (r"\.scale([12])\.gamma$", r".layer_scale_\1"),
+        (r"(blocks\.\d+)\.norm1\.", r"\1.attn.norm."),
+        (r"(blocks\.\d+)\.norm2\.", r"\1.mlp.norm."),
+        (r"\.mixer\.conv\.", ".attn.a.2.lkb_reparam."),
+        (r"\.mixer\.proj\.", ".attn.proj."),
+        (r"\.ffn\.", ".mlp."),
+        (r"^upsample\.", "upsample.0."),
+    ],
+    "dat": [],
+    "restormer": [
+        (r"^patch_embed\.", "patch_embed.proj."),
+        (r"^((up|down)\d_\d)\.weight$", r"\1.body.0.weight"),
+        (r"\.norm([12])\.", r".norm\1.body."),
+    ],
+}
+FORMS: dict[str, dict[str, Any]] = {"cfsr": {"edge_branches": False}, "dat": {}, "restormer": {}}
+LAYOUTS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "bare": lambda weights: weights,
+    **{
+        name: lambda weights, name=name: {name: weights, "iter": 5}
+        for name in ("model_state_dict", "state_dict", "params_ema", "params-ema", "params", "model", "net")
+    },
+    "the only entry": lambda weights: {"restorer": weights},
+    "module.": lambda weights: {"params": {f"module.{key}": value for key, value in weights.items()}},
+    "netG.": lambda weights: {"state_dict": {f"netG.{key}": value for key, value in weights.items()}},
+    "half precision": lambda weights: {k: v.half() if v.is_floating_point() else v for k, v in weights.items()},
+}
+
+
+def restored(family: str, weights: Any, path: Path) -> Tensor:
+    """Return what a file makes of a picture, through the loader of `zoo restore --weights`."""
+    torch.save(weights, path)
+    with torch.no_grad():
+        return load_restorer(weights=path)(images(family, 1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FORMS)
+def test_our_loader_reads_what_spandrel_reads(family: str, layout: str, tmp_path: Path) -> None:
+    """Every wrapper and prefix that spandrel removes, with the authors' keys."""
+    weights = authors_keys(family, **FORMS[family])
+    with torch.no_grad():
+        expected = build(family, **FORMS[family])(images(family, 1))
+    found = restored(family, LAYOUTS[layout](weights), tmp_path / "file.pth")
+    assert relative(found, expected) < (2e-2 if layout == "half precision" else 1e-5)
+    assert ModelLoader().load_state_dict_from_file(tmp_path / "file.pth").keys() == weights.keys()
+
+
+@pytest.mark.parametrize("variant", ["no bias", "no tables", "one block a group"])
+def test_kinds_of_dat_that_spandrel_reads(variant: str, tmp_path: Path) -> None:
+    """Projections without bias, files without derived tables (whose windows are 8x32), groups without temperature."""
+    sizes = {"one block a group": {"depths": (1, 1)}, "no tables": {"split_size": (8, 32)}}.get(variant, {})
+    network, weights = build("dat", **sizes), authors_keys("dat", **sizes)
+    if variant == "no tables":
+        weights = {key: value for key, value in weights.items() if not key.endswith(("rpe_biases", "position_index"))}
+    if variant == "no bias":
+        weights = {key: value for key, value in weights.items() if not key.endswith(".qkv.bias")}
+        for name, value in network.state_dict().items():
+            if name.endswith(".qkv.bias"):
+                value.zero_()
+    with torch.no_grad():
+        expected = network(images("dat", 1))
+    assert relative(restored("dat", weights, tmp_path / "file.pth"), expected) < 1e-5
