@@ -18,6 +18,7 @@ _SHARED = Path(__file__).resolve().parents[2] / "shared"  # a folder beside the 
 
 _CACHE = tempfile.mkdtemp(prefix="zoo-tests-")
 os.environ["HF_HOME"] = _CACHE  # before the Hub's libraries are imported: tests leave nothing in the user's cache
+os.environ["ZOO_CACHE"] = os.path.join(_CACHE, "zoo")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the Hub fails at once instead of after its retries
 
 

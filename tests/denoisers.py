@@ -36,7 +36,7 @@ from diffusers import (
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
-from zoo.diffusion import PixelDiT
+from zoo.diffusion import DiffusionPolicyTransformer, PixelDiT
 
 Inputs = dict[str, Any]
 
@@ -344,6 +344,19 @@ def ltx2() -> LTX2VideoTransformer3DModel:
     )  # fmt: skip
 
 
+def diffusion_policy(**changes: Any) -> DiffusionPolicyTransformer:
+    """Return a policy that plans 6 actions of 2 numbers from 2 observations of 3, 3 blocks of width 16."""
+    sizes = dict(
+        action_dim=2, observation_dim=3, horizon=6, n_obs_steps=2, num_layers=3, num_attention_heads=2,
+        attention_head_dim=8, dropout=0.1,
+    )  # fmt: skip
+    model = DiffusionPolicyTransformer(**{**sizes, **changes})
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.2)  # with the published 0.02 its blocks would do next to nothing
+    return randomize(model)
+
+
 # all that our own caches skip blocks of
 SKIPPABLE: dict[str, Callable[[], nn.Module]] = {
     **DENOISERS,
@@ -352,6 +365,7 @@ SKIPPABLE: dict[str, Callable[[], nn.Module]] = {
     "chroma": chroma,
     "cogvideox": cogvideox,
     "cogview4": cogview4,
+    "diffusion_policy": diffusion_policy,
     "flux2": flux2,
     "hunyuan_image": hunyuan_image,
     "hunyuan_video": hunyuan_video,
@@ -435,10 +449,12 @@ def condition(model: nn.Module, batch: int, seed: int = 0) -> tuple[Tensor, Inpu
     def noise(*shape: int) -> Tensor:
         return torch.randn(batch, *shape, generator=generator)
 
-    kind = type(unwrap_module(model)).__name__
+    kind = type(unwrap_module(model)).__name__.removeprefix("MoE")
     if kind in ("PixelDiT", "DiTTransformer2DModel"):
         labels = torch.randint(0, 4, (batch,), generator=generator)
         return noise(model.config.in_channels, 8, 8), {"class_labels": labels}
+    if kind == "DiffusionPolicyTransformer":
+        return noise(6, 2), {"encoder_hidden_states": noise(2, 3)}
     if kind == "FluxTransformer2DModel":
         return noise(16, 4), {
             "encoder_hidden_states": noise(3, 12),
@@ -465,7 +481,7 @@ def condition(model: nn.Module, batch: int, seed: int = 0) -> tuple[Tensor, Inpu
 
 
 def _call(model: nn.Module, sample: Tensor, timestep: Tensor, inputs: Inputs) -> Tensor:
-    kind = type(unwrap_module(model)).__name__
+    kind = type(unwrap_module(model)).__name__.removeprefix("MoE")
     if kind == "ZImageTransformer2DModel":
         return torch.stack(model(list(sample), t=1 - timestep / 1000, **inputs, return_dict=False)[0])
     if kind == "LTXVideoTransformer3DModel":

@@ -15,15 +15,23 @@ from diffusers.hooks import SeaCacheConfig
 
 import zoo.bench.suites
 import zoo.cli.bench
-from zoo.bench import BenchError, Benchmark, Check, Entry, Goal, Settings, compare_models
+from zoo.bench import BenchError, Benchmark, Check, Entry, Goal, Ratio, Settings, compare_models
 from zoo.bench.caching import (
+    FID_C,
+    HELD,
     PSNR,
     RECOGNISED,
+    SSIM,
+    STEPS,
+    _goals,
+    caching,
     class_subject,
     measure_caches,
     psnr_of_all,
+    recogniser,
 )
 from zoo.bench.memory import in_fresh_process, resident_peak
+from zoo.bench.moe import moe
 from zoo.bench.report import columns, dumps, markdown, plot, to_json
 from zoo.bench.restorers import restorers
 from zoo.bench.suites import SUITES, cfsr, repaffn
@@ -257,7 +265,8 @@ def test_caches_beside_fewer_steps(pipe: PixelDiTPipeline) -> None:
         CacheSetting(method="FBC", setting="9", config=FirstBlockCacheConfig(threshold=9.0)),
         CacheSetting(method="SeaCache", setting="defaults", config=SeaCacheConfig()),
     ]
-    found = measure_caches(pipe, [0, 1], candidates, QUICK, steps=6, classify=lambda images: torch.tensor([0, 2]))
+    judge = recogniser(lambda images: torch.tensor([0, 2]), [0, 1])
+    found = measure_caches(pipe, [0, 1], candidates, QUICK, steps=6, judge=judge)
     by_name = {entry.name: entry for entry in found.entries}
     assert found.uncached.name == "no cache, 6 steps"
     assert PSNR not in found.uncached.values
@@ -275,6 +284,63 @@ def test_caches_beside_fewer_steps(pipe: PixelDiTPipeline) -> None:
 def test_every_cache_is_tried(pipe: PixelDiTPipeline) -> None:
     subject = class_subject(pipe, [0], steps=4, guidance_scale=3.0)
     assert {each.method for each in cache_settings(subject)} == {preset.method for preset in PRESETS.values()}
+
+
+@pytest.mark.slow
+def test_caching_suite() -> None:
+    """The shipped denoiser, judged on more images than are timed at once."""
+    (found,) = caching(Settings(batch=1, count=3, rounds=1, warmup=0, threads=1), steps=8)
+    assert found.conditions["images"] == 3
+    uncached, *others = found.entries
+    assert set(uncached.values) == {FID_C, RECOGNISED, STEPS}
+    for entry in others:
+        assert set(entry.values) >= {PSNR, SSIM, FID_C, RECOGNISED}
+        assert 0 < entry.values[FID_C] < math.inf
+    held = {entry.series for entry in others if entry.values.get(HELD)}
+    assert held >= {"CG-Taylor", "BAC", "TaylorSeer", "First Block Cache", "TaylorSeer of diffusers", "MagCache"}
+    assert [column.heading for column in columns(found)][4:7] == [PSNR, SSIM, FID_C]
+    assert found.goals[0].wanted == 2.36
+
+
+def test_goals_of_caching() -> None:
+    """Only what is at least as fast is a rival; the best of CG-Taylor that is fast enough counts."""
+
+    def entry(series: str, setting: str, speed: float, psnr: float, fid_c: float, **more: float) -> Entry:
+        ratio = Ratio(median=speed, p20=speed, p80=speed)
+        values = {PSNR: psnr, FID_C: fid_c, **more}
+        return Entry(name=f"{series}, {setting}", speedup=ratio, values=values, series=series)
+
+    fewer = {f"their {PSNR}": 30.0, f"their {FID_C}": 4.0}
+    found = _goals(
+        [
+            entry("CG-Taylor", "a", 2.0, 50, 1),
+            entry("CG-Taylor", "b", 2.4, 40, 2, **fewer),
+            entry("CG-Taylor", "c", 2.6, 35, 3, **fewer),
+            entry("First Block Cache", "a", 2.3, 60, 1),
+            entry("TaylorSeer of diffusers", "a", 2.5, 41, 2.5),
+        ]
+    )
+    assert [(goal.value, goal.reached) for goal in found] == [
+        (2.6, True),
+        (10, True),
+        (-2, True),
+        (-1, False),
+        (-0.5, True),
+    ]
+    assert found[1].what == "CG-Taylor, b: PSNR (dB) minus that of fewer steps in the same time or less"
+    assert [goal.value for goal in _goals([entry("CG-Taylor", "a", 2.0, 50, 1)])] == [2.0]
+    assert _goals([entry("BAC", "a", 3.0, 50, 1)]) == ()
+
+
+def test_more_images_than_are_timed(pipe: PixelDiTPipeline) -> None:
+    """They are those that one call would make, in the same order."""
+    candidates = [CacheSetting(method="FBC", setting="9", config=FirstBlockCacheConfig(threshold=9.0))]
+    labels = [0, 1, 2, 3, 4]
+    parts = measure_caches(pipe, labels, candidates, QUICK, steps=4, timed=2, fewer_steps=False)
+    whole = measure_caches(pipe, labels, candidates, QUICK, steps=4, fewer_steps=False)
+    uncached = whole.uncached.name
+    torch.testing.assert_close(parts.images[uncached], whole.images[uncached])
+    assert parts.images["FBC, 9"].shape == whole.images["FBC, 9"].shape
 
 
 def test_psnr_of_all() -> None:
@@ -319,6 +385,7 @@ def test_command_says_whether_goals_are_reached(
         (["cfsr", "--size", "32"], "--size is for models"),
         (["cfsr", "repaffn", "--plot", "p.png"], "--plot takes one"),
         (["repavit_tiny", "--plot", "p.txt"], "--plot writes .png"),
+        (["cfsr", "--count", "3"], "--count is for `zoo bench caching`"),
         (["repavit_tiny", "--batch", "0"], "--batch must be at least 1"),
         (["repavt"], "named benchmark is called repavit"),
         (["repavit_tiny", "--device", "tpu"], "tpu"),
@@ -356,3 +423,11 @@ def test_restorers_suite(name: str) -> None:
     assert all(check.value < 1e-3 for check in found.checks)
     assert all(entry.peak_bytes is not None and entry.peak_bytes >= 0 for entry in found.entries)
     assert len(found.goals) == {"dat_light_x2": 2, "restormer_denoise_color": 4, "ffnetsr_light_x2": 1}[name]
+
+
+def test_mixture_of_experts() -> None:
+    """The benchmark checks that both formulations agree, and measures all three."""
+    (found,) = moe(Settings(batch=1, rounds=1, warmup=0, threads=1), tokens=64, dim=48)
+    assert len(found.entries) == 4
+    assert found.checks[0].value < 1e-4
+    assert [goal.wanted for goal in found.goals] == [3.0, 0.8]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from denoisers import pixel_dit
-from diffusers import DDIMScheduler
+from denoisers import diffusion_policy, pixel_dit
+from diffusers import DDIMScheduler, DDPMScheduler
 from PIL import Image
 from timm.models import get_pretrained_cfg
 
@@ -19,7 +19,8 @@ import zoo
 from zoo import cards
 from zoo.cards import Metric, card_facts, check_card, make_card, published
 from zoo.cfg import ModelCfg
-from zoo.diffusion import PixelDiTPipeline
+from zoo.diffusion import DiffusionPolicyPipeline, PixelDiTPipeline
+from zoo.profiling import _denoiser_facts
 from zoo.weights import CheckpointError, cards_dir, front_matter, save_checkpoint, sha256_of
 
 CONFIG = next((cards_dir().parent / "configs").rglob("*.yaml")).relative_to(cards_dir().parent).as_posix()
@@ -115,6 +116,20 @@ def test_card_of_a_denoiser(tmp_path: Path, facts: dict[str, Any]) -> None:
         zoo.create_pipeline(str(folder))
     with pytest.raises(ValueError, match="save_pretrained"):
         make_card("pixeldit.toy", {}, folder=tmp_path / "other", **facts)
+
+
+def test_card_of_a_policy(tmp_path: Path, facts: dict[str, Any]) -> None:
+    """A denoiser that plans actions says so, and how it is used."""
+    pipeline = DiffusionPolicyPipeline(diffusion_policy(), DDPMScheduler(num_train_timesteps=100), n_action_steps=4)
+    pipeline.save_pretrained(tmp_path / "run")
+    folder = make_card("policy.toy", tmp_path / "run", folder=tmp_path / "card", **facts)
+    front = front_matter(folder / "README.md")
+    assert (front["task"], front["pipeline_tag"]) == ("policy", "robotics")
+    assert "evaluate_policy(pipeline" in (folder / "README.md").read_text()
+    found = _denoiser_facts("policy", {"toy": folder})
+    assert (found["task"], found["input_size"]) == ("policy", [6, 2])
+    assert found["params"] == front["parameters"]
+    assert found["weights"]["toy"]["num_classes"] is None
 
 
 def test_nothing_is_left_of_a_card_that_fails(tmp_path: Path, facts: dict[str, Any]) -> None:

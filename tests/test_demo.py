@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 import zoo.demo
 from zoo.bench import Check, Entry, Settings
-from zoo.bench.caching import PSNR, RECOGNISED, classify_with
+from zoo.bench.caching import PSNR, RECOGNISED
+from zoo.bench.fid_c import Judge
 from zoo.bench.timing import speedup
 from zoo.caching.presets import CacheSetting
 from zoo.cli import main
@@ -292,7 +293,7 @@ def test_generate(pipe: PixelDiTPipeline) -> None:
     ]
     found = generate(
         pipe,
-        classify_with(small_classifier(2)),
+        Judge(small_classifier(2)).classes,
         QUICK,
         per_class=2,
         steps=5,
@@ -308,7 +309,7 @@ def test_generate(pipe: PixelDiTPipeline) -> None:
     assert found.study_images == 2
     sea = CacheSetting(method="SeaCache", setting="defaults", config=SeaCacheConfig())
     with pytest.raises(ValueError, match="No cache works"):
-        generate(pipe, classify_with(small_classifier(2)), QUICK, steps=2, candidates=[sea])
+        generate(pipe, Judge(small_classifier(2)).classes, QUICK, steps=2, candidates=[sea])
 
 
 def test_merge() -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 
 from zoo.data.resize import imresize
-from zoo.metrics import luma, psnr, ssim
+from zoo.metrics import FeatureStatistics, frechet_distance, luma, psnr, ssim
 
 
 def images(size: tuple[int, int] = (40, 33), channels: int = 3, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,3 +127,49 @@ def test_bicubic_anchors(name: str, scale: int, data_dir: Path) -> None:
         values.append(float(psnr(*pair, space="y", crop=scale, rounded_luma=True)))
     assert len(values) == {"Set5": 5, "Set14": 14}[name]
     assert np.mean(values) == pytest.approx(ANCHORS[name, scale], abs=0.006)
+
+
+def test_statistics_come_batch_by_batch() -> None:
+    """Mean and covariance are those of all images, also far from zero, whatever the batches."""
+    features = 1e4 + torch.randn(57, 5, dtype=torch.float64) @ torch.randn(5, 5, dtype=torch.float64)
+    found = FeatureStatistics(5)
+    for batch in features.split([1, 20, 0, 36]):
+        found.update(batch)
+    torch.testing.assert_close(found.mean, features.mean(0))
+    torch.testing.assert_close(found.covariance, features.T.cov(), rtol=1e-9, atol=1e-9)
+    assert found.count == 57
+
+
+def test_refused_statistics() -> None:
+    found = FeatureStatistics(3)
+    with pytest.raises(ValueError, match=r"features must be \(B, 3\), got \(2, 4\)"):
+        found.update(torch.zeros(2, 4))
+    found.update(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        _ = found.covariance
+    with pytest.raises(ValueError, match="must be of one size"):
+        frechet_distance(torch.zeros(3), torch.eye(3), torch.zeros(3), torch.eye(4))
+
+
+def test_frechet_distance_of_diagonal_covariances() -> None:
+    """Without correlation it is the sum over axes of (m1 - m2)² + (s1 - s2)²."""
+    means, deviations = torch.randn(2, 7), torch.rand(2, 7)
+    expected = (means[0] - means[1]).square().sum() + (deviations[0] - deviations[1]).square().sum()
+    first, second = ((mean, deviation.square().diag()) for mean, deviation in zip(means, deviations, strict=True))
+    assert frechet_distance(*first, *second) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_frechet_distance_in_general() -> None:
+    """It does not change under rotation or exchange, is 0 for equal sets, and stands singular covariances."""
+    x, y = torch.randn(40, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64) * 2 + 1
+    turn = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    first, second = (x.mean(0), x.T.cov()), (y.mean(0), y.T.cov())
+    turned = [(mean @ turn, turn.T @ covariance @ turn) for mean, covariance in (first, second)]
+    found = frechet_distance(*first, *second)
+    assert found > 1
+    assert frechet_distance(*second, *first) == pytest.approx(found, rel=1e-6)
+    assert frechet_distance(*turned[0], *turned[1]) == pytest.approx(found, rel=1e-6)
+    assert frechet_distance(*first, *first) == pytest.approx(0, abs=1e-9)
+    product = torch.linalg.eigvals(first[1] @ second[1]).sqrt().real.sum()
+    plain = (first[0] - second[0]).square().sum() + first[1].trace() + second[1].trace() - 2 * product
+    assert found == pytest.approx(float(plain), rel=1e-5)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from zoo.bench.tuning import tune_cache
     from zoo.caching import (
         BACConfig,
         CGTaylorConfig,
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
     )
     from zoo.factory import create_model, create_pipeline, list_models, model_info
     from zoo.ffn.reparam import reparameterize
+    from zoo.moe import MoEConfig
     from zoo.restoration.inference import restore
 
 _LAZY = {
     "BACConfig": "zoo.caching",
     "CGTaylorConfig": "zoo.caching",
+    "MoEConfig": "zoo.moe",
     "TaylorSeerConfig": "zoo.caching",
     "cache_summary": "zoo.caching",
     "cached": "zoo.caching",
@@ -43,11 +46,15 @@ _LAZY = {
     "model_info": "zoo.factory",
     "reparameterize": "zoo.ffn.reparam",
     "restore": "zoo.restoration.inference",
+    "tune_cache": "zoo.bench.tuning",
 }
+
+_LAZY_MODULES = ("moe",)
 
 __all__ = [
     "BACConfig",
     "CGTaylorConfig",
+    "MoEConfig",
     "TaylorSeerConfig",
     "cache_summary",
     "cached",
@@ -60,10 +67,13 @@ __all__ = [
     "model_info",
     "reparameterize",
     "restore",
+    "tune_cache",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"zoo.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'zoo' has no attribute {name!r}")
     value = getattr(importlib.import_module(_LAZY[name]), name)
@@ -72,7 +82,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted([*globals(), *_LAZY, *_LAZY_MODULES])
 
 
 def _is_command() -> bool:

@@ -57,7 +57,11 @@ from zoo.weights import (
 
 __all__ = ["Metric", "card_facts", "check_card", "denoiser_cards", "make_card", "published"]
 
-_PIPELINE_TAGS = {"classification": "image-classification", "generation": "unconditional-image-generation"}
+_PIPELINE_TAGS = {
+    "classification": "image-classification",
+    "generation": "unconditional-image-generation",
+    "policy": "robotics",
+}
 _SECTIONS = ("How it was trained", "Results", "How to use it", "Limitations", "Parity")
 
 
@@ -273,7 +277,7 @@ def _write_diffusers(
     pipeline.save_pretrained(work)
     files = sorted(work.rglob("*.safetensors"))
     return {
-        "task": "generation",
+        "task": "policy" if "observation_dim" in pipeline.transformer.config else "generation",
         "tags": ["diffusers"],
         "architecture": type(pipeline.transformer).__name__,
         "parameters": _count(pipeline.transformer),
@@ -333,6 +337,12 @@ import zoo
 pipeline = zoo.create_pipeline("{name}")
 images = pipeline(class_labels=[3, 8], num_inference_steps=20, generator=torch.Generator().manual_seed(0)).images
 images[0].save("sample.png")""",
+    "policy": """\
+import zoo
+from zoo.policy import PointTask, evaluate_policy
+
+pipeline = zoo.create_pipeline("{name}")
+print(evaluate_policy(pipeline, PointTask(), episodes=20, num_inference_steps=100))""",
 }
 
 
@@ -350,6 +360,7 @@ def _text(
     command = {
         "classification": f"zoo classify photo.png --model {name}",
         "generation": f"zoo generate --model {name} --classes 3,8 -o grid.png",
+        "policy": "zoo bench policy",
     }.get(task, f"zoo restore photo.png --model {name} -o restored/")
     rows = "\n".join(
         f"| {metric.name} | {metric.value:g}{f' {metric.unit}' if metric.unit else ''} | {metric.dataset} |"

@@ -13,9 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PATH", "entry", "load", "nearest", "normalisation", "select", "unknown"]
+__all__ = ["PATH", "PIPELINE_TASKS", "entry", "load", "nearest", "normalisation", "select", "unknown"]
 
 PATH = Path(__file__).with_name("catalog.json")
+PIPELINE_TASKS = ("generation", "policy")
+"""Tasks of diffusers pipelines; the models of all other tasks are in timm's registry."""
 
 
 @functools.cache

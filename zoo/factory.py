@@ -174,7 +174,7 @@ def _denoiser_folder(name: str) -> Path:
     if architecture not in catalog.load() or (tag and tag not in catalog.load()[architecture]["weights"]):
         raise ValueError(_unknown(name))
     entry = catalog.entry(name)
-    if entry["task"] != "generation":
+    if entry["task"] not in catalog.PIPELINE_TASKS:
         raise ValueError(f"{name!r} is a {entry['task']} model, not a diffusion pipeline.")
     folder = cards_dir() / f"{architecture}.{tag or next(iter(entry['weights']))}"
     if not folder.is_dir():

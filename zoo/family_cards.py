@@ -36,7 +36,7 @@ zoo.restore("photo.png", {source}).save("restored.png")""",
 def family_names(models: Mapping[str, Any] | None = None) -> list[str]:
     """Return the families of registered models, those of denoisers excepted."""
     models = catalog.load() if models is None else models
-    return sorted({facts["family"] for facts in models.values() if facts["task"] != "generation"})
+    return sorted({facts["family"] for facts in models.values() if facts["task"] not in catalog.PIPELINE_TASKS})
 
 
 def family_card(family: str, models: Mapping[str, Any] | None = None) -> str:

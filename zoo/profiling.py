@@ -27,7 +27,7 @@ import timm
 import torch
 from timm.models import model_entrypoint
 from timm.models._registry import get_arch_pretrained_cfgs
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo import catalog
@@ -43,6 +43,7 @@ __all__ = [
     "compare_latency",
     "count_macs",
     "count_params",
+    "denoiser_inputs",
     "latency",
     "peak_memory",
     "summarize",
@@ -341,6 +342,23 @@ def _measured(name: str, cfg: Any) -> dict[str, Any]:
     return facts
 
 
+def denoiser_inputs(model: nn.Module, size: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return one sample of noise for a denoiser of ours, and its other inputs by name.
+
+    Args:
+        model: The denoiser.
+        size: Height and width of an image in pixels; None is the model's own.
+    """
+    config: Any = model.config
+    named = {"timestep": torch.full((1,), 50.0)}
+    if "observation_dim" in config:
+        named["encoder_hidden_states"] = torch.randn(1, config.n_obs_steps, config.observation_dim)
+        return torch.randn(1, config.horizon, config.action_dim), named
+    side = size or config.sample_size
+    named["class_labels"] = torch.zeros(1, dtype=torch.long)
+    return torch.randn(1, config.in_channels, side, side), named
+
+
 def _denoiser_facts(name: str, folders: Mapping[str, Path]) -> dict[str, Any]:
     """Facts of a denoiser, from the diffusers folders of its published weights (tag -> folder)."""
     weights: dict[str, Any] = {}
@@ -353,12 +371,11 @@ def _denoiser_facts(name: str, folders: Mapping[str, Path]) -> dict[str, Any]:
         config = denoiser.load_config(folder / "transformer")
         with torch.device("meta"):
             model = denoiser.from_config(config).eval()
-            sample = torch.empty(1, model.config.in_channels, model.config.sample_size, model.config.sample_size)
-            label = torch.zeros(1, dtype=torch.long)
-            macs = count_macs(model, sample, timestep=torch.ones(1), class_labels=label)
+            sample, named = denoiser_inputs(model)
+            macs = count_macs(model, sample, **named)
         weights[tag] = {
             "source": "shipped",
-            "num_classes": model.config.num_classes,
+            "num_classes": model.config.get("num_classes"),
             "notes": [],
             "input_size": list(sample.shape[1:]),
             "params": count_params(model),
@@ -368,7 +385,7 @@ def _denoiser_facts(name: str, folders: Mapping[str, Path]) -> dict[str, Any]:
     first = next(iter(weights.values()))
     front = front_matter(next(iter(folders.values())) / "README.md")
     return {
-        "task": "generation",
+        "task": front["task"],
         "family": name,
         "summary": documentation.partition("\n")[0].rstrip("."),
         "paper": front.get("paper"),

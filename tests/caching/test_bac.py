@@ -140,6 +140,21 @@ def test_settings_of_a_plan() -> None:
     assert distances.plan(BACConfig(updates=10)).units == exact.units
 
 
+def test_relative_errors() -> None:
+    """A module with a large output drifts most in absolute terms, not in relative ones."""
+    model = pixel_dit()
+    loud = model.transformer_blocks[0].ff.net[2]
+    loud.weight.data *= 100
+    loud.bias.data *= 100
+    found = calibrate(model, BACConfig(), lambda: denoise(model))
+    absolute, relative = (found.plan(BACConfig(updates=2, error=error)) for error in ("absolute", "relative"))
+    assert absolute.union[0] == "transformer_blocks.0.ff"
+    name = "transformer_blocks.1.attn1"
+    assert relative.errors[name] == pytest.approx(found.errors[name] / found.sizes[name])
+    assert absolute.errors == found.errors
+    assert relative.union == tuple(sorted(relative.errors, key=lambda unit: -relative.errors[unit])[:3])
+
+
 def test_context_that_starts_late() -> None:
     """It computes at its first step although it is not its turn, and from then on follows the schedule."""
     model = pixel_dit()
@@ -185,6 +200,48 @@ def test_other_numbers_of_steps() -> None:
     assert_clean(model)
 
 
+def test_resampled_schedules(tmp_path: Path) -> None:
+    """Other steps are served by what was found at the nearest timesteps, with one warning; files keep what it needs."""
+    pipe = class_pipeline()
+    config = zoo.calibrate_cache(
+        pipe, BACConfig(updates=4, union=1, on_mismatch="resample"), lambda: generate(pipe, steps=12)
+    )
+    schedule = config.schedule
+    assert isinstance(schedule, BACSchedule)
+    again = BACSchedule.load(schedule.save(tmp_path))
+    assert again == schedule
+    zoo.enable_cache(pipe, BACConfig(schedule=again, on_mismatch="resample"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        first = generate(pipe, steps=12)
+    with pytest.warns(UserWarning, match="for 12 steps, this run has 6: its steps were chosen anew"):
+        generate(pipe, steps=6)
+    computed = {unit.unit: unit.computed for unit in zoo.cache_summary(pipe).denoisers[0].units}
+    pipe.scheduler.set_timesteps(6)
+    assert computed == schedule.resampled(6, pipe.scheduler.timesteps.tolist()).units
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        generate(pipe, steps=6)
+        assert torch.equal(generate(pipe, steps=12), first)
+    zoo.disable_cache(pipe)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    with zoo.cached(pipe, config), pytest.warns(UserWarning, match="other timesteps"):
+        generate(pipe, steps=12)
+    assert_clean(pipe.transformer)
+
+
+def test_resampling_needs_matrices() -> None:
+    pipe = class_pipeline()
+    config = zoo.calibrate_cache(pipe, BACConfig(), lambda: generate(pipe))
+    assert isinstance(config.schedule, BACSchedule)
+    assert not config.schedule.matrices
+    with (
+        zoo.cached(pipe, dataclasses.replace(config, on_mismatch="resample")),
+        pytest.raises(ValueError, match="holds no matrices"),
+    ):
+        generate(pipe, steps=9)
+
+
 def test_other_schedulers() -> None:
     """Other timesteps are refused; another scheduler with the same ones is worth a warning."""
     pipe = class_pipeline()
@@ -218,6 +275,8 @@ def test_start_in_the_middle_of_the_schedule() -> None:
         (BACConfig(metric="cos"), "metric must be"),  # type: ignore[arg-type]
         (BACConfig(objective="best"), "objective must be"),  # type: ignore[arg-type]
         (BACConfig(max_features=0), "max_features must be"),
+        (BACConfig(error="square"), "error must be 'absolute' or 'relative'"),  # type: ignore[arg-type]
+        (BACConfig(on_mismatch="warn"), "on_mismatch must be 'error' or 'resample'"),  # type: ignore[arg-type]
     ],
 )
 def test_refused_settings(config: BACConfig, message: str) -> None:

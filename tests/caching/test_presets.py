@@ -36,7 +36,7 @@ def test_settings_work_or_say_why_not() -> None:
 
 def test_values() -> None:
     made = subject()
-    assert cache_setting("cg-taylor", made).name == "CG-Taylor, threshold 0.02, last order 2"
+    assert cache_setting("cg-taylor", made).name == "CG-Taylor, threshold 0.02, orders 2"
     assert cache_setting("bac", made, 4).config.schedule.updates == 4
     assert [each.setting for each in cache_settings(made, ["bac"])] == ["3 updates", "2 updates"]
     with pytest.raises(ValueError, match="No cache is called 'bag'; there are cg-taylor, bac"):

@@ -124,3 +124,24 @@ def test_broken_file(tmp_path: Path, change: dict[str, Any], message: str) -> No
     file.write_text("no JSON")
     with pytest.raises(ValueError, match="is no BAC schedule"):
         BACSchedule.load(file)
+
+
+def test_resampled() -> None:
+    """Equal steps give the same schedule, others that of the nearest timesteps; without matrices only uniform ones."""
+    likeness = torch.tensor([[1.0 if (a < 3) == (b < 3) else 0.0 for b in range(6)] for a in range(6)])  # two phases
+    matrices = {unit: tuple(map(tuple, likeness.tolist())) for unit in "ab"}
+    units, times = dict.fromkeys("ab", (0, 3)), (1000.0, 800.0, 600.0, 400.0, 200.0, 0.0)
+    made = schedule(num_steps=6, timesteps=times, units=units, union=(), matrices=matrices)
+    assert made.resampled(6, times).units == units
+    twice = made.resampled(12, [1000.0 - 90 * step for step in range(12)])
+    assert twice.num_steps == 12
+    assert twice.updates == 4
+    assert all(0 in steps and 6 in steps for steps in twice.units.values())  # step 6 is the first nearest to 400
+    half = made.resampled(3, [1000.0, 450.0, 0.0])
+    assert half.units == dict.fromkeys("ab", (0,))
+    last = dataclasses.replace(made, units=dict.fromkeys("ab", (0, 3, 5)))
+    assert last.resampled(3).units == dict.fromkeys("ab", (0, 2))
+    with pytest.raises(ValueError, match="holds no matrices"):
+        schedule().resampled(5)
+    uniform = dataclasses.replace(made, objective="uniform", matrices={})
+    assert uniform.resampled(12).units == dict.fromkeys("ab", (0, 3, 6, 9))

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from denoisers import denoise, dit, flux, pixel_dit
-from diffusers import CacheMixin, FirstBlockCacheConfig
+from denoisers import denoise, flux, pixel_dit
+from diffusers import CacheMixin, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers.hooks import TaylorSeerCacheConfig
 from hooked import assert_clean, class_pipeline, generate
 from rich.console import Console
 
@@ -37,6 +38,7 @@ def test_summary_of_a_run() -> None:
     assert one.seconds
     assert one.seconds_saved is not None
     assert one.computed_share == (8 + len(rest.computed)) / 16
+    assert one.computed_steps == len(rest.computed)
     text = str(summary)
     assert "other blocks: computed" in text
     assert "gate error, least / quartiles / largest of 4:" in text
@@ -56,13 +58,29 @@ def test_summary_of_many_units() -> None:
 
 
 def test_summary_of_diffusers_caches() -> None:
-    model = dit()
-    with zoo.cached(model, FirstBlockCacheConfig(threshold=0.2)):
-        denoise(model)
-        summary = zoo.cache_summary(model)
-    assert summary.denoisers[0].bytes_held is None
-    assert summary.denoisers[0].computed_share is None
-    assert "diffusers' caches do not tell what they skip" in str(summary)
+    """What their states tell is told; of the others it is said that they do not."""
+    pipe = class_pipeline()
+    model = pipe.transformer
+    names = [f"transformer_blocks.{index}.attn1" for index in range(len(model.transformer_blocks))]
+    zoo.enable_cache(pipe, FirstBlockCacheConfig(threshold=1e9))
+    generate(pipe)
+    (one,) = zoo.cache_summary(pipe).denoisers
+    assert [(unit.unit, unit.computed, unit.skipped) for unit in one.units] == [("other blocks", (0,), (1, 2, 3, 4, 5))]
+    assert one.computed_steps == 1
+    assert one.bytes_held == 3 * (4 * 16 * 16 * 4)  # residuals of head and tail, output of the head
+    zoo.disable_cache(pipe)
+    zoo.enable_cache(pipe, TaylorSeerCacheConfig(cache_interval=2, taylor_factors_dtype=torch.float32))
+    generate(pipe)
+    (one,) = zoo.cache_summary(pipe).denoisers
+    assert [unit.unit for unit in one.units] == names
+    assert {unit.computed for unit in one.units} == {(0, 1, 2, 4)}
+    assert one.bytes_held == len(names) * 2 * (4 * 16 * 16 * 4)
+    zoo.disable_cache(pipe)
+    zoo.enable_cache(pipe, PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2))
+    generate(pipe)
+    (one,) = zoo.cache_summary(pipe).denoisers
+    assert (one.bytes_held, one.computed_share, one.computed_steps) == (None, None, None)
+    assert "this cache of diffusers does not tell what it skips" in "\n".join(one.lines())
 
 
 def test_no_cache_no_summary() -> None:

@@ -1,31 +1,54 @@
-"""What caches of diffusion models save and what they cost: time and PSNR, beside fewer steps in the same time."""
+"""What caches of diffusion steps save and what they cost: time and likeness, beside fewer steps in the same time."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import zoo
-from zoo.bench.report import Benchmark, Entry
+from zoo.bench.fid_c import CLASSIFIER, load_judge, load_reference
+from zoo.bench.report import Benchmark, Entry, Goal
 from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
 from zoo.caching.presets import CacheSetting, Subject, cache_settings
+from zoo.metrics import ssim
 
-__all__ = ["PSNR", "RECOGNISED", "caching", "class_subject", "measure_caches"]
+__all__ = [
+    "FID_C",
+    "HELD",
+    "NO_CACHE",
+    "PSNR",
+    "RECOGNISED",
+    "SSIM",
+    "STEPS",
+    "caching",
+    "class_subject",
+    "measure_caches",
+    "notes_of",
+    "psnr_of_all",
+    "recogniser",
+    "ssim_of_all",
+]
 
 PSNR = "PSNR (dB)"
+SSIM = "SSIM"
+FID_C = "FID-C"
 RECOGNISED = "recognised (%)"
+STEPS = "steps computed"
+HELD = "held (MiB)"
 SAME_TIME_STEPS = "steps in the same time"
-SAME_TIME_PSNR = "their PSNR (dB)"
 NO_CACHE = "no cache"
+_WANTED = 2.36  # times as fast: CG-Taylor's figure for DiT-XL/2, https://arxiv.org/abs/2508.02240
+_RIVALS = ("First Block Cache", "TaylorSeer of diffusers")
 
 Classify = Callable[[Tensor], Tensor]
 """Images (B, C, H, W) in [0, 1] -> predicted class numbers (B,)."""
+Judge = Callable[[Tensor], Mapping[str, float]]
+"""All images (B, C, H, W) of an entry in [0, 1] -> values by heading."""
 
 
 def class_subject(pipe: Any, labels: Sequence[int], *, steps: int, guidance_scale: float) -> Subject:
@@ -65,44 +88,52 @@ def measure_caches(
     *,
     steps: int = 50,
     guidance_scale: float = 3.0,
-    classify: Classify | None = None,
+    timed: int | None = None,
+    judge: Judge | None = None,
     fewer_steps: bool = True,
     progress: Progress | None = None,
 ) -> CacheResults:
     """Run a pipeline without a cache, with each cache, and with as many steps as fit into each cache's time.
 
-    All runs start from the same noise. PSNR compares with the images without a cache, over all images together.
+    All runs start from the same noise. PSNR and SSIM compare with the images without a cache, PSNR over all images
+    together.
 
     Args:
         pipe: A class-conditional pipeline without a cache.
         labels: Class numbers, one an image.
         candidates: Caches to measure.
-        settings: Rounds, threads and device; the type is the pipeline's, the batch is the number of labels.
+        settings: Rounds, threads and device; the type is the pipeline's.
         steps: Of the scheduler, without and with caches.
         guidance_scale: Weight of classifier-free guidance.
-        classify: A classifier, to count the images that it recognises as the class asked for.
+        timed: Images of a timed call, the first ones; the others are made in calls of as many. None is all.
+        judge: Says more of an entry's images, which are in the order of `labels`.
         fewer_steps: Run fewer steps in each cache's time too.
         progress: Told after each run.
     """
+    batch = len(labels) if timed is None else min(timed, len(labels))
     images: dict[str, Tensor] = {}
+    notes: dict[str, dict[str, float]] = {}
     uncached = f"{NO_CACHE}, {steps} steps"
 
-    def generate(name: str, count: int, config: Any = None) -> Callable[[], None]:
+    def generate(name: str, count: int, config: Any = None, first: int = 0) -> Callable[[], None]:
         def call() -> None:
             context = contextlib.nullcontext() if config is None else zoo.cached(pipe, config)
             with context:
-                images[name] = pipe(
-                    list(labels),
+                made = pipe(
+                    list(labels[first : first + batch]),
                     num_inference_steps=count,
                     guidance_scale=guidance_scale,
-                    seed=0,
+                    seed=first,
                     output_type="pt",
-                ).images
+                ).images.cpu()
+                if not first:
+                    notes[name] = {STEPS: float(count)} if config is None else notes_of(pipe)
+            images[name] = torch.cat([images[name], made]) if first else made
 
         return call
 
     refused: dict[str, str] = {}
-    calls = {uncached: generate(uncached, steps)}
+    runs: dict[str, tuple[int, Any]] = {uncached: (steps, None)}
     for candidate in candidates:
         try:
             with zoo.cached(pipe, candidate.config):
@@ -110,40 +141,61 @@ def measure_caches(
         except (ValueError, TypeError) as error:
             refused[candidate.name] = str(error)
         else:
-            calls[candidate.name] = generate(candidate.name, steps, candidate.config)
+            runs[candidate.name] = (steps, candidate.config)
     methods = {candidate.name: candidate.method for candidate in candidates}
-    timed = compare(calls, settings, reference=uncached, progress=_stage(progress, "with and without caches"))
+    calls = {name: generate(name, *run) for name, run in runs.items()}
+    found = compare(calls, settings, reference=uncached, progress=_stage(progress, "with and without caches"))
     same_time = {
         name: max(1, min(steps, round(steps / speed.median)))
-        for name, (_, speed) in timed.items()
+        for name, (_, speed) in found.items()
         if fewer_steps and speed is not None
     }
     ladder = {f"{NO_CACHE}, {count} steps": count for count in sorted(set(same_time.values()) - {steps}, reverse=True)}
     if ladder:
-        fewer = {name: generate(name, count) for name, count in ladder.items()}
+        runs |= {name: (count, None) for name, count in ladder.items()}
         again = compare(
-            {uncached: calls[uncached], **fewer},
+            {name: generate(name, *runs[name]) for name in (uncached, *ladder)},
             settings,
             reference=uncached,
             progress=_stage(progress, "fewer steps"),
         )
-        timed |= {name: again[name] for name in fewer}
-    reference = images[uncached]
+        found |= {name: again[name] for name in ladder}
+    for done, (name, run) in enumerate(runs.items()):
+        for first in range(batch, len(labels), batch):
+            generate(name, *run, first)()
+        if progress is not None and len(labels) > batch:
+            progress("more images", done + 1, len(runs))
+    values = {name: _values(images[name], None if name == uncached else images[uncached]) for name in runs}
+    for name, own in values.items():
+        own |= judge(images[name]) if judge is not None else {}
+        own |= notes[name]
+    for name, count in same_time.items():
+        fewer = values.get(f"{NO_CACHE}, {count} steps", {}) if count != steps else {}
+        values[name] |= {
+            SAME_TIME_STEPS: count,
+            **{f"their {key}": fewer[key] for key in (PSNR, FID_C) if key in fewer},
+        }
+    entries = tuple(
+        Entry(name=name, time=time, speedup=speed, values=values[name], series=methods.get(name, NO_CACHE))
+        for name, (time, speed) in found.items()
+    )
+    return CacheResults(entries=entries, images=images, refused=refused)
 
-    def entry(name: str) -> Entry:
-        values = {} if name == uncached else {PSNR: psnr_of_all(images[name], reference)}
-        if classify is not None:
-            hits = classify(images[name]).cpu() == torch.tensor(list(labels))
-            values[RECOGNISED] = 100 * float(hits.float().mean())
-        if name in same_time:
-            count = same_time[name]
-            values[SAME_TIME_STEPS] = count
-            if count != steps:
-                values[SAME_TIME_PSNR] = psnr_of_all(images[f"{NO_CACHE}, {count} steps"], reference)
-        series = methods.get(name, NO_CACHE)
-        return Entry(name=name, time=timed[name][0], speedup=timed[name][1], values=values, series=series)
 
-    return CacheResults(entries=tuple(entry(name) for name in timed), images=images, refused=refused)
+def notes_of(pipe: Any) -> dict[str, float]:
+    """Return steps computed and memory held in the last run with a cache that is still on, as far as it tells."""
+    found = zoo.cache_summary(pipe).denoisers
+    counts = [one.computed_steps for one in found if one.computed_steps is not None]
+    held = [one.bytes_held for one in found if one.bytes_held is not None]
+    values = {STEPS: sum(counts) / len(counts)} if counts else {}
+    return values | ({HELD: sum(held) / 2**20} if held else {})
+
+
+def _values(images: Tensor, reference: Tensor | None) -> dict[str, float]:
+    if reference is None:
+        return {}
+    likeness = ssim_of_all(images, reference)
+    return {PSNR: psnr_of_all(images, reference), **({} if likeness is None else {SSIM: likeness})}
 
 
 def _stage(progress: Progress | None, what: str) -> Progress | None:
@@ -159,27 +211,23 @@ def psnr_of_all(images: Tensor, reference: Tensor) -> float:
     return float(10 * torch.log10(255.0**2 / difference.square().mean()))
 
 
+def ssim_of_all(images: Tensor, reference: Tensor) -> float | None:
+    """Return the mean SSIM of all images; None where they are too small for it, below 11 pixels a side."""
+    return None if min(images.shape[-2:]) < 11 else float(ssim(images, reference, space="rgb").mean())
+
+
 def _to_bytes(images: Tensor) -> Tensor:
     return (images.float().clamp(0, 1) * 255).round()
 
 
-def classify_with(model: nn.Module, device: str = "cpu") -> Classify:
-    """Return a function that classifies images with a classifier of timm's registry, in evaluation mode."""
-    from timm.data import resolve_model_data_config
+def recogniser(classify: Classify, labels: Sequence[int]) -> Judge:
+    """Return a judge that counts the images which a classifier takes for the class that was asked for."""
 
-    model = model.to(device)
-    data = resolve_model_data_config(model)
-    size = tuple(data["input_size"][-2:])
-    mean, std = (torch.tensor(data[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
+    def judge(images: Tensor) -> dict[str, float]:
+        hits = classify(images).cpu() == torch.tensor(list(labels))
+        return {RECOGNISED: 100 * float(hits.float().mean())}
 
-    @torch.inference_mode()
-    def classify(images: Tensor) -> Tensor:
-        images = images.float()
-        if images.shape[-2:] != size:
-            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
-        return model((images.to(device) - mean) / std).argmax(1)
-
-    return classify
+    return judge
 
 
 def caching(
@@ -187,7 +235,6 @@ def caching(
     progress: Progress | None = None,
     *,
     name: str = "pixeldit.cifar10",
-    classifier_name: str = "repavit_tiny.cifar10",
     steps: int = 50,
     guidance_scale: float = 3.0,
 ) -> list[Benchmark]:
@@ -195,19 +242,26 @@ def caching(
     pipe = zoo.create_pipeline(name, dtype=settings.torch_dtype).to(settings.device)
     pipe.set_progress_bar_config(disable=True)
     classes = pipe.transformer.config.num_classes
-    labels = [index % classes for index in range(settings.batch)]
-    judge = zoo.create_model(classifier_name, pretrained=True)
-    zoo.reparameterize(judge, measure=False)
+    count = settings.count or settings.batch
+    labels = [index % classes for index in range(count)]
+    classifier, reference = load_judge(settings.device), load_reference()
+
+    def judge(images: Tensor) -> dict[str, float]:
+        features, found = classifier(images)
+        hits = found == torch.tensor(labels)
+        return {FID_C: reference.distance(features), RECOGNISED: 100 * float(hits.float().mean())}
+
     with torch_threads(settings.threads):
-        candidates = cache_settings(class_subject(pipe, labels, steps=steps, guidance_scale=guidance_scale))
+        subject = class_subject(pipe, labels[: settings.batch], steps=steps, guidance_scale=guidance_scale)
         results = measure_caches(
             pipe,
             labels,
-            candidates,
+            cache_settings(subject),
             settings,
             steps=steps,
             guidance_scale=guidance_scale,
-            classify=classify_with(judge, settings.device),
+            timed=settings.batch,
+            judge=judge,
             progress=progress,
         )
     return [
@@ -215,16 +269,54 @@ def caching(
             name="caching",
             title=f"Caches of diffusion steps on {name}",
             conditions=settings.conditions(
-                scheduler=type(pipe.scheduler).__name__, steps=steps, **{"guidance scale": guidance_scale}
+                images=count,
+                scheduler=type(pipe.scheduler).__name__,
+                steps=steps,
+                **{"guidance scale": guidance_scale},
             ),
             environment=environment(settings.device),
             date=now(),
             reference=results.uncached.name,
             entries=results.entries,
+            goals=_goals(results.entries),
             notes=(
-                f"PSNR compares with the images of {results.uncached.name}, from the same noise, all images together.",
-                f"Recognised: share of images that {classifier_name} takes for the class that was asked for.",
+                f"PSNR and SSIM compare with the images of {results.uncached.name}, from the same noise; PSNR of all "
+                f"{count} images together.",
+                f"FID-C: Frechet distance in the features of {CLASSIFIER} between {count} images and the "
+                f"{reference.count} test images of CIFAR-10; not FID, and too large with few images (--count), so that "
+                "only numbers of equally many images compare.",
+                f"Recognised: share of images that {CLASSIFIER} takes for the class that was asked for.",
+                "Held: memory of stored features at most; without a number the cache does not tell.",
                 *(f"Not measured: {setting}. {reason}" for setting, reason in results.refused.items()),
             ),
         )
     ]
+
+
+def _goals(entries: Sequence[Entry]) -> tuple[Goal, ...]:
+    """Compare CG-Taylor at its wanted speed with what else is as fast: fewer steps, and the best of each rival."""
+
+    def speed(entry: Entry) -> float:
+        return entry.speedup.median if entry.speedup is not None else 0.0
+
+    ours = [entry for entry in entries if entry.series == "CG-Taylor"]
+    if not ours:
+        return ()
+    goals = [Goal(what="CG-Taylor, times as fast", value=max(map(speed, ours)), wanted=_WANTED)]
+    fast = [entry for entry in ours if speed(entry) >= _WANTED]
+    if not fast:
+        return tuple(goals)
+    best = max(fast, key=lambda entry: entry.values[PSNR])
+    others = {
+        "fewer steps": {key: best.values[f"their {key}"] for key in (PSNR, FID_C) if f"their {key}" in best.values}
+    }
+    for method in _RIVALS:
+        rivals = [entry for entry in entries if entry.series == method and speed(entry) >= speed(best)]
+        if rivals:
+            others[method] = max(rivals, key=lambda entry: entry.values[PSNR]).values
+    for name, values in others.items():
+        for key, at_most in ((PSNR, False), (FID_C, True)):
+            if key in values and key in best.values:
+                what = f"{best.name}: {key} minus that of {name} in the same time or less"
+                goals.append(Goal(what=what, value=best.values[key] - values[key], wanted=0, at_most=at_most))
+    return tuple(goals)

@@ -16,7 +16,7 @@ from zoo.bench.memory import in_fresh_process, resident_peak
 from zoo.bench.report import Benchmark, Check, Entry, Goal
 from zoo.bench.timing import Progress, Settings, cast, compare, environment, now, require_close, torch_threads
 from zoo.ffn.reparam import reparameterize
-from zoo.profiling import count_macs, count_params, peak_memory
+from zoo.profiling import count_macs, count_params, denoiser_inputs, peak_memory
 
 __all__ = ["Subject", "compare_models"]
 
@@ -97,7 +97,7 @@ def subject(
         BenchError: Merging changes the output.
     """
     torch.manual_seed(0)
-    is_denoiser = catalog.load().get(name.partition(".")[0], {}).get("task") == "generation"
+    is_denoiser = catalog.load().get(name.partition(".")[0], {}).get("task") in catalog.PIPELINE_TASKS
     task, model, x, named = (_denoiser if is_denoiser else _network)(name, size)
     model = model.eval().requires_grad_(False)
     checks: tuple[Check, ...] = ()
@@ -110,10 +110,7 @@ def subject(
                 checks = (require_close(f"{name} merged and as it is trained", _first(model(x, **named)), before),)
     cast(model, settings)
     batch = x.expand(settings.batch, *x.shape[1:]).contiguous().to(settings.device, settings.torch_dtype)
-    named = {
-        key: value.expand(settings.batch).to(settings.device) if isinstance(value, Tensor) else value
-        for key, value in named.items()
-    }
+    named = {key: _batch_of(value, settings) if isinstance(value, Tensor) else value for key, value in named.items()}
     return Subject(
         name=label or (f"{name} (merged)" if merged else name),
         source=name,
@@ -126,15 +123,20 @@ def subject(
     )
 
 
+def _batch_of(value: Tensor, settings: Settings) -> Tensor:
+    """Repeat one sample; timesteps and labels (B,) keep their type."""
+    value = value.expand(settings.batch, *value.shape[1:]).to(settings.device)
+    return value.to(settings.torch_dtype) if value.ndim > 1 else value
+
+
 Parts = tuple[str, nn.Module, Tensor, dict[str, Any]]
 """Task, model, one input, arguments by name."""
 
 
 def _denoiser(name: str, size: int | None) -> Parts:
-    model: Any = factory.create_model(name, pretrained=True)
-    side = size or model.config.sample_size
-    named = dict(timestep=torch.full((1,), 500.0), class_labels=torch.zeros(1, dtype=torch.long), return_dict=False)
-    return "generation", model, torch.randn(1, model.config.in_channels, side, side), named
+    model = factory.create_model(name, pretrained=True)
+    sample, named = denoiser_inputs(model, size)
+    return catalog.entry(name)["task"], model, sample, {**named, "return_dict": False}
 
 
 def _network(name: str, size: int | None) -> Parts:
@@ -249,5 +251,7 @@ def compare_models(
         entries=entries,
         checks=tuple(itertools.chain.from_iterable(each.checks for each in subjects)),
         goals=goals,
-        notes=("Random weights: they do not change the time.",) if subjects[0].task != "generation" else (),
+        notes=("Random weights: they do not change the time.",)
+        if subjects[0].task not in catalog.PIPELINE_TASKS
+        else (),
     )

@@ -17,6 +17,8 @@ __all__ = ["Benchmark", "Check", "Column", "Entry", "Goal", "Ratio", "columns", 
 SCHEMA = 1
 """Version of the JSON form."""
 
+_MOST_NAMED = 30  # points of a plot
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
@@ -160,9 +162,15 @@ def columns(benchmark: Benchmark) -> list[Column]:
     ):
         if any(getattr(entry, attribute) is not None for entry in entries):
             out.append(Column(heading=heading, text=_counted(attribute, unit)))
-    for heading in dict.fromkeys(key for entry in entries for key in entry.values):
+    for heading in _headings(benchmark):
         out.append(Column(heading=heading, text=_valued(heading)))
     return out
+
+
+def _headings(benchmark: Benchmark) -> list[str]:
+    """Return the headings of all values, those of the entry with most of them first."""
+    fullest = sorted(benchmark.entries, key=lambda entry: -len(entry.values))
+    return list(dict.fromkeys(key for entry in fullest for key in entry.values))
 
 
 def _time(time: Latency | None) -> str:
@@ -243,7 +251,8 @@ def plot(benchmark: Benchmark, path: str | Path) -> Path:
     """Draw quality, or work, against time, and write a PNG or SVG by the suffix of `path`.
 
     The quality is the first of `values` that at least two entries have; without one, it is the MACs. Entries of one
-    series are joined; where the quality is an accuracy, the entries that no other beats in both are joined.
+    series are joined. Where the quality is an accuracy, or there are many entries, those that no other beats in both
+    are joined too; of many entries only these are named.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -256,6 +265,8 @@ def plot(benchmark: Benchmark, path: str | Path) -> Path:
     label, points = _points(benchmark)
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.add_subplot()
+    crowded = len(points) > _MOST_NAMED
+    front = _front([(x, y) for _, x, y in points])
     all_merged = len(points) > 3 and all(entry.name.endswith(" (merged)") for entry, _, _ in points)
     for index, series in enumerate(dict.fromkeys(entry.series for entry, _, _ in points)):
         own = [
@@ -263,17 +274,20 @@ def plot(benchmark: Benchmark, path: str | Path) -> Path:
             for entry, x, y in points
             if entry.series == series
         ]
-        style = dict(color=f"C{index}", marker="o", label=series or None)
+        style: dict[str, Any] = dict(color=f"C{index % 10}", marker="os^Dv"[index // 10 % 5], label=series or None)
+        if crowded:
+            style |= dict(markersize=4, linewidth=0.8)
         axes.plot(
             [x for x, _, _ in own],
             [y for _, y, _ in own],
             linestyle="-" if series else "",
-            **style,  # type: ignore[arg-type]
+            **style,
         )
         for x, y, name in own:
+            if crowded and (x, y) not in front:
+                continue
             axes.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
-    if "top-1" in label or "accuracy" in label:
-        front = _front([(x, y) for _, x, y in points])
+    if crowded or "top-1" in label or "accuracy" in label:
         axes.plot(*zip(*front, strict=True), color="0.6", linewidth=1, zorder=0, label="not beaten in both")
     threads = f"{benchmark.conditions.get('threads', '?')} threads"
     axes.set_xlabel(f"time of one call, median (ms) — {benchmark.environment['device']}, {threads}", fontsize=9)
@@ -286,7 +300,11 @@ def plot(benchmark: Benchmark, path: str | Path) -> Path:
         axes.set_xlim(left=0)
     axes.margins(x=0.15, y=0.12)
     axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
+    count = len(axes.get_legend_handles_labels()[0])
+    if count > 6:
+        figure.set_size_inches(10.2, 5.4)
+        figure.legend(loc="outside right upper", fontsize=7, frameon=False)
+    elif count:
         axes.legend(fontsize=8)
     path = Path(path)
     figure.savefig(path, dpi=150)
@@ -296,7 +314,7 @@ def plot(benchmark: Benchmark, path: str | Path) -> Path:
 def _points(benchmark: Benchmark) -> tuple[str, list[tuple[Entry, float, float]]]:
     """Return the label of the second axis and (entry, time, quality) of all that have both."""
     timed = [(entry, entry.time.median) for entry in benchmark.entries if entry.time is not None]
-    for heading in dict.fromkeys(key for entry in benchmark.entries for key in entry.values):
+    for heading in _headings(benchmark):
         found = [(entry, x, entry.values[heading]) for entry, x in timed if heading in entry.values]
         found = [point for point in found if math.isfinite(point[2])]
         if len(found) > 1:

@@ -14,6 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from zoo.bench.backbones import backbones
 from zoo.bench.caching import caching
 from zoo.bench.models import compare_models
+from zoo.bench.moe import moe
+from zoo.bench.policy import policy
 from zoo.bench.report import Benchmark, Check, Entry, Goal
 from zoo.bench.restorers import restorers
 from zoo.bench.tiling import tiling
@@ -228,6 +230,8 @@ SUITES = {
     "tiling": Suite(run=tiling, settings=Settings(batch=1, rounds=1, warmup=0)),
     "restorers": Suite(run=restorers, settings=Settings(batch=1, rounds=3, warmup=0)),
     "caching": Suite(run=caching, settings=Settings(batch=20, rounds=3, warmup=1)),
+    "moe": Suite(run=moe, settings=Settings(batch=1)),
+    "policy": Suite(run=policy, settings=Settings(batch=1, threads=1, rounds=7, warmup=1)),
 }
 """The benchmarks that `zoo bench NAME` knows."""
 

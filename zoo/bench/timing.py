@@ -53,6 +53,7 @@ class Settings:
         rounds: Timed rounds; in each, everything runs once.
         warmup: Untimed rounds before.
         device: "cpu", "cuda", "cuda:1", ...
+        count: Images in all that quality is measured on, where a benchmark makes images; None is one call's.
 
     Raises:
         ValueError: A count is too small, the type is unknown, or there is no such device.
@@ -64,10 +65,11 @@ class Settings:
     rounds: int = 15
     warmup: int = 2
     device: str = "cpu"
+    count: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("threads", 1), ("rounds", 1), ("warmup", 0)):
-            if getattr(self, name) < least:
+        for name, least in (("batch", 1), ("threads", 1), ("rounds", 1), ("warmup", 0), ("count", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")

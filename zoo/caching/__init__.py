@@ -4,9 +4,11 @@ from zoo.caching.bac import BACConfig, calibrate_cache
 from zoo.caching.blocks import BlockList, ModelBlocks, register_blocks
 from zoo.caching.cg_taylor import CGTaylorConfig
 from zoo.caching.core import cache_summary, cached, disable_cache, enable_cache, reset_cache
+from zoo.caching.saved import SavedSetting
 from zoo.caching.schedules import BACSchedule
 from zoo.caching.summary import CacheSummary
 from zoo.caching.taylorseer import TaylorSeerConfig
+from zoo.caching.timeline import timeline
 
 __all__ = [
     "BACConfig",
@@ -15,6 +17,7 @@ __all__ = [
     "CGTaylorConfig",
     "CacheSummary",
     "ModelBlocks",
+    "SavedSetting",
     "TaylorSeerConfig",
     "cache_summary",
     "cached",
@@ -23,4 +26,5 @@ __all__ = [
     "enable_cache",
     "register_blocks",
     "reset_cache",
+    "timeline",
 ]

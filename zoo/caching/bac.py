@@ -27,10 +27,9 @@ from zoo.caching.schedules import (
     BACSchedule,
     Kind,
     Metric,
-    adjacent_steps,
-    anchor_steps,
     block_error,
     bubbling_union,
+    choose_steps,
     similarity,
     top_errors,
     uniform_steps,
@@ -41,6 +40,7 @@ from zoo.caching.units import UnitCache, place_units
 __all__ = ["BACConfig", "Calibration", "calibrate", "calibrate_cache", "uniform_schedule"]
 
 _RECORD_HOOK = "zoo_bac_record"
+_DIGITS = 6  # of the likenesses in a saved schedule
 _SAME_TIMESTEPS = 0.01  # of the largest: schedules of other timesteps do not fit
 
 
@@ -58,9 +58,14 @@ class BACConfig:
         objective: "anchor", the likeness of reused and true outputs at all steps; or "adjacent", the formula printed in
             the paper, which computes where the output differs most from the step before.
         always_update_last: Compute everything at the last step too, as the authors' code does; one more update.
+        error: What makes a module drift most for `union`: "absolute", the mean change of its output, as published; or
+            "relative", that over the mean size of its output.
         max_features: Elements of a module's output that the calibration looks at, chosen at random.
         seed: Of that choice.
-        schedule: The schedule, or its file; None before the calibration. With one, the settings above have no effect.
+        on_mismatch: What a run of other steps or timesteps than those of the calibration gets: "error"; or "resample",
+            a schedule chosen anew from what the calibration found at the nearest timesteps, with a warning. The
+            schedule is then saved with what that needs, `steps² * modules` numbers.
+        schedule: The schedule, or its file; None before the calibration. With one, only `on_mismatch` has an effect.
     """
 
     updates: int | None = None
@@ -68,8 +73,10 @@ class BACConfig:
     metric: Metric = "cosine"
     objective: Literal["anchor", "adjacent"] = "anchor"
     always_update_last: bool = True
+    error: Literal["absolute", "relative"] = "absolute"
     max_features: int = 65536
     seed: int = 0
+    on_mismatch: Literal["error", "resample"] = "error"
     schedule: BACSchedule | str | PathLike[str] | None = None
 
     def check(self) -> None:
@@ -79,7 +86,9 @@ class BACConfig:
         require(is_count(self.union, 0), self, "union", "a whole number from 0")
         require(self.metric in ("cosine", "l1", "mse"), self, "metric", "'cosine', 'l1' or 'mse'")
         require(self.objective in ("anchor", "adjacent"), self, "objective", "'anchor' or 'adjacent'")
+        require(self.error in ("absolute", "relative"), self, "error", "'absolute' or 'relative'")
         require(is_count(self.max_features, 1), self, "max_features", "a whole number from 1")
+        require(self.on_mismatch in ("error", "resample"), self, "on_mismatch", "'error' or 'resample'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +104,7 @@ class Calibration:
         kinds: What each unit is, in the order in which the units run.
         matrices: (steps, steps) for each unit, averaged over runs, samples and contexts.
         errors: Mean absolute change of each unit's output between any two steps.
+        sizes: Mean absolute value of each unit's output.
         trajectories: Samples times contexts that were averaged.
     """
 
@@ -106,13 +116,14 @@ class Calibration:
     kinds: dict[str, Kind]
     matrices: dict[str, Tensor]
     errors: dict[str, float]
+    sizes: dict[str, float]
     trajectories: int
 
     def plan(self, config: BACConfig, guidance: float | None = None) -> BACSchedule:
         """Choose the steps of all units.
 
         Args:
-            config: `updates`, `union`, `objective` and `always_update_last` count.
+            config: `updates`, `union`, `objective`, `error`, `always_update_last` and `on_mismatch` count.
             guidance: Scale of classifier-free guidance, to be noted.
         """
         config.check()
@@ -120,16 +131,12 @@ class Calibration:
         updates = min(steps, max(2, round(0.1 * steps))) if config.updates is None else min(config.updates, steps)
         if updates == 1 < steps:
             warnings.warn("updates=1: everything after the first step is a repetition of it.", stacklevel=2)
-        larger_is_alike = self.metric == "cosine"
-        chosen = {}
-        for unit, matrix in self.matrices.items():
-            rows = matrix.tolist()
-            if config.objective == "anchor":
-                chosen[unit] = anchor_steps(rows, updates, "max" if larger_is_alike else "min")
-            else:
-                sign = 1 if larger_is_alike else -1
-                chosen[unit] = adjacent_steps([sign * rows[max(0, k - 1)][k] for k in range(steps)], updates)
-        union = top_errors(self.errors, config.union)
+        matrices = {unit: matrix.tolist() for unit, matrix in self.matrices.items()}
+        chosen = choose_steps(matrices, updates, metric=self.metric, objective=config.objective)
+        errors = self.errors
+        if config.error == "relative":
+            errors = {unit: error / self.sizes[unit] if error else 0.0 for unit, error in errors.items()}
+        union = top_errors(errors, config.union)
         units = bubbling_union(chosen, self.kinds, union)
         if config.always_update_last:
             units = {unit: tuple(sorted({*own, steps - 1})) for unit, own in units.items()}
@@ -138,13 +145,19 @@ class Calibration:
             num_steps=steps,
             units=units,
             kinds=self.kinds,
-            errors=self.errors,
+            errors=errors,
             scheduler=self.scheduler,
             timesteps=self.timesteps,
             guidance=guidance,
             updates=updates,
             union=union,
             objective=config.objective,
+            metric=self.metric,
+            matrices={
+                unit: tuple(tuple(round(value, _DIGITS) for value in row) for row in rows)
+                for unit, rows in matrices.items()
+                if config.on_mismatch == "resample"
+            },
         )
 
 
@@ -221,6 +234,7 @@ class _Record:
             kinds=sums.kinds,
             matrices={unit: total / sums.count for unit, total in sums.matrices.items()},
             errors={unit: total / sums.count for unit, total in sums.errors.items()},
+            sizes={unit: total / sums.count for unit, total in sums.sizes.items()},
             trajectories=sums.count,
         )
 
@@ -236,6 +250,7 @@ class _Sums:
     features: dict[str, dict[str, dict[int, list[Tensor]]]] = field(default_factory=dict)  # context, unit, step: calls
     matrices: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    sizes: dict[str, float] = field(default_factory=dict)
     steps: set[int] = field(default_factory=set)
     count: int = 0
 
@@ -259,6 +274,7 @@ class _Sums:
                 for sample in stacked:  # (steps, features)
                     self.matrices[unit] = self.matrices.get(unit, torch.zeros(())) + similarity(sample, metric)
                     self.errors[unit] = self.errors.get(unit, 0.0) + block_error(sample)
+                    self.sizes[unit] = self.sizes.get(unit, 0.0) + float(sample.abs().mean())
             self.count += len(stacked)
 
 
@@ -337,53 +353,82 @@ class _Plan:
     Args:
         schedule: Which steps compute which unit.
         run: Tells the step.
+        resamples: Serve runs of other steps too.
     """
 
-    def __init__(self, schedule: BACSchedule, run: RunTracker) -> None:
+    def __init__(self, schedule: BACSchedule, run: RunTracker, resamples: bool) -> None:
         self._schedule = schedule
         self._run = run
-        self._steps = {unit: frozenset(steps) for unit, steps in schedule.units.items()}
+        self._resamples = resamples
+        self._resampled: dict[tuple[float, ...], BACSchedule] = {}  # by timesteps
         self._offset = 0
         self._checked: object = None
-        self._warned = False
+        self._said: set[str] = set()
+        self._take(schedule)
+
+    def _take(self, schedule: BACSchedule) -> None:
+        self._num_steps = schedule.num_steps
+        self._steps = {unit: frozenset(steps) for unit, steps in schedule.units.items()}
 
     def __call__(self, unit: str) -> bool:
         if self._checked is not self._run.log:
             self._check_run()
             self._checked = self._run.log
         step = self._run.step + self._offset
-        if step >= self._schedule.num_steps:
-            self._refuse(f"{step + 1} or more")
+        if step >= self._num_steps:
+            raise ValueError(self._wrong_steps(f"{step + 1} or more"))
         return step in self._steps[unit]
+
+    def reuses(self, unit: str) -> bool:
+        """Return whether the next step leaves a unit out."""
+        return self._run.step + self._offset + 1 not in self._steps[unit]
 
     def _check_run(self) -> None:
         schedule, run = self._schedule, self._run
         timesteps = [] if run.timesteps is None else torch.as_tensor(run.timesteps).tolist()
         self._offset = 0
+        wrong = None
         if run.num_steps is not None and run.num_steps != schedule.num_steps:
-            if len(timesteps) != schedule.num_steps:
-                self._refuse(str(run.num_steps))
-            self._offset = run.start  # image-to-image: the end of the schedule's own timesteps
+            if len(timesteps) == schedule.num_steps:
+                self._offset = run.start  # image-to-image: the end of the schedule's own timesteps
+            else:
+                wrong = self._wrong_steps(str(run.num_steps))
+                timesteps = timesteps[run.start :]
         elif timesteps:
             timesteps = timesteps[run.start :]
-        if not timesteps or not schedule.timesteps:
-            return
         scheduler = type(run.scheduler).__name__
-        largest = max(map(abs, schedule.timesteps))
-        if any(
-            abs(ours - theirs) > _SAME_TIMESTEPS * largest
-            for ours, theirs in zip(timesteps, schedule.timesteps, strict=True)
-        ):
-            raise ValueError(
-                f"The BAC schedule is for other timesteps ({schedule.scheduler}) than those of this run ({scheduler}): "
-                f"calibrate anew with zoo.calibrate_cache."
-            )
-        if scheduler != schedule.scheduler and not self._warned:
-            self._warned = True
-            warnings.warn(f"The BAC schedule was found with {schedule.scheduler}, not {scheduler}.", stacklevel=2)
+        if wrong is None and timesteps and schedule.timesteps:
+            largest = max(map(abs, schedule.timesteps))
+            pairs = zip(timesteps, schedule.timesteps, strict=True)
+            if any(abs(ours - theirs) > _SAME_TIMESTEPS * largest for ours, theirs in pairs):
+                wrong = (
+                    f"The BAC schedule is for other timesteps ({schedule.scheduler}) than those of this run "
+                    f"({scheduler}): calibrate anew with zoo.calibrate_cache."
+                )
+            elif scheduler != schedule.scheduler:
+                self._warn(f"The BAC schedule was found with {schedule.scheduler}, not {scheduler}.")
+        if wrong is None:
+            self._take(schedule)
+        elif self._resamples and run.num_steps is not None:
+            self._resample(run.num_steps, timesteps[self._offset :], wrong)
+        else:
+            raise ValueError(wrong)
 
-    def _refuse(self, steps: str) -> None:
-        raise ValueError(
+    def _resample(self, num_steps: int, timesteps: list[float], wrong: str) -> None:
+        key = tuple(timesteps) or (float(num_steps),)
+        if key not in self._resampled:
+            self._resampled[key] = self._schedule.resampled(num_steps, timesteps)
+        self._offset = 0
+        self._take(self._resampled[key])
+        self._warn(f"{wrong.partition(': calibrate')[0]}: its steps were chosen anew. A calibration does better.")
+
+    def _warn(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(text, stacklevel=2)
+
+    def _wrong_steps(self, steps: str) -> str:
+        return (
             f"The BAC schedule is for {self._schedule.num_steps} steps, this run has {steps}: calibrate for it with "
             f"zoo.calibrate_cache."
         )
@@ -408,7 +453,8 @@ def _bac(config: BACConfig, model: nn.Module, run: RunTracker) -> None:
             f"The BAC schedule is for a {schedule.model} with {len(schedule.units)} units, this is a "
             f"{type(model).__name__} with {len(units)}."
         )
-    place_units(units, UnitCache(run, _Plan(schedule, run)))
+    plan = _Plan(schedule, run, config.on_mismatch == "resample")
+    place_units(units, UnitCache(run, plan, reuses=plan.reuses))
 
 
 def calibrate_cache(

@@ -99,6 +99,7 @@ _TABLE: dict[str, ModelBlocks] = {
     "CogVideoXTransformer3DModel": _single(_SELF, returns="image, text"),
     "CogView4Transformer2DModel": _single(_SELF, returns="image, text"),
     "DiTTransformer2DModel": _single(_SELF),
+    "DiffusionPolicyTransformer": _single(_CROSS),
     "Flux2Transformer2DModel": ModelBlocks(
         lists=(
             BlockList(name="transformer_blocks", returns="text, image", units=_JOINT),

@@ -69,7 +69,7 @@ def place(config: Any, model: nn.Module, run: RunTracker) -> None:
         TypeError: It is no configuration of a cache.
     """
     known = ", ".join(sorted(cls.__name__ for cls in place.registry if cls is not object and cls.__name__[0] != "_"))
-    raise TypeError(f"{config!r} is no cache configuration; known are {known}.")
+    raise TypeError(f'{config!r} is no cache configuration; known are {known}, and "auto".')
 
 
 def require(condition: bool, config: Any, name: str, allowed: str) -> None:
@@ -157,6 +157,7 @@ def _first_block(config: FirstBlockCacheConfig, model: nn.Module, run: RunTracke
         HookRegistry.check_if_exists_or_initialize(blocks[-1]).register_hook(_KeepText(), _KEEP_TEXT_HOOK)
     # diffusers' hooks under diffusers' names; only the gate is ours, since theirs skips on NaN
     states = ContextStates(FBCSharedBlockState)
+    states.unit = "other blocks"
     gate = _Gate(states, config.threshold)
     HookRegistry.check_if_exists_or_initialize(blocks[0]).register_hook(gate, _FBC_LEADER_BLOCK_HOOK)
     for block in blocks[1:]:

@@ -20,6 +20,7 @@ from zoo.caching.builtin import is_count, is_threshold, place, require, require_
 from zoo.caching.runlog import GateError
 from zoo.caching.runs import RunTracker
 from zoo.caching.state import ContextStates
+from zoo.caching.summary import FIRST_BLOCK
 from zoo.caching.taylor import TaylorFactors
 
 __all__ = ["CGTaylorConfig", "Forecast", "Gate", "relative_error"]
@@ -236,7 +237,7 @@ class _FirstBlockHook(_BlockHook):
         follows = self.cache.follows()
         skips = follows and self.cache.skips
         name = self.cache.states.context.name
-        self.cache.run.log.note(name, "first block", self.cache.run.step, skipped=skips)
+        self.cache.run.log.note(name, FIRST_BLOCK, self.cache.run.step, skipped=skips)
         if skips:
             self.cache.note("other blocks")
         return follows, skips

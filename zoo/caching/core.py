@@ -17,9 +17,10 @@ from zoo.caching import bac, cg_taylor, taylorseer  # noqa: F401  they register 
 from zoo.caching.builtin import place
 from zoo.caching.placement import PlacedHook, placed_hooks, refresh_contexts, remove_hooks, share_contexts
 from zoo.caching.runs import RunTracker
+from zoo.caching.saved import find_setting
 from zoo.caching.summary import CacheSummary, DenoiserSummary
 
-__all__ = ["cache_summary", "cached", "disable_cache", "enable_cache", "reset_cache"]
+__all__ = ["active_cache", "cache_summary", "cached", "disable_cache", "enable_cache", "reset_cache"]
 
 _ACTIVE = "_zoo_cache"
 _RESET = "_reset_stateful_cache"  # what pipelines call on each component at the end
@@ -46,12 +47,19 @@ class _ActiveCache:
         self.run.forget()
 
     def nbytes(self) -> int | None:
-        """Memory held by stored features now, bytes; None for diffusers' caches."""
+        """Memory held by stored features now, bytes; None for those of diffusers' caches that do not tell."""
         caches = {id(cache): cache for placed in self.hooks if (cache := getattr(placed.hook, "cache", None))}
-        return sum(cache.nbytes for cache in caches.values()) if caches else None
+        holders = [*caches.values(), *self.run.observed]
+        return sum(holder.nbytes for holder in holders) if holders else None
 
 
-def enable_cache(pipe_or_model: DiffusionPipeline | nn.Module, config: Any) -> None:
+def enable_cache(
+    pipe_or_model: DiffusionPipeline | nn.Module,
+    config: Any,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+) -> None:
     """Let a diffusion model leave out computation that an earlier step has done.
 
     Works on models with and without diffusers' `CacheMixin`, and whether or not their pipeline enters a
@@ -68,11 +76,14 @@ def enable_cache(pipe_or_model: DiffusionPipeline | nn.Module, config: Any) -> N
             (`FirstBlockCacheConfig`, `TaylorSeerCacheConfig`, `MagCacheConfig`, `PyramidAttentionBroadcastConfig`,
             `FasterCacheConfig`, `SeaCacheConfig`, `TextKVCacheConfig`). A missing `current_timestep_callback` is filled
             in. A `TaylorSeerCacheConfig` without identifiers takes the attention modules. Threshold 0, interval 1 and a
-            schedule of all steps give exactly what the model gives without a cache.
+            schedule of all steps give exactly what the model gives without a cache. "auto" is the setting that
+            `zoo tune-cache` has saved for this model and scheduler.
+        steps: Of the scheduler, where "auto" has several settings to choose from.
+        guidance: Guidance scale, likewise.
 
     Raises:
-        ValueError: A cache is on already; a number is out of range; the method cannot work on this model, or would find
-            nothing to do in it. Nothing is left behind then.
+        ValueError: A cache is on already; "auto" finds no setting; a number is out of range; the method cannot work on
+            this model, or would find nothing to do in it. Nothing is left behind then.
         TypeError: What was given is no pipeline or model, or no configuration of a cache.
 
     Example:
@@ -82,6 +93,14 @@ def enable_cache(pipe_or_model: DiffusionPipeline | nn.Module, config: Any) -> N
         >>> zoo.disable_cache(pipe)
     """
     pipeline, models = _targets(pipe_or_model)
+    tuned_steps = None
+    if isinstance(config, str) and config == "auto":
+        saved = find_setting(
+            pipe_or_model if pipeline is not None else models[0], models[0], steps=steps, guidance=guidance
+        )
+        config, tuned_steps = saved.config, saved.num_steps
+    elif steps is not None or guidance is not None:
+        raise ValueError('steps and guidance choose among saved settings: they go with config="auto".')
     for model in models:
         if (active := _active_config(model)) is not None:
             raise ValueError(
@@ -90,7 +109,7 @@ def enable_cache(pipe_or_model: DiffusionPipeline | nn.Module, config: Any) -> N
     enabled: list[nn.Module] = []
     try:
         for model in models:
-            _enable(model, config, pipeline)
+            _enable(model, config, pipeline, tuned_steps)
             enabled.append(model)
     except BaseException:
         for model in enabled:
@@ -115,14 +134,22 @@ def disable_cache(pipe_or_model: DiffusionPipeline | nn.Module) -> None:
 
 
 @contextmanager
-def cached(pipe_or_model: DiffusionPipeline | nn.Module, config: Any) -> Iterator[None]:
+def cached(
+    pipe_or_model: DiffusionPipeline | nn.Module,
+    config: Any,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+) -> Iterator[None]:
     """Have a cache within a `with` block; afterwards it is gone, also after an exception.
 
     Args:
         pipe_or_model: As for `enable_cache`.
         config: As for `enable_cache`.
+        steps: As for `enable_cache`.
+        guidance: As for `enable_cache`.
     """
-    enable_cache(pipe_or_model, config)
+    enable_cache(pipe_or_model, config, steps=steps, guidance=guidance)
     try:
         yield
     finally:
@@ -163,6 +190,16 @@ def cache_summary(pipe_or_model: DiffusionPipeline | nn.Module) -> CacheSummary:
     return CacheSummary(tuple(found))
 
 
+def active_cache(pipe_or_model: DiffusionPipeline | nn.Module) -> Any:
+    """Return the configuration of the cache that is on, zoo's or diffusers'; None where there is none.
+
+    Args:
+        pipe_or_model: As for `enable_cache`; of several denoisers the first one with a cache counts.
+    """
+    found = (_active_config(model) for model in _targets(pipe_or_model)[1])
+    return next((config for config in found if config is not None), None)
+
+
 def _targets(pipe_or_model: Any) -> tuple[DiffusionPipeline | None, list[nn.Module]]:
     """Return the pipeline, if it is one, and the denoisers."""
     if isinstance(pipe_or_model, DiffusionPipeline):
@@ -192,7 +229,7 @@ def _active_config(model: nn.Module) -> Any:
     return None if ours is None else ours.config
 
 
-def _enable(model: nn.Module, config: Any, pipeline: DiffusionPipeline | None) -> None:
+def _enable(model: nn.Module, config: Any, pipeline: DiffusionPipeline | None, tuned_steps: int | None) -> None:
     before = {id(placed.hook) for placed in placed_hooks(model)}
     run = RunTracker(model, pipeline)
 
@@ -211,6 +248,8 @@ def _enable(model: nn.Module, config: Any, pipeline: DiffusionPipeline | None) -
         remove_hooks(model, new_hooks())
         raise
     run.states = share_contexts(hooks)
+    run.observed = [states for states in run.states if states.unit]
+    run.tuned_steps = tuned_steps
     active = _ActiveCache(config, hooks, run, run.attach(model))
     run.on_new_run = active.reset
     refresh_contexts(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -48,12 +49,19 @@ def placed_hooks(model: nn.Module) -> Iterator[PlacedHook]:
 def share_contexts(hooks: Sequence[PlacedHook]) -> list[ContextStates]:
     """Replace the state managers of hooks by ours, shared as theirs were, and return them."""
     ours: dict[int, ContextStates] = {}
+    theirs: list[tuple[PlacedHook, str, StateManager]] = []
     for placed in hooks:
         for attribute, value in vars(placed.hook).items():
             if isinstance(value, ContextStates):
                 ours[id(value)] = value
             elif isinstance(value, StateManager):
-                setattr(placed.hook, attribute, ours.setdefault(id(value), ContextStates.adopt(value)))
+                theirs.append((placed, attribute, value))
+    counts = Counter(id(manager) for _, _, manager in theirs)
+    for placed, attribute, manager in theirs:
+        key = id(manager)
+        if key not in ours:
+            ours[key] = ContextStates.adopt(manager, placed.path if counts[key] == 1 else "blocks")
+        setattr(placed.hook, attribute, ours[key])
     return list(ours.values())
 
 

@@ -133,9 +133,10 @@ PRESETS: dict[str, Preset] = {
     "cg-taylor": Preset(
         method="CG-Taylor",
         knob="threshold",
-        label="threshold {}, last order 2",  # 7 dB better than order 1 at threshold 0.02 on pixeldit.cifar10
+        # on pixeldit.cifar10 at threshold 0.03 6 dB better than with first order 1, 12 dB than with last order 1
+        label="threshold {}, orders 2",
         values=lambda steps: (0.01, 0.02, 0.03),
-        config=lambda subject, value: CGTaylorConfig(threshold=value, last_order=2),
+        config=lambda subject, value: CGTaylorConfig(threshold=value, first_order=2, last_order=2),
     ),
     "bac": Preset(
         method="BAC",

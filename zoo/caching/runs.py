@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,8 @@ class RunTracker:
         self.context_name = DEFAULT_CONTEXT.name
         self.log = RunLog()
         self.states: list[ContextStates] = []
+        self.observed: list[ContextStates] = []
+        self.tuned_steps: int | None = None
         self.on_new_run: Callable[[], None] = lambda: None
 
     def attach(self, model: nn.Module) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
@@ -127,6 +130,17 @@ class RunTracker:
         inputs = self._inputs.get(self.context_name)
         if inputs and inputs[-1].type == "cpu" and self.log.calls:
             self.log.calls[-1].seconds = time.perf_counter() - self._begun
+        if self.observed:
+            self._observe()
+
+    def _observe(self) -> None:
+        """Note what diffusers' caches did in this call."""
+        for states in self.observed:
+            skipped = states.left_out(self.context_name)
+            if skipped is not None:
+                self.log.note(self.context_name, states.unit, self.step, skipped=skipped)
+        if self.is_last:  # afterwards pipelines have everything dropped
+            self.log.bytes_held = max(self.log.bytes_held, sum(states.nbytes for states in self.observed))
 
     def _changed(self, context: str, inputs: tuple[Any, ...]) -> bool:
         return self._inputs.get(context, inputs) != inputs
@@ -139,6 +153,13 @@ class RunTracker:
             if self._scheduled and self._timesteps is not None:
                 self.num_steps = len(self._timesteps) - self.start
             self.log = RunLog()
+            if self.tuned_steps is not None and self.num_steps not in (None, self.tuned_steps):
+                warnings.warn(
+                    f"The cache was tuned for {self.tuned_steps} steps, this run has {self.num_steps}: "
+                    f"`zoo tune-cache` finds a setting for them.",
+                    stacklevel=2,
+                )
+                self.tuned_steps = None  # said once
         index = context.step_index
         if index is not None:
             if self._first_index is None:

@@ -6,9 +6,9 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ __all__ = [
     "anchor_steps",
     "block_error",
     "bubbling_union",
+    "choose_steps",
+    "keyed_name",
     "similarity",
     "top_errors",
     "uniform_steps",
@@ -106,6 +108,27 @@ def uniform_steps(steps: int, updates: int) -> tuple[int, ...]:
     return tuple(index * steps // updates for index in range(updates))
 
 
+def choose_steps(
+    matrices: Mapping[str, Sequence[Sequence[float]]], updates: int, *, metric: Metric, objective: str
+) -> dict[str, tuple[int, ...]]:
+    """Choose the update steps of each unit.
+
+    Args:
+        matrices: Likeness or distance of the features of any two steps, by unit; steps x steps.
+        updates: Steps to compute, a unit.
+        metric: What the matrices hold.
+        objective: "anchor", see `anchor_steps`, or "adjacent", see `adjacent_steps`.
+    """
+    sign = 1 if metric == "cosine" else -1
+    chosen = {}
+    for unit, rows in matrices.items():
+        if objective == "anchor":
+            chosen[unit] = anchor_steps(rows, updates, "max" if metric == "cosine" else "min")
+        else:
+            chosen[unit] = adjacent_steps([sign * rows[max(0, k - 1)][k] for k in range(len(rows))], updates)
+    return chosen
+
+
 def _check_counts(steps: int, updates: int) -> int:
     if steps < 1:
         raise ValueError(f"A schedule needs at least 1 step, got {steps}.")
@@ -180,6 +203,12 @@ def bubbling_union(
     return result
 
 
+def keyed_name(kind: str, model: str, scheduler: str | None, num_steps: int, guidance: float | None) -> str:
+    """Return the name of a file that holds for a model, a scheduler, a number of steps and a guidance scale."""
+    scale = "any" if guidance is None else f"{guidance:g}"
+    return re.sub(r"[^\w.-]", "-", f"{kind}_{model}_{scheduler or 'any'}_{num_steps}_{scale}") + ".json"
+
+
 @dataclass(frozen=True, kw_only=True)
 class BACSchedule:
     """Which steps compute which unit of a model.
@@ -196,6 +225,8 @@ class BACSchedule:
         updates: Steps asked for, a unit, before the union.
         union: Units that were enlarged by the union.
         objective: How the steps were chosen.
+        metric: What `matrices` holds.
+        matrices: Likeness of each unit's features at any two steps, where runs of other steps are to be served too.
     """
 
     model: str
@@ -209,6 +240,8 @@ class BACSchedule:
     updates: int
     union: tuple[str, ...] = ()
     objective: str = "anchor"
+    metric: Metric = "cosine"
+    matrices: dict[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict, repr=False)
 
     @property
     def mean_updates(self) -> float:
@@ -224,9 +257,38 @@ class BACSchedule:
     @property
     def filename(self) -> str:
         """Name of its file in a model's folder: it says model, scheduler, steps and guidance."""
-        guidance = "any" if self.guidance is None else f"{self.guidance:g}"
-        name = f"bac_{self.model}_{self.scheduler or 'any'}_{self.num_steps}_{guidance}"
-        return re.sub(r"[^\w.-]", "-", name) + ".json"
+        return keyed_name("bac", self.model, self.scheduler, self.num_steps, self.guidance)
+
+    def resampled(self, num_steps: int, timesteps: Sequence[float] = ()) -> BACSchedule:
+        """Choose the steps anew for runs of other steps: each of them counts as the nearest one of the calibration.
+
+        Args:
+            num_steps: Calls of the denoiser in such a run.
+            timesteps: Of its scheduler; empty if unknown, then the steps are taken for evenly spaced.
+
+        Raises:
+            ValueError: The schedule was saved without matrices.
+        """
+        updates = max(1, round(self.updates * num_steps / self.num_steps))
+        if self.objective == "uniform":
+            chosen = dict.fromkeys(self.units, uniform_steps(num_steps, updates))
+        elif not self.matrices:
+            raise ValueError(
+                "The BAC schedule holds no matrices to choose other steps from: calibrate anew with "
+                "zoo.calibrate_cache and BACConfig(on_mismatch='resample')."
+            )
+        else:
+            if timesteps and self.timesteps:
+                recorded = self.timesteps
+                near = [min(range(self.num_steps), key=lambda k: abs(recorded[k] - time)) for time in timesteps]
+            else:
+                near = [round(step * (self.num_steps - 1) / max(1, num_steps - 1)) for step in range(num_steps)]
+            matrices = {unit: [[rows[a][b] for b in near] for a in near] for unit, rows in self.matrices.items()}
+            chosen = choose_steps(matrices, updates, metric=self.metric, objective=self.objective)
+        units = bubbling_union(chosen, self.kinds, self.union)
+        if all(steps[-1] == self.num_steps - 1 for steps in self.units.values()):
+            units = {unit: tuple(sorted({*steps, num_steps - 1})) for unit, steps in units.items()}
+        return replace(self, num_steps=num_steps, timesteps=tuple(timesteps), units=units, updates=updates, matrices={})
 
     def save(self, path: str | Path) -> Path:
         """Write JSON.
@@ -239,7 +301,7 @@ class BACSchedule:
         """
         path = Path(path)
         file = path / self.filename if path.is_dir() else path
-        file.write_text(json.dumps({"version": _VERSION, **asdict(self)}) + "\n")
+        file.write_text(json.dumps(self.to_values()) + "\n")
         return file
 
     @classmethod
@@ -281,15 +343,39 @@ class BACSchedule:
     def _read(cls, file: Path) -> BACSchedule:
         try:
             values = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} is no BAC schedule: {error}") from error
+        return cls.from_values(values, str(file))
+
+    def to_values(self) -> dict[str, Any]:
+        """Return plain data, for JSON."""
+        return {"version": _VERSION, **asdict(self)}
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any], name: str) -> BACSchedule:
+        """Return what `to_values` took apart.
+
+        Args:
+            values: Plain data.
+            name: Where it is from, for messages.
+
+        Raises:
+            ValueError: It is no schedule.
+        """
+        try:
+            values = dict(values)
             if values.pop("version") != _VERSION:
                 raise ValueError("of another version")
             values["units"] = {unit: tuple(steps) for unit, steps in values["units"].items()}
             values["timesteps"] = tuple(values["timesteps"])
             values["union"] = tuple(values["union"])
+            values["matrices"] = {
+                unit: tuple(tuple(row) for row in rows) for unit, rows in values.get("matrices", {}).items()
+            }
             schedule = cls(**values)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{file} is no BAC schedule: {error}") from error
-        schedule.check(str(file))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{name} is no BAC schedule: {error}") from error
+        schedule.check(name)
         return schedule
 
     def check(self, name: str = "The schedule") -> None:

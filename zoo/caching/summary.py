@@ -8,8 +8,10 @@ from typing import Any
 
 from zoo.caching.runlog import GateError, RunLog
 
-__all__ = ["CacheSummary", "DenoiserSummary", "UnitSteps"]
+__all__ = ["FIRST_BLOCK", "CacheSummary", "DenoiserSummary", "UnitSteps"]
 
+FIRST_BLOCK = "first block"
+"""What summaries call the block that a gate judges by."""
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -32,7 +34,7 @@ class DenoiserSummary:
         config: Configuration of the cache.
         calls: Calls of the denoiser by context.
         skipping_calls: Those in which something was left out.
-        units: What was computed and skipped; empty for diffusers' caches, which do not tell.
+        units: What was computed and skipped; empty for those of diffusers' caches that do not tell.
         errors: Of the gate, in order; empty where there is none.
         bytes_held: Most memory held by stored features, bytes; None where it is unknown.
         seconds: Time in the denoiser; None where the device does not wait for results.
@@ -88,6 +90,15 @@ class DenoiserSummary:
         return computed / total if total else None
 
     @property
+    def computed_steps(self) -> float | None:
+        """Steps computed, on average over parts and contexts; None where it is unknown.
+
+        The first block of CG-Taylor, which is computed at every step for its gate, is left out.
+        """
+        counts = [len(unit.computed) for unit in self.units if unit.unit != FIRST_BLOCK]
+        return sum(counts) / len(counts) if counts else None
+
+    @property
     def error_quantiles(self) -> dict[float, float]:
         """Least, quartiles and largest of the gate's errors, by share; empty where there are none."""
         values = sorted(error.error for error in self.errors if error.error == error.error)
@@ -114,7 +125,7 @@ class DenoiserSummary:
                     what = names[0] if len(names) == 1 else f"{len(names)} units"
                     lines.append(f"    {what}: computed {len(computed)} ({_ranges(computed)}), skipped {len(skipped)}")
         if not self.units:
-            lines.append("  diffusers' caches do not tell what they skip")
+            lines.append("  this cache of diffusers does not tell what it skips")
         if self.error_quantiles:
             values = ", ".join(f"{value:.4g}" for value in self.error_quantiles.values())
             lines.append(f"  gate error, least / quartiles / largest of {len(self.errors)}: {values}")

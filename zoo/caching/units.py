@@ -41,16 +41,23 @@ class UnitCache:
         computes: Whether a unit is computed at the current step.
         max_order: Of the forecast; 0 repeats the last output.
         dtype: Type in which forecasts are stored and summed; None is the model's.
+        reuses: Whether a unit's output of the current step is of use at the next one; None where all outputs are.
     """
 
     def __init__(
-        self, run: RunTracker, computes: Callable[[str], bool], max_order: int = 0, dtype: torch.dtype | None = None
+        self,
+        run: RunTracker,
+        computes: Callable[[str], bool],
+        max_order: int = 0,
+        dtype: torch.dtype | None = None,
+        reuses: Callable[[str], bool] | None = None,
     ) -> None:
         self.run = run
         self.states = ContextStates(_Stored)
         self._computes = computes
         self._max_order = max_order
         self._dtype = dtype
+        self._reuses = reuses
         self._call = 0
 
     @property
@@ -84,6 +91,13 @@ class UnitCache:
             return None
         return [None if factors is None else factors.predict(step) for factors in parts]
 
+    def wants(self, unit: str) -> bool:
+        """Return whether to store an output that was computed; if not, what was stored before is dropped."""
+        if self._reuses is None or self._reuses(unit):
+            return True
+        self.states.get_state().outputs.pop((unit, self._call), None)
+        return False
+
     def keep(self, unit: str, parts: Sequence[Tensor | None]) -> None:
         """Store the parts of an output that was computed; a unit is not called within itself."""
         state = self.states.get_state()
@@ -112,6 +126,8 @@ class _UnitHook(ModelHook):
 
     @torch.compiler.disable
     def _keep(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.cache.wants(self._unit.path):
+            return
         if self._unit.block is not None:
             output = self._unit.block.change(output, args, kwargs)
         self._is_tuple = isinstance(output, tuple | list)

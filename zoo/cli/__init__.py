@@ -16,12 +16,12 @@ from typing import Any, NoReturn
 
 import zoo
 from zoo.catalog import nearest
-from zoo.cli import bench, classify, demo, evaluate, export, generate, listing, publishing, restore
+from zoo.cli import bench, classify, demo, evaluate, export, generate, listing, moe, publishing, restore, tuning
 from zoo.cli.output import UsageError
 
 __all__ = ["main"]
 
-_MODULES = (listing, classify, restore, evaluate, generate, bench, demo, export, publishing)
+_MODULES = (listing, classify, restore, evaluate, generate, tuning, moe, bench, demo, export, publishing)
 _WRONG_CALL = (ValueError, TypeError, FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 

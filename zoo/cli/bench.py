@@ -29,6 +29,8 @@ SUITES = {
     "tiling": "memory of tiled restoration against its budget",
     "restorers": "merged and streamed restorers against their authors' formulation, time and memory",
     "caching": "every cache of diffusers against fewer steps in the same time",
+    "moe": "a mixture of experts against the masked loop over its experts and the dense layer",
+    "policy": "caches on a diffusion policy: plans a second and success against fewer steps",
 }
 """Named benchmarks; the same names as `zoo.bench.suites.SUITES`, which costs the import of torch."""
 
@@ -52,6 +54,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch (default: 2)")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (default: 15; or the benchmark's own)")
+    parser.add_argument("--count", type=int, metavar="N", help="images in all that caching measures quality on")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     parser.add_argument("--size", type=int, metavar="PIXELS", help="height and width of the models' input")
     parser.add_argument("--no-merge", action="store_true", help="leave the models in training form")
@@ -100,7 +103,9 @@ def _check(args: argparse.Namespace, suites: list[str]) -> None:
             raise UsageError("--plot takes one named benchmark; with -o, each that can be drawn gets a plot.")
     if args.plot and args.plot.suffix.lower() not in _PLOTS:
         raise UsageError(f"--plot writes {', '.join(_PLOTS)}, not {args.plot.name!r}.")
-    for name in ("batch", "threads", "rounds", "size"):
+    if args.count is not None and "caching" not in suites:
+        raise UsageError("--count is for `zoo bench caching`: images in all that quality is measured on.")
+    for name in ("batch", "threads", "rounds", "size", "count"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, got {value}.")
@@ -119,7 +124,7 @@ def _measure(args: argparse.Namespace, suites: list[str]) -> list[Benchmark]:
     from zoo.bench import Settings, compare_models
     from zoo.bench.suites import run as run_suites
 
-    overrides = {name: getattr(args, name) for name in ("batch", "dtype", "threads", "rounds")}
+    overrides = {name: getattr(args, name) for name in ("batch", "dtype", "threads", "rounds", "count")}
     overrides = {name: value for name, value in overrides.items() if value is not None}
     overrides["device"] = str(pick_device(args.device))
     with progress(args) as display:

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     registered = catalog.load().get(architecture)
     random, denoiser = False, (Path(args.name) / "model_index.json").is_file()
     if registered is not None:
-        random, denoiser = not tag, registered["task"] == "generation"
+        random, denoiser = not tag, registered["task"] in catalog.PIPELINE_TASKS
         if random and denoiser:
             names = " or ".join(f"{architecture}.{tag}" for tag in registered["weights"])
             raise UsageError(f"Say which weights: {names}.")

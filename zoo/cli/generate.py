@@ -24,7 +24,7 @@ from zoo.cli.output import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_SCHEDULERS = {
+SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
     "dpm": "DPMSolverMultistepScheduler",
@@ -52,15 +52,19 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture, the next have the next numbers")
     parser.add_argument("--steps", type=int, default=50, help="steps of the scheduler (default: 50)")
     parser.add_argument("--guidance", type=float, help="weight of classifier-free guidance; up to 1 is off")
-    parser.add_argument("--scheduler", choices=list(_SCHEDULERS), help="default: the one that came with the model")
+    parser.add_argument("--scheduler", choices=list(SCHEDULERS), help="default: the one that came with the model")
     parser.add_argument(
-        "--cache", choices=("none", *_CACHES), default="none", help="leave out what an earlier step computed"
+        "--cache",
+        choices=("none", *_CACHES, "auto"),
+        default="none",
+        help="leave out what an earlier step computed; auto: as `zoo tune-cache` has found",
     )
     parser.add_argument(
         "--threshold", type=float, help="cg-taylor, first-block: error or change up to which a step is skipped"
     )
     parser.add_argument("--updates", type=int, help="bac: steps at which each part is computed (default: a third)")
     parser.add_argument("--interval", type=int, help="taylorseer: compute every so many steps in full (default: 3)")
+    parser.add_argument("--timeline", type=Path, metavar="FILE", help="draw what the cache computed: png, svg, pdf")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at a time (default: 32)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -79,6 +83,10 @@ def run(args: argparse.Namespace) -> int:
     if not single:
         check_target(args.output, force=args.force)
     _check_cache(args)
+    if args.timeline is not None:
+        if args.cache == "none":
+            raise UsageError("--timeline draws what a cache computed: choose one with --cache.")
+        check_target(args.timeline, force=args.force)
     pipeline = _pipeline(args)
     labels = pipeline.get_label_ids(_classes(args.classes, pipeline))
     chosen = [labels[index % len(labels)] for index in range(args.count)]
@@ -146,7 +154,7 @@ def _pipeline(args: argparse.Namespace) -> Any:
     if not isinstance(pipeline, PixelDiTPipeline):
         raise UsageError(f"{args.model} is a {type(pipeline).__name__}, which does not generate from classes.")
     if args.scheduler:
-        scheduler = getattr(diffusers, _SCHEDULERS[args.scheduler])
+        scheduler = getattr(diffusers, SCHEDULERS[args.scheduler])
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=silent(args), leave=False)
@@ -173,7 +181,7 @@ def _compare(
     args: argparse.Namespace, pipeline: Any, labels: list[int], result: dict[str, Any], panels: list[Any]
 ) -> tuple[Any, float]:
     """Generate without and with the cache, add speed-up and PSNR to `result`, and return the cached images."""
-    from zoo.caching import cached
+    from zoo.caching import cached, timeline
     from zoo.metrics import psnr
 
     config = _cache_config(args, pipeline, labels)
@@ -183,6 +191,9 @@ def _compare(
     plain, plain_seconds = _generate(args, pipeline, labels)
     with cached(pipeline, config):
         pictures, seconds = _generate(args, pipeline, labels)
+        if args.timeline is not None:
+            with replacing(args.timeline, force=args.force) as temporary:
+                timeline(pipeline, temporary)
     ratios = psnr(pictures, plain, space="rgb")
     finite = ratios[ratios.isfinite()]
     quality = round(float(finite.mean()), 2) if len(finite) else None
@@ -201,6 +212,11 @@ def _compare(
 
 def _cache_config(args: argparse.Namespace, pipeline: Any, labels: list[int]) -> Any:
     from zoo.caching.presets import Subject, cache_setting
+    from zoo.caching.saved import default_guidance, find_setting
+
+    if args.cache == "auto":
+        guidance = default_guidance(pipeline) if args.guidance is None else args.guidance
+        return find_setting(pipeline, pipeline.transformer, steps=args.steps, guidance=guidance).config
 
     def run() -> None:
         _generate(args, pipeline, labels[: args.batch_size])

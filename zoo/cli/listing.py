@@ -91,8 +91,8 @@ def _merged(facts: dict[str, Any], key: str, form: Any) -> str | None:
 
 
 def _size(facts: dict[str, Any]) -> str:
-    _, height, width = facts["input_size"]
-    return f"{height}x{width}{'*' if facts.get('any_size') else ''}"
+    """Return height and width of a picture, or number and size of actions."""
+    return "x".join(map(str, facts["input_size"][-2:])) + ("*" if facts.get("any_size") else "")
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -135,7 +135,8 @@ def _lines(facts: dict[str, Any], shown: dict[str, Any], tag: str | None) -> Ite
     yield "authors' code", facts["origin"] or ""
     yield (
         "input",
-        f"{_size(shown)} pixels" + (" (* any size works; MACs are for this one)" if "any_size" in shown else ""),
+        f"{_size(shown)} {'actions' if facts['task'] == 'policy' else 'pixels'}"
+        + (" (* any size works; MACs are for this one)" if "any_size" in shown else ""),
     )
     yield "parameters", change(millions(shown["params"]), _merged(shown, "params", millions)) + _merging(shown)
     yield "MACs", change(billions(shown["macs"]), _merged(shown, "macs", billions)) + _merging(shown)

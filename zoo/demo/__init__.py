@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from zoo.bench.caching import classify_with
+from zoo.bench.fid_c import Judge
 from zoo.bench.timing import Progress, Settings, environment, now, torch_threads
 from zoo.demo.parts import classify_photos, generate, merge, photos, upscale
 from zoo.demo.report import Results, headline, render
@@ -86,7 +86,7 @@ def run_demo(
         models.pipe([0], num_inference_steps=2, output_type="latent")  # the first call is slower
         generation = generate(
             models.pipe,
-            classify_with(models.classifier),
+            Judge(models.classifier).classes,
             Settings(threads=threads, rounds=3, warmup=0),
             per_class=per_class,
             steps=steps,

@@ -20,6 +20,7 @@ from zoo.bench.caching import (
     Classify,
     class_subject,
     measure_caches,
+    recogniser,
 )
 from zoo.bench.report import Check, Entry
 from zoo.bench.timing import Progress, Settings, compare, require_close
@@ -136,7 +137,7 @@ def generate(
         settings,
         steps=steps,
         guidance_scale=guidance_scale,
-        classify=classify,
+        judge=recogniser(classify, labels),
         fewer_steps=False,
         progress=_named(progress, "generating"),
     )

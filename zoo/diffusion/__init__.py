@@ -17,12 +17,19 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zoo.diffusion.diffusion_policy import DiffusionPolicyPipeline, DiffusionPolicyTransformer
     from zoo.diffusion.pipelines import PixelDiTPipeline
     from zoo.diffusion.pixel_dit import PixelDiT
 
-__all__ = ["PixelDiT", "PixelDiTPipeline"]
+__all__ = ["DiffusionPolicyPipeline", "DiffusionPolicyTransformer", "PixelDiT", "PixelDiTPipeline"]
 
-_LAZY = {"PixelDiT": "zoo.diffusion.pixel_dit", "PixelDiTPipeline": "zoo.diffusion.pipelines"}
+_LAZY = {
+    "DiffusionPolicyPipeline": "zoo.diffusion.diffusion_policy",
+    "DiffusionPolicyTransformer": "zoo.diffusion.diffusion_policy",
+    "PixelDiT": "zoo.diffusion.pixel_dit",
+    "PixelDiTPipeline": "zoo.diffusion.pipelines",
+}
+_PIPELINES = ("zoo.diffusion.diffusion_policy", "zoo.diffusion.pipelines")
 _AWAITED = "diffusers.pipelines.pipeline_utils"  # defines DiffusionPipeline
 
 
@@ -40,7 +47,8 @@ def __dir__() -> list[str]:
 
 def _register() -> None:
     """Import our pipelines, which make themselves attributes of diffusers."""
-    importlib.import_module("zoo.diffusion.pipelines")
+    for name in _PIPELINES:
+        importlib.import_module(name)
 
 
 class _AfterDiffusers(importlib.abc.MetaPathFinder):

@@ -21,6 +21,7 @@ _FEED_FORWARD_NAMES = ("ff", "ffn", "feed_forward", "ff_context", "img_mlp", "tx
 # they return, None where they return the image stream alone.
 _UNREGISTERED = {
     "AllegroTransformerBlock": (0, None),
+    "DiffusionPolicyBlock": (0, None),
     "Lumina2TransformerBlock": (0, None),
     "SanaTransformerBlock": (0, None),
     "StableAudioDiTBlock": (0, None),
@@ -47,7 +48,7 @@ def block_metadata(block: nn.Module) -> TransformerBlockMetadata:
     try:
         return TransformerBlockRegistry.get(cls)
     except ValueError as error:
-        if cls.__name__ not in _UNREGISTERED or not cls.__module__.startswith("diffusers."):
+        if cls.__name__ not in _UNREGISTERED or not cls.__module__.startswith(("diffusers.", "zoo.")):
             raise ValueError(
                 f"Blocks of class {cls.__name__} are unknown: register them with diffusers' TransformerBlockRegistry, "
                 f"or take a cache that works on single modules, such as TaylorSeerCacheConfig with cache_identifiers."

@@ -8,7 +8,6 @@ not used here).
 from __future__ import annotations
 
 import inspect
-from os import PathLike
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +17,7 @@ from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from zoo.weights import CheckpointError
+from zoo.diffusion.strict_loading import StrictModelMixin
 
 # `DiffusionPipeline.from_pretrained` looks for the name ModelMixin here to learn how the class is loaded.
 __all__ = ["ModelMixin", "PixelDiT"]
@@ -34,7 +33,7 @@ class SharedConditioning(nn.Module):
         return timestep
 
 
-class PixelDiT(DiTTransformer2DModel, CacheMixin):
+class PixelDiT(StrictModelMixin, DiTTransformer2DModel, CacheMixin):
     """Predict the noise, the clean image or the velocity of noisy images of a class.
 
     Differs from diffusers' DiT: one embedder of timestep and class serves all blocks and the head, as in the paper.
@@ -104,32 +103,6 @@ class PixelDiT(DiTTransformer2DModel, CacheMixin):
         for block in self.transformer_blocks:
             block.norm1.emb = SharedConditioning()
         self._init_weights()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Any:
-        """Load a folder or Hub repository as diffusers does, but strictly: diffusers only warns of a missing weight.
-
-        Args:
-            pretrained_model_name_or_path: Folder written by `save_pretrained`, or Hub id.
-            **kwargs: As of `ModelMixin.from_pretrained`.
-
-        Returns:
-            The model in evaluation mode, with `output_loading_info=True` a pair of it and the keys that did not fit.
-
-        Raises:
-            CheckpointError: A key is missing or unexpected, or a value is not finite.
-        """
-        with_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        if not with_info:
-            for kind in ("missing", "unexpected"):
-                if keys := sorted(info[f"{kind}_keys"]):
-                    raise CheckpointError(f"The weights in {pretrained_model_name_or_path} have {kind} keys: {keys}.")
-            if broken := [
-                name for name, value in model.state_dict().items() if not (value.is_meta or value.isfinite().all())
-            ]:
-                raise CheckpointError(f"The weights in {pretrained_model_name_or_path} are not finite in {broken}.")
-        return (model, info) if with_info else model
 
     @property
     def null_label(self) -> int:

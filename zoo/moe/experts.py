@@ -365,7 +365,9 @@ def sorted_experts(moe: MoEFFN, rows: Tensor, weights: Tensor, index: Tensor, ou
         if start == end:
             continue
         own = token[start:end]
-        added = F.linear(moe.expert(number, rows[own]) * weight[start:end], moe.experts_down[number]).to(out.dtype)
+        added = F.linear(
+            moe.expert(number, rows.index_select(0, own)) * weight[start:end], moe.experts_down[number]
+        ).to(out.dtype)
         if torch.is_grad_enabled():
             parts.append(added)
         else:

@@ -1,0 +1,176 @@
+"""FID-C: the Frechet distance between generated and real images in the features of a CIFAR-10 classifier of ours.
+
+It is not FID, whose features are Inception's, and its numbers are on another scale. The features are those of
+`emov2_1m.cifar10` after pooling: the best CIFAR-10 classifier here, and with 180 numbers one for which a sample of a
+few hundred images is not too small. The statistics of the 10 000 real test images are shipped; this makes them anew,
+from a folder of images or Parquet files, after the classifier has changed:
+
+    python -m zoo.bench.fid_c DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import zoo
+from zoo.metrics import FeatureStatistics, frechet_distance
+from zoo.weights import sha256_of, shipped
+
+__all__ = ["CLASSIFIER", "STATISTICS", "Judge", "Reference", "load_judge", "load_reference", "write_reference"]
+
+CLASSIFIER = "emov2_1m.cifar10"
+"""Whose features count."""
+STATISTICS = Path(__file__).with_name("fid_c.safetensors")
+"""Mean and covariance of these features of the CIFAR-10 test images."""
+_BATCH = 250
+
+
+class Judge:
+    """A classifier that tells features and classes of images; on the CPU, in evaluation mode.
+
+    Args:
+        model: From timm's registry, or of its kind; with `forward_features` and `forward_head`.
+        device: Where it runs.
+    """
+
+    def __init__(self, model: nn.Module, device: str = "cpu") -> None:
+        from timm.data import resolve_model_data_config
+
+        self.model: Any = model.to(device).eval()
+        self.device = device
+        data = resolve_model_data_config(model)
+        self._size = tuple(data["input_size"][-2:])
+        self._mean, self._std = (torch.tensor(data[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Judge images (B, C, H, W) in [0, 1].
+
+        Returns:
+            Features after pooling (B, features), and predicted class numbers (B,), on the CPU.
+        """
+        features, classes = [], []
+        for batch in images.float().split(_BATCH):
+            if batch.shape[-2:] != self._size:
+                batch = F.interpolate(batch, self._size, mode="bicubic", antialias=True).clamp(0, 1)
+            maps = self.model.forward_features((batch.to(self.device) - self._mean) / self._std)
+            features.append(self.model.forward_head(maps, pre_logits=True).flatten(1).cpu())
+            classes.append(self.model.forward_head(maps).argmax(1).cpu())
+        return torch.cat(features), torch.cat(classes)
+
+    def classes(self, images: Tensor) -> Tensor:
+        """Return predicted class numbers (B,)."""
+        return self(images)[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Statistics of real images.
+
+    Args:
+        mean: (features,).
+        covariance: (features, features).
+        count: Real images.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    count: int
+
+    def distance(self, features: Tensor) -> float:
+        """Return FID-C of images with these features (B, features), at least two of them."""
+        found = FeatureStatistics(features.shape[1])
+        found.update(features)
+        return frechet_distance(found.mean, found.covariance, self.mean, self.covariance)
+
+
+def load_judge(device: str = "cpu") -> Judge:
+    """Return the classifier whose features count; not merged, so that they do not depend on what merging folds."""
+    return Judge(zoo.create_model(CLASSIFIER, pretrained=True), device)
+
+
+def load_reference(path: str | Path = STATISTICS) -> Reference:
+    """Return the shipped statistics.
+
+    Raises:
+        ValueError: They were made with other weights of the classifier than those that are shipped.
+    """
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata()
+        mean, packed = file.get_tensor("mean"), file.get_tensor("covariance")
+    digest = sha256_of(shipped(CLASSIFIER))
+    if facts["classifier_sha256"] != digest:
+        raise ValueError(
+            f"{path} was made with other weights of {CLASSIFIER} than those that are here: make it anew with "
+            f"`python -m zoo.bench.fid_c DIR`, DIR with the CIFAR-10 test images."
+        )
+    size = len(mean)
+    covariance = torch.zeros(size, size, dtype=torch.float64)
+    rows, columns = torch.triu_indices(size, size)
+    covariance[rows, columns] = covariance[columns, rows] = packed.double()
+    return Reference(mean=mean.double(), covariance=covariance, count=int(facts["images"]))
+
+
+def write_reference(images: Iterable[Tensor], judge: Judge, path: str | Path = STATISTICS) -> int:
+    """Write the statistics of real images, whole or not at all, and return how many images there were.
+
+    Args:
+        images: Batches (B, C, H, W) in [0, 1].
+        judge: The classifier of `load_judge`.
+        path: The file.
+
+    Raises:
+        ValueError: There are fewer than two images.
+    """
+    found: FeatureStatistics | None = None
+    for batch in images:
+        features = judge(batch)[0]
+        found = found or FeatureStatistics(features.shape[1])
+        found.update(features)
+    if found is None:
+        raise ValueError("There are no images to take statistics of.")
+    size = len(found.mean)
+    rows, columns = torch.triu_indices(size, size)
+    # the upper triangle alone: the other half repeats it
+    tensors = {"mean": found.mean.float(), "covariance": found.covariance[rows, columns].float().contiguous()}
+    path = Path(path)
+    facts = {"classifier": CLASSIFIER, "classifier_sha256": sha256_of(shipped(CLASSIFIER)), "images": str(found.count)}
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".zoo-") as folder:
+        file = Path(folder) / path.name
+        save_file(tensors, file, metadata=facts)
+        file.chmod(0o644)  # safetensors makes it the owner's alone
+        os.replace(file, path)
+    return found.count
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the statistics of a data set's test images."""
+    from torch.utils.data import DataLoader
+    from torchvision.transforms.functional import to_tensor
+
+    from zoo.data.images import open_labelled_images
+
+    parser = argparse.ArgumentParser(prog="python -m zoo.bench.fid_c", description=main.__doc__)
+    parser.add_argument("data", metavar="DIR", help="folder of images or Parquet files, or a data set on the Hub")
+    args = parser.parse_args(argv)
+    images = DataLoader(open_labelled_images(args.data, "test", to_tensor), batch_size=_BATCH)
+    count = write_reference((batch for batch, _ in images), load_judge())
+    print(f"Statistics of {count} images written to {STATISTICS}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
