@@ -616,8 +616,8 @@ default_cfgs = generate_default_cfgs(
         "affnet_et.cifar10": _cfg(
             **CIFAR10,
             file=shipped("affnet_et.cifar10"),
-            input_size=(3, 64, 64),
-            pool_size=(4, 4),
+            input_size=(3, 80, 80),  # trained at 64: enlarged crops show objects larger than whole images do
+            pool_size=(5, 5),
             model_args=dict(output_stride=16),
         ),
         # a star makes a tag the default; it must come after a tag that has weights, or timm moves that one to the front

@@ -263,14 +263,14 @@ def plot(benchmark: Benchmark, path: str | Path) -> Path:
     except ImportError as error:
         raise ImportError("Plots need the 'demo' extra (matplotlib is missing): pip install 'ffn-zoo[demo]'") from error
     label, points = _points(benchmark)
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    figure = Figure(figsize=(7.6, 5.0), layout="constrained")
     axes = figure.add_subplot()
     crowded = len(points) > _MOST_NAMED
     front = _front([(x, y) for _, x, y in points])
     all_merged = len(points) > 3 and all(entry.name.endswith(" (merged)") for entry, _, _ in points)
     for index, series in enumerate(dict.fromkeys(entry.series for entry, _, _ in points)):
         own = [
-            (x, y, entry.name.removeprefix(f"{series}, ").removesuffix(" (merged)" if all_merged else ""))
+            (x, y, _short_name(entry.name.removesuffix(" (merged)" if all_merged else ""), series))
             for entry, x, y in points
             if entry.series == series
         ]
@@ -309,6 +309,13 @@ def plot(benchmark: Benchmark, path: str | Path) -> Path:
     path = Path(path)
     figure.savefig(path, dpi=150)
     return path
+
+
+def _short_name(name: str, series: str) -> str:
+    """Return an entry's name without that of its series, which the legend tells."""
+    for separator in (", ", "_"):
+        name = name.removeprefix(f"{series}{separator}")
+    return name
 
 
 def _points(benchmark: Benchmark) -> tuple[str, list[tuple[Entry, float, float]]]:
