@@ -27,7 +27,7 @@ COMPUTED = "units computed (%)"
 GOAL_SPEED = 3.0
 _CALIBRATION_SEEDS = range(2_000_000, 2_000_008)  # neither trained nor evaluated on
 _FIRST_SEED = 3_000_000  # of the episodes; those of training and validation begin at 0 and 1 000 000
-_UPDATES = 10  # a tenth of the steps, the paper's setting in simulation
+_PLANS = ((0.1, 3), (0.1, 5), (0.2, 5))  # updates over steps, union; the second is the paper's in simulation
 
 
 def policy_caches(pipe: Any, task: Environment, steps: int) -> dict[str, Any]:
@@ -38,16 +38,18 @@ def policy_caches(pipe: Any, task: Environment, steps: int) -> dict[str, Any]:
         task: Where it acts.
         steps: Of the scheduler.
     """
-    updates = min(_UPDATES, steps)
     calibration = calibrate(
         pipe, BACConfig(), lambda: first_plans(pipe, task, _CALIBRATION_SEEDS, num_inference_steps=steps)
     )
     caches: dict[str, Any] = {}
-    for union in (3, 5):
-        config = BACConfig(updates=updates, union=union)
-        caches[f"BAC, {updates} updates, union of {union}"] = BACConfig(schedule=calibration.plan(config))
-    uniform = uniform_schedule(pipe.transformer, steps, updates)
-    caches[f"uniform, {updates} updates"] = BACConfig(schedule=uniform)
+    for share, union in _PLANS:
+        updates = max(1, round(share * steps))
+        schedule = calibration.plan(BACConfig(updates=updates, union=union))
+        caches[f"BAC, {updates} updates, union of {union}"] = BACConfig(schedule=schedule)
+    for updates in dict.fromkeys(max(1, round(share * steps)) for share, _ in _PLANS):
+        uniform = uniform_schedule(pipe.transformer, steps, updates)
+        caches[f"uniform, {updates} updates"] = BACConfig(schedule=uniform)
+    caches["TaylorSeer, every 4 steps"] = zoo.TaylorSeerConfig(interval=4, max_order=1)
     return caches
 
 
