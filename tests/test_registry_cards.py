@@ -95,7 +95,7 @@ def test_config_fits_the_code(path: Path) -> None:
         timm.create_model(
             config.model.init_args.backbone, features_only=True, out_indices=indices, device="meta", **arguments
         )
-    elif isinstance(config.model.init_args.model, str):
+    elif isinstance(config.model.init_args.get("model"), str):  # distillation builds its models from folders
         arguments = dict(config.model.init_args.model_args or {})
         classes = {"num_classes": config.model.init_args.num_classes} if "num_classes" in config.model.init_args else {}
         model = timm.create_model(config.model.init_args.model, device="meta", **classes, **arguments)

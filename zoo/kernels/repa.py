@@ -1,0 +1,97 @@
+"""The merged RePa feed-forward layer, a linear branch plus a narrow activated one, as an operator.
+
+RePaViT (ICML 2025), https://arxiv.org/abs/2505.21847.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from zoo.kernels import reference
+from zoo.kernels.dispatch import autocast, check_shapes, runs_kernel
+
+__all__ = ["repa_ffn"]
+
+
+def repa_ffn(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
+    """Compute x @ weight^T + bias + gelu(x @ fc1_weight^T + fc1_bias) @ fc2_weight^T.
+
+    Under autocast the inputs are cast, as for any matrix product. Merged layers are for inference: the backward pass
+    is the reference path, products of PyTorch.
+
+    Args:
+        x: Rows (M, C).
+        fc1_weight: Into the K activated channels, (K, C).
+        fc1_bias: (K,).
+        fc2_weight: Out of them, (O, K).
+        weight: Linear branch with the residual, (O, C).
+        bias: (O,).
+
+    Returns:
+        (M, O).
+
+    Raises:
+        ValueError: The shapes or types do not fit.
+    """
+    if x.ndim != 2:
+        raise ValueError(f"x must be rows (M, C), got {tuple(x.shape)}.")
+    inputs, active, outputs = x.shape[1], fc1_weight.shape[0], weight.shape[0]
+    expected = {
+        "fc1_weight": (fc1_weight, (active, inputs)),
+        "fc1_bias": (fc1_bias, (active,)),
+        "fc2_weight": (fc2_weight, (outputs, active)),
+        "weight": (weight, (outputs, inputs)),
+        "bias": (bias, (outputs,)),
+    }
+    check_shapes(**expected)
+    x, fc1_weight, fc1_bias, fc2_weight, weight, bias = tensors = autocast(
+        x, fc1_weight, fc1_bias, fc2_weight, weight, bias
+    )
+    for name, tensor in zip(expected, tensors[1:], strict=True):
+        if tensor.dtype != x.dtype:
+            raise ValueError(f"{name} must be {x.dtype} like x, got {tensor.dtype}.")
+    if runs_kernel("repa_ffn", *tensors):
+        return _repa_ffn(x, fc1_weight, fc1_bias, fc2_weight, weight, bias)
+    return reference.repa_ffn(x, fc1_weight, fc1_bias, fc2_weight, weight, bias)
+
+
+@torch.library.custom_op("zoo::repa_ffn", mutates_args=())
+def _repa_ffn(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
+    if runs_kernel("repa_ffn", x, fc1_weight, fc1_bias, fc2_weight, weight, bias):
+        from zoo.kernels import triton_repa
+
+        return triton_repa.forward(x, fc1_weight, fc1_bias, fc2_weight, weight, bias)
+    return reference.repa_ffn(x, fc1_weight, fc1_bias, fc2_weight, weight, bias)
+
+
+@_repa_ffn.register_fake
+def _(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    return reference.repa_ffn_backward(grad, *ctx.saved_tensors)
+
+
+_repa_ffn.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.zoo.repa_ffn)
+def _flops(
+    x: Any, fc1_weight: Any, fc1_bias: Any, fc2_weight: Any, *shapes: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """Return the FLOPs of the three matrix products."""
+    (rows, inputs), (outputs, active) = x, fc2_weight
+    return 2 * rows * (inputs * active + active * outputs + inputs * outputs)
