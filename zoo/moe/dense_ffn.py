@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.activations import GEGLU, GELU, ApproximateGELU, LinearActivation, SwiGLU
 from diffusers.models.attention import FeedForward
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
@@ -15,19 +13,10 @@ from timm.layers import GluMlp, Mlp
 from timm.layers import SwiGLU as TimmSwiGLU
 from torch import Tensor, nn
 
+from zoo.kernels.reference import ACTIVATIONS
 from zoo.layers.ffn import RePaFFN
 
-__all__ = ["ACTIVATIONS", "Channels", "DenseFFN", "read_ffn"]
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "silu": F.silu,
-    "relu": F.relu,
-    "sigmoid": torch.sigmoid,
-}
-"""Name -> activation of a hidden channel."""
+__all__ = ["Channels", "DenseFFN", "read_ffn"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +42,7 @@ class DenseFFN:
         up: Product that makes the hidden channels, or the values of a gated layer; with `packed`, values and gates.
         gate: Product that makes the gates where it is a module of its own.
         down: Product that makes the outputs.
-        activation: Key of `ACTIVATIONS`.
+        activation: Key of `zoo.kernels.reference.ACTIVATIONS`.
         packed: Order of the halves of `up` in a gated layer; None: `up` is not packed.
         first_column: Where the hidden channels start in `down`'s input; attention comes before them in Flux.
         dropout: Rate at which outputs are dropped in training.

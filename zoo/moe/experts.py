@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.moe.dense_ffn import ACTIVATIONS, Channels, DenseFFN, read_ffn
+from zoo.kernels.reference import ACTIVATIONS
+from zoo.moe.dense_ffn import Channels, DenseFFN, read_ffn
 from zoo.moe.router import Gate, Router
 
 __all__ = ["LinearPlusMoE", "MoEFFN", "masked_experts", "sorted_experts"]
