@@ -74,6 +74,10 @@ def test_shipped_config(folders: tuple[str, str], tmp_path: Path, monkeypatch: p
     task.save_pretrained(tmp_path / "distilled")
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "distilled")
     assert type(pipe.transformer).__name__ == "MoEPixelDiT"
+    task.save_pretrained(tmp_path / "half", torch.float16)
+    half = DiffusionPipeline.from_pretrained(tmp_path / "half", torch_dtype=torch.float16).transformer
+    assert half.transformer_blocks[0].ff.experts_up.dtype == torch.float16
+    assert torch.equal(half.transformer_blocks[0].ff.channel_index, task.model.transformer_blocks[0].ff.channel_index)
 
 
 def test_flux(tmp_path: Path) -> None:

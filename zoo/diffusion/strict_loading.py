@@ -5,6 +5,7 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any
 
+import torch
 from diffusers import ModelMixin
 
 from zoo.weights import CheckpointError
@@ -13,7 +14,7 @@ __all__ = ["StrictModelMixin"]
 
 
 class StrictModelMixin(ModelMixin):
-    """A diffusers model whose `from_pretrained` refuses weights that do not fit: diffusers only warns of them."""
+    """A diffusers model whose `from_pretrained` refuses weights that do not fit, of which diffusers only warns."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Any:
@@ -40,3 +41,12 @@ class StrictModelMixin(ModelMixin):
             ]:
                 raise CheckpointError(f"The weights in {pretrained_model_name_or_path} are not finite in {broken}.")
         return (model, info) if with_info else model
+
+    def copy_as(self, dtype: torch.dtype) -> Any:
+        """Return a copy on the CPU whose weights have another type; the model itself is left as it is."""
+        model: Any = self
+        copy = type(model).from_config(model.config)
+        weights = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+        cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in weights.items()}
+        copy.load_state_dict(cast, assign=True)
+        return copy

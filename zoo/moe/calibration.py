@@ -5,13 +5,13 @@ The distillation loss would not do: it is zero at conversion, with its gradient 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["class_batches", "flow_batches", "sampled_images"]
+__all__ = ["class_batches", "flow_batches", "flow_inputs", "sampled_images"]
 
 
 def class_batches(pipe: Any, images: Iterable[tuple[Tensor, Tensor]], seed: int = 0) -> Iterator[dict[str, Tensor]]:
@@ -68,12 +68,26 @@ def flow_batches(
         latents = batch["latents"]
         times = torch.sigmoid(torch.randn(len(latents), generator=generator)).to(latents)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        share = times.view(-1, 1, 1)
-        inputs = {key: value for key, value in batch.items() if key != "latents"}
-        if guidance is not None:
-            inputs["guidance"] = torch.full_like(times, guidance)
-        noisy = (1 - share) * latents + share * noise
-        yield {**inputs, "hidden_states": noisy, "timestep": times, "target": noise - latents}
+        yield {**flow_inputs(batch, times, noise, guidance), "target": noise - latents}
+
+
+def flow_inputs(
+    batch: Mapping[str, Tensor], times: Tensor, noise: Tensor, guidance: float | None = None
+) -> dict[str, Tensor]:
+    """Return a flow-matching transformer's arguments for stored latents at given times.
+
+    Args:
+        batch: What `zoo.data.latents.Latents` gives, latents (B, N, C).
+        times: (B,) from 0, clean, to 1, noise.
+        noise: Of the latents' shape.
+        guidance: Guidance that a guidance-distilled model is told; None for others.
+    """
+    latents = batch["latents"]
+    share, told = times.view(-1, 1, 1), times.to(latents)
+    inputs = {key: value for key, value in batch.items() if key != "latents"}
+    if guidance is not None:
+        inputs["guidance"] = torch.full_like(told, guidance)
+    return {**inputs, "hidden_states": ((1 - share) * latents + share * noise).to(latents), "timestep": told}
 
 
 def sampled_images(

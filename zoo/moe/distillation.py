@@ -105,6 +105,7 @@ class Distiller:
                 f"The student has {len(ours)} blocks and the teacher {len(theirs)}: they must be the same."
             )
         self.stage: Stage | None = None
+        self._set_features()
 
     def enter(self, step: int) -> Stage:
         """Set what runs and what learns for an optimizer step."""
@@ -125,6 +126,7 @@ class Distiller:
             group.active = self._active[name] if stage == "blocks" else len(group.blocks)
             if stage == "blocks":
                 group.requires_grad_(True)
+        self._set_features()
         return stage
 
     def compare(self, call: Callable[[nn.Module], Tensor]) -> DistillationLoss:
@@ -133,9 +135,9 @@ class Distiller:
         Args:
             call: Runs a model, student or teacher, on the same inputs and returns its output.
         """
-        with torch.no_grad(), _record(self.teacher, _teacher_features(self.teacher, self._by_group)) as theirs:
+        with torch.no_grad(), _record(self._teacher_features) as theirs:
             target = call(self.teacher).detach().float()
-        with record_balance(self.student) as balances, _record(self.student, self._student_features()) as ours:
+        with record_balance(self.student) as balances, _record(self._student_features) as ours:
             output = F.mse_loss(call(self.student).float(), target)
         features, errors = feature_loss(output, ours, theirs)
         total = output + features
@@ -144,19 +146,15 @@ class Distiller:
             total = total + self.balance * balance
         return DistillationLoss(total=total, output=output, features=errors, balance=balance)
 
-    @property
-    def _by_group(self) -> dict[str, list[str]]:
-        """Return the groups' blocks in terms of the teacher, where groups choose; else none."""
-        if self.stage != "blocks":
-            return {}
-        return {name: _members(self.student, name) for name in self.groups}
-
-    def _student_features(self) -> dict[str, nn.Module]:
-        """Return what is compared: every block's output, or that of the group that it is in."""
-        blocks = _blocks(self.student)
-        grouped = {member for members in self._by_group.values() for member in members}
-        found = {name: block for name, block in blocks.items() if name not in grouped}
-        return found | {members[-1]: self.groups[name] for name, members in self._by_group.items()}
+    def _set_features(self) -> None:
+        """Choose what is compared: every block's output, or where groups choose, that of a group and its last block."""
+        ours, theirs = _blocks(self.student), _blocks(self.teacher)
+        for name, group in self.groups.items() if self.stage == "blocks" else ():
+            *inner, last = _members(self.student, name)
+            for member in inner:
+                del ours[member], theirs[member]
+            ours[last] = group
+        self._student_features, self._teacher_features = ours, theirs
 
 
 def _blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -178,13 +176,8 @@ def _members(model: nn.Module, group: str) -> list[str]:
     return [name for name, block in _blocks(model).items() if id(block) in inside]
 
 
-def _teacher_features(teacher: nn.Module, groups: dict[str, list[str]]) -> dict[str, nn.Module]:
-    inner = {name for members in groups.values() for name in members[:-1]}
-    return {name: block for name, block in _blocks(teacher).items() if name not in inner}
-
-
 @contextmanager
-def _record(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+def _record(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Collect outputs by name; a pair of text and image tokens becomes two entries."""
     features: dict[str, Tensor] = {}
 

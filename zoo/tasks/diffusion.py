@@ -217,8 +217,5 @@ class Diffusion(TimmOptimModule):
         """
         pipeline = self.pipeline()
         if dtype is not None:
-            copy = PixelDiT.from_config(self.model.config)
-            weights = {key: value.detach().cpu().to(dtype) for key, value in self.model.state_dict().items()}
-            copy.load_state_dict(weights, assign=True)
-            pipeline.transformer = copy
+            pipeline.transformer = self.model.copy_as(dtype)
         pipeline.save_pretrained(str(path))

@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric
 import zoo
 from zoo.diffusion.pixel_dit import PixelDiT
 from zoo.moe import BlockGroup, MoBConfig, block_groups
+from zoo.moe.calibration import flow_inputs
 from zoo.moe.distillation import Distiller, StageSteps
 from zoo.tasks.diffusion import Diffusion
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
@@ -153,12 +154,7 @@ class FlowDistillation(_Staged, TimmOptimModule):
 
     def _call(self, batch: dict[str, Tensor], times: Tensor, noise: Tensor) -> Callable[[nn.Module], Tensor]:
         """Return a function that runs a model on the noisy latents of a batch."""
-        share = times.view(-1, 1, 1)
-        inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "latents"}
-        inputs["hidden_states"] = ((1 - share) * batch["latents"] + share * noise).to(batch["latents"])
-        inputs["timestep"] = times.to(batch["latents"])
-        if self.guidance is not None:
-            inputs["guidance"] = torch.full_like(inputs["timestep"], self.guidance)
+        inputs: dict[str, Any] = {**flow_inputs(batch, times, noise, self.guidance)}
         return lambda model: model(**inputs, return_dict=False)[0]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
