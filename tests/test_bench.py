@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from denoisers import pixel_dit
 from diffusers import DDIMScheduler, FirstBlockCacheConfig
 from diffusers.hooks import SeaCacheConfig
 
+import zoo
 import zoo.bench.suites
 import zoo.cli.bench
 from zoo.bench import BenchError, Benchmark, Check, Entry, Goal, Ratio, Settings, compare_models
@@ -32,6 +34,7 @@ from zoo.bench.caching import (
 )
 from zoo.bench.memory import in_fresh_process, resident_peak
 from zoo.bench.moe import moe
+from zoo.bench.pipelines import ACTIVATED, compare_pipelines
 from zoo.bench.report import columns, dumps, markdown, plot, to_json
 from zoo.bench.restorers import restorers
 from zoo.bench.suites import SUITES, cfsr, repaffn
@@ -386,6 +389,8 @@ def test_command_says_whether_goals_are_reached(
         (["cfsr", "repaffn", "--plot", "p.png"], "--plot takes one"),
         (["repavit_tiny", "--plot", "p.txt"], "--plot writes .png"),
         (["cfsr", "--count", "3"], "--count is for `zoo bench caching`"),
+        (["pixeldit.cifar10", "--count", "3", "--size", "8"], "--size is for models"),
+        (["repavit_tiny", "--count", "3"], "not a diffusion pipeline"),
         (["repavit_tiny", "--batch", "0"], "--batch must be at least 1"),
         (["repavt"], "named benchmark is called repavit"),
         (["repavit_tiny", "--device", "tpu"], "tpu"),
@@ -431,3 +436,30 @@ def test_mixture_of_experts() -> None:
     assert len(found.entries) == 4
     assert found.checks[0].value < 1e-4
     assert [goal.wanted for goal in found.goals] == [3.0, 0.8]
+
+
+def test_pipelines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mixture of experts is measured at every top-k; with all experts on it makes the images of the dense model."""
+    torch.manual_seed(0)
+    dense = pixel_dit(num_classes=10)
+    experts, _ = zoo.moe.convert(dense, zoo.MoEConfig(experts=3, top_k=1, scores="random"))
+    pruned, _ = zoo.moe.convert(dense, zoo.MoEConfig(experts=3, top_k=0, scores="random"))
+    for name, transformer in (("dense", dense), ("experts", experts), ("pruned", pruned)):
+        PixelDiTPipeline(transformer, DDIMScheduler()).save_pretrained(tmp_path / name)
+    settings = Settings(batch=2, count=3, rounds=1, warmup=0, threads=1)
+    found = compare_pipelines([str(tmp_path / name) for name in ("dense", "experts", "pruned")], settings, steps=2)
+    by_name = {entry.name: entry for entry in found.entries}
+    assert list(by_name) == ["dense", *(f"experts, top {k}" for k in (0, 1, 2, 3)), "pruned"]
+    assert by_name["experts, top 3"].values[PSNR] > 50 > by_name["experts, top 0"].values[PSNR]
+    activated = [by_name[f"experts, top {k}"].values[ACTIVATED] for k in (0, 1, 2, 3)]
+    assert activated == sorted(set(activated))
+    assert by_name["pruned"].values[ACTIVATED] == activated[0]
+    assert all({FID_C, RECOGNISED} <= set(entry.values) for entry in found.entries)
+    assert main(["bench", str(tmp_path / "dense")]) == 2
+    assert "is a pipeline: --count" in capsys.readouterr().err
+
+
+def test_pipelines_of_other_classes(tmp_path: Path) -> None:
+    PixelDiTPipeline(pixel_dit(), DDIMScheduler()).save_pretrained(tmp_path / "four")
+    with pytest.raises(ValueError, match="10 classes of CIFAR-10"):
+        compare_pipelines([str(tmp_path / "four")], QUICK)

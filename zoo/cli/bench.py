@@ -35,6 +35,8 @@ SUITES = {
 """Named benchmarks; the same names as `zoo.bench.suites.SUITES`, which costs the import of torch."""
 
 _PLOTS = (".png", ".svg", ".pdf")
+_PICTURED = ("caching", "pipelines")
+"""Benchmarks that write a plot beside their table."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -47,14 +49,24 @@ def add_parser(subparsers: Any) -> None:
         "not reached.",
         epilog="named benchmarks: " + "; ".join(f"{name}: {what}" for name, what in SUITES.items()),
     )
-    parser.add_argument("names", nargs="+", metavar="NAME", help="models, ours or timm's; or named benchmarks, or all")
+    parser.add_argument(
+        "names",
+        nargs="+",
+        metavar="NAME",
+        help="models, ours or timm's; pipelines (with --count); named benchmarks, or all",
+    )
     parser.add_argument(
         "--batch", type=int, metavar="N", help="inputs of one call (default: 4; or the benchmark's own)"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch (default: 2)")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (default: 15; or the benchmark's own)")
-    parser.add_argument("--count", type=int, metavar="N", help="images in all that caching measures quality on")
+    parser.add_argument(
+        "--count",
+        type=int,
+        metavar="N",
+        help="images in all that quality is measured on: caching, or pipelines by name",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     parser.add_argument("--size", type=int, metavar="PIXELS", help="height and width of the models' input")
     parser.add_argument("--no-merge", action="store_true", help="leave the models in training form")
@@ -103,8 +115,17 @@ def _check(args: argparse.Namespace, suites: list[str]) -> None:
             raise UsageError("--plot takes one named benchmark; with -o, each that can be drawn gets a plot.")
     if args.plot and args.plot.suffix.lower() not in _PLOTS:
         raise UsageError(f"--plot writes {', '.join(_PLOTS)}, not {args.plot.name!r}.")
-    if args.count is not None and "caching" not in suites:
-        raise UsageError("--count is for `zoo bench caching`: images in all that quality is measured on.")
+    if args.count is not None and suites and "caching" not in suites:
+        raise UsageError("--count is for `zoo bench caching` and for pipelines: images that quality is measured on.")
+    if args.count is not None and not suites:
+        for option in ("size", "no_merge", "memory"):
+            if getattr(args, option):
+                raise UsageError(
+                    f"--{option.replace('_', '-')} is for models, --count for pipelines: give one of them."
+                )
+    folders = [name for name in args.names if Path(name, "model_index.json").is_file()]
+    if folders and args.count is None:
+        raise UsageError(f"{folders[0]} is a pipeline: --count N says on how many images its quality is measured.")
     for name in ("batch", "threads", "rounds", "size", "count"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -114,10 +135,14 @@ def _check(args: argparse.Namespace, suites: list[str]) -> None:
 def _targets(args: argparse.Namespace, suites: list[str]) -> list[Path]:
     files = [] if args.plot is None else [args.plot]
     if args.output is not None:
-        files += [args.output / f"{name}.{suffix}" for name in suites or ["models"] for suffix in ("json", "md")]
-        if "caching" in suites:
-            files.append(args.output / "caching.png")
+        files += [args.output / f"{name}.{suffix}" for name in suites or [_unnamed(args)] for suffix in ("json", "md")]
+        files += [args.output / f"{name}.png" for name in _PICTURED if name in (suites or [_unnamed(args)])]
     return files
+
+
+def _unnamed(args: argparse.Namespace) -> str:
+    """Return what files are called where the user gave models or pipelines, no named benchmark."""
+    return "models" if args.count is None else "pipelines"
 
 
 def _measure(args: argparse.Namespace, suites: list[str]) -> list[Benchmark]:
@@ -135,6 +160,10 @@ def _measure(args: argparse.Namespace, suites: list[str]) -> list[Benchmark]:
 
         if suites:
             return run_suites(suites, tell, **overrides)
+        if args.count is not None:
+            from zoo.bench.pipelines import compare_pipelines
+
+            return [compare_pipelines(args.names, Settings(**overrides), progress=tell)]
         return [
             compare_models(
                 args.names,
@@ -175,12 +204,12 @@ def _write(args: argparse.Namespace, suites: list[str], benchmarks: list[Benchma
             plot(benchmarks[0], temporary)
     if args.output is None:
         return
-    for name in suites or ["models"]:
+    for name in suites or [_unnamed(args)]:
         own = [each for each in benchmarks if each.name == name or each.name.startswith(f"{name}_")]
         texts = {"json": dumps(own), "md": "\n".join(map(markdown, own))}
         for suffix, text in texts.items():
             with replacing(args.output / f"{name}.{suffix}", force=args.force) as temporary:
                 temporary.write_text(text, encoding="utf-8")
-        if name == "caching":
-            with replacing(args.output / "caching.png", force=args.force) as temporary:
+        if name in _PICTURED:
+            with replacing(args.output / f"{name}.png", force=args.force) as temporary:
                 plot(own[0], temporary)
