@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import zoo  # noqa: F401  registers the models
 from zoo.data.images import ImageClassification
+from zoo.moe import MoEConfig, Router
 from zoo.tasks.classification import Classification
 from zoo.tasks.optim import OptimConfig
 from zoo.weights import sha256_of
@@ -69,6 +70,24 @@ def test_learns_logs_and_shows(folder: Path, tmp_path: Path) -> None:
     assert {"val/acc1", "val/loss", "train/loss"} <= set(events.Tags()["scalars"])
     picture = events.Images("val/images")[-1]
     assert (picture.height, picture.width) == (22 + 2, 8 * 22 + 2)  # the first batch: eight framed images in a row
+
+
+def test_experts_are_trained_with_their_routers(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MoE++: the balance loss is logged and counts, and the routers learn."""
+    experts = MoEConfig(shared=1, experts=3, top_k=2, scores="random", zero=1, copies=1, constants=1)
+    task = Classification("vit_tiny_patch16_224", 2, TINY, experts=experts, optim=OptimConfig(lr=1e-2))
+    routers = [module.weight for module in task.modules() if isinstance(module, Router)]
+    before = [weight.detach().clone() for weight in routers]
+    trainer = fit(task, data(folder), tmp_path, max_epochs=2)
+    assert len(routers) == TINY["depth"]
+    assert all((new - old).abs().max() > 1e-3 for new, old in zip(routers, before, strict=True))
+    assert trainer.callback_metrics["train/balance"] > 0
+    monkeypatch.setattr(task, "log", lambda *args, **kwargs: None)  # which needs a running trainer
+    batch = torch.randn(4, 3, 16, 16), torch.zeros(4, dtype=torch.long)
+    totals = []
+    for task.balance in (0.0, 1.0):
+        totals.append(float(task.training_step(batch, 0)))
+    assert totals[1] > totals[0]
 
 
 def test_mixing_uses_soft_targets(folder: Path, tmp_path: Path) -> None:

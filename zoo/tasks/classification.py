@@ -17,6 +17,8 @@ from torchvision.utils import make_grid
 
 from zoo.factory import create_model
 from zoo.layers.init import mimetic_init_
+from zoo.moe import MoEConfig, record_balance
+from zoo.moe.dense2moe import to_experts
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
 from zoo.weights import save_checkpoint
 
@@ -41,10 +43,13 @@ class Classification(TimmOptimModule):
         mimetic_init: Start attention layers as `zoo.layers.init.mimetic_init_` does.
         low_res: (side in pixels, share of all steps): train on images shrunk to this side first, which is cheaper, then
             at full size. The model must take both, for example by `dynamic_img_size`.
+        experts: Train the feed-forward layers as mixtures of experts (Dense2MoE's division, MoE++'s experts without
+            computation); `scores` must be "random". The cross-entropy alone is logged as train/loss.
+        balance: Weight of the experts' balance loss.
         log_images: Number of validation images written to TensorBoard, framed green where the class is right, else red.
 
     Raises:
-        ValueError: There is no such model, or `freeze` names no parameter.
+        ValueError: There is no such model, `freeze` names no parameter, or a feed-forward layer cannot be divided.
         CheckpointError: The weights do not exist or do not fit.
     """
 
@@ -62,6 +67,8 @@ class Classification(TimmOptimModule):
         channels_last: bool = False,
         mimetic_init: bool = False,
         low_res: tuple[int, float] | None = None,
+        experts: MoEConfig | None = None,
+        balance: float = 1e-2,
         log_images: int = 16,
     ) -> None:
         super().__init__()
@@ -69,6 +76,8 @@ class Classification(TimmOptimModule):
         self.model = create_model(model, pretrained, num_classes=num_classes, **(model_args or {})).train()
         if mimetic_init:
             mimetic_init_(self.model)
+        if experts is not None:
+            to_experts(self.model, experts)
         for prefix in freeze or ():
             frozen = [p for name, p in self.model.named_parameters() if name.startswith(prefix)]
             if not frozen:
@@ -78,6 +87,7 @@ class Classification(TimmOptimModule):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model.to(memory_format=self.memory_format)
         self.optim, self.low_res, self.log_images = optim, low_res, log_images
+        self.balance = balance if experts is not None else None
         self.mix = None
         if mixup > 0 or cutmix > 0:
             self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
@@ -102,9 +112,16 @@ class Classification(TimmOptimModule):
             images, targets = self.mix(images, targets)
         if self.low_res and self.global_step < self.low_res[1] * self.trainer.estimated_stepping_batches:
             images = nn.functional.interpolate(images, size=self.low_res[0], mode="bilinear", antialias=True)
-        loss = self.loss(self(images), targets)
+        if self.balance is None:
+            loss = total = self.loss(self(images), targets)
+        else:
+            with record_balance(self.model) as losses:
+                loss = self.loss(self(images), targets)
+            balance = torch.stack(losses).mean()
+            self.log("train/balance", balance)
+            total = loss + self.balance * balance
         self.log("train/loss", loss, prog_bar=True)
-        return loss
+        return total
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, metrics: nn.ModuleDict) -> Tensor:
         """Measure a batch and return the predicted classes (B,)."""
