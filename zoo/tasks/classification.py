@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from zoo.layers.init import mimetic_init_
 from zoo.moe import MoEConfig, record_balance
 from zoo.moe.dense2moe import to_experts
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
+from zoo.tasks.teachers import DistillationKind, Teachers
 from zoo.weights import save_checkpoint
 
 __all__ = ["Classification"]
@@ -43,6 +45,11 @@ class Classification(TimmOptimModule):
         mimetic_init: Start attention layers as `zoo.layers.init.mimetic_init_` does.
         low_res: (side in pixels, share of all steps): train on images shrunk to this side first, which is cheaper, then
             at full size. The model must take both, for example by `dynamic_img_size`.
+        teachers: Trained classifiers to learn from beside the labels, as `zoo.create_model` takes them, for example
+            "emov2_1m.cifar10". A model with a second classifier for it (LSNet's `distillation`) learns from them there.
+        distillation: "soft": the teachers' probabilities, "hard": their decision.
+        distillation_weight: Of the loss against the teachers, 0 ... 1; the labels' has the rest.
+        temperature: Softmax temperature of "soft".
         experts: Train the feed-forward layers as mixtures of experts (Dense2MoE's division, MoE++'s experts without
             computation); `scores` must be "random". The cross-entropy alone is logged as train/loss.
         balance: Weight of the experts' balance loss.
@@ -67,6 +74,10 @@ class Classification(TimmOptimModule):
         channels_last: bool = False,
         mimetic_init: bool = False,
         low_res: tuple[int, float] | None = None,
+        teachers: list[str] | None = None,
+        distillation: DistillationKind = "soft",
+        distillation_weight: float = 0.5,
+        temperature: float = 1.0,
         experts: MoEConfig | None = None,
         balance: float = 1e-2,
         log_images: int = 16,
@@ -88,6 +99,12 @@ class Classification(TimmOptimModule):
         self.model.to(memory_format=self.memory_format)
         self.optim, self.low_res, self.log_images = optim, low_res, log_images
         self.balance = balance if experts is not None else None
+        self.teachers: Teachers | None = None
+        self.distillation_weight = distillation_weight
+        if teachers:
+            self.teachers = Teachers(teachers, num_classes, distillation, temperature)
+            if hasattr(self.model, "set_distilled_training"):
+                cast(Any, self.model).set_distilled_training()
         self.mix = None
         if mixup > 0 or cutmix > 0:
             self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
@@ -110,18 +127,35 @@ class Classification(TimmOptimModule):
             if len(images) % 2:
                 raise ValueError(f"mixup and cutmix pair images: batch_size must be even, got {len(images)}.")
             images, targets = self.mix(images, targets)
+        probabilities = None if self.teachers is None else self._ask(self.teachers, images)
         if self.low_res and self.global_step < self.low_res[1] * self.trainer.estimated_stepping_batches:
             images = nn.functional.interpolate(images, size=self.low_res[0], mode="bilinear", antialias=True)
-        if self.balance is None:
-            loss = total = self.loss(self(images), targets)
-        else:
-            with record_balance(self.model) as losses:
-                loss = self.loss(self(images), targets)
-            balance = torch.stack(losses).mean()
-            self.log("train/balance", balance)
-            total = loss + self.balance * balance
+        watch: AbstractContextManager[list[Tensor]] = nullcontext([])
+        if self.balance is not None:
+            watch = record_balance(self.model)
+        with watch as balances:
+            output = self(images)
+        logits, distilled = output if isinstance(output, tuple) else (output, output)
+        loss = total = self.loss(logits, targets)
         self.log("train/loss", loss, prog_bar=True)
+        if self.teachers is not None and probabilities is not None:
+            taught = self.teachers.loss(distilled, probabilities)
+            self.log("train/distillation", taught)
+            total = torch.lerp(loss, taught, self.distillation_weight)
+        if self.balance is not None:
+            balance = torch.stack(balances).mean()
+            self.log("train/balance", balance)
+            total = total + self.balance * balance
         return total
+
+    def _ask(self, teachers: Teachers, images: Tensor) -> Tensor:
+        """Return what the teachers say of images that were normalised for the student."""
+        data = cast(Any, self.trainer).datamodule
+        return teachers(images, data.mean, data.std)
+
+    def on_fit_start(self) -> None:
+        if self.teachers is not None:
+            self.teachers.to(self.device)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, metrics: nn.ModuleDict) -> Tensor:
         """Measure a batch and return the predicted classes (B,)."""
