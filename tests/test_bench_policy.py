@@ -39,6 +39,8 @@ def test_policy_suite(monkeypatch: pytest.MonkeyPatch) -> None:
         "BAC, 2 updates, union of 3",
         "BAC, 2 updates, union of 5",
         "BAC, 4 updates, union of 5",
+        "BAC, 3 shared updates",
+        "BAC, 4 shared updates",
         "uniform, 2 updates",
         "uniform, 4 updates",
         "TaylorSeer, every 4 steps",
@@ -52,7 +54,7 @@ def test_policy_suite(monkeypatch: pytest.MonkeyPatch) -> None:
         assert entry.values[bench.RATE] == pytest.approx(1000 / entry.time.median)
     assert all(entry.values[bench.ACTION_ERROR] > 0 for entry in others)
     assert 10 <= others[0].values[bench.COMPUTED] <= others[1].values[bench.COMPUTED] < 100
-    assert others[3].values[bench.COMPUTED] == 10
+    assert others[5].values[bench.COMPUTED] == 10
     assert [goal.wanted for goal in found.goals] == [3.0, 0.0]
     assert "without a cache" in " ".join(found.notes)
     assert told

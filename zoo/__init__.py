@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from zoo.acceleration import accelerate
     from zoo.bench.tuning import tune_cache
     from zoo.caching import (
         BACConfig,
@@ -35,6 +36,7 @@ _LAZY = {
     "CGTaylorConfig": "zoo.caching",
     "MoEConfig": "zoo.moe",
     "TaylorSeerConfig": "zoo.caching",
+    "accelerate": "zoo.acceleration",
     "cache_summary": "zoo.caching",
     "cached": "zoo.caching",
     "calibrate_cache": "zoo.caching",
@@ -56,6 +58,7 @@ __all__ = [
     "CGTaylorConfig",
     "MoEConfig",
     "TaylorSeerConfig",
+    "accelerate",
     "cache_summary",
     "cached",
     "calibrate_cache",

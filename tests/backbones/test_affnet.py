@@ -19,7 +19,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import zoo
 from zoo.backbones.affnet import PLAIN, AFFBlock, AFFNet, InvertedResidual, checkpoint_filter_fn, detect, plain_filter
-from zoo.layers.frequency_filter import AdaptiveFrequencyFilter, _separable_kept, dense_dft, separable_dft
+from zoo.kernels.dft import separable_dft, separable_kept
+from zoo.layers.frequency_filter import AdaptiveFrequencyFilter, dense_dft
 from zoo.weights import CheckpointError, load_strict
 
 RECORD = Path(__file__).parents[1] / "parity" / "affnet" / "affnet_et_256"
@@ -276,7 +277,7 @@ def test_compiled_filter() -> None:
         assert relative(compiled(x), module(x)) < 1e-5
     assert counter.frame_count <= 3
     assert not [node for graph in counter.graphs for node in graph.graph.nodes if "cos" in str(node.target)]
-    assert type(_separable_kept(7, 9, torch.float32, torch.device("cpu"))[0]) is Tensor
+    assert type(separable_kept(7, 9, torch.float32, torch.device("cpu"))[0]) is Tensor
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import nn
 import zoo
 from zoo.caching.bac import BACConfig, calibrate, uniform_schedule
 from zoo.caching.blocks import model_units
-from zoo.caching.schedules import BACSchedule, block_error, similarity
+from zoo.caching.schedules import BACSchedule, anchor_steps, block_error, similarity
 
 STEPS = 6
 ALL = {**SKIPPABLE, **UNIT_ONLY}
@@ -134,6 +134,10 @@ def test_settings_of_a_plan() -> None:
     assert united.units["transformer_blocks.2.ff"] == apart.units["transformer_blocks.2.ff"]
     adjacent = found.plan(BACConfig(updates=3, union=0, objective="adjacent", always_update_last=False))
     assert {len(steps) for steps in adjacent.units.values()} == {3}
+    shared = found.plan(BACConfig(updates=3, union=3, shared=True))
+    mean = torch.stack(list(found.matrices.values())).double().mean(0).tolist()
+    assert set(shared.units.values()) == {tuple(sorted({*anchor_steps(mean, 3), 9}))}
+    assert (shared.shared, shared.union, apart.shared) == (True, (), False)
     with pytest.warns(UserWarning, match="everything after the first step"):
         found.plan(BACConfig(updates=1))
     distances = calibrate(model, BACConfig(metric="mse"), lambda: denoise(model, steps=10))
@@ -228,6 +232,16 @@ def test_resampled_schedules(tmp_path: Path) -> None:
     with zoo.cached(pipe, config), pytest.warns(UserWarning, match="other timesteps"):
         generate(pipe, steps=12)
     assert_clean(pipe.transformer)
+
+
+def test_resampled_shared_schedules_stay_shared() -> None:
+    model = pixel_dit()
+    found = calibrate(model, BACConfig(), lambda: denoise(model, steps=10))
+    plan = found.plan(BACConfig(updates=4, shared=True, on_mismatch="resample"))
+    again = BACSchedule.from_values(plan.to_values(), "test")
+    assert again == plan
+    (steps,) = set(again.resampled(5).units.values())
+    assert (steps[0], steps[-1]) == (0, 4)
 
 
 def test_resampling_needs_matrices() -> None:

@@ -10,12 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import CASES, experts_case
+from kernel_cases import CASES, experts_case, frequencies, narrow
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from zoo.kernels import triton_adaln, triton_experts, triton_gated, triton_repa, triton_ska
+from zoo.kernels import (
+    triton_adaln,
+    triton_experts,
+    triton_frequency,
+    triton_gated,
+    triton_narrow_ffn,
+    triton_repa,
+    triton_ska,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -57,9 +65,22 @@ def test_kernel_compiles(name: str, dtype: torch.dtype, compiled: list[Any]) -> 
         half = x[:, ::2].contiguous()
         triton_gated.forward(*inputs, half)
         triton_gated.backward(half, *inputs, torch.empty_like(x))
+    elif name == "frequency_filter":
+        triton_frequency.forward(*inputs, *case.settings, torch.empty_like(x))
+    elif name == "narrow_ffn":
+        triton_narrow_ffn.forward(*inputs, *case.settings)
     elif name == "repa_ffn":
         triton_repa.forward(*inputs)
     else:
         triton_experts.forward(*inputs, *case.settings)
-    assert len(compiled) in (2, 3)
+    assert len(compiled) in (1, 2, 3)
     assert all("ptx" in kernel.asm for kernel in compiled)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tiles_of_models_fit_a_multiprocessor(dtype: torch.dtype, compiled: list[Any]) -> None:
+    """Of the kernels whose programs hold whole rows or maps; H100 has 227 KiB of shared memory for a program."""
+    maps = [tensor.to(dtype) for tensor in frequencies(1, 8, 12, 32, 32)]
+    triton_frequency.forward(*maps, 0.0, torch.empty_like(maps[0]))
+    triton_narrow_ffn.forward(*(tensor.to(dtype) for tensor in narrow(16384, 192, 768, 192)), "gelu")
+    assert [kernel.metadata.shared <= 227 * 1024 for kernel in compiled] == [True, True]

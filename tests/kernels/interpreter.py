@@ -7,7 +7,17 @@ import torch
 from kernel_cases import CASES, ODD, channels_last, check_kernel, strided
 
 from zoo import kernels
-from zoo.kernels import reference, triton_adaln, triton_gated, triton_repa, triton_ska
+from zoo.kernels import (
+    launch,
+    reference,
+    triton_adaln,
+    triton_frequency,
+    triton_gated,
+    triton_narrow_ffn,
+    triton_repa,
+    triton_ska,
+)
+from zoo.layers.frequency_filter import AdaptiveFrequencyFilter
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -23,19 +33,30 @@ def test_odd_shapes(name: str) -> None:
     check_kernel(ODD[name], torch.float32, "interpret")
 
 
+@pytest.mark.parametrize("name", ["frequency_filter, 64 x 64", "frequency_filter, written in parts"])
+def test_large_maps_in_16_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 they are left to PyTorch: shared memory would not hold their products."""
+    launched, forward = [], triton_frequency.forward
+    monkeypatch.setattr(triton_frequency, "forward", lambda *inputs: launched.append(1) or forward(*inputs))
+    check_kernel(ODD[name], torch.float32, "interpret")
+    assert not launched
+    check_kernel(ODD[name], torch.float16, "interpret")
+    assert launched
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_gaps_in_memory(name: str) -> None:
     check_kernel(CASES[name], torch.float32, "interpret", layout=strided)
 
 
-@pytest.mark.parametrize("name", ["ska", "dwconv_gate"])
+@pytest.mark.parametrize("name", ["ska", "dwconv_gate", "frequency_filter"])
 def test_channels_last(name: str) -> None:
     check_kernel(CASES[name], torch.float32, "interpret", layout=channels_last)
 
 
-@pytest.mark.parametrize("name", ["ska", "dwconv_gate", "repa_ffn"])
+@pytest.mark.parametrize("name", ["ska", "dwconv_gate", "repa_ffn", "narrow_ffn", "frequency_filter"])
 def test_offsets_of_64_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (triton_gated, triton_repa, triton_ska):
+    for module in (triton_frequency, triton_gated, triton_narrow_ffn, triton_repa, triton_ska):
         monkeypatch.setattr(module, "exceeds_int32", lambda *tensors: True)
     check_kernel(CASES[name], torch.float32, "interpret")
 
@@ -67,3 +88,29 @@ def test_compiled_functions_follow_the_backend(monkeypatch: pytest.MonkeyPatch) 
         with kernels.use_backend(backend):
             torch.testing.assert_close(compiled(*inputs), reference.modulate(*inputs, 1e-6))
         assert len(calls) == launches
+
+
+def test_affnet_filter_runs_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, forward = [], triton_frequency.forward
+    monkeypatch.setattr(triton_frequency, "forward", lambda *inputs: calls.append(1) or forward(*inputs))
+    layer = AdaptiveFrequencyFilter(16, sparsity_threshold=0.01)
+    x = torch.randn(2, 16, 5, 6)
+    with torch.no_grad():
+        expected = layer(x)
+        with kernels.use_backend("interpret"):
+            torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+            assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name", ["repa_ffn", "narrow_ffn", "frequency_filter", "ska", "dwconv_gate", "modulate"])
+def test_any_tiles_give_the_same(name: str) -> None:
+    inputs = [tensor.float() for tensor in CASES[name].inputs()]
+    with kernels.use_backend("interpret"), launch.asked_for() as asked:
+        expected = CASES[name].function(*inputs)
+    assert asked
+    for key, default in asked.items():
+        tiles = launch.candidates(key[0], 4)
+        assert all(each.keys() == default.keys() for each in tiles)
+        with kernels.use_backend("interpret"), launch.forced({key: tiles[0]}):
+            torch.testing.assert_close(CASES[name].function(*inputs), expected, rtol=1e-4, atol=1e-5)

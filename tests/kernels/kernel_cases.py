@@ -61,6 +61,45 @@ def repa(rows: int, inputs: int, active: int, outputs: int) -> list[Tensor]:
     return [x, fc1_weight / wide, fc1_bias, fc2_weight / narrow, weight / wide, bias]
 
 
+def narrow(rows: int, inputs: int, hidden: int, outputs: int) -> list[Tensor]:
+    """Return the inputs of `narrow_ffn` with a residual."""
+    shapes = (rows, inputs), (hidden, inputs), (hidden,), (outputs, hidden), (outputs,), (rows, outputs)
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual = _numbers(*shapes)
+    wide, narrow = max(inputs, 1) ** 0.5, max(hidden, 1) ** 0.5
+    return [x, fc1_weight / wide, fc1_bias, fc2_weight / narrow, fc2_bias, residual]
+
+
+def _narrow_call(*inputs: Tensor, activation: str) -> Tensor:
+    return kernels.narrow_ffn(*inputs, activation=activation)
+
+
+def narrow_case(activation: str, *sizes: int) -> Case:
+    """Return a case of `narrow_ffn` with these sizes of `narrow`."""
+    return Case(
+        function=partial(_narrow_call, activation=activation), inputs=partial(narrow, *sizes), settings=(activation,)
+    )
+
+
+def frequencies(batch: int, groups: int, size: int, height: int, width: int) -> list[Tensor]:
+    """Return x, w1, b1, w2 and b2 of `frequency_filter`."""
+    matrix, vector = (2, groups, size, size), (2, groups, size)
+    x, w1, b1, w2, b2 = _numbers((batch, groups * size, height, width), matrix, vector, matrix, vector)
+    return [x, w1 / size**0.5, b1, w2 / size**0.5, b2]
+
+
+def _frequency_call(*inputs: Tensor, threshold: float) -> Tensor:
+    return kernels.frequency_filter(*inputs, threshold)
+
+
+def frequency_case(threshold: float, *sizes: int) -> Case:
+    """Return a case of `frequency_filter` with these sizes of `frequencies`."""
+    return Case(
+        function=partial(_frequency_call, threshold=threshold),
+        inputs=partial(frequencies, *sizes),
+        settings=(threshold,),
+    )
+
+
 def experts(
     tokens: int, dim: int, hidden: int, outputs: int, *, top_k: int = 2, number: int = 3, free: int = 0, halves: int = 1
 ) -> list[Tensor]:
@@ -99,6 +138,8 @@ CASES: dict[str, Case] = {
     "dwconv_gate": Case(function=kernels.dwconv_gate, inputs=partial(gate, 2, 5, 6, 7)),
     "repa_ffn": Case(function=kernels.repa_ffn, inputs=partial(repa, 70, 40, 24, 48)),
     "routed_experts": experts_case("gelu", False, tokens=17, dim=24, hidden=20, outputs=18, free=1),
+    "narrow_ffn": narrow_case("gelu", 70, 24, 40, 20),
+    "frequency_filter": frequency_case(0.2, 2, 2, 5, 6, 7),
 }
 """Name of the operator -> a call with ragged sizes."""
 
@@ -117,6 +158,17 @@ ODD: dict[str, Case] = {
     "routed_experts, one token": experts_case("relu", False, tokens=1, dim=8, hidden=8, outputs=8),
     "routed_experts, no token": experts_case("relu", False, tokens=0, dim=8, hidden=8, outputs=8),
     "routed_experts, only free": experts_case("silu", True, tokens=3, dim=8, hidden=8, outputs=8, number=1, free=1),
+    "narrow_ffn, one row": narrow_case("gelu_tanh", 1, 3, 1, 2),
+    "narrow_ffn, no row": narrow_case("gelu", 0, 16, 16, 16),
+    "narrow_ffn, 192 channels": narrow_case("gelu", 17, 192, 70, 192),
+    "narrow_ffn, too wide": narrow_case("silu", 3, 257, 8, 4),
+    "frequency_filter, one pixel": frequency_case(0.0, 1, 3, 1, 1, 1),
+    "frequency_filter, one row": frequency_case(0.0, 2, 1, 9, 1, 40),
+    "frequency_filter, one column": frequency_case(0.0, 1, 1, 2, 17, 1),
+    "frequency_filter, 64 x 64": frequency_case(0.0, 1, 1, 3, 64, 64),
+    "frequency_filter, written in parts": frequency_case(0.1, 1, 1, 16, 33, 33),
+    "frequency_filter, too tall": frequency_case(0.1, 1, 1, 2, 65, 3),
+    "frequency_filter, no sample": frequency_case(0.1, 0, 2, 4, 4, 4),
 } | {
     f"routed_experts, {name}": experts_case(name, gated, tokens=6, dim=16, hidden=8, outputs=16)
     for name, gated in (("silu", True), ("gelu_tanh", True), ("quick_gelu", False), ("sigmoid", False))

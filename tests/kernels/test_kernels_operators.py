@@ -7,19 +7,23 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.normalization import AdaLayerNormZero
-from kernel_cases import CASES, adaln, experts, repa
+from kernel_cases import CASES, adaln, experts, frequencies, gate, narrow, repa
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo import kernels
 from zoo.kernels import reference
+from zoo.kernels.frequency import frequency_filter
 from zoo.layers.ffn import RePaFFN
+from zoo.layers.frequency_filter import AdaptiveFrequencyFilter
 from zoo.layers.gated_ffn import GatedFFN
 from zoo.layers.ska import plain_ska
 from zoo.moe.experts import MoEFFN, masked_experts
 
 NAMES = list(CASES)
-BACKWARD = {"ska": 2, "dwconv_gate": 2, "modulate": 2, "gate_modulate": 5}  # how many inputs it takes
+# Name -> how many inputs the backward pass takes.
+BACKWARD = {"ska": 2, "dwconv_gate": 2, "modulate": 2, "gate_modulate": 5, "frequency_filter": 5}
 
 
 def operator(name: str) -> Any:
@@ -72,6 +76,17 @@ def test_dwconv_gate_is_the_middle_of_the_layer() -> None:
     torch.testing.assert_close(layer.project_out(out.permute(0, 2, 3, 1)), layer(x))
 
 
+@torch.no_grad()
+def test_dwconv_gate_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU computes maps that are channels first a few channels at a time."""
+    monkeypatch.setattr(reference, "_PART_BYTES", 1)
+    x, weight = gate(2, 35, 5, 4)
+    last = x.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(kernels.dwconv_gate(x, weight), kernels.dwconv_gate(last, weight))
+    inner = reference.dwconv_gate_by_parts(x, weight, (0, 1))  # rows without their neighbours are left out
+    torch.testing.assert_close(inner, kernels.dwconv_gate(last, weight)[:, :, 1:-1])
+
+
 def test_repa_ffn_is_the_merged_layer() -> None:
     x, *weights = repa(7, 8, 6, 8)
     layer = RePaFFN(8, 32, 6, merged=True).double()
@@ -82,6 +97,32 @@ def test_repa_ffn_is_the_merged_layer() -> None:
     for parameter, value in zip((*parameters, layer.linear.weight, layer.linear.bias), weights, strict=True):
         parameter.data = value
     torch.testing.assert_close(kernels.repa_ffn(x, *weights), layer(x))
+
+
+def test_narrow_ffn_is_the_layer_of_timm() -> None:
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual = inputs = narrow(7, 6, 12, 6)
+    layer = Mlp(6, 12).double()
+    layer.fc1.weight.data, layer.fc1.bias.data = fc1_weight, fc1_bias
+    layer.fc2.weight.data, layer.fc2.bias.data = fc2_weight, fc2_bias
+    torch.testing.assert_close(kernels.narrow_ffn(*inputs), residual + layer(x))
+    torch.testing.assert_close(torch.ops.zoo.narrow_ffn(*inputs[:5], None, "gelu"), layer(x))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.2])
+def test_frequency_filter_is_the_layer(threshold: float) -> None:
+    x, *weights = frequencies(2, 8, 3, 9, 10)
+    layer = AdaptiveFrequencyFilter(24, sparsity_threshold=threshold).double()
+    for parameter, value in zip((layer.w1, layer.b1, layer.w2, layer.b2), weights, strict=True):
+        parameter.data = value
+    torch.testing.assert_close(kernels.frequency_filter(x, *weights, threshold), layer(x))
+
+
+def test_frequency_filter_stays_in_float32_under_autocast() -> None:
+    x, *weights = (tensor.float() for tensor in frequencies(1, 2, 3, 5, 6))
+    expected = frequency_filter(x, *weights, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        for function in (frequency_filter, torch.ops.zoo.frequency_filter):
+            torch.testing.assert_close(function(x, *weights, 0.1), expected)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "sigmoid"])
@@ -159,6 +200,14 @@ def test_compiles_into_one_graph(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_operators_compile(name: str) -> None:
+    tensors = arguments(name)[: len(CASES[name].inputs())]
+    call = Call(name, CASES[name].settings)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*tensors), call(*tensors))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_flops_are_those_of_the_formula(name: str) -> None:
     counts = []
     for function in (operator(name), getattr(reference, name)):
@@ -176,7 +225,7 @@ def test_autocast(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out = CASES[name].function(*inputs)
     out = out[0] if isinstance(out, tuple) else out
-    casts = name in ("dwconv_gate", "repa_ffn", "routed_experts")  # like convolutions and matrix products
+    casts = name in ("dwconv_gate", "narrow_ffn", "repa_ffn", "routed_experts")  # like convolutions and matrix products
     assert out.dtype == (torch.bfloat16 if casts else torch.float32)
 
 
@@ -193,6 +242,11 @@ def test_autocast(name: str) -> None:
         ("dwconv_gate", 1, (10, 1, 5, 5), r"weight must be \(10, 1, 3, 3\), got \(10, 1, 5, 5\)"),
         ("repa_ffn", 0, (2, 70, 40), r"x must be rows \(M, C\), got \(2, 70, 40\)"),
         ("repa_ffn", 3, (48, 25), r"fc2_weight must be \(48, 24\), got \(48, 25\)"),
+        ("narrow_ffn", 1, (40, 23), r"fc1_weight must be \(40, 24\), got \(40, 23\)"),
+        ("narrow_ffn", 5, (70, 21), r"residual must be \(70, 20\), got \(70, 21\)"),
+        ("frequency_filter", 0, (2, 10, 0, 7), r"at least one pixel, got \(2, 10, 0, 7\)"),
+        ("frequency_filter", 1, (2, 2, 4, 4), r"w1 must be \(2, g, C / g, C / g\) with C = 10, got \(2, 2, 4, 4\)"),
+        ("frequency_filter", 4, (2, 2, 4), r"b2 must be \(2, 2, 5\), got \(2, 2, 4\)"),
         ("routed_experts", 2, (17,), r"got \(17, 24\), \(17, 2\), \(17,\), \(3, 18, 20\)"),
         ("routed_experts", 3, (3, 40, 24), r"up must be \(3, 20, 24\), got \(3, 40, 24\)"),
         ("routed_experts", 4, (3, 19), r"up_bias must be \(3, 20\), got \(3, 19\)"),
@@ -229,6 +283,7 @@ def test_operators_do_not_broadcast(name: str, number: int, message: str) -> Non
         ("modulate", 2, "shift must be torch.float64 like scale, got torch.float32"),
         ("dwconv_gate", 1, "weight must be torch.float64 like x, got torch.float32"),
         ("repa_ffn", 4, "weight must be torch.float64 like x, got torch.float32"),
+        ("narrow_ffn", 3, "fc2_weight must be torch.float64 like x, got torch.float32"),
         ("routed_experts", 5, "down must be torch.float64 like x, got torch.float32"),
     ],
 )

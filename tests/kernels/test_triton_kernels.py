@@ -14,7 +14,7 @@ import pytest
 
 
 @pytest.mark.slow  # every program of a kernel takes a millisecond to interpret, every kernel seconds to compile
-@pytest.mark.parametrize(("file", "interpret"), [("interpreter.py", "1"), ("compiler.py", "0")])
+@pytest.mark.parametrize(("file", "interpret"), [("interpreter.py", "1"), ("wiring.py", "1"), ("compiler.py", "0")])
 def test_triton_kernels(file: str, interpret: str, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="triton is not installed: there are no kernels to run")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}

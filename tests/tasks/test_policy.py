@@ -30,7 +30,7 @@ def data() -> Demonstrations:
 
 def test_windows_repeat_both_ends() -> None:
     steps = np.arange(4.0)[:, None]
-    windows = Windows([Demonstration(steps, 10 * steps, 1), Demonstration(steps[:2], 10 * steps[:2], 1)], 3, 2)
+    windows = Windows([Demonstration(steps, 10 * steps), Demonstration(steps[:2], 10 * steps[:2])], 3, 2)
     assert [tuple(window.flatten().tolist()) for window in windows.observations] == [
         (0, 0), (0, 1), (1, 2), (2, 3), (0, 0), (0, 1),
     ]  # fmt: skip
@@ -103,7 +103,7 @@ def test_training_end_to_end(tmp_path: Path) -> None:
     module = data()
     trainer.fit(task, module)
     assert all(not torch.equal(first[name], parameter) for name, parameter in task.model.named_parameters())
-    assert {"train/loss", "val/loss", "val/success"} <= set(trainer.callback_metrics)
+    assert {"train/loss", "val/loss", "val/success", "val/score"} <= set(trainer.callback_metrics)
     averaged = average._average_model.module.model.state_dict()
     loaded = DiffusionPolicy.load_from_checkpoint(
         tmp_path / "checkpoints" / "last.ckpt", model=model(), weights_only=False

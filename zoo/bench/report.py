@@ -12,7 +12,19 @@ from typing import Any
 
 from zoo.profiling import Latency
 
-__all__ = ["Benchmark", "Check", "Column", "Entry", "Goal", "Ratio", "columns", "markdown", "plot", "to_json"]
+__all__ = [
+    "Benchmark",
+    "Check",
+    "Column",
+    "Entry",
+    "Goal",
+    "Ratio",
+    "columns",
+    "markdown",
+    "plot",
+    "plot_ratios",
+    "to_json",
+]
 
 SCHEMA = 1
 """Version of the JSON form."""
@@ -195,7 +207,7 @@ def _counted(attribute: str, unit: float) -> Callable[[Entry], str]:
 def _valued(heading: str) -> Callable[[Entry], str]:
     def text(entry: Entry) -> str:
         value = entry.values.get(heading)
-        return "-" if value is None else "equal" if math.isinf(value) else f"{value:.4g}"
+        return "-" if value is None or math.isnan(value) else "equal" if math.isinf(value) else f"{value:.4g}"
 
     return text
 
@@ -229,7 +241,8 @@ def markdown(benchmark: Benchmark) -> str:
         lines.append("| " + " | ".join(column.text(entry).replace("|", "\\|") for column in shown) + " |")
     lines.append("")
     lines += [f"- {text}" for text in remarks(benchmark)]
-    lines += ["", f"Measured {benchmark.date} by `zoo bench`."]
+    blank = all(entry.values and all(map(math.isnan, entry.values.values())) for entry in benchmark.entries)
+    lines += ["", f"{'Written' if blank else 'Measured'} {benchmark.date} by `zoo bench`."]
     return "\n".join(lines) + "\n"
 
 
@@ -258,12 +271,8 @@ def plot(benchmark: Benchmark, path: str | Path) -> Path:
         ImportError: matplotlib is not installed.
         ValueError: Fewer than two entries have both numbers, or the suffix is no picture format.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need the 'demo' extra (matplotlib is missing): pip install 'ffn-zoo[demo]'") from error
     label, points = _points(benchmark)
-    figure = Figure(figsize=(7.6, 5.0), layout="constrained")
+    figure = _figure(7.6, 5.0)
     axes = figure.add_subplot()
     crowded = len(points) > _MOST_NAMED
     front = _front([(x, y) for _, x, y in points])
@@ -309,6 +318,46 @@ def plot(benchmark: Benchmark, path: str | Path) -> Path:
     path = Path(path)
     figure.savefig(path, dpi=150)
     return path
+
+
+def plot_ratios(benchmarks: Iterable[Benchmark], path: str | Path) -> Path:
+    """Draw how many times as fast the entries are as their rivals, one bar each, and write a PNG or SVG.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: No entry was compared, or the suffix is no picture format.
+    """
+    panels = [(each, [entry for entry in each.entries if entry.speedup is not None]) for each in benchmarks]
+    panels = [(each, entries) for each, entries in panels if entries]
+    if not panels:
+        raise ValueError("There is nothing to plot: no entry was compared with a rival.")
+    lines = [len(entries) for _, entries in panels]
+    figure = _figure(8.6, 1.2 * len(panels) + 0.28 * sum(lines))
+    for axes, (each, entries) in zip(
+        figure.subplots(len(panels), squeeze=False, height_ratios=lines)[:, 0], panels, strict=True
+    ):
+        for line, entry in enumerate(entries):
+            ratio = entry.speedup
+            assert ratio is not None
+            spread = [[max(ratio.median - ratio.p20, 0)], [max(ratio.p80 - ratio.median, 0)]]
+            axes.barh(line, ratio.median, xerr=spread, color="C0" if ratio.median >= 1 else "C1", ecolor="0.3")
+        axes.set_yticks(range(len(entries)), [entry.name for entry in entries], fontsize=8)
+        axes.invert_yaxis()
+        axes.axvline(1, color="0.2", linewidth=1)
+        axes.set_xlabel(f"times as fast as {each.reference} — {each.environment['device']}", fontsize=8)
+        axes.set_title(each.title, fontsize=10)
+    path = Path(path)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _figure(width: float, height: float) -> Any:
+    """Return an empty figure of a size in inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need the 'demo' extra (matplotlib is missing): pip install 'ffn-zoo[demo]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _short_name(name: str, series: str) -> str:

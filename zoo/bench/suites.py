@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from zoo.bench.backbones import backbones
 from zoo.bench.caching import caching
+from zoo.bench.kernels import kernels
 from zoo.bench.models import compare_models
 from zoo.bench.moe import moe
 from zoo.bench.policy import policy
@@ -231,6 +232,7 @@ SUITES = {
     "restorers": Suite(run=restorers, settings=Settings(batch=1, rounds=3, warmup=0)),
     "caching": Suite(run=caching, settings=Settings(batch=20, rounds=3, warmup=1)),
     "moe": Suite(run=moe, settings=Settings(batch=1)),
+    "kernels": Suite(run=kernels, settings=Settings(batch=4, rounds=5)),
     "policy": Suite(run=policy, settings=Settings(batch=1, threads=1, rounds=7, warmup=1)),
 }
 """The benchmarks that `zoo bench NAME` knows."""

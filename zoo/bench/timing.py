@@ -54,6 +54,7 @@ class Settings:
         warmup: Untimed rounds before.
         device: "cpu", "cuda", "cuda:1", ...
         count: Images in all that quality is measured on, where a benchmark makes images; None is one call's.
+        tune: Find and store the best tiles of the kernels first, where a benchmark has kernels.
 
     Raises:
         ValueError: A count is too small, the type is unknown, or there is no such device.
@@ -66,6 +67,7 @@ class Settings:
     warmup: int = 2
     device: str = "cpu"
     count: int | None = None
+    tune: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("threads", 1), ("rounds", 1), ("warmup", 0), ("count", 1)):

@@ -35,7 +35,7 @@ from zoo.caching.schedules import (
     uniform_steps,
 )
 from zoo.caching.state import ContextStates
-from zoo.caching.units import UnitCache, place_units
+from zoo.caching.units import Turn, place_units
 
 __all__ = ["BACConfig", "Calibration", "calibrate", "calibrate_cache", "uniform_schedule"]
 
@@ -57,6 +57,10 @@ class BACConfig:
         metric: What makes two outputs alike: "cosine", "l1" or "mse".
         objective: "anchor", the likeness of reused and true outputs at all steps; or "adjacent", the formula printed in
             the paper, which computes where the output differs most from the step before.
+        shared: Choose the same steps for all modules, by the mean of what `metric` says of them, rather than steps of
+            its own for each. Nothing is then updated on stale inputs, so `union` is without effect; and steps that
+            leave out everything are cheaper, where blocks only add up what their modules return. The paper's "unified"
+            schedule, which looks at the first attention alone.
         always_update_last: Compute everything at the last step too, as the authors' code does; one more update.
         error: What makes a module drift most for `union`: "absolute", the mean change of its output, as published; or
             "relative", that over the mean size of its output.
@@ -72,6 +76,7 @@ class BACConfig:
     union: int = 3
     metric: Metric = "cosine"
     objective: Literal["anchor", "adjacent"] = "anchor"
+    shared: bool = False
     always_update_last: bool = True
     error: Literal["absolute", "relative"] = "absolute"
     max_features: int = 65536
@@ -123,7 +128,7 @@ class Calibration:
         """Choose the steps of all units.
 
         Args:
-            config: `updates`, `union`, `objective`, `error`, `always_update_last` and `on_mismatch` count.
+            config: `updates`, `union`, `objective`, `shared`, `error`, `always_update_last` and `on_mismatch` count.
             guidance: Scale of classifier-free guidance, to be noted.
         """
         config.check()
@@ -132,11 +137,11 @@ class Calibration:
         if updates == 1 < steps:
             warnings.warn("updates=1: everything after the first step is a repetition of it.", stacklevel=2)
         matrices = {unit: matrix.tolist() for unit, matrix in self.matrices.items()}
-        chosen = choose_steps(matrices, updates, metric=self.metric, objective=config.objective)
+        chosen = choose_steps(matrices, updates, metric=self.metric, objective=config.objective, shared=config.shared)
         errors = self.errors
         if config.error == "relative":
             errors = {unit: error / self.sizes[unit] if error else 0.0 for unit, error in errors.items()}
-        union = top_errors(errors, config.union)
+        union = top_errors(errors, 0 if config.shared else config.union)
         units = bubbling_union(chosen, self.kinds, union)
         if config.always_update_last:
             units = {unit: tuple(sorted({*own, steps - 1})) for unit, own in units.items()}
@@ -152,6 +157,7 @@ class Calibration:
             updates=updates,
             union=union,
             objective=config.objective,
+            shared=config.shared,
             metric=self.metric,
             matrices={
                 unit: tuple(tuple(round(value, _DIGITS) for value in row) for row in rows)
@@ -364,24 +370,32 @@ class _Plan:
         self._offset = 0
         self._checked: object = None
         self._said: set[str] = set()
+        self._taken: BACSchedule | None = None
+        self._turns: list[Turn] = []
         self._take(schedule)
 
     def _take(self, schedule: BACSchedule) -> None:
-        self._num_steps = schedule.num_steps
-        self._steps = {unit: frozenset(steps) for unit, steps in schedule.units.items()}
+        if schedule is self._taken:
+            return
+        self._taken = schedule
+        steps = {unit: frozenset(own) for unit, own in schedule.units.items()}
+        self._turns = [
+            Turn(
+                computed=frozenset(unit for unit, own in steps.items() if step in own),
+                kept=frozenset(unit for unit, own in steps.items() if step + 1 not in own),
+            )
+            for step in range(schedule.num_steps)
+        ]
 
-    def __call__(self, unit: str) -> bool:
+    def __call__(self) -> Turn:
+        """Return what is done at the current step."""
         if self._checked is not self._run.log:
             self._check_run()
             self._checked = self._run.log
         step = self._run.step + self._offset
-        if step >= self._num_steps:
+        if step >= len(self._turns):
             raise ValueError(self._wrong_steps(f"{step + 1} or more"))
-        return step in self._steps[unit]
-
-    def reuses(self, unit: str) -> bool:
-        """Return whether the next step leaves a unit out."""
-        return self._run.step + self._offset + 1 not in self._steps[unit]
+        return self._turns[step]
 
     def _check_run(self) -> None:
         schedule, run = self._schedule, self._run
@@ -453,8 +467,7 @@ def _bac(config: BACConfig, model: nn.Module, run: RunTracker) -> None:
             f"The BAC schedule is for a {schedule.model} with {len(schedule.units)} units, this is a "
             f"{type(model).__name__} with {len(units)}."
         )
-    plan = _Plan(schedule, run, config.on_mismatch == "resample")
-    place_units(units, UnitCache(run, plan, reuses=plan.reuses))
+    place_units(model, units, run, _Plan(schedule, run, config.on_mismatch == "resample"))
 
 
 def calibrate_cache(

@@ -18,7 +18,17 @@ from torch import Tensor, nn
 
 from zoo.caching.schedules import Kind
 
-__all__ = ["BlockList", "ModelBlocks", "PlacedBlock", "Unit", "block_stack", "model_units", "register_blocks"]
+__all__ = [
+    "BlockList",
+    "ModelBlocks",
+    "PlacedBlock",
+    "SummedBlock",
+    "Unit",
+    "block_stack",
+    "model_units",
+    "register_blocks",
+    "summed_blocks",
+]
 
 Returns = Literal["image", "image, text", "text, image", "joined"]
 
@@ -35,6 +45,8 @@ class BlockList:
             that a block lacks, or holds as None, are passed over.
         whole: The change that a block as a whole makes is one unit, a feed-forward: blocks in which attention and
             feed-forward run side by side.
+        sums: A block returns its input plus what its units return, without gates, and the model runs the blocks one
+            right after the other. What a run of blocks has added can then be added at once.
         image: Argument of the block's forward with the image, or joined, stream.
         text: Argument with the text stream, where the block has one.
     """
@@ -43,6 +55,7 @@ class BlockList:
     returns: Returns = "image"
     units: Mapping[str, Kind]
     whole: bool = False
+    sums: bool = False
     image: str = "hidden_states"
     text: str = "encoder_hidden_states"
 
@@ -99,7 +112,9 @@ _TABLE: dict[str, ModelBlocks] = {
     "CogVideoXTransformer3DModel": _single(_SELF, returns="image, text"),
     "CogView4Transformer2DModel": _single(_SELF, returns="image, text"),
     "DiTTransformer2DModel": _single(_SELF),
-    "DiffusionPolicyTransformer": _single(_CROSS),
+    "DiffusionPolicyTransformer": ModelBlocks(
+        lists=(BlockList(name="transformer_blocks", units=_CROSS, sums=True),),
+    ),
     "Flux2Transformer2DModel": ModelBlocks(
         lists=(
             BlockList(name="transformer_blocks", returns="text, image", units=_JOINT),
@@ -285,6 +300,19 @@ class Unit(NamedTuple):
     block: PlacedBlock | None
 
 
+def _units_of(each: BlockList, blocks: nn.ModuleList) -> list[Unit]:
+    """Return the units of a list of blocks in running order."""
+    found = []
+    for index, wrapped in enumerate(blocks):
+        block, path = unwrap_module(wrapped), f"{each.name}.{index}"
+        if each.whole:
+            found.append(Unit(path, block, "feed_forward", PlacedBlock(path, block, each)))
+        for name, kind in each.units.items():
+            if isinstance(module := getattr(block, name, None), nn.Module):
+                found.append(Unit(f"{path}.{name}", unwrap_module(module), kind, None))
+    return found
+
+
 def model_units(model: nn.Module, method: str) -> list[Unit]:
     """Return the units of a model in running order.
 
@@ -295,15 +323,40 @@ def model_units(model: nn.Module, method: str) -> list[Unit]:
     Raises:
         ValueError: The model is unknown, or has none.
     """
-    found = []
-    for each, blocks in _lists(model):
-        for index, wrapped in enumerate(blocks):
-            block, path = unwrap_module(wrapped), f"{each.name}.{index}"
-            if each.whole:
-                found.append(Unit(path, block, "feed_forward", PlacedBlock(path, block, each)))
-            for name, kind in each.units.items():
-                if isinstance(module := getattr(block, name, None), nn.Module):
-                    found.append(Unit(f"{path}.{name}", unwrap_module(module), kind, None))
+    found = [unit for each, blocks in _lists(model) for unit in _units_of(each, blocks)]
     if not found:
         raise ValueError(f"{method} finds no part of {type(model).__name__} to work on.")
+    return found
+
+
+class SummedBlock(NamedTuple):
+    """A block that returns its input plus the outputs of its units.
+
+    `units` are their paths; `is_last` says that the model does something else after the block.
+    """
+
+    placed: PlacedBlock
+    units: tuple[str, ...]
+    is_last: bool
+
+
+def summed_blocks(model: nn.Module, units: Sequence[Unit]) -> list[SummedBlock]:
+    """Return the blocks that can be replaced by the sum of their units' outputs, in running order.
+
+    Args:
+        model: The denoiser.
+        units: Those whose outputs are stored; a list of blocks with others is left out.
+    """
+    found = []
+    stored = [unit.path for unit in units]
+    for each, blocks in _lists(model):
+        if not each.sums:
+            continue
+        own = [unit.path for unit in _units_of(each, blocks)]
+        if not set(own) <= set(stored):
+            continue
+        for index, block in enumerate(blocks):
+            path = f"{each.name}.{index}"
+            paths = tuple(unit for unit in own if unit.startswith(f"{path}."))
+            found.append(SummedBlock(PlacedBlock(path, unwrap_module(block), each), paths, index + 1 == len(blocks)))
     return found

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from zoo.caching.blocks import PlacedBlock, block_stack
 from zoo.caching.builtin import is_count, is_threshold, place, require, require_evaluation
+from zoo.caching.compiling import outside_graphs
 from zoo.caching.runlog import GateError
 from zoo.caching.runs import RunTracker
 from zoo.caching.state import ContextStates
@@ -201,7 +202,7 @@ class Gate:
 
     def note(self, unit: str) -> None:
         """Note what is done with a block."""
-        self.run.log.note(self.states.context.name, unit, self.run.step, skipped=self.skips)
+        self.run.log.note(self.states.context.name, (unit,), self.run.step, skipped=self.skips)
 
 
 class _BlockHook(ModelHook):
@@ -212,7 +213,7 @@ class _BlockHook(ModelHook):
         self.cache = gate
         self._block = block
 
-    @torch.compiler.disable
+    @outside_graphs
     def _skipped(self) -> bool:
         return self.cache.skips
 
@@ -231,18 +232,18 @@ class _FirstBlockHook(_BlockHook):
         super().__init__(gate, block)
         self._states = gate.states  # diffusers looks for it here to say which context is entered
 
-    @torch.compiler.disable
+    @outside_graphs
     def _begin(self) -> tuple[bool, bool]:
         """Return whether another context leads, and whether this block is left out."""
         follows = self.cache.follows()
         skips = follows and self.cache.skips
         name = self.cache.states.context.name
-        self.cache.run.log.note(name, FIRST_BLOCK, self.cache.run.step, skipped=skips)
+        self.cache.run.log.note(name, (FIRST_BLOCK,), self.cache.run.step, skipped=skips)
         if skips:
             self.cache.note("other blocks")
         return follows, skips
 
-    @torch.compiler.disable
+    @outside_graphs
     def _end(self, output: Any, follows: bool) -> None:
         feature = self._block.image(output)
         self.cache.tokens = feature.shape[1] if feature.ndim > 1 else None
@@ -267,11 +268,11 @@ class _FirstBlockHook(_BlockHook):
 class _LastBlockHook(_BlockHook):
     """Put the forecast in place of the last block's output, or learn from it."""
 
-    @torch.compiler.disable
+    @outside_graphs
     def _end(self, output: Any) -> None:
         self.cache.keep(self._block.image(output, self.cache.tokens))
 
-    @torch.compiler.disable
+    @outside_graphs
     def _forecast(self) -> Tensor:
         return self.cache.forecast()
 

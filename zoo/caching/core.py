@@ -20,7 +20,7 @@ from zoo.caching.runs import RunTracker
 from zoo.caching.saved import find_setting
 from zoo.caching.summary import CacheSummary, DenoiserSummary
 
-__all__ = ["active_cache", "cache_summary", "cached", "disable_cache", "enable_cache", "reset_cache"]
+__all__ = ["active_cache", "cache_summary", "cached", "denoisers", "disable_cache", "enable_cache", "reset_cache"]
 
 _ACTIVE = "_zoo_cache"
 _RESET = "_reset_stateful_cache"  # what pipelines call on each component at the end
@@ -92,7 +92,7 @@ def enable_cache(
         >>> print(zoo.cache_summary(pipe))
         >>> zoo.disable_cache(pipe)
     """
-    pipeline, models = _targets(pipe_or_model)
+    pipeline, models = denoisers(pipe_or_model)
     tuned_steps = None
     if isinstance(config, str) and config == "auto":
         saved = find_setting(
@@ -126,7 +126,7 @@ def disable_cache(pipe_or_model: DiffusionPipeline | nn.Module) -> None:
     Raises:
         RuntimeError: Another hook was placed over the cache and has to go first.
     """
-    for model in _targets(pipe_or_model)[1]:
+    for model in denoisers(pipe_or_model)[1]:
         if _ACTIVE in model.__dict__:
             _disable(model)
         elif isinstance(model, CacheMixin) and model.is_cache_enabled:
@@ -162,7 +162,7 @@ def reset_cache(pipe_or_model: DiffusionPipeline | nn.Module) -> None:
     Args:
         pipe_or_model: As for `enable_cache`.
     """
-    for model in _targets(pipe_or_model)[1]:
+    for model in denoisers(pipe_or_model)[1]:
         if _ACTIVE in model.__dict__:
             model.__dict__[_ACTIVE].reset()
         elif isinstance(model, CacheMixin):
@@ -182,7 +182,7 @@ def cache_summary(pipe_or_model: DiffusionPipeline | nn.Module) -> CacheSummary:
         >>> print(zoo.cache_summary(pipe))
     """
     found = []
-    for model in _targets(pipe_or_model)[1]:
+    for model in denoisers(pipe_or_model)[1]:
         active = model.__dict__.get(_ACTIVE)
         if active is None:
             raise ValueError(f"{type(model).__name__} has no cache of zoo's: call zoo.enable_cache and run it first.")
@@ -196,12 +196,20 @@ def active_cache(pipe_or_model: DiffusionPipeline | nn.Module) -> Any:
     Args:
         pipe_or_model: As for `enable_cache`; of several denoisers the first one with a cache counts.
     """
-    found = (_active_config(model) for model in _targets(pipe_or_model)[1])
+    found = (_active_config(model) for model in denoisers(pipe_or_model)[1])
     return next((config for config in found if config is not None), None)
 
 
-def _targets(pipe_or_model: Any) -> tuple[DiffusionPipeline | None, list[nn.Module]]:
-    """Return the pipeline, if it is one, and the denoisers."""
+def denoisers(pipe_or_model: Any) -> tuple[DiffusionPipeline | None, list[nn.Module]]:
+    """Return the pipeline, if it is one, and the denoisers.
+
+    Args:
+        pipe_or_model: As for `enable_cache`.
+
+    Raises:
+        ValueError: The pipeline has no denoiser.
+        TypeError: It is neither a pipeline nor a model.
+    """
     if isinstance(pipe_or_model, DiffusionPipeline):
         components = pipe_or_model.components
         denoisers = [

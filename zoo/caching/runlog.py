@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -63,13 +64,15 @@ class RunLog:
     errors: list[GateError] = field(default_factory=list)
     bytes_held: int = 0
 
-    def note(self, context: str, unit: str, step: int, *, skipped: bool) -> None:
-        """Note that a unit was computed or skipped; a unit called twice in a step counts once."""
-        pair = self.units.get((context, unit))
-        if pair is None:
-            pair = self.units[context, unit] = ([], [])
-        steps = pair[skipped]
-        if not steps or steps[-1] != step:
-            steps.append(step)
+    def note(self, context: str, units: Sequence[str], step: int, *, skipped: bool) -> None:
+        """Note that units were computed or skipped; a unit called twice in a step counts once."""
+        known = self.units
+        for unit in units:
+            pair = known.get((context, unit))
+            if pair is None:
+                pair = known[context, unit] = ([], [])
+            steps = pair[skipped]
+            if not steps or steps[-1] != step:
+                steps.append(step)
         if skipped and self.calls:
             self.calls[-1].skipped = True

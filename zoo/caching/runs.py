@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks.hooks import CacheContext
 from torch import Tensor, nn
 
+from zoo.caching.compiling import outside_graphs
 from zoo.caching.runlog import Call, RunLog
 from zoo.caching.state import DEFAULT_CONTEXT, ContextStates
 
@@ -25,6 +26,8 @@ _LIKENESS = 0.005  # of the training timesteps: a timestep may be rounded to bfl
 
 class RunTracker:
     """Watch the calls of a denoiser, call `on_new_run` before the first one of each run, and count steps.
+
+    `on_call` is called before each one, when its step and context are known.
 
     In a pipeline, a run begins where its scheduler has got new timesteps. A denoiser alone has begun a new run where
     its timestep turns back, or comes to the first one again, within a cache context. A change of shape, type or device
@@ -64,6 +67,7 @@ class RunTracker:
         self.observed: list[ContextStates] = []
         self.tuned_steps: int | None = None
         self.on_new_run: Callable[[], None] = lambda: None
+        self.on_call: Callable[[], None] = lambda: None
 
     def attach(self, model: nn.Module) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
         """Begin to watch."""
@@ -103,7 +107,7 @@ class RunTracker:
         self._first_index = None
         self.step = -1
 
-    @torch.compiler.disable
+    @outside_graphs
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._timestep = self._read_timestep(args, kwargs)
         context = self.states[0].context if self.states else DEFAULT_CONTEXT
@@ -123,9 +127,10 @@ class RunTracker:
             self._first.setdefault(name, self._last[name])
         self._count(context)
         self.log.calls.append(Call(name, self.step))
+        self.on_call()
         self._begun = time.perf_counter()
 
-    @torch.compiler.disable
+    @outside_graphs
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         inputs = self._inputs.get(self.context_name)
         if inputs and inputs[-1].type == "cpu" and self.log.calls:
@@ -138,7 +143,7 @@ class RunTracker:
         for states in self.observed:
             skipped = states.left_out(self.context_name)
             if skipped is not None:
-                self.log.note(self.context_name, states.unit, self.step, skipped=skipped)
+                self.log.note(self.context_name, (states.unit,), self.step, skipped=skipped)
         if self.is_last:  # afterwards pipelines have everything dropped
             self.log.bytes_held = max(self.log.bytes_held, sum(states.nbytes for states in self.observed))
 

@@ -109,7 +109,12 @@ def uniform_steps(steps: int, updates: int) -> tuple[int, ...]:
 
 
 def choose_steps(
-    matrices: Mapping[str, Sequence[Sequence[float]]], updates: int, *, metric: Metric, objective: str
+    matrices: Mapping[str, Sequence[Sequence[float]]],
+    updates: int,
+    *,
+    metric: Metric,
+    objective: str,
+    shared: bool = False,
 ) -> dict[str, tuple[int, ...]]:
     """Choose the update steps of each unit.
 
@@ -118,7 +123,12 @@ def choose_steps(
         updates: Steps to compute, a unit.
         metric: What the matrices hold.
         objective: "anchor", see `anchor_steps`, or "adjacent", see `adjacent_steps`.
+        shared: The same steps for all units, by the mean of the matrices.
     """
+    if shared:
+        mean = torch.tensor([matrices[unit] for unit in matrices], dtype=torch.float64).mean(0).tolist()
+        (steps,) = choose_steps({"all": mean}, updates, metric=metric, objective=objective).values()
+        return dict.fromkeys(matrices, steps)
     sign = 1 if metric == "cosine" else -1
     chosen = {}
     for unit, rows in matrices.items():
@@ -225,6 +235,7 @@ class BACSchedule:
         updates: Steps asked for, a unit, before the union.
         union: Units that were enlarged by the union.
         objective: How the steps were chosen.
+        shared: For all units together.
         metric: What `matrices` holds.
         matrices: Likeness of each unit's features at any two steps, where runs of other steps are to be served too.
     """
@@ -240,6 +251,7 @@ class BACSchedule:
     updates: int
     union: tuple[str, ...] = ()
     objective: str = "anchor"
+    shared: bool = False
     metric: Metric = "cosine"
     matrices: dict[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict, repr=False)
 
@@ -284,7 +296,7 @@ class BACSchedule:
             else:
                 near = [round(step * (self.num_steps - 1) / max(1, num_steps - 1)) for step in range(num_steps)]
             matrices = {unit: [[rows[a][b] for b in near] for a in near] for unit, rows in self.matrices.items()}
-            chosen = choose_steps(matrices, updates, metric=self.metric, objective=self.objective)
+            chosen = choose_steps(matrices, updates, metric=self.metric, objective=self.objective, shared=self.shared)
         units = bubbling_union(chosen, self.kinds, self.union)
         if all(steps[-1] == self.num_steps - 1 for steps in self.units.values()):
             units = {unit: tuple(sorted({*steps, num_steps - 1})) for unit, steps in units.items()}

@@ -59,7 +59,7 @@ class TaylorFactors:
         if self.dtype is not None:
             new = new.to(self.dtype)
         factors = [new]
-        if self.step is not None and self.step != step and self.fits(feature):
+        if self.max_order and self.step is not None and self.step != step and self.fits(feature):
             for previous in self.factors[: self.max_order]:
                 factors.append((factors[-1] - previous) / (step - self.step))
         self.factors, self.step = factors, step

@@ -17,7 +17,7 @@ from torch import nn
 from zoo.caching.blocks import model_units
 from zoo.caching.builtin import is_count, place, require, require_evaluation
 from zoo.caching.runs import RunTracker
-from zoo.caching.units import UnitCache, place_units
+from zoo.caching.units import Turn, place_units
 from zoo.diffusion.blocks import as_patterns
 
 __all__ = ["TaylorSeerConfig", "is_full_step"]
@@ -90,13 +90,20 @@ def _taylorseer(config: TaylorSeerConfig, model: nn.Module, run: RunTracker) -> 
                 f"are {as_patterns(names)}."
             )
 
-    def computes(unit: str) -> bool:
+    every, none = frozenset(unit.path for unit in units), frozenset[str]()
+
+    def is_full(step: int) -> bool:
         return is_full_step(
-            run.step,
+            step,
             interval=config.interval,
             warmup_steps=config.warmup_steps,
             rule=config.rule,
             full_from=config.full_from,
         )
 
-    place_units(units, UnitCache(run, computes, config.max_order, config.factors_dtype))
+    def turn() -> Turn:
+        # a forecast rests on the last full steps, one more than its order
+        of_use = any(not is_full(run.step + later) for later in range(1, config.max_order + 2))
+        return Turn(every if is_full(run.step) else none, every if of_use else none)
+
+    place_units(model, units, run, turn, config.max_order, config.factors_dtype)

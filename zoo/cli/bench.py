@@ -30,12 +30,13 @@ SUITES = {
     "restorers": "merged and streamed restorers against their authors' formulation, time and memory",
     "caching": "every cache of diffusers against fewer steps in the same time",
     "moe": "a mixture of experts against the masked loop over its experts and the dense layer",
+    "kernels": "Triton kernels against eager and compiled PyTorch and library calls; on a CPU, plain formulas",
     "policy": "caches on a diffusion policy: plans a second and success against fewer steps",
 }
 """Named benchmarks; the same names as `zoo.bench.suites.SUITES`, which costs the import of torch."""
 
 _PLOTS = (".png", ".svg", ".pdf")
-_PICTURED = ("caching", "pipelines")
+_PICTURED = ("caching", "kernels", "pipelines")
 """Benchmarks that write a plot beside their table."""
 
 
@@ -67,6 +68,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help="images in all that quality is measured on: caching, or pipelines by name",
     )
+    parser.add_argument("--tune", action="store_true", help="find and store the best tiles of kernels first, on a GPU")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     parser.add_argument("--size", type=int, metavar="PIXELS", help="height and width of the models' input")
     parser.add_argument("--no-merge", action="store_true", help="leave the models in training form")
@@ -126,6 +128,8 @@ def _check(args: argparse.Namespace, suites: list[str]) -> None:
     folders = [name for name in args.names if Path(name, "model_index.json").is_file()]
     if folders and args.count is None:
         raise UsageError(f"{folders[0]} is a pipeline: --count N says on how many images its quality is measured.")
+    if args.tune and ("kernels" not in suites or not args.device.startswith("cuda")):
+        raise UsageError("--tune is for `zoo bench kernels --device cuda`: tiles of kernels are found on their GPU.")
     for name in ("batch", "threads", "rounds", "size", "count"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -151,7 +155,7 @@ def _measure(args: argparse.Namespace, suites: list[str]) -> list[Benchmark]:
 
     overrides = {name: getattr(args, name) for name in ("batch", "dtype", "threads", "rounds", "count")}
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    overrides["device"] = str(pick_device(args.device))
+    overrides |= {"device": str(pick_device(args.device)), "tune": args.tune}
     with progress(args) as display:
         task = display.add_task("preparing", total=None)
 
@@ -197,11 +201,11 @@ def _print_ratios(benchmark: Benchmark) -> None:
 
 
 def _write(args: argparse.Namespace, suites: list[str], benchmarks: list[Benchmark]) -> None:
-    from zoo.bench.report import dumps, markdown, plot
+    from zoo.bench.report import dumps, markdown
 
     if args.plot is not None:
         with replacing(args.plot, force=args.force) as temporary:
-            plot(benchmarks[0], temporary)
+            _draw(benchmarks, suites, temporary)
     if args.output is None:
         return
     for name in suites or [_unnamed(args)]:
@@ -212,4 +216,14 @@ def _write(args: argparse.Namespace, suites: list[str], benchmarks: list[Benchma
                 temporary.write_text(text, encoding="utf-8")
         if name in _PICTURED:
             with replacing(args.output / f"{name}.png", force=args.force) as temporary:
-                plot(own[0], temporary)
+                _draw(own, [name], temporary)
+
+
+def _draw(benchmarks: list[Benchmark], suites: list[str], path: Path) -> None:
+    """Draw times as fast of all kernels, or quality against time of another benchmark."""
+    from zoo.bench.report import plot, plot_ratios
+
+    if suites == ["kernels"]:
+        plot_ratios(benchmarks, path)
+    else:
+        plot(benchmarks[0], path)

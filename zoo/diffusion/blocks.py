@@ -13,7 +13,14 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
-__all__ = ["as_patterns", "attention_modules", "block_metadata", "feed_forward_modules", "transformer_blocks"]
+__all__ = [
+    "as_patterns",
+    "attention_modules",
+    "block_metadata",
+    "feed_forward_modules",
+    "register_block",
+    "transformer_blocks",
+]
 
 _FEED_FORWARD_NAMES = ("ff", "ffn", "feed_forward", "ff_context", "img_mlp", "txt_mlp")
 
@@ -58,6 +65,19 @@ def block_metadata(block: nn.Module) -> TransformerBlockMetadata:
             cls, TransformerBlockMetadata(return_hidden_states_index=hidden, return_encoder_hidden_states_index=encoder)
         )
         return TransformerBlockRegistry.get(cls)
+
+
+def register_block(cls: type[nn.Module]) -> None:
+    """Tell diffusers that a class of blocks returns the image stream alone.
+
+    Its own `register` would first import all of its transformers.
+
+    Args:
+        cls: Class of the blocks.
+    """
+    metadata = TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None)
+    metadata._cls = cls
+    TransformerBlockRegistry._registry[cls] = metadata
 
 
 def takes(block: nn.Module, argument: str) -> bool:

@@ -263,11 +263,12 @@ class DiffusionPolicyTransformer(StrictModelMixin, ConfigMixin, CacheMixin):
         memory = torch.cat([time, self.observation_embed(encoder_hidden_states)], dim=1)
         memory = self.encoder(self.embed_drop(memory + self.cond_pos_embed))  # (B, 1 + T_o, D)
         hidden_states = self.embed_drop(self.action_embed(hidden_states) + self.pos_embed)  # (B, T_p, D)
+        mask = self.memory_mask  # an attribute of diffusers' models takes 5 us to look up
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, memory, self.memory_mask)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, memory, mask)
             else:
-                hidden_states = block(hidden_states, memory, self.memory_mask)
+                hidden_states = block(hidden_states, memory, mask)
         output = self.proj_out(self.norm_out(hidden_states))
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 

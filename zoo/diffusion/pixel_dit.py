@@ -17,6 +17,7 @@ from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from zoo.diffusion.adaln import adopt_kernels
 from zoo.diffusion.strict_loading import StrictModelMixin
 
 # `DiffusionPipeline.from_pretrained` looks for the name ModelMixin here to learn how the class is loaded.
@@ -102,6 +103,7 @@ class PixelDiT(StrictModelMixin, DiTTransformer2DModel, CacheMixin):
         self.conditioning = CombinedTimestepLabelEmbeddings(num_classes, self.inner_dim, class_dropout_prob)
         for block in self.transformer_blocks:
             block.norm1.emb = SharedConditioning()
+        adopt_kernels(self)
         self._init_weights()
 
     @property

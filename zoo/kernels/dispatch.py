@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = [
     "Backend",
     "autocast",
+    "check_backend",
     "check_shapes",
     "exceeds_int32",
     "get_backend",
@@ -31,8 +32,16 @@ _MEASURED: frozenset[str] = frozenset()
 """Operators whose kernel was measured to beat compiled PyTorch and the best library call: what "auto" runs."""
 
 
-def _checked(backend: str) -> Backend:
-    """Return the name of a backend that can run here; nothing is asked of a device."""
+def check_backend(backend: str) -> Backend:
+    """Return the name of a backend that can run here; nothing is asked of a device.
+
+    Args:
+        backend: As in `set_backend`.
+
+    Raises:
+        ValueError: There is no such backend.
+        RuntimeError: Triton is not installed, or its interpreter is not switched on.
+    """
     names = get_args(Backend)
     if backend not in names:
         near = difflib.get_close_matches(backend, names, 1, 0)[0]
@@ -44,7 +53,7 @@ def _checked(backend: str) -> Backend:
     return cast(Backend, backend)
 
 
-_backend: Backend = _checked(os.environ.get("ZOO_KERNELS", "auto"))  # a global: compilers guard on it
+_backend: Backend = check_backend(os.environ.get("ZOO_KERNELS", "auto"))  # a global: compilers guard on it
 
 
 def get_backend() -> Backend:
@@ -66,7 +75,7 @@ def set_backend(backend: Backend) -> None:
         RuntimeError: Triton is not installed, or its interpreter is not switched on.
     """
     global _backend
-    _backend = _checked(backend)
+    _backend = check_backend(backend)
 
 
 @contextlib.contextmanager
@@ -104,7 +113,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         *tensors: Of one device; only floating point ones narrower than float64 are cast, as autocast does.
     """
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(tensor.to(dtype) if tensor.dtype in _DTYPES else tensor for tensor in tensors)

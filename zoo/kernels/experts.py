@@ -6,7 +6,6 @@ Dense2MoE (ICCV 2025), https://arxiv.org/abs/2510.09094.
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import torch
@@ -51,10 +50,7 @@ def routed_experts(
     Raises:
         ValueError: The activation is unknown, or shapes or types do not fit.
     """
-    names = list(reference.ACTIVATIONS)
-    if activation not in names:
-        near = difflib.get_close_matches(activation, names, 1, 0)[0]
-        raise ValueError(f"activation must be one of {', '.join(names)}, got {activation!r}. Did you mean {near}?")
+    reference.check_activation(activation)
     if x.ndim != 2 or index.ndim != 2 or gates.ndim != 2 or down.ndim != 3:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, gates, index, down))
         raise ValueError(f"x, gates, index, down must be (T, D), (T, k), (T, k) and (n, O, W), got {shapes}.")

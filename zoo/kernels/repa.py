@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.kernels import reference
-from zoo.kernels.dispatch import autocast, check_shapes, runs_kernel
+from zoo.kernels.dispatch import autocast, runs_kernel
 
 __all__ = ["repa_ffn"]
+
+_WEIGHTS = ("fc1_weight", "fc1_bias", "fc2_weight", "weight", "bias")
 
 
 def repa_ffn(
@@ -39,26 +41,24 @@ def repa_ffn(
     Raises:
         ValueError: The shapes or types do not fit.
     """
+    if not torch.jit.is_scripting():
+        return _dispatch(x, fc1_weight, fc1_bias, fc2_weight, weight, bias)
+    return reference.repa_ffn(x, fc1_weight, fc1_bias, fc2_weight, weight, bias)
+
+
+def _dispatch(x: Tensor, *weights: Tensor) -> Tensor:
     if x.ndim != 2:
         raise ValueError(f"x must be rows (M, C), got {tuple(x.shape)}.")
-    inputs, active, outputs = x.shape[1], fc1_weight.shape[0], weight.shape[0]
-    expected = {
-        "fc1_weight": (fc1_weight, (active, inputs)),
-        "fc1_bias": (fc1_bias, (active,)),
-        "fc2_weight": (fc2_weight, (outputs, active)),
-        "weight": (weight, (outputs, inputs)),
-        "bias": (bias, (outputs,)),
-    }
-    check_shapes(**expected)
-    x, fc1_weight, fc1_bias, fc2_weight, weight, bias = tensors = autocast(
-        x, fc1_weight, fc1_bias, fc2_weight, weight, bias
-    )
-    for name, tensor in zip(expected, tensors[1:], strict=True):
-        if tensor.dtype != x.dtype:
-            raise ValueError(f"{name} must be {x.dtype} like x, got {tensor.dtype}.")
-    if runs_kernel("repa_ffn", *tensors):
-        return _repa_ffn(x, fc1_weight, fc1_bias, fc2_weight, weight, bias)
-    return reference.repa_ffn(x, fc1_weight, fc1_bias, fc2_weight, weight, bias)
+    inputs, active, outputs = x.shape[1], weights[0].shape[0], weights[3].shape[0]
+    shapes = (active, inputs), (active,), (outputs, active), (outputs, inputs), (outputs,)
+    tensors = autocast(x, *weights)
+    dtype = tensors[0].dtype
+    for name, tensor, shape in zip(_WEIGHTS, tensors[1:], shapes, strict=True):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}.")
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype} like x, got {tensor.dtype}.")
+    return (_repa_ffn if runs_kernel("repa_ffn", *tensors) else reference.repa_ffn)(*tensors)
 
 
 @torch.library.custom_op("zoo::repa_ffn", mutates_args=())

@@ -21,12 +21,14 @@ __all__ = ["ska"]
 def ska(x: Tensor, weight: Tensor) -> Tensor:
     """Convolve every pixel with kernels of its own; channel c takes kernel c mod G, zeros outside of the map.
 
-    Under autocast nothing is cast: the types of the inputs are promoted. The backward pass of the operator cannot be
+    out[b, c, p] = sum over k of weight[b, c mod G, k, p] * x[b, c, p + o_k]. Under autocast nothing is cast: the types
+    of the inputs are promoted. For the backward pass only the inputs are kept; that of the kernel cannot be
     differentiated again.
 
     Args:
         x: (B, C, H, W), in any memory format, which the output keeps.
-        weight: (B, G, K, H, W): K = side * side taps (odd side), row by row, for each of G sets; G divides C.
+        weight: (B, G, K, H, W): K = side * side taps (odd side), row by row, for each of G sets; G divides C. It is
+            fastest where the same dimension as in `x` is contiguous.
 
     Returns:
         (B, C, H, W).
@@ -34,6 +36,17 @@ def ska(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: The shapes do not fit, G does not divide C, or K is not the square of an odd number.
     """
+    if not torch.jit.is_scripting():
+        _check(x, weight)
+        if runs_kernel("ska", x, weight):
+            return _ska(x, weight)
+        recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        if recorded and not torch.compiler.is_compiling():
+            return _Ska.apply(x, weight)
+    return reference.ska(x, weight)
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
     if x.ndim != 4 or weight.ndim != 5:
         raise ValueError(
             f"x and weight must be (B, C, H, W) and (B, G, K, H, W), got {tuple(x.shape)} and {tuple(weight.shape)}."
@@ -43,9 +56,24 @@ def ska(x: Tensor, weight: Tensor) -> Tensor:
     side = math.isqrt(weight.shape[2])
     if side * side != weight.shape[2] or side % 2 == 0:
         raise ValueError(f"weight must have the taps of a square kernel of odd side, got {weight.shape[2]}.")
-    if runs_kernel("ska", x, weight):
-        return _ska(x, weight)
-    return reference.ska(x, weight)
+
+
+class _Ska(torch.autograd.Function):
+    """The formula with a backward pass that keeps `x` and `weight` only; it can be differentiated again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return reference.ska(x, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.ska_backward(grad, *ctx.saved_tensors)
 
 
 @torch.library.custom_op("zoo::ska", mutates_args=())

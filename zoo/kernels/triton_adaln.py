@@ -10,10 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["backward", "forward"]
+from zoo.kernels.launch import choose, rows_of
 
-_TILE = 2048  # numbers of a tile: rows below this are taken several at a time
-_TOKENS = 16  # tokens that a program of the backward pass sums up before it writes
+__all__ = ["backward", "forward"]
 
 
 @triton.jit
@@ -146,14 +145,22 @@ def forward(
         The sum, or `x` itself where there is nothing to add, and the modulated tokens; (B, N, C), contiguous.
     """
     samples, tokens, channels = x.shape
-    x, scale, shift, y, gate = (_rows(tensor) for tensor in (x, scale, shift, *(branch or (x, scale))))
+    x, scale, shift, y, gate = (rows_of(tensor) for tensor in (x, scale, shift, *(branch or (x, scale))))
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), scale.dtype)
     out = x.new_empty(samples, tokens, channels, dtype=dtype)
     total = x if branch is None else torch.empty_like(out)
     if out.numel() == 0:
         return total, out
     width = triton.next_power_of_2(channels)
-    tile_rows = max(_TILE // width, 1)
+    tiles = choose(
+        "modulate" if branch is None else "modulate gated",
+        x,
+        outputs=channels,
+        inner=channels,
+        rows=samples * tokens,
+        default={"tile": 2048, "num_warps": _warps(max(2048, width))},  # shorter rows are taken several at a time
+    )
+    tile_rows = max(tiles["tile"] // width, 1)
     with torch.cuda.device_of(x):
         _forward_kernel[(triton.cdiv(samples * tokens, tile_rows),)](
             *(x, y, gate, scale, shift, total, out),
@@ -162,7 +169,7 @@ def forward(
             gated=branch is not None,
             tile_rows=tile_rows,
             width=width,
-            num_warps=_warps(tile_rows * width),
+            num_warps=tiles["num_warps"],
         )
     return total, out
 
@@ -184,30 +191,33 @@ def backward(
     """
     samples, tokens, channels = x.shape
     gated = branch is not None
-    grad, x, scale, grad_total, y, gate = (_rows(part) for part in (grad, x, scale, *(branch or (grad, x, scale))))
+    grad, x, scale, grad_total, y, gate = (rows_of(part) for part in (grad, x, scale, *(branch or (grad, x, scale))))
     grad_x = x.new_empty(samples, tokens, channels)
     grad_y = y.new_empty(samples, tokens, channels) if gated else grad_x
-    parts = triton.cdiv(tokens, _TOKENS)
+    width = triton.next_power_of_2(channels)
+    tiles = choose(
+        "modulate_backward gated" if gated else "modulate_backward",
+        x,
+        outputs=channels,
+        inner=channels,
+        rows=samples * tokens,
+        default={"part_tokens": 16, "num_warps": _warps(width)},  # tokens that a program sums up before it writes
+    )
+    parts = triton.cdiv(tokens, tiles["part_tokens"])
     sums = x.new_empty(3 if gated else 2, samples, parts, channels, dtype=torch.float32)
     if grad_x.numel() > 0:
-        width = triton.next_power_of_2(channels)
         with torch.cuda.device_of(x):
             _backward_kernel[(samples * parts,)](
                 *(grad_total, grad, x, y, gate, scale, grad_x, grad_y, sums),
                 *(*grad_total.stride()[:2], *grad.stride()[:2], *x.stride()[:2], *y.stride()[:2]),
                 *(gate.stride(0), scale.stride(0), parts, tokens, channels, eps),
                 gated=gated,
-                part_tokens=_TOKENS,
+                part_tokens=tiles["part_tokens"],
                 width=width,
-                num_warps=_warps(width),
+                num_warps=tiles["num_warps"],
             )
     of_conditions = (part.sum(1).to(scale.dtype) for part in sums)
     return (grad_x, *of_conditions, grad_y) if gated else (grad_x, *of_conditions)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """Return a tensor whose channels are neighbours."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _warps(numbers: int) -> int:

@@ -12,11 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["forward"]
+from zoo.kernels.launch import block, choose, precision, rows_of
+
+__all__ = ["activate", "forward"]
 
 
 @triton.jit
-def _activate(x, activation: tl.constexpr):
+def activate(x, activation: tl.constexpr):
     if activation == "gelu":
         out = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif activation == "gelu_tanh":  # (1 + tanh(v)) / 2 = sigmoid(2 v)
@@ -94,9 +96,9 @@ def _up_kernel(
         if gated:
             gate += tl.load(bias + hidden).to(tl.float32)[None, :]
     if gated:
-        out = out * _activate(gate, activation)
+        out = out * activate(gate, activation)
     else:
-        out = _activate(out, activation)
+        out = activate(out, activation)
     target = hidden_ptr + pair[:, None] * hidden + column[None, :]
     tl.store(target, out.to(hidden_ptr.dtype.element_ty), mask=exists[:, None] & (column < hidden)[None, :])
 
@@ -178,26 +180,39 @@ def forward(
     pairs = tokens * top_k
     if pairs == 0 or outputs == 0:
         return x.new_zeros(tokens, outputs)
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = rows_of(x)
     up, down, gates = up.contiguous(), down.contiguous(), gates.contiguous()
     up_bias = up_bias if up_bias is None else up_bias.contiguous()
     order = index.flatten().argsort(stable=True)
-    block_rows = 64 if pairs < 512 * experts else 128
-    block_rows = min(block_rows, max(triton.next_power_of_2(pairs), 16))
+    few = pairs < 512 * experts
+    tiles = choose(
+        "routed_experts gated" if gated else "routed_experts",
+        x,
+        outputs=hidden,
+        inner=x.shape[1],
+        rows=pairs // max(experts, 1),
+        default={
+            "block_rows": 64 if few else 128,
+            "block_outputs": 128,
+            "block_inner": 128 // x.element_size(),
+            "num_warps": 4 if few else 8,
+            "num_stages": 3,
+        },
+    )
+    block_rows = block(pairs, tiles["block_rows"])
     blocks = _row_blocks(index, experts, block_rows)
     activated = x.new_empty(pairs, hidden)
     out = x.new_empty(tokens, top_k, outputs)
-    exact = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     shared = {
         "block_rows": block_rows,
         "upcast": triton.knobs.runtime.interpret,  # the interpreter's products of bfloat16 are wrong
-        "precision": "ieee" if exact else "tf32",
-        "num_warps": 8 if block_rows == 128 else 4,
-        "num_stages": 3,
+        "precision": precision(x),
+        "num_warps": tiles["num_warps"],
+        "num_stages": tiles["num_stages"],
     }
     with torch.cuda.device_of(x):
         if hidden > 0:
-            width = _block(hidden, 64 if gated else 128)
+            width = block(hidden, tiles["block_outputs"] // (2 if gated else 1))  # two accumulators
             _up_kernel[(len(blocks[0]) * triton.cdiv(hidden, width),)](
                 *(x, up, up if up_bias is None else up_bias, activated, order, *blocks),
                 *(experts, top_k, x.shape[1], hidden, x.stride(0)),
@@ -205,14 +220,14 @@ def forward(
                 gated=gated,
                 has_bias=up_bias is not None,
                 block_outputs=width,
-                block_inner=_block(x.shape[1], 128 // x.element_size()),
+                block_inner=block(x.shape[1], tiles["block_inner"]),
                 **shared,
             )
-        width = _block(outputs, 128)
+        width = block(outputs, tiles["block_outputs"])
         _down_kernel[(len(blocks[0]) * triton.cdiv(outputs, width),)](
             *(activated, down, gates, out, order, *blocks, experts, hidden, outputs),
             block_outputs=width,
-            block_inner=_block(hidden, 128 // x.element_size()),
+            block_inner=block(hidden, tiles["block_inner"]),
             **shared,
         )
     return out.sum(1)
@@ -236,7 +251,3 @@ def _row_blocks(index: Tensor, experts: int, block_rows: int) -> tuple[Tensor, T
     first_block = last_block - (counts + block_rows - 1) // block_rows
     start = (ends - counts)[known] + (block - first_block[known]) * block_rows
     return expert, start, torch.minimum(ends[known], start + block_rows)
-
-
-def _block(size: int, most: int) -> int:
-    return min(max(triton.next_power_of_2(size), 16), most)

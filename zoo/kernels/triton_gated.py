@@ -11,11 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.dispatch import exceeds_int32
+from zoo.kernels.launch import choose
 
 __all__ = ["backward", "forward"]
-
-_TILE = 1024  # numbers of a tile: pixels times channels
-_CHANNELS = 64  # of a tile, where they are neighbours in memory
 
 
 @triton.jit
@@ -106,8 +104,17 @@ def _launch(x: Tensor, weight: Tensor, grad: Tensor, out: Tensor, *, differentia
     batch, channels, height, width = x.shape
     hidden, pixels = channels // 2, batch * height * width
     if out.numel() > 0:
-        block_channels = min(triton.next_power_of_2(hidden), _CHANNELS) if x.stride(1) == 1 else 1
-        block_pixels = _TILE // block_channels
+        last = x.stride(1) == 1  # channels are neighbours in memory
+        tiles = choose(
+            f"dwconv_gate{' channels last' if last else ''}{' backward' if differentiate else ''}",
+            x,
+            outputs=hidden,
+            inner=9,
+            rows=pixels,
+            default={"tile": 1024, "block_channels": 64, "num_warps": 4},
+        )
+        block_channels = min(triton.next_power_of_2(hidden), tiles["block_channels"]) if last else 1
+        block_pixels = tiles["tile"] // block_channels
         with torch.cuda.device_of(x):
             _gate_kernel[(triton.cdiv(pixels, block_pixels) * triton.cdiv(hidden, block_channels),)](
                 *(x, weight.contiguous(), grad, out, *x.stride(), *grad.stride(), *out.stride()),
@@ -116,5 +123,6 @@ def _launch(x: Tensor, weight: Tensor, grad: Tensor, out: Tensor, *, differentia
                 block_pixels=block_pixels,
                 block_channels=block_channels,
                 wide=exceeds_int32(x, grad, out),
+                num_warps=tiles["num_warps"],
             )
     return out

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.dispatch import exceeds_int32
+from zoo.kernels.launch import block, choose, precision, rows_of
 
 __all__ = ["forward"]
 
@@ -114,7 +115,7 @@ def forward(
     Returns:
         (M, O).
     """
-    x, fc1_weight, fc2_weight, weight = (_rows(tensor) for tensor in (x, fc1_weight, fc2_weight, weight))
+    x, fc1_weight, fc2_weight, weight = (rows_of(tensor) for tensor in (x, fc1_weight, fc2_weight, weight))
     hidden = _product(x, fc1_weight, fc1_bias, gelu=True)
     return _product(x, weight, bias, second=(hidden, fc2_weight))
 
@@ -127,10 +128,23 @@ def _product(
     if out.numel() == 0:
         return out
     other, other_weight = second or (x, weight)  # not read where there is no second source
-    block_rows = _block(rows, 128 if rows >= 4096 else 64)
-    block_outputs = _block(outputs, 128)
-    block_inner = _block(max(x.shape[1], other.shape[1]), 128 // x.element_size())
-    exact = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    inner = max(x.shape[1], other.shape[1])
+    many = rows >= 4096
+    tiles = choose(
+        "repa_ffn two sources" if second else "repa_ffn",
+        x,
+        outputs=outputs,
+        inner=inner,
+        rows=rows,
+        default={
+            "block_rows": 128 if many else 64,
+            "block_outputs": 128,
+            "block_inner": 128 // x.element_size(),
+            "num_warps": 8 if many and outputs > 64 else 4,
+            "num_stages": 3,
+        },
+    )
+    block_rows, block_outputs = block(rows, tiles["block_rows"]), block(outputs, tiles["block_outputs"])
     with torch.cuda.device_of(x):
         _product_kernel[(triton.cdiv(rows, block_rows) * triton.cdiv(outputs, block_outputs),)](
             *(x, weight, other, other_weight, bias.contiguous(), out),
@@ -140,21 +154,12 @@ def _product(
             gelu=gelu,
             block_rows=block_rows,
             block_outputs=block_outputs,
-            block_inner=block_inner,
+            block_inner=block(inner, tiles["block_inner"]),
             group=_GROUP,
             wide=exceeds_int32(x, weight, other, other_weight, out),
             upcast=triton.knobs.runtime.interpret,  # the interpreter's products of bfloat16 are wrong
-            precision="ieee" if exact else "tf32",
-            num_warps=8 if block_rows * block_outputs > 8192 else 4,
-            num_stages=3,
+            precision=precision(x),
+            num_warps=tiles["num_warps"],
+            num_stages=tiles["num_stages"],
         )
     return out
-
-
-def _block(size: int, most: int) -> int:
-    return min(max(triton.next_power_of_2(size), 16), most)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """Return a matrix whose rows are contiguous."""
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()

@@ -14,10 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.dispatch import exceeds_int32
+from zoo.kernels.launch import choose
 
 __all__ = ["backward", "forward"]
-
-_TILE = 1024  # numbers of a tile: channels of a set times places
 
 
 @triton.jit
@@ -194,11 +193,21 @@ def _launch(x: Tensor, weight: Tensor, *others: Tensor) -> tuple[tuple[int], dic
     batch, channels, height, width = x.shape
     sets = weight.shape[1]
     repeats = triton.next_power_of_2(channels // sets)
-    block = max(_TILE // repeats, 16)
+    last = x.stride(1) == 1  # channels are neighbours in memory
+    tiles = choose(
+        "ska channels last" if last else "ska",
+        x,
+        outputs=channels,
+        inner=weight.shape[2],
+        rows=batch * height * width,
+        default={"tile": 1024, "num_warps": 4},  # a tile is channels of a set times places
+    )
+    block = max(tiles["tile"] // repeats, 16)
     shape: dict[str, int | bool] = {
         "block": block,
         "block_repeats": repeats,
-        "by_channel": x.stride(1) == 1,
+        "by_channel": last,
         "wide": exceeds_int32(x, weight, *others),
+        "num_warps": tiles["num_warps"],
     }
     return (triton.cdiv(batch * sets * height * width, block),), shape

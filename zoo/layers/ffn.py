@@ -20,12 +20,15 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from zoo.kernels import repa_ffn
 from zoo.layers.conv_norm import require_eval
 
 __all__ = ["FFNFacts", "PlainRePaFFN", "RePaFFN", "active_channels", "convert_ffn_keys", "ffn_facts", "idle_ratio_of"]
 
 FeatureNorm = Literal["BatchNorm", "LayerNorm", "GroupNorm"]
 Form = Literal["training", "folded", "merged"]
+
+torch.fx.wrap("repa_ffn")  # its checks read values, which torch.fx does not have
 
 
 def active_channels(hidden_dim: int, idle_ratio: float | Fraction, rounding: Literal["up", "down"] = "up") -> int:
@@ -95,6 +98,8 @@ class RePaFFN(nn.Module):
         ValueError: `active_dim` or `feature_norm` is not one of the allowed values.
     """
 
+    kernel_operators = ("repa_ffn",)
+
     def __init__(
         self,
         dim: int,
@@ -157,7 +162,11 @@ class RePaFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.dim)  # (B * N, C): products and BatchNorm want plain rows, not (B, C, N)
         if self.linear is not None:
-            return self._forward_merged(rows).view(x.shape)
+            if self.active_fc1 is None or self.active_fc2 is None:
+                return self.linear(rows).view(x.shape)
+            fc1, fc2 = self.active_fc1, self.active_fc2
+            out = repa_ffn(rows, fc1.weight, fc1.bias, fc2.weight, self.linear.weight, self.linear.bias)
+            return out.view(x.shape)
         if self.norm is not None:
             if self.feature_norm == "GroupNorm":
                 rows = self.norm(x.movedim(-1, 1)).movedim(1, -1).reshape(-1, self.dim)
@@ -175,17 +184,6 @@ class RePaFFN(nn.Module):
         if self.layer_scale is not None:
             z = z * self.layer_scale
         return x + self.drop_path(self.drop(z).view(x.shape))
-
-    def _forward_merged(self, rows: Tensor) -> Tensor:
-        """Accumulate the active branch onto the linear one inside the matrix product: no pass for an addition."""
-        assert self.linear is not None
-        out = self.linear(rows)
-        if self.active_fc1 is None or self.active_fc2 is None:
-            return out
-        hidden, weight = self.active_fc1(rows), self.active_fc2.weight.t()
-        if torch.is_grad_enabled() or hidden.dtype != weight.dtype:  # autocast casts for addmm, but not for addmm_
-            return torch.addmm(out, F.gelu(hidden), weight)
-        return torch.addmm(out, torch.ops.aten.gelu_(hidden), weight, out=out)  # not addmm_: counters know addmm
 
     @torch.no_grad()
     def reparameterize(self) -> tuple[str, ...]:

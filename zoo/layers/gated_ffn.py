@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.kernels import dwconv_gate, reference
 from zoo.layers.pixel_norm import PixelNorm
-from zoo.layers.strips import RowWindow, add_product, depthwise_strip, linear_strip
+from zoo.layers.strips import RowWindow, add_product, linear_strip
 
 __all__ = ["GatedFFN", "aligned_hidden"]
 
-_CHUNK_BYTES = 2**20  # of the channels that are convolved and gated together
 _ALIGNED = 8  # hidden channels are padded to a multiple: a depthwise convolution of 510 takes twice the time of 512
 
 
@@ -34,6 +34,8 @@ class GatedFFN(nn.Module):
         (B, H, W, C) -> the same.
     """
 
+    kernel_operators = ("dwconv_gate",)
+
     def __init__(self, dim: int, hidden_dim: int, **dd: Any) -> None:
         super().__init__()
         self.project_in = nn.Linear(dim, 2 * hidden_dim, bias=False, **dd)
@@ -46,8 +48,8 @@ class GatedFFN(nn.Module):
         return self.project_out.in_features
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.dwconv(self.project_in(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).chunk(2, -1)
-        return self.project_out(F.gelu(a) * b)
+        gated = dwconv_gate(self.project_in(x).permute(0, 3, 1, 2), self.dwconv.weight)
+        return self.project_out(gated.permute(0, 2, 3, 1))
 
     def fed_strips(
         self, norm: PixelNorm, parts: Iterator[Tensor], height: int, width: int, rows: int
@@ -60,21 +62,10 @@ class GatedFFN(nn.Module):
             linear_strip(weight, self.project_in.bias, norm.strip(strip), window.open(strip.shape[1]))
             strip = strip if waiting is None else torch.cat([waiting, strip], 1)
             if window.fresh:
-                yield add_product(strip[:, : window.fresh], self.project_out.weight, self._gate(window.seen))
+                gated = reference.dwconv_gate_by_parts(window.seen[None], self.dwconv.weight, (0, 1))[0]
+                yield add_product(strip[:, : window.fresh], self.project_out.weight, gated)
             waiting = strip[:, window.fresh :].clone()
             window.advance()
-
-    def _gate(self, seen: Tensor) -> Tensor:
-        """Return gelu(a) * b of (2 hidden_dim, rows + 2, width), a few channels at a time."""
-        kernel, hidden, (_, rows, width) = self.dwconv.weight, self.hidden_dim, seen.shape
-        out = seen.new_empty(hidden, rows - 2, width)
-        channels = max(_CHUNK_BYTES // (rows * width * seen.element_size()) // 16, 1) * 16
-        for first in range(0, hidden, channels):
-            last = min(first + channels, hidden)
-            a, b = (slice(first + half, last + half) for half in (0, hidden))
-            gate = F.gelu(depthwise_strip(seen[a], kernel[a]))
-            torch.mul(gate, depthwise_strip(seen[b], kernel[b]), out=out[first:last])
-        return out
 
     def pad_hidden(self) -> bool:
         """Add hidden channels of zeros up to an aligned number; they change nothing, since gelu(0) * 0 = 0."""

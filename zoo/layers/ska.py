@@ -1,4 +1,4 @@
-"""Small kernel aggregation: a depthwise convolution whose kernels differ from pixel to pixel; and LSNet's use of it.
+"""LSNet's use of small kernel aggregation, a depthwise convolution whose kernels differ from pixel to pixel.
 
 LSNet: See Large, Focus Small (CVPR 2025), https://arxiv.org/abs/2503.23135.
 """
@@ -14,114 +14,20 @@ from timm.layers import DropPath
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from zoo.kernels import reference, ska
+from zoo.kernels.dispatch import runs_kernel
 from zoo.layers.conv_norm import ConvNorm, require_eval
 
-__all__ = ["KernelPredictor", "LSConv", "aggregate", "plain_ls_conv", "plain_ska", "ska"]
-
-
-def ska(x: Tensor, weight: Tensor) -> Tensor:
-    """Convolve every pixel with kernels of its own; channel c takes kernel c mod G.
-
-    out[b, c, p] = sum_k weight[b, c mod G, k, p] * x[b, c, p + o_k], zeros outside of the map, taps k row by row
-    (LSNet, section 3.3). Computed as K shifted multiply-adds on views of the input: neighbourhoods are not copied.
-    In training only `x` and `weight` are kept for the backward pass, which is made of shifted multiply-adds too.
-
-    Args:
-        x: (B, C, H, W), in any memory format, which the output keeps.
-        weight: (B, G, K, H, W), one kernel of K = side * side taps (odd side) for each of G sets; G divides C. It
-            is fastest where the same dimension as in `x` is contiguous.
-
-    Returns:
-        (B, C, H, W).
-
-    Raises:
-        ValueError: G does not divide C, or K is not the square of an odd number.
-    """
-    if x.shape[1] % weight.shape[1] != 0:
-        raise ValueError(f"weight must have sets that divide the channels, got {weight.shape[1]} for {x.shape[1]}.")
-    side = int(math.sqrt(weight.shape[2]) + 0.5)
-    if side * side != weight.shape[2] or side % 2 == 0:
-        raise ValueError(f"weight must have the taps of a square kernel of odd side, got {weight.shape[2]}.")
-    if not torch.jit.is_scripting():
-        recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        if recorded and not torch.compiler.is_compiling():
-            return _Ska.apply(x, weight, side)
-    return aggregate(x, weight, side)
-
-
-def aggregate(x: Tensor, weight: Tensor, side: int, start: Tensor | None = None) -> Tensor:
-    """Compute `ska` from operations that autograd, compilers and exporters know.
-
-    Args:
-        x: (B, C, H, W).
-        weight: (B, G, side * side, H, W).
-        side: Side of the kernels, pixels.
-        start: (B, C, H, W), overwritten with its sum with the result; None starts from zero.
-    """
-    height, width, pad = x.shape[2], x.shape[3], side // 2
-    sets = weight.shape[1]
-    padded = _by_set(F.pad(x, (pad, pad, pad, pad)), sets)  # (B, C / G, G, H + 2 pad, W + 2 pad)
-    if start is None:
-        out, first = padded[:, :, :, :height, :width] * weight[:, None, :, 0], 1
-    else:
-        out, first = _by_set(start, sets), 0
-    for tap in range(first, side * side):
-        row, column = tap // side, tap % side
-        shifted = padded[:, :, :, row : row + height, column : column + width]
-        out.addcmul_(shifted, weight[:, None, :, tap])
-    return out.flatten(1, 2)
+__all__ = ["KernelPredictor", "LSConv", "plain_ls_conv", "plain_ska"]
 
 
 def plain_ska(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute `ska` from all neighbourhoods, side by side in memory: oracle of tests, rival in benchmarks."""
+    """Compute `zoo.kernels.ska` from all neighbourhoods, side by side in memory: oracle of tests, rival elsewhere."""
     batch, chans, height, width = x.shape
     sets, taps = weight.shape[1:3]
     side = math.isqrt(taps)
     windows = F.unfold(x, side, padding=side // 2).view(batch, chans // sets, sets, taps, height, width)
     return (windows * weight.unsqueeze(1)).sum(3).view(batch, chans, height, width)
-
-
-def _by_set(x: Tensor, sets: int) -> Tensor:
-    """View (B, C, H, W) as (B, C / G, G, H, W)."""
-    return x.unflatten(1, (-1, sets))
-
-
-class _Ska(torch.autograd.Function):
-    """`aggregate` with a backward pass that makes no zero-padded copy per tap; it can be differentiated again."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, side: int) -> Tensor:
-        return aggregate(x, weight, side)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
-        x, weight, ctx.side = inputs
-        ctx.save_for_backward(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        side, sets = ctx.side, weight.shape[1]
-        height, width, pad = x.shape[2], x.shape[3], side // 2
-        grad_sets = _by_set(grad, sets)
-        grad_x, grad_weight = None, None
-        if ctx.needs_input_grad[0]:
-            padded = torch.zeros_like(F.pad(x, (pad, pad, pad, pad)))
-            view = _by_set(padded, sets)
-            for tap in range(side * side):
-                row, column = tap // side, tap % side
-                view[:, :, :, row : row + height, column : column + width].addcmul_(grad_sets, weight[:, None, :, tap])
-            grad_x = padded[:, :, pad : pad + height, pad : pad + width]
-        if ctx.needs_input_grad[1]:
-            padded = _by_set(F.pad(x, (pad, pad, pad, pad)), sets)
-            taps = []
-            for tap in range(side * side):
-                row, column = tap // side, tap % side
-                taps.append((padded[:, :, :, row : row + height, column : column + width] * grad_sets).sum(1))
-            grad_weight = torch.stack(taps, 2)
-        return grad_x, grad_weight, None
 
 
 class KernelPredictor(nn.Module):
@@ -170,6 +76,8 @@ class LSConv(nn.Module):
         (B, C, H, W) -> the same.
     """
 
+    kernel_operators = ("ska",)
+
     def __init__(self, dim: int, *, drop_path: float = 0.0, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.dim = dim
@@ -193,9 +101,11 @@ class LSConv(nn.Module):
         variance = centred.square().mean((1, 3, 4), keepdim=True)
         gamma = self.lkp.norm.weight.view(self.lkp.taps, -1, 1, 1) * torch.rsqrt(variance + self.lkp.norm.eps)
         kernels = torch.addcmul(self.lkp.norm.bias.view(self.lkp.taps, -1, 1, 1), centred, gamma).transpose(1, 2)
-        if not torch.jit.is_scripting() and torch.is_grad_enabled():
-            return x + shift.view(-1, 1, 1) + ska(x * scale.view(-1, 1, 1), kernels)
-        return aggregate(x * scale.view(-1, 1, 1), kernels, 3, x + shift.view(-1, 1, 1))
+        if not torch.jit.is_scripting():
+            adds_apart = torch.is_grad_enabled() or runs_kernel("ska", x, kernels)
+            if adds_apart:
+                return x + shift.view(-1, 1, 1) + ska(x * scale.view(-1, 1, 1), kernels)
+        return reference.ska(x * scale.view(-1, 1, 1), kernels, x + shift.view(-1, 1, 1))
 
     def example_input(self) -> Tensor:
         """Return a random input, (1, C, 9, 9)."""

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.kernels import routed_experts
+from zoo.kernels.dispatch import runs_kernel
 from zoo.kernels.reference import ACTIVATIONS
 from zoo.moe.dense_ffn import Channels, DenseFFN, read_ffn
 from zoo.moe.router import Gate, Router
@@ -56,6 +58,7 @@ class MoEFFN(nn.Module):
         ValueError: `top_k` is not within 0 and the number of experts, or an argument does not fit.
     """
 
+    kernel_operators = ("routed_experts",)
     channel_index: Tensor
 
     def __init__(
@@ -273,6 +276,12 @@ class MoEFFN(nn.Module):
             out = self._add_free_experts(out, rows, weights, index)
         if self.top_k == self.outputs:
             return out + self._all_experts(rows, weights)
+        up, bias, down = self.experts_up, self.experts_up_bias, self.experts_down
+        if not torch.is_grad_enabled() and runs_kernel("routed_experts", rows, weights, up, down):
+            # not in training: its backward pass computes every expert for every token
+            return out + routed_experts(
+                rows, weights, index, up, bias, down, activation=self.activation, gated=self.gated
+            )
         if torch.compiler.is_compiling() and _GROUPED_MM is None:
             return out + masked_experts(self, rows, weights, index)
         return sorted_experts(self, rows, weights, index, out)

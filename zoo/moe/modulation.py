@@ -7,13 +7,15 @@ PixArt-alpha, https://arxiv.org/abs/2310.00426) gives the count exactly. The pap
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
 from torch import Tensor, nn
 
 __all__ = ["TableModulation", "share_modulation"]
 
-_CHUNKS = {AdaLayerNormZero: 6, AdaLayerNormZeroSingle: 3}
+_CHUNKS: dict[Any, int] = {AdaLayerNormZero: 6, AdaLayerNormZeroSingle: 3}
 
 
 class TableModulation(nn.Module):
@@ -48,14 +50,14 @@ def share_modulation(model: nn.Module) -> int:
     Raises:
         ValueError: The blocks have no modulation of this kind, of different widths, or share one already (PixArt).
     """
-    found = [
+    found: list[Any] = [
         module
         for name, module in model.named_modules()
-        if type(module) in _CHUNKS and isinstance(module.linear, nn.Linear) and "." in name
+        if isinstance(module, tuple(_CHUNKS)) and isinstance(getattr(module, "linear", None), nn.Linear) and "." in name
     ]
     if not found:
         raise ValueError(f"{type(model).__name__} has no modulation of its own in its blocks: nothing can be shared.")
-    widths = {(module.linear.in_features, module.linear.out_features // _CHUNKS[type(module)]) for module in found}
+    widths = {(module.linear.in_features, module.linear.out_features // _chunks(module)) for module in found}
     if len(widths) > 1:
         raise ValueError(
             f"The blocks of {type(model).__name__} have modulations of different widths: {sorted(widths)}."
@@ -77,6 +79,10 @@ def share_modulation(model: nn.Module) -> int:
         module.linear = TableModulation(shared, outputs, module.linear.bias - shared.bias[:outputs])
     model.modulation = shared
     return before - _count(model)
+
+
+def _chunks(module: nn.Module) -> int:
+    return next(number for cls, number in _CHUNKS.items() if isinstance(module, cls))
 
 
 def _count(model: nn.Module) -> int:

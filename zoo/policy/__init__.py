@@ -1,6 +1,8 @@
-"""Tasks for policies: an environment with a scripted expert, and evaluation by success over paired episodes."""
+"""Tasks for policies: environments with scripted experts, and evaluation by success over paired episodes."""
 
+from zoo.policy.demonstration import Demonstration, Task
 from zoo.policy.evaluation import PolicyResults, evaluate_policy, wilson_interval
-from zoo.policy.point import Demonstration, PointTask
+from zoo.policy.point import PointTask
+from zoo.policy.pusht import PushTTask
 
-__all__ = ["Demonstration", "PointTask", "PolicyResults", "evaluate_policy", "wilson_interval"]
+__all__ = ["Demonstration", "PointTask", "PolicyResults", "PushTTask", "Task", "evaluate_policy", "wilson_interval"]

@@ -17,15 +17,26 @@ __all__ = ["Environment", "PolicyResults", "evaluate_policy", "first_plans", "wi
 
 
 class Environment(Protocol):
-    """Episodes of a task that run side by side; `zoo.policy.PointTask` is one."""
+    """Episodes of a task that run side by side: `zoo.policy.PointTask`, `zoo.policy.PushTTask`.
+
+    `succeeded` says which episodes reached their goal, and `steps` how long each has been: (E,).
+    """
 
     observation_dim: int
     action_dim: int
     succeeded: NDArray[np.bool_]
+    steps: NDArray[np.int_]
 
     @property
     def finished(self) -> NDArray[np.bool_]:
         """Which episodes are over (E,)."""
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """How near each episode has come to its goal (E,): 1 if it succeeded, 0 at worst."""
+
+    def observe(self) -> NDArray[np.float64]:
+        """Return the current observations (E, D_o)."""
 
     def reset(self, seeds: Sequence[int]) -> NDArray[np.float64]:
         """Begin one episode for each seed, and return the first observations (E, D_o)."""
@@ -41,12 +52,14 @@ class PolicyResults:
     Args:
         seeds: Of the episodes.
         succeeded: Whether each reached its goal.
+        scores: How near each came to it, 0 to 1.
         first_plans: The actions planned first in each (E, T_a, D_a), where all policies see the same.
         calls: Calls of the pipeline; one plans for all episodes that are not over.
     """
 
     seeds: tuple[int, ...]
     succeeded: tuple[bool, ...]
+    scores: tuple[float, ...]
     first_plans: Tensor
     calls: int
 
@@ -54,6 +67,11 @@ class PolicyResults:
     def success_rate(self) -> float:
         """Share of episodes that succeeded, 0 to 1."""
         return sum(self.succeeded) / len(self.succeeded)
+
+    @property
+    def mean_score(self) -> float:
+        """How near episodes came to their goal on average, 0 to 1."""
+        return sum(self.scores) / len(self.scores)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -165,4 +183,5 @@ def evaluate_policy(
             progress(int(environment.finished.sum()), episodes)
     assert plans is not None  # no episode is over before its first step
     succeeded = tuple(bool(each) for each in environment.succeeded)
-    return PolicyResults(seeds=seeds, succeeded=succeeded, first_plans=plans, calls=calls)
+    scores = tuple(environment.scores.tolist())
+    return PolicyResults(seeds=seeds, succeeded=succeeded, scores=scores, first_plans=plans, calls=calls)

@@ -6,30 +6,16 @@ A policy that averages over its demonstrations runs into the obstacle; one that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Demonstration", "PointTask"]
+from zoo.policy.demonstration import Demonstration, record
+
+__all__ = ["PointTask"]
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Demonstration:
-    """One episode of the expert.
-
-    Args:
-        observations: What was observed before each action (L, D_o).
-        actions: What the expert did (L, D_a).
-        side: 1 if it passed the obstacle on its left, -1 on its right.
-    """
-
-    observations: Floats
-    actions: Floats
-    side: int
 
 
 class PointTask:
@@ -102,6 +88,11 @@ class PointTask:
         """Which episodes are over (E,)."""
         return self.succeeded | self.failed
 
+    @property
+    def scores(self) -> Floats:
+        """1 for each episode that succeeded, 0 for others (E,)."""
+        return self.succeeded.astype(np.float64)
+
     def step(self, actions: Floats) -> Floats:
         """Move in all episodes that are not over.
 
@@ -159,17 +150,7 @@ class PointTask:
         rng = np.random.default_rng([seed, count])
         self.reset(seeds)
         sides = rng.choice(np.array([-1, 1]), size=count)
-        observations, actions = [], []
-        while not self.finished.all():
-            observations.append(self.observe())
-            actions.append(self.expert(sides))
-            disturbed = actions[-1] + rng.normal(0.0, self.noise, size=actions[-1].shape)
-            self.step(disturbed)
-        observed, done = np.stack(observations, axis=1), np.stack(actions, axis=1)
-        return [
-            Demonstration(observed[index, : self.steps[index]], done[index, : self.steps[index]], int(sides[index]))
-            for index in np.flatnonzero(self.succeeded)
-        ]
+        return record(self, lambda: self.expert(sides), self.noise, rng)
 
 
 def _distance_to_segment(points: Floats, starts: Floats, ends: Floats) -> Floats:

@@ -135,6 +135,7 @@ class DiffusionPolicy(TimmOptimModule):
         finally:
             self.model.train(training)
         self.log(f"{stage}/success", found.success_rate, prog_bar=True, rank_zero_only=True)
+        self.log(f"{stage}/score", found.mean_score, rank_zero_only=True)
 
     def pipeline(self) -> DiffusionPolicyPipeline:
         """Return a pipeline around the model, with the noise schedule of the training.

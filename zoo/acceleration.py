@@ -1,0 +1,263 @@
+"""Make a model fast for inference with one call: merge, type, memory format, kernels, compiler, cache, in order."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, cast, get_args
+
+import torch
+from torch import nn
+
+from zoo.ffn.reparam import reparameterize
+from zoo.kernels.dispatch import Backend, check_backend, get_backend, runs_kernel, set_backend
+
+__all__ = ["AccelerationReport", "AccelerationStep", "CompileMode", "accelerate"]
+
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+"""Modes of `torch.compile`."""
+
+_GRAPHS = ("reduce-overhead", "max-autotune")  # modes that record CUDA graphs
+_FEWEST_CONVOLUTIONS = 3  # of a convolutional network: a transformer has one, its patch embedding
+_FLOATS = ("float32", "float16", "bfloat16", "float64")
+
+Model = TypeVar("Model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccelerationStep:
+    """One step of `accelerate`.
+
+    Args:
+        name: What the step is for.
+        done: Whether it changed anything.
+        said: What it did, or why it was left out.
+    """
+
+    name: str
+    done: bool
+    said: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccelerationReport:
+    """What `accelerate` did; `print` shows it as a table.
+
+    Args:
+        steps: In the order in which they were taken.
+    """
+
+    steps: tuple[AccelerationStep, ...]
+
+    def __str__(self) -> str:
+        rows = [(step.name, "done" if step.done else "left out", step.said) for step in self.steps]
+        widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        return "\n".join(f"{name.ljust(widths[0])}  {done.ljust(widths[1])}  {said}" for name, done, said in rows)
+
+
+def accelerate(
+    model: Model,
+    dtype: str | torch.dtype | None = None,
+    compile: bool | CompileMode = False,
+    kernels: Backend | None = None,
+    cache: Any = None,
+) -> Model:
+    """Make a model fast for inference, in place: every step that fits it, in the order in which they work.
+
+    1. Evaluation mode: in training mode nothing can be merged.
+    2. `zoo.reparameterize`, in the type that the model has, because sums of merged weights need its precision.
+    3. The type of the weights. Inputs have to come in this type too; diffusers pipelines see to that themselves.
+    4. Channels-last memory format for convolutional networks; zoo's own models choose their memory format themselves.
+    5. The backend of `zoo.kernels`, which is set for the whole process, as compiled programs are guarded by it.
+    6. `torch.compile`: the repeated blocks of a diffusers model, else, and for CUDA graphs, the whole model; it sees
+       all of the above. The compiler runs at the first call.
+    7. The cache, last: its hooks have to lie outside of what is compiled.
+
+    Args:
+        model: A backbone or restorer of zoo or timm, any other module, a diffusers model, or a pipeline, whose
+            denoisers are merged, compiled and cached.
+        dtype: Floating-point type, such as "bfloat16"; None keeps the model's.
+        compile: Compile; a mode of `torch.compile` instead of True sets it. "reduce-overhead" records CUDA graphs,
+            which pays for batches of a few images on a GPU; an output then lives until the next call only.
+        kernels: As in `zoo.kernels.set_backend`; None keeps the backend in use, "auto" unless one was set.
+        cache: As in `zoo.enable_cache`; for diffusion models.
+
+    Returns:
+        The model, whose `zoo_report` says what was done and what was not.
+
+    Raises:
+        TypeError: The model is neither a module nor a pipeline.
+        ValueError: An argument is unknown, arguments do not go together, the model is not a diffusion model and a cache
+            is asked for, or it is compiled or cached already.
+        RuntimeError: The backend of the kernels cannot run here.
+
+    Example:
+        >>> model = zoo.accelerate(timm.create_model("repavit_small"), dtype="bfloat16", compile=True)
+        >>> print(model.zoo_report)
+    """
+    diffusion = _is_diffusion(model)
+    if not diffusion and not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate takes a torch module or a diffusers pipeline, got {type(model).__name__}.")
+    precision, mode = _precision(dtype), _mode(compile)
+    backend = get_backend() if kernels is None else check_backend(kernels)
+    if cache is not None and not diffusion:
+        raise ValueError(f"A cache needs a diffusers model or pipeline; {type(model).__name__} has no steps to skip.")
+    if cache is not None and mode in _GRAPHS:
+        raise ValueError(f'compile="{mode}" records CUDA graphs, which overwrite what a cache keeps: use compile=True.')
+    parts, networks = _parts(model, diffusion)
+    for part in parts:
+        if hasattr(part, "_orig_mod") or any(module._compiled_call_impl for module in part.modules()):
+            raise ValueError(f"This {type(part).__name__} is compiled already: accelerate compiles after merging.")
+    steps = (
+        _evaluate(parts),
+        _merge(networks),
+        _cast(model, parts, precision),
+        _reorder(parts),
+        _use_kernels(networks, backend, diffusion),
+        _compile(networks, mode),
+        _enable_cache(model, cache, diffusion),
+    )
+    cast(Any, model).zoo_report = AccelerationReport(steps=steps)
+    return model
+
+
+def _is_diffusion(model: Any) -> bool:
+    diffusers = sys.modules.get("diffusers")  # where it was not imported, nothing is of its classes
+    if diffusers is None:
+        return False
+    return isinstance(model, diffusers.ModelMixin if isinstance(model, nn.Module) else diffusers.DiffusionPipeline)
+
+
+def _parts(model: Any, diffusion: bool) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Return all networks, and those that are merged, compiled and cached: of a pipeline the denoisers."""
+    if not diffusion:
+        return [model], [model]
+    from zoo.caching.core import active_cache, denoisers
+
+    if active_cache(model) is not None:
+        raise ValueError(f"This {type(model).__name__} has a cache already: call zoo.disable_cache, then accelerate.")
+    pipeline, networks = denoisers(model)
+    if pipeline is None:
+        return [model], [model]  # not what a wrapper holds: that one is refused
+    return [part for part in pipeline.components.values() if isinstance(part, nn.Module)], networks
+
+
+def _precision(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is None or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    near = difflib.get_close_matches(str(dtype), _FLOATS, 1, 0)[0]
+    raise ValueError(f"dtype must be one of {', '.join(_FLOATS)}, got {dtype!r}. Did you mean {near}?")
+
+
+def _mode(compile: bool | CompileMode) -> CompileMode | None:
+    modes = get_args(CompileMode)
+    if isinstance(compile, bool):
+        return "default" if compile else None
+    if compile not in modes:
+        near = difflib.get_close_matches(str(compile), modes, 1, 0)[0]
+        raise ValueError(f"compile must be a bool or one of {', '.join(modes)}, got {compile!r}. Did you mean {near}?")
+    return compile
+
+
+def _evaluate(parts: list[nn.Module]) -> AccelerationStep:
+    trained = [type(part).__name__ for part in parts if any(module.training for module in part.modules())]
+    for part in parts:
+        part.eval()
+    said = f"{', '.join(trained)} was in training mode" if trained else "in evaluation mode already"
+    return AccelerationStep(name="evaluation mode", done=bool(trained), said=said)
+
+
+def _merge(networks: list[nn.Module]) -> AccelerationStep:
+    reports = [reparameterize(network, measure=False) for network in networks]
+    layers = sum(len(report.layers) for report in reports)
+    if not layers:
+        return AccelerationStep(name="merge", done=False, said="no layer has anything to fold")
+    before, after = (sum(getattr(report, name) for report in reports) for name in ("params_before", "params_after"))
+    return AccelerationStep(name="merge", done=True, said=f"{layers} layers, {before:,} -> {after:,} parameters")
+
+
+def _cast(model: Any, parts: list[nn.Module], dtype: torch.dtype | None) -> AccelerationStep:
+    kinds = {parameter.dtype for part in parts for parameter in part.parameters() if parameter.is_floating_point()}
+    before = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+    if dtype is None or kinds == {dtype}:
+        reason = "not asked for" if dtype is None else "has it already"
+        return AccelerationStep(name="type", done=False, said=f"{before}: {reason}")
+    model.to(dtype)
+    return AccelerationStep(name="type", done=True, said=f"{before} -> {str(dtype).removeprefix('torch.')}")
+
+
+def _reorder(parts: list[nn.Module]) -> AccelerationStep:
+    reordered = []
+    for part in parts:
+        convolutions = sum(isinstance(module, nn.Conv2d) for module in part.modules())
+        if convolutions >= _FEWEST_CONVOLUTIONS and not _is_ours(part):
+            cast(Any, part).to(memory_format=torch.channels_last)
+            reordered.append(f"{type(part).__name__} ({convolutions} convolutions)")
+    if reordered:
+        return AccelerationStep(name="channels last", done=True, said=", ".join(reordered))
+    said = "zoo's models choose it themselves" if any(map(_is_ours, parts)) else "not a convolutional network"
+    return AccelerationStep(name="channels last", done=False, said=said)
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("zoo.")
+
+
+def _use_kernels(networks: list[nn.Module], backend: Backend, diffusion: bool) -> AccelerationStep:
+    if diffusion:
+        from zoo.diffusion.adaln import adopt_kernels
+
+        for network in networks:
+            adopt_kernels(network)
+    set_backend(backend)
+    wanted: dict[str, bool] = {}
+    for network in networks:
+        for module in network.modules():
+            for operator in getattr(module, "kernel_operators", ()):
+                wanted[operator] = wanted.get(operator, False) or runs_kernel(operator, *list(module.parameters())[:1])
+    running = ", ".join(sorted(operator for operator, runs in wanted.items() if runs))
+    idle = ", ".join(sorted(operator for operator, runs in wanted.items() if not runs))
+    if running:
+        rest = f"; PyTorch: {idle}" if idle else ""
+        return AccelerationStep(name="kernels", done=True, said=f"{backend}, for the whole process: {running}{rest}")
+    if not wanted:
+        return AccelerationStep(name="kernels", done=False, said="no layer uses an operator of zoo.kernels")
+    reasons = {
+        "auto": "no gain was measured for them, or not on this device",
+        "torch": "as asked for",
+        "triton": "they need a CUDA device",
+        "interpret": "they need a CPU",
+    }
+    return AccelerationStep(name="kernels", done=False, said=f"{backend}: PyTorch computes {idle}: {reasons[backend]}")
+
+
+def _compile(networks: list[nn.Module], mode: CompileMode | None) -> AccelerationStep:
+    if mode is None:
+        return AccelerationStep(name="compile", done=False, said="not asked for")
+    on_cuda = all(parameter.is_cuda for network in networks for parameter in network.parameters())
+    note = ""
+    if mode == "reduce-overhead" and not on_cuda:
+        mode, note = "default", "; reduce-overhead needs a CUDA device"
+    said = []
+    for network in networks:
+        repeated = getattr(network, "_repeated_blocks", None)
+        if repeated and mode not in _GRAPHS:  # the graph of a block would overwrite what the block before gave it
+            cast(Any, network).compile_repeated_blocks(mode=mode)
+            extent = f"every {', '.join(repeated)}"
+        else:
+            network.compile(mode=mode)
+            extent = "whole"
+        said.append(f"{type(network).__name__}: {extent}")
+    return AccelerationStep(name="compile", done=True, said=f"{', '.join(said)}, mode {mode}, at the first call{note}")
+
+
+def _enable_cache(model: Any, cache: Any, diffusion: bool) -> AccelerationStep:
+    if cache is None:
+        said = "not asked for" if diffusion else "for diffusion models"
+        return AccelerationStep(name="cache", done=False, said=said)
+    from zoo.caching.core import active_cache, enable_cache
+
+    enable_cache(model, cache)
+    return AccelerationStep(name="cache", done=True, said=type(active_cache(model)).__name__)
