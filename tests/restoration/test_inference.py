@@ -13,7 +13,7 @@ import torch
 from image_sets import photo_folder
 from PIL import Image, ImageCms, ImageOps
 from registered import build
-from timm.models import get_pretrained_cfg
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch import nn
 
 import zoo
@@ -331,8 +331,11 @@ def weights(tmp_path: Path) -> Path:
 @pytest.fixture
 def shipped(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Let these be the only shipped weights."""
-    for name in ("cfsr_x2.bsds", "cfsr_x4.bsds"):
-        monkeypatch.setattr(get_pretrained_cfg_of(name), "file", str(weights if "x2" in name else tmp_path / "none"))
+    for name in inference._restorers():
+        for full, cfg in get_arch_pretrained_cfgs(name.partition(".")[0]).items():
+            if cfg.file:
+                file = weights if full == "cfsr_x2.bsds" else tmp_path / "none"
+                monkeypatch.setattr(get_pretrained_cfg_of(full), "file", str(file))
     return weights
 
 
@@ -351,6 +354,14 @@ def test_shipped_weights_are_found(shipped: Path) -> None:
     assert not restorer.training
     assert sum(p.numel() for p in restorer.parameters()) == 287_868
     assert load_restorer("sr").scale == 2
+
+
+def test_the_best_shipped_weights_are_taken(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts is the PSNR on the cards, not the size of the network."""
+    monkeypatch.setattr(get_pretrained_cfg_of("ffnetsr_light_x2.div2k"), "file", str(shipped))
+    for best in ("cfsr_x2.bsds", "ffnetsr_light_x2.div2k"):
+        monkeypatch.setattr(inference, "_measured", lambda name, best=best: 36.0 + (name == best))
+        assert inference._shipped("sr", 2, None) == best
 
 
 @pytest.mark.parametrize(

@@ -323,9 +323,16 @@ def _for_noise(name: str, sigma: float | None) -> str:
     return min(fitting, key=lambda full: fitting[full])
 
 
+def _measured(name: str) -> float:
+    """Return the first PSNR on the card of published weights, dB; 0 without one. Cards of a task begin with one set."""
+    architecture, tag = split_model_name_tag(name)
+    metrics = catalog.load().get(architecture, {}).get("weights", {}).get(tag, {}).get("metrics", ())
+    return max((metric["value"] for metric in metrics[:1] if metric["name"].startswith("PSNR")), default=0.0)
+
+
 def _shipped(task: str, scale: int | None, sigma: float | None) -> str:
-    """Return NAME.TAG of the shipped weights for a task, scale and noise; of several, the largest network's."""
-    fitting: list[tuple[float, int, str]] = []
+    """Return NAME.TAG of the shipped weights for a task, scale and noise: of several, those of the highest PSNR."""
+    fitting: list[tuple[float, float, str]] = []
     others: list[str] = []
     wanted = scale or (2 if task == "sr" else 1)
     for architecture in _restorers():
@@ -335,7 +342,7 @@ def _shipped(task: str, scale: int | None, sigma: float | None) -> str:
                 continue
             error = _noise_error(cfg, sigma)
             if (cfg.task, cfg.scale) == (task, wanted) and error is not None:
-                fitting.append((-error, file.stat().st_size, name))
+                fitting.append((-error, _measured(name), name))
             noise = "" if cfg.sigma is None else f", {_noise_words(cfg.sigma)}"
             others.append(f"{name} ({cfg.task}, x{cfg.scale}{noise})")
     if not fitting:

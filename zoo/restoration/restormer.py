@@ -19,7 +19,7 @@ from zoo.layers.pixel_norm import PixelNorm
 from zoo.layers.transposed_attention import TransposedAttention
 from zoo.restoration.restormer_strips import MULTIPLE, StripRun, aligned, padding_mode, strip_rows
 from zoo.restoration.streaming import FeatureMap, Workspace
-from zoo.weights import build_model
+from zoo.weights import build_model, shipped
 
 __all__ = ["PLAIN", "Restormer", "RestormerBlock", "checkpoint_filter_fn", "detect", "plain_restormer_block"]
 
@@ -560,10 +560,8 @@ default_cfgs = generate_default_cfgs(
         "restormer_deblur.gopro": _authors("deblur", "motion_deblurring"),
         "restormer_defocus.dpdd": _authors("defocus", "single_image_defocus_deblurring"),
         "restormer_defocus_dual.dpdd": _authors("defocus", "dual_pixel_defocus_deblurring", 6),
-        "restormer_tiny_denoise_color": _cfg(
-            "denoise",
-            sigma=(0.0, 50.0),
-            notes=("Train it with configs/restoration/restormer_tiny_denoise_color_bsds.yaml.",),
+        "restormer_tiny_denoise_color.bsds": _cfg(
+            "denoise", file=shipped("restormer_tiny_denoise_color.bsds"), sigma=(0.0, 50.0), license="apache-2.0"
         ),
     }
 )
@@ -643,5 +641,5 @@ def restormer_defocus_dual(pretrained: bool = False, **kwargs: Any) -> Restormer
 
 @register_model
 def restormer_tiny_denoise_color(pretrained: bool = False, **kwargs: Any) -> Restormer:
-    """A small Restormer for Gaussian noise in colour, to be trained on a CPU."""
+    """A small Restormer for Gaussian noise in colour, trained on a CPU."""
     return _create_restormer("restormer_tiny_denoise_color", pretrained, **kwargs)
