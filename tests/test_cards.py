@@ -229,6 +229,5 @@ def test_every_shipped_weight_has_a_card() -> None:
         assert cfg.license == front_matter(cards_dir() / name / "README.md")["license"]
 
 
-def test_shipped_weights_are_small() -> None:
-    assert sum(path.stat().st_size for path in cards_dir().rglob("*.safetensors")) < 30e6
+def test_every_kind_of_shipped_denoiser_has_a_card() -> None:
     assert cards.denoiser_cards().keys() <= {folder.name.partition(".")[0] for folder in published()}
