@@ -77,6 +77,12 @@ def test_wrong_library_calls_are_not_timed() -> None:
     assert entry.values["library (ms)"] == 1.0
 
 
+def test_kernels_are_held_against_their_library_call() -> None:
+    row = Row(name="double", function=double, inputs=[torch.ones(5)], library=lambda x: x + x, over_library=2.0)
+    _, _, (goal,) = bench.measure_row(row, QUICK, modes=(), backend="auto", timer=times(1.0, 5.0, 3.0, 1.0, 5.0, 3.0))
+    assert (goal.what, goal.value, goal.wanted) == ("double, times as fast as the library call", 3.0, 2.0)
+
+
 def test_training_rows_time_gradients() -> None:
     called: list[bool] = []
 

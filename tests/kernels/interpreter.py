@@ -7,6 +7,7 @@ import torch
 from kernel_cases import CASES, ODD, channels_last, check_kernel, strided
 
 from zoo import kernels
+from zoo.bench.published_ska import published_ska
 from zoo.kernels import (
     launch,
     reference,
@@ -18,6 +19,7 @@ from zoo.kernels import (
     triton_ska,
 )
 from zoo.layers.frequency_filter import AdaptiveFrequencyFilter
+from zoo.layers.ska import plain_ska
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -42,6 +44,12 @@ def test_large_maps_in_16_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert not launched
     check_kernel(ODD[name], torch.float16, "interpret")
     assert launched
+
+
+@pytest.mark.parametrize("name", ["ska", "ska, 5x5"])
+def test_published_design_of_ska(name: str) -> None:
+    x, weight = (tensor.float().contiguous() for tensor in (CASES | ODD)[name].inputs())
+    torch.testing.assert_close(published_ska(x, weight), plain_ska(x, weight))
 
 
 @pytest.mark.parametrize("name", CASES)
