@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import zoo
-from zoo.bench.fid_c import CLASSIFIER, load_judge, load_reference
+from zoo.bench.fid_c import FID_C, RECOGNISED, sample_judge
 from zoo.bench.report import Benchmark, Entry, Goal
 from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
 from zoo.caching.presets import CacheSetting, Subject, cache_settings
@@ -36,8 +36,6 @@ __all__ = [
 
 PSNR = "PSNR (dB)"
 SSIM = "SSIM"
-FID_C = "FID-C"
-RECOGNISED = "recognised (%)"
 STEPS = "steps computed"
 HELD = "held (MiB)"
 SAME_TIME_STEPS = "steps in the same time"
@@ -244,13 +242,7 @@ def caching(
     classes = pipe.transformer.config.num_classes
     count = settings.count or settings.batch
     labels = [index % classes for index in range(count)]
-    classifier, reference = load_judge(settings.device), load_reference()
-
-    def judge(images: Tensor) -> dict[str, float]:
-        features, found = classifier(images)
-        hits = found == torch.tensor(labels)
-        return {FID_C: reference.distance(features), RECOGNISED: 100 * float(hits.float().mean())}
-
+    judge, judged = sample_judge(labels, settings.device)
     with torch_threads(settings.threads):
         subject = class_subject(pipe, labels[: settings.batch], steps=steps, guidance_scale=guidance_scale)
         results = measure_caches(
@@ -282,10 +274,7 @@ def caching(
             notes=(
                 f"PSNR and SSIM compare with the images of {results.uncached.name}, from the same noise; PSNR of all "
                 f"{count} images together.",
-                f"FID-C: Frechet distance in the features of {CLASSIFIER} between {count} images and the "
-                f"{reference.count} test images of CIFAR-10; not FID, and too large with few images (--count), so that "
-                "only numbers of equally many images compare.",
-                f"Recognised: share of images that {CLASSIFIER} takes for the class that was asked for.",
+                *judged,
                 "Held: memory of stored features at most; without a number the cache does not tell.",
                 *(f"Not measured: {setting}. {reason}" for setting, reason in results.refused.items()),
             ),

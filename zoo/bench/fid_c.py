@@ -14,7 +14,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,21 @@ import zoo
 from zoo.metrics import FeatureStatistics, frechet_distance
 from zoo.weights import sha256_of, shipped
 
-__all__ = ["CLASSIFIER", "STATISTICS", "Judge", "Reference", "load_judge", "load_reference", "write_reference"]
+__all__ = [
+    "CLASSIFIER",
+    "FID_C",
+    "RECOGNISED",
+    "STATISTICS",
+    "Judge",
+    "Reference",
+    "load_judge",
+    "load_reference",
+    "sample_judge",
+    "write_reference",
+]
+
+FID_C = "FID-C"
+RECOGNISED = "recognised (%)"
 
 CLASSIFIER = "emov2_1m.cifar10"
 """Whose features count."""
@@ -122,6 +136,34 @@ def load_reference(path: str | Path = STATISTICS) -> Reference:
     rows, columns = torch.triu_indices(size, size)
     covariance[rows, columns] = covariance[columns, rows] = packed.double()
     return Reference(mean=mean.double(), covariance=covariance, count=int(facts["images"]))
+
+
+def sample_judge(
+    labels: Sequence[int], device: str = "cpu"
+) -> tuple[Callable[[Tensor], dict[str, float]], tuple[str, str]]:
+    """Return what judges samples of CIFAR-10 classes, and notes for the reader of its values.
+
+    Args:
+        labels: The class that was asked for, one an image.
+        device: Where the classifier runs.
+
+    Returns:
+        A function from images (B, C, H, W) in [0, 1], in the order of `labels`, to the share of recognised ones and,
+        from two images, FID-C; and what both are.
+    """
+    judge, reference, asked = load_judge(device), load_reference(), torch.tensor(list(labels))
+
+    def values(images: Tensor) -> dict[str, float]:
+        features, found = judge(images)
+        distance = {FID_C: reference.distance(features)} if len(features) > 1 else {}
+        return distance | {RECOGNISED: 100 * float((found == asked).float().mean())}
+
+    return values, (
+        f"FID-C: Frechet distance in the features of {CLASSIFIER} between {len(labels)} images and the "
+        f"{reference.count} test images of CIFAR-10; not FID, and too large with few images (--count), so that only "
+        "numbers of equally many images compare.",
+        f"Recognised: share of images that {CLASSIFIER} takes for the class that was asked for.",
+    )
 
 
 def write_reference(images: Iterable[Tensor], judge: Judge, path: str | Path = STATISTICS) -> int:

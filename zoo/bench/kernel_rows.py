@@ -131,8 +131,14 @@ def _ska_rows(numbers: Numbers) -> Iterator[Row]:
     for channels, size in ((64, 28), (128, 14), (256, 7)):
         x, weight = numbers(128, channels, size, size), numbers(128, channels // 8, 9, size, size)
         name = f"ska 128 x {channels} x {size} x {size}"
-        published = {"library": _published_ska, "over_library": 2.0}
-        yield Row(name=name, function=kernels.ska, inputs=[x, weight], wanted=1.2, **published)
+        yield Row(
+            name=name,
+            function=kernels.ska,
+            inputs=[x, weight],
+            library=_published_ska,
+            wanted=1.2,
+            over_library=2.0,
+        )
         last = weight.permute(0, 3, 4, 2, 1).contiguous().permute(0, 4, 3, 1, 2)  # tap by tap, as merged layers do
         x_last = x.contiguous(memory_format=torch.channels_last)
         yield Row(name=f"{name} channels last", function=kernels.ska, inputs=[x_last, last], wanted=1.2)

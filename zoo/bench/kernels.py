@@ -47,8 +47,8 @@ _RIVALS = {"eager": "eager (ms)", "compile": "compile (ms)", "autotune": "max-au
 _OPERATORS = "Kernels against eager and compiled PyTorch and the best library call"
 _LIBRARIES = (
     "Library calls: repa_ffn as one product over inputs and activated channels side by side; frequency_filter by FFT;"
-    " for ska in contiguous maps a kernel of the design that its authors published. routed_experts has grouped products as"
-    " its eager and compiled rivals. Losses stay in the table."
+    " for ska in contiguous maps a kernel of the design that its authors published. routed_experts has grouped products"
+    " as its eager and compiled rivals. Losses stay in the table."
 )
 _MODELS = (("lsnet_t", 128), ("restormer_denoise_color", 1), ("pixeldit.cifar10", 128))  # batch
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import zoo
-from zoo.bench.caching import FID_C, PSNR, RECOGNISED, psnr_of_all
-from zoo.bench.fid_c import CLASSIFIER, load_judge, load_reference
+from zoo.bench.caching import PSNR, psnr_of_all
+from zoo.bench.fid_c import sample_judge
 from zoo.bench.report import Benchmark, Entry
 from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
 from zoo.moe.dense2moe import activated_parameters, expert_layers
@@ -51,7 +51,7 @@ def compare_pipelines(
     if len(set(names)) != len(names):
         raise ValueError(f"Give different pipelines, got {', '.join(names)}.")
     labels = [index % 10 for index in range(settings.count or settings.batch)]
-    judge, reference = load_judge(settings.device), load_reference()
+    judge, judged = sample_judge(labels, settings.device)
     runs = {run.label: run for name in names for run in _runs(name, settings)}
     images: dict[str, list[Tensor]] = {}
 
@@ -77,9 +77,7 @@ def compare_pipelines(
     entries = []
     for label, run in runs.items():
         made = torch.cat(images[label])
-        features, found = judge(made)
-        values = {FID_C: reference.distance(features)} if len(labels) > 1 else {}
-        values[RECOGNISED] = 100 * float((found == torch.tensor(labels)).float().mean())
+        values = judge(made)
         if label != dense:
             values[PSNR] = psnr_of_all(made, original)
         run.switch()
@@ -96,9 +94,7 @@ def compare_pipelines(
         reference=dense,
         entries=tuple(entries),
         notes=(
-            f"FID-C: Frechet distance in the features of {CLASSIFIER} between {len(labels)} images and the "
-            f"{reference.count} test images of CIFAR-10; not FID, and only numbers of equally many images compare.",
-            f"Recognised: share of images that {CLASSIFIER} takes for the class that was asked for.",
+            *judged,
             f"PSNR compares with the images of {dense} from the same noise, all together.",
         ),
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zoo.cfg import RestorationCfg
 from zoo.layers.conv_norm import require_eval
 from zoo.layers.sliding_rows import RowQueue, SlidingRows, depthwise_rows, linear_rows, merged_kernel
-from zoo.weights import build_model
+from zoo.weights import build_model, shipped
 
 __all__ = ["PLAIN", "FFNetSR", "MixerBlock", "checkpoint_filter_fn", "detect", "plain_ffnetsr", "plain_mixer_block"]
 
@@ -402,10 +402,13 @@ def _cfg(scale: int, **kwargs: Any) -> RestorationCfg:
 
 _RELEASE = "https://github.com/ysj9909/FFNet/releases/download/v1.0/"
 
+_X2_ONLY = "The authors publish x2 only."
+
 default_cfgs = generate_default_cfgs(
     {
+        "ffnetsr_light_x2.bsds": _cfg(2, file=shipped("ffnetsr_light_x2.bsds")),
         "ffnetsr_light_x2.div2k": _cfg(2, url=_RELEASE + "FFNetSR_light_DIV2K_2.pth"),
-        "ffnetsr_light_x4.untrained": _cfg(4, notes=("The authors publish x2 only.",)),
+        "ffnetsr_light_x4.bsds": _cfg(4, file=shipped("ffnetsr_light_x4.bsds"), notes=(_X2_ONLY,)),
         "ffnetsr_x2.df2k": _cfg(2, url=_RELEASE + "FFNetSR_DF2K_2.pth"),
     }
 )
