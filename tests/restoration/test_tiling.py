@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from skimage import data
 from torch import Tensor, nn
 
-import zoo  # noqa: F401  registers the models
+import zoo
+from zoo.metrics import psnr
 from zoo.restoration import tiling
 from zoo.restoration.cfsr import CFSR
 from zoo.restoration.tiling import parse_bytes, plan_tiles, restore_tensor
@@ -362,3 +364,19 @@ def test_peak_memory_of_a_large_picture() -> None:
     print(f"peak {peak / 1e6:.0f} MB of {budget / 1e6:.0f} MB, {tiles} tiles")
     assert tiles > 1
     assert peak <= 1.2 * budget
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("photo", ["astronaut", "chelsea", "coffee"])
+def test_tiles_of_the_shipped_denoiser_have_no_seams(photo: str) -> None:
+    """Its attention sees the whole map, so tiles only come near it: above 45 dB, where tiles meet as well."""
+    model = zoo.create_model("restormer_tiny_denoise_color.bsds", pretrained=True).eval()
+    zoo.reparameterize(model)
+    clean = torch.from_numpy(getattr(data, photo)()[:160, :192].copy()).permute(2, 0, 1)[None].float() / 255
+    noisy = clean + 25 / 255 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    whole, said = restore_tensor(model, noisy), []
+    tiled = restore_tensor(model, noisy, tile=128, inform=said.append)
+    assert said[0].endswith("tiles, blended")
+    assert psnr(tiled, whole, space="rgb") > 45
+    strips = zip(tiled.split(8, 2), whole.split(8, 2), strict=True)
+    assert min(float(psnr(ours, theirs, space="rgb")) for ours, theirs in strips) > 45
