@@ -17,10 +17,9 @@ from torch import Tensor
 from zoo.bench.caching import NO_CACHE, PSNR, SSIM, STEPS, notes_of, psnr_of_all, ssim_of_all
 from zoo.bench.report import Benchmark, Entry
 from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
-from zoo.caching.bac import BACConfig
 from zoo.caching.cg_taylor import CGTaylorConfig
 from zoo.caching.core import active_cache, cache_summary, cached
-from zoo.caching.presets import PRESETS, Preset, Subject
+from zoo.caching.presets import PRESETS, Preset, Subject, planned_bac
 from zoo.caching.saved import SavedSetting, default_guidance, fingerprint, folder_for
 from zoo.caching.taylorseer import TaylorSeerConfig
 
@@ -293,13 +292,15 @@ def _lines(subject: Subject, gate_error: float | None) -> Iterator[Preset]:
         for first, last in ((1, 1), (1, 2), (2, 2)):
             yield _cg_line(thresholds, first_order=first, last_order=last)
     updates = PRESETS["bac"].values(steps)
-    for union in (0, 3):
+    for words, chosen in (("union 0", {"union": 0}), ("union 3", {"union": 3}), ("shared steps", {"shared": True})):
         yield Preset(
             method="BAC",
             knob="updates",
-            label=f"{{:g}} updates, union {union}",
+            label=f"{{:g}} updates, {words}",
             values=lambda steps: updates,
-            config=lambda subject, value, union=union: _bac(subject, int(value), union),  # type: ignore[misc]
+            config=lambda subject, value, chosen=chosen: planned_bac(  # type: ignore[misc]
+                subject, int(value), **chosen
+            ),
         )
     for order in (1, 2):
         yield Preset(
@@ -340,11 +341,6 @@ def _cg_line(thresholds: Sequence[float], first_order: int, last_order: int, war
             threshold=value, first_order=first_order, last_order=last_order, warmup_steps=warmup_steps
         ),
     )
-
-
-def _bac(subject: Subject, updates: int, union: int) -> BACConfig:
-    config = BACConfig(updates=updates, union=union)
-    return replace(config, schedule=subject.calibration.plan(config, subject.guidance))
 
 
 def _gate_error(subject: Subject, refused: dict[str, str]) -> float | None:

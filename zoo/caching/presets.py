@@ -6,8 +6,8 @@ import ast
 import contextlib
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 from diffusers import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
@@ -19,7 +19,7 @@ from zoo.caching.core import cached
 from zoo.caching.taylorseer import TaylorSeerConfig
 from zoo.diffusion.blocks import as_patterns, attention_modules, feed_forward_modules
 
-__all__ = ["PRESETS", "CacheSetting", "Preset", "Subject", "cache_setting", "cache_settings"]
+__all__ = ["PRESETS", "CacheSetting", "Preset", "Subject", "cache_setting", "cache_settings", "planned_bac"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +104,14 @@ class Preset:
         return values[min(1, len(values) - 1)]
 
 
-def _bac(subject: Subject, updates: int) -> BACConfig:
-    config = BACConfig(updates=updates)
-    return BACConfig(updates=updates, schedule=subject.calibration.plan(config, subject.guidance))
+def planned_bac(subject: Subject, updates: int, **settings: Any) -> BACConfig:
+    """Return BAC with a schedule made on a subject; `settings` are more of `BACConfig`."""
+    config = BACConfig(updates=updates, **settings)
+    return replace(config, schedule=subject.calibration.plan(config, subject.guidance))
+
+
+def _updates(steps: int) -> Sequence[int]:
+    return sorted({max(2, round(steps / each)) for each in (2, 3, 5)}, reverse=True)
 
 
 def _diffusers_taylorseer(subject: Subject, interval: int) -> TaylorSeerCacheConfig:
@@ -142,8 +147,15 @@ PRESETS: dict[str, Preset] = {
         method="BAC",
         knob="updates",
         label="{} updates",
-        values=lambda steps: sorted({max(2, round(steps / each)) for each in (2, 3, 5)}, reverse=True),
-        config=_bac,
+        values=_updates,
+        config=planned_bac,
+    ),
+    "bac-shared": Preset(
+        method="BAC, shared steps",
+        knob="updates",
+        label="{} updates",
+        values=_updates,
+        config=partial(planned_bac, shared=True),
     ),
     "taylorseer": Preset(
         method="TaylorSeer",
