@@ -132,6 +132,17 @@ def test_receptive_field() -> None:
     assert (int(rows.min()), int(rows.max())) == (3, 2 * reach + 3)
 
 
+def test_zero_init_last() -> None:
+    """Blocks add nothing at first, whatever their norm, and learn all the same."""
+    model = timm.create_model("ffnetsr_light_x2", dim=12, depth=3, zero_init_last=True)
+    x = torch.rand(1, 3, 9, 6)
+    torch.testing.assert_close(model.forward_features(x), model.proj(x))
+    model(x).square().mean().backward()
+    assert all(
+        mixer[-1].weight.grad.abs().max() > 0 for mixer in (model.body[0].token_mixer, model.body[2].channel_mixer)
+    )
+
+
 @pytest.mark.parametrize("name", PARAMS)
 def test_detect(name: str) -> None:
     state_dict = timm.create_model(name).state_dict()

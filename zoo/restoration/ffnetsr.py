@@ -164,6 +164,8 @@ class FFNetSR(nn.Module):
         depth: Blocks.
         expansion_ratio: Hidden channels of the channel mixers, over `dim`.
         norm: None, as published; "LN" or "BN", see `MixerBlock`.
+        zero_init_last: Let the blocks of the untrained network add nothing: their mixers end in zeros. Without norms a
+            short training moves little else than the ends of the network.
         num_classes: Accepted because timm passes it; must be 0.
 
     Shape:
@@ -183,6 +185,7 @@ class FFNetSR(nn.Module):
         depth: int = 48,
         expansion_ratio: float = 2.0,
         norm: str | None = None,
+        zero_init_last: bool = False,
         num_classes: int = 0,
         device: Any = None,
         dtype: Any = None,
@@ -202,6 +205,11 @@ class FFNetSR(nn.Module):
         self.body = nn.Sequential(*(MixerBlock(dim, expansion_ratio, norm, **dd) for _ in range(depth)))
         self.conv_bef_up = nn.Conv2d(dim, in_chans * scale**2, 3, padding=1, **dd)
         self.shuffle = nn.PixelShuffle(scale)
+        if zero_init_last:
+            for block in cast(list[MixerBlock], self.body):
+                for mixer in (block.token_mixer, block.channel_mixer):
+                    for parameter in mixer[-1].parameters():
+                        nn.init.zeros_(parameter)
 
     @property
     def receptive_field(self) -> int:
