@@ -28,7 +28,6 @@ import json
 import math
 import re
 import shutil
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +43,7 @@ from torch import Tensor, nn
 
 from zoo.cfg import ModelCfg, RestorationCfg
 from zoo.factory import create_pipeline, families
+from zoo.files import whole
 from zoo.weights import (
     WEIGHTS_NAME,
     CheckpointError,
@@ -183,10 +183,8 @@ def make_card(
     target = Path(folder) if folder is not None else cards_dir() / name
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; pass overwrite=True to replace it.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        work.chmod(0o755)
+    with whole(target) as work:
+        work.mkdir()
         if is_model(split_model_name_tag(name)[0]):
             facts = _write_timm(name, weights, work, dtype)
         else:
@@ -209,11 +207,6 @@ def make_card(
         problems = check_card(work)
         if problems:
             raise ValueError(f"The card of {name} is not fit to publish: {' '.join(problems)}")
-        if target.exists():
-            shutil.rmtree(target)
-        work.rename(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return target
 
 

@@ -14,7 +14,6 @@ import math
 import os
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +34,7 @@ from zoo.cards import card_facts, denoiser_cards
 from zoo.cfg import ModelCfg, RestorationCfg
 from zoo.family_cards import write_family_cards
 from zoo.ffn.reparam import reparameterize
+from zoo.files import whole
 from zoo.weights import cards_dir, front_matter
 
 __all__ = [
@@ -242,15 +242,9 @@ def build_catalog() -> dict[str, dict[str, Any]]:
 
 def write_catalog(path: str | Path = catalog.PATH) -> dict[str, dict[str, Any]]:
     """Write `catalog.json` whole or not at all, and return its content."""
-    models, path = build_catalog(), Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(_dump(models))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    models = build_catalog()
+    with whole(path) as temporary:
+        temporary.write_text(_dump(models), encoding="utf-8")
     return models
 
 

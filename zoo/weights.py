@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import pickle
 import struct
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -28,6 +26,7 @@ from torch import Tensor, nn
 
 from zoo import hub
 from zoo.cfg import ModelCfg, RestorationCfg
+from zoo.files import whole
 
 __all__ = [
     "CheckpointError",
@@ -224,15 +223,8 @@ def save_checkpoint(
         key: value.detach().cpu().to(dtype if dtype and value.is_floating_point() else value.dtype).clone().contiguous()
         for key, value in state_dict.items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with whole(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     return sha256_of(path)
 
 

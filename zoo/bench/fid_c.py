@@ -11,9 +11,7 @@ from a folder of images or Parquet files, after the classifier has changed:
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import zoo
+from zoo.files import whole
 from zoo.metrics import FeatureStatistics, frechet_distance
 from zoo.weights import sha256_of, shipped
 
@@ -188,13 +187,9 @@ def write_reference(images: Iterable[Tensor], judge: Judge, path: str | Path = S
     rows, columns = torch.triu_indices(size, size)
     # the upper triangle alone: the other half repeats it
     tensors = {"mean": found.mean.float(), "covariance": found.covariance[rows, columns].float().contiguous()}
-    path = Path(path)
     facts = {"classifier": CLASSIFIER, "classifier_sha256": sha256_of(shipped(CLASSIFIER)), "images": str(found.count)}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".zoo-") as folder:
-        file = Path(folder) / path.name
-        save_file(tensors, file, metadata=facts)
-        file.chmod(0o644)  # safetensors makes it the owner's alone
-        os.replace(file, path)
+    with whole(path) as temporary:
+        save_file(tensors, temporary, metadata=facts)
     return found.count
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from zoo import kernels
 from zoo.bench.kernel_rows import Row
 from zoo.bench.timing import Progress
+from zoo.files import whole
 from zoo.kernels import launch
 from zoo.kernels.launch import Key, Tiles
 
@@ -101,9 +101,7 @@ def save_tiles(chosen: dict[Key, Tiles], device_name: str) -> Path:
     for (kernel, sizes), tiles in chosen.items():
         tables.setdefault(kernel, {})[sizes] = tiles
     data = {"device": device_name, "torch": torch.__version__, "kernels": tables}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        temporary = Path(folder) / path.name
+    with whole(path) as temporary:
         temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
     launch.tuned.cache_clear()
     return path

@@ -7,7 +7,6 @@ import hashlib
 import inspect
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from zoo.caching.builtin import place
 from zoo.caching.schedules import BACSchedule, keyed_name
+from zoo.files import whole
 from zoo.weights import cards_dir
 
 __all__ = ["SavedSetting", "default_guidance", "find_setting", "fingerprint", "folder_for", "settings_dir"]
@@ -91,11 +91,8 @@ class SavedSetting:
         values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
         text = json.dumps({"version": _VERSION, **values, "config": _to_values(self.config)}, indent=1) + "\n"
         target = Path(folder) / self.filename
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".zoo-") as temporary:
-            file = Path(temporary) / target.name
-            file.write_text(text, encoding="utf-8")
-            os.replace(file, target)
+        with whole(target) as temporary:
+            temporary.write_text(text, encoding="utf-8")
         return target
 
     @classmethod

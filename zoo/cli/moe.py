@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +10,7 @@ from typing import Any
 
 from zoo import catalog
 from zoo.cli.output import UsageError, hush, note, print_json, print_table
+from zoo.files import whole
 
 _SCORES = ("taylor", "taylor_sum", "activation", "random")
 _DEALS = ("snake", "contiguous", "random")
@@ -77,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     if args.share_modulation:
         note(args, f"{moe.share_modulation() / 1e6:.2f} M parameters of modulations saved: distil the model now.")
     pipe.register_modules(transformer=moe)
-    _save(pipe, args.output)
+    with whole(args.output) as folder:
+        pipe.save_pretrained(folder)
     if args.json:
         print_json({**asdict(report), "output": str(args.output)})
     else:
@@ -119,13 +118,3 @@ def _first(loader: Iterable[Any], args: argparse.Namespace) -> Iterable[Any]:
         yield batch
         if number == wanted:
             return
-
-
-def _save(pipe: Any, target: Path) -> None:
-    """Write a pipeline's folder whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        pipe.save_pretrained(Path(folder) / target.name)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(Path(folder) / target.name, target)

@@ -7,11 +7,12 @@ import importlib.util
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from zoo.files import whole
 
 if TYPE_CHECKING:
     import torch
@@ -161,10 +162,8 @@ def replacing(path: str | Path, *, force: bool) -> Iterator[Path]:
     """
     path = Path(path)
     check_target(path, force=force)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        temporary = Path(folder) / path.name
+    with whole(path) as temporary:
         yield temporary
-        os.replace(temporary, path)
 
 
 def check_target(path: Path, *, force: bool) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import struct
-import tempfile
 import warnings
 import zlib
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
+
+from zoo.files import whole
 
 __all__ = ["Picture", "PictureError", "open_picture", "pair_views"]
 
@@ -136,10 +137,8 @@ class Picture:
         file_format = known.get(path.suffix.lower())
         if file_format is None or file_format not in Image.SAVE:
             raise PictureError(f"Cannot write {path.name}: {path.suffix or 'no suffix'} names no image format.")
-        handle, temporary = -1, ""
         try:
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-            with os.fdopen(handle, "wb") as file:
+            with whole(path) as temporary, temporary.open("wb") as file:
                 if file_format == "PNG" and self.color.dtype == np.uint16 and not self.mode.startswith("I"):
                     file.write(_encode_png16(self))
                 else:
@@ -149,13 +148,8 @@ class Picture:
                     if file_format == "JPEG":
                         options["subsampling"] = 0
                     self.to_image().save(file, file_format, **options)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
         except (OSError, ValueError, KeyError) as error:
             raise PictureError(f"Cannot write {path}: {error}") from error
-        finally:
-            if temporary:
-                Path(temporary).unlink(missing_ok=True)
 
 
 def open_picture(source: str | os.PathLike[str] | Image.Image | Array) -> Picture:
