@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from zoo.tasks.callbacks import CheckedCheckpointIO
+from zoo.tasks.callbacks import CheckedCheckpointIO, SavePretrained
 
 
 class Line(LightningModule):
@@ -99,3 +99,9 @@ def test_silently_truncated_file_is_noticed(tmp_path: Path, monkeypatch: pytest.
 def test_a_run_writes_through_it(tmp_path: Path) -> None:
     fit(tmp_path / "checkpoints", [CheckedCheckpointIO()])
     assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_save_pretrained_needs_a_task_that_can(tmp_path: Path) -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, callbacks=[SavePretrained(str(tmp_path / "pipeline"))])
+    with pytest.raises(TypeError, match="Line has no save_pretrained"):
+        trainer.fit(Line(), DataLoader(torch.ones(2, 1)))

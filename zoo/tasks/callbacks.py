@@ -1,4 +1,4 @@
-"""What Lightning leaves out: exact resume, word of checkpoints that were not written, and averaging of experts."""
+"""What Lightning leaves out: exact resume, word of checkpoints that were not written, diffusers folders, experts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from torch import nn
 
 from zoo.data.samplers import ResumableSampler
 from zoo.ffn.ewa import EWAConfig, ExpertsWeightsAveraging, apply, average, expert_spread
+from zoo.files import whole
 
-__all__ = ["AverageExperts", "CheckedCheckpointIO", "ExactResume"]
+__all__ = ["AverageExperts", "CheckedCheckpointIO", "ExactResume", "SavePretrained"]
 
 
 class ExactResume(Callback):
@@ -132,6 +133,29 @@ class AverageExperts(Callback):
         average(model, self.config.share_rate)
         if trainer.global_step % 50 == 0:
             pl_module.log("train/expert_spread", expert_spread(model))
+
+
+class SavePretrained(Callback):
+    """Write the task's model as a diffusers folder when training is over, with averaged weights where there are some.
+
+    Args:
+        folder: Replaced if it exists.
+
+    Raises:
+        TypeError: The task has no `save_pretrained`.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not hasattr(pl_module, "save_pretrained"):
+            raise TypeError(f"{type(pl_module).__name__} has no save_pretrained: leave SavePretrained out.")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            with whole(self.folder) as temporary:
+                pl_module.save_pretrained(temporary)  # type: ignore[operator]
 
 
 class CheckedCheckpointIO(TorchCheckpointIO):
