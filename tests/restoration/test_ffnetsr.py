@@ -132,9 +132,9 @@ def test_receptive_field() -> None:
     assert (int(rows.min()), int(rows.max())) == (3, 2 * reach + 3)
 
 
-def test_zero_init_last() -> None:
+def test_short_training_init() -> None:
     """Blocks add nothing at first, whatever their norm, and learn all the same."""
-    model = timm.create_model("ffnetsr_light_x2", dim=12, depth=3, zero_init_last=True)
+    model = timm.create_model("ffnetsr_light_x2", dim=12, depth=3, short_training_init=True)
     x = torch.rand(1, 3, 9, 6)
     torch.testing.assert_close(model.forward_features(x), model.proj(x))
     model(x).square().mean().backward()

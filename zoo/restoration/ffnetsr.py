@@ -164,8 +164,8 @@ class FFNetSR(nn.Module):
         depth: Blocks.
         expansion_ratio: Hidden channels of the channel mixers, over `dim`.
         norm: None, as published; "LN" or "BN", see `MixerBlock`.
-        zero_init_last: Let the blocks of the untrained network add nothing: their mixers end in zeros. Without norms a
-            short training moves little else than the ends of the network.
+        short_training_init: Start as identities (mixers end in zeros) on features so large that GELUs bend. The default
+            start keeps the body nearly linear for thousands of steps, since there are no norms.
         num_classes: Accepted because timm passes it; must be 0.
 
     Shape:
@@ -185,7 +185,7 @@ class FFNetSR(nn.Module):
         depth: int = 48,
         expansion_ratio: float = 2.0,
         norm: str | None = None,
-        zero_init_last: bool = False,
+        short_training_init: bool = False,
         num_classes: int = 0,
         device: Any = None,
         dtype: Any = None,
@@ -205,11 +205,21 @@ class FFNetSR(nn.Module):
         self.body = nn.Sequential(*(MixerBlock(dim, expansion_ratio, norm, **dd) for _ in range(depth)))
         self.conv_bef_up = nn.Conv2d(dim, in_chans * scale**2, 3, padding=1, **dd)
         self.shuffle = nn.PixelShuffle(scale)
-        if zero_init_last:
-            for block in cast(list[MixerBlock], self.body):
-                for mixer in (block.token_mixer, block.channel_mixer):
-                    for parameter in mixer[-1].parameters():
-                        nn.init.zeros_(parameter)
+        if short_training_init:
+            self._init_for_short_training()
+
+    @torch.no_grad()
+    def _init_for_short_training(self) -> None:
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.zeros_(cast(Tensor, layer.bias))
+                if layer is not self.conv_bef_up:
+                    nn.init.kaiming_normal_(layer.weight)
+        self.proj.weight.mul_(3)
+        self.conv_bef_up.weight.mul_(0.1)
+        for block in cast(list[MixerBlock], self.body):
+            for mixer in (block.token_mixer, block.channel_mixer):
+                nn.init.zeros_(cast(nn.Conv2d, mixer[-1]).weight)
 
     @property
     def receptive_field(self) -> int:
