@@ -158,7 +158,8 @@ class MixtureOfBlocks(nn.Module):
         if self.has_text:
             pooled = torch.cat([pooled, bound["encoder_hidden_states"].mean(1)], dim=1)
         condition = _condition(self.blocks[0], bound).to(pooled.dtype)
-        with torch.autocast(pooled.device.type, enabled=False):
+        device = "cpu" if pooled.is_meta else pooled.device.type  # autocast knows no meta tensors
+        with torch.autocast(device, enabled=False):
             tokens = F.linear(pooled.float(), self.tokens.weight.float())
             return self.alpha * tokens + (1 - self.alpha) * F.linear(condition.float(), self.condition.weight.float())
 

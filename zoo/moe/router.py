@@ -75,7 +75,8 @@ class Router(nn.Module):
             self.bias[self.experts :] = -2.0
 
     def forward(self, x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
+        device = "cpu" if x.is_meta else x.device.type  # autocast knows no meta tensors
+        with torch.autocast(device, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             logits = F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
         if self.training and self.jitter > 0:
