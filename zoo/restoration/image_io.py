@@ -138,6 +138,7 @@ class Picture:
         if file_format is None or file_format not in Image.SAVE:
             raise PictureError(f"Cannot write {path.name}: {path.suffix or 'no suffix'} names no image format.")
         try:
+            path.parent.stat()  # missing folders are a mistake, not made
             with whole(path) as temporary, temporary.open("wb") as file:
                 if file_format == "PNG" and self.color.dtype == np.uint16 and not self.mode.startswith("I"):
                     file.write(_encode_png16(self))
