@@ -363,7 +363,8 @@ def _denoiser_facts(name: str, folders: Mapping[str, Path]) -> dict[str, Any]:
         denoiser = getattr(importlib.import_module(module), class_name)
         documentation = importlib.import_module(denoiser.__module__).__doc__ or ""
         config = denoiser.load_config(folder / "transformer")
-        with torch.device("meta"):
+        # routing sorts tokens by data, which meta tensors have none of
+        with torch.device("cpu" if config.get("moe") else "meta"), torch.no_grad():
             model = denoiser.from_config(config).eval()
             sample, named = denoiser_inputs(model)
             macs = count_macs(model, sample, **named)
