@@ -23,6 +23,7 @@ from zoo.bench.caching import (
     HELD,
     PSNR,
     RECOGNISED,
+    SAME_TIME_STEPS,
     SSIM,
     STEPS,
     _goals,
@@ -313,16 +314,16 @@ def test_goals_of_caching() -> None:
         values = {PSNR: psnr, FID_C: fid_c, **more}
         return Entry(name=f"{series}, {setting}", speedup=ratio, values=values, series=series)
 
-    fewer = {f"their {PSNR}": 30.0, f"their {FID_C}": 4.0}
-    found = _goals(
-        [
-            entry("CG-Taylor", "a", 2.0, 50, 1),
-            entry("CG-Taylor", "b", 2.4, 40, 2, **fewer),
-            entry("CG-Taylor", "c", 2.6, 35, 3, **fewer),
-            entry("First Block Cache", "a", 2.3, 60, 1),
-            entry("TaylorSeer of diffusers", "a", 2.5, 41, 2.5),
-        ]
-    )
+    entries = [
+        entry("CG-Taylor", "a", 2.0, 50, 1),
+        entry("CG-Taylor", "b", 2.4, 40, 2, **{SAME_TIME_STEPS: 21}),
+        entry("CG-Taylor", "c", 2.6, 35, 3, **{SAME_TIME_STEPS: 19}),
+        entry("First Block Cache", "a", 2.3, 60, 1),
+        entry("TaylorSeer of diffusers", "a", 2.5, 41, 2.5),
+        entry("no cache", "21 steps", 2.35, 30, 4),
+        entry("no cache", "19 steps", 2.5, 29, 1),
+    ]
+    found = _goals(entries)
     assert [(goal.value, goal.reached) for goal in found] == [
         (2.6, True),
         (10, True),
@@ -331,6 +332,9 @@ def test_goals_of_caching() -> None:
         (-0.5, True),
     ]
     assert found[1].what == "CG-Taylor, b: PSNR (dB) minus that of fewer steps in the same time or less"
+    told = _goals(entries, lambda *names: float(names == ("CG-Taylor, b", "no cache, 21 steps")))
+    assert told[2].what.endswith("(standard error 1.00)")
+    assert told[4].what.endswith("(standard error 0.00)")
     assert [goal.value for goal in _goals([entry("CG-Taylor", "a", 2.0, 50, 1)])] == [2.0]
     assert _goals([entry("BAC", "a", 3.0, 50, 1)]) == ()
 

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from zoo.bench import fid_c
-from zoo.bench.fid_c import Judge, Reference, load_judge, load_reference, write_reference
+from zoo.bench.fid_c import (
+    FID_C,
+    FID_C_ERROR,
+    RECOGNISED,
+    Judge,
+    Reference,
+    SampleJudge,
+    load_judge,
+    load_reference,
+    write_reference,
+)
 
 
 def small() -> Judge:
@@ -67,3 +77,31 @@ def test_judge_agrees_with_the_model() -> None:
         torch.testing.assert_close(model.get_classifier()(features), logits)
     assert torch.equal(classes, logits.argmax(1))
     assert judge(torch.rand(2, 3, 8, 8))[0].shape == (2, features.shape[1])
+
+
+def test_error_of_a_difference() -> None:
+    """Where the distance is the mean of the features, the jackknife gives the standard error of a paired mean."""
+
+    class Mean:
+        count = 0
+
+        def distance(self, features: torch.Tensor) -> float:
+            return float(features.mean())
+
+    judge = SampleJudge([0])
+    judge._judge = lambda images: (images[:, 0, 0, :1], None)  # type: ignore[assignment]
+    judge._reference = Mean()  # type: ignore[assignment]
+    torch.manual_seed(0)
+    images = torch.randn(400, 1, 1, 1)
+    others = images + 0.5 * torch.randn(400, 1, 1, 1)
+    assert judge.difference_error(images, others) == pytest.approx(0.5 / 400**0.5, rel=0.3)
+    assert judge.difference_error(images, images) == 0
+
+
+def test_samples_are_compared_with_others() -> None:
+    torch.manual_seed(0)
+    images, judge = torch.rand(4, 3, 32, 32), SampleJudge([0, 1, 2, 3])
+    assert list(judge(images)) == [FID_C, RECOGNISED]
+    found = judge(images, images.flip(-1))
+    assert list(found) == [FID_C, FID_C_ERROR, RECOGNISED]
+    assert found[FID_C] > 0 < found[FID_C_ERROR]

@@ -61,6 +61,15 @@ def test_what_runs_and_learns() -> None:
     assert not learning(teacher)
 
 
+def test_shared_experts_may_go_on_learning() -> None:
+    student, teacher = pair()
+    distiller = Distiller(student, teacher, STEPS, freeze_shared=False)
+    distiller.enter(2)
+    assert all(any(part in name for name in learning(student)) for part in (".shared_", ".experts_", ".router."))
+    distiller.enter(5)
+    assert all(name.startswith("transformer_blocks.0.") for name in learning(student))
+
+
 @pytest.mark.parametrize("make", [pixel_dit, flux])
 def test_every_learning_weight_gets_a_gradient(make: Any) -> None:
     student, teacher = pair(make)

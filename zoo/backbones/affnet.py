@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from zoo.cfg import CIFAR10, ModelCfg
 from zoo.ffn.reparam import reparameterize
+from zoo.kernels.dispatch import no_autocast
 from zoo.layers.cache_blocking import run_in_parts
 from zoo.layers.conv_norm import ConvNorm, require_eval
 from zoo.layers.frequency_filter import AdaptiveFrequencyFilter
@@ -214,7 +215,7 @@ def plain_filter(module: AdaptiveFrequencyFilter, x: Tensor) -> Tensor:
         x: (B, C, H, W).
     """
     z = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    with torch.autocast(z.device.type, enabled=False):
+    with no_autocast(z):
         w1, b1, w2, b2 = (value.to(z.dtype) for value in (module.w1, module.b1, module.w2, module.b2))
         spectrum = torch.fft.rfft2(z, norm="ortho")
         grouped = spectrum.reshape(len(z), module.groups, -1, *spectrum.shape[-2:])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import zoo
-from zoo.bench.fid_c import FID_C, RECOGNISED, sample_judge
+from zoo.bench.fid_c import FEWEST, FID_C, RECOGNISED, SampleJudge
 from zoo.bench.report import Benchmark, Entry, Goal
 from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
 from zoo.caching.presets import CacheSetting, Subject, cache_settings
@@ -23,6 +23,7 @@ __all__ = [
     "NO_CACHE",
     "PSNR",
     "RECOGNISED",
+    "SAME_TIME_STEPS",
     "SSIM",
     "STEPS",
     "caching",
@@ -45,8 +46,8 @@ _RIVALS = ("First Block Cache", "TaylorSeer of diffusers")
 
 Classify = Callable[[Tensor], Tensor]
 """Images (B, C, H, W) in [0, 1] -> predicted class numbers (B,)."""
-Judge = Callable[[Tensor], Mapping[str, float]]
-"""All images (B, C, H, W) of an entry in [0, 1] -> values by heading."""
+Judge = Callable[[Tensor, Tensor | None], Mapping[str, float]]
+"""Images (B, C, H, W) in [0, 1] of an entry, and those without a cache or None for these -> values by heading."""
 
 
 def class_subject(pipe: Any, labels: Sequence[int], *, steps: int, guidance_scale: float) -> Subject:
@@ -165,7 +166,7 @@ def measure_caches(
             progress("more images", done + 1, len(runs))
     values = {name: _values(images[name], None if name == uncached else images[uncached]) for name in runs}
     for name, own in values.items():
-        own |= judge(images[name]) if judge is not None else {}
+        own |= judge(images[name], None if name == uncached else images[uncached]) if judge is not None else {}
         own |= notes[name]
     for name, count in same_time.items():
         fewer = values.get(f"{NO_CACHE}, {count} steps", {}) if count != steps else {}
@@ -221,7 +222,7 @@ def _to_bytes(images: Tensor) -> Tensor:
 def recogniser(classify: Classify, labels: Sequence[int]) -> Judge:
     """Return a judge that counts the images which a classifier takes for the class that was asked for."""
 
-    def judge(images: Tensor) -> dict[str, float]:
+    def judge(images: Tensor, uncached: Tensor | None = None) -> dict[str, float]:
         hits = classify(images).cpu() == torch.tensor(list(labels))
         return {RECOGNISED: 100 * float(hits.float().mean())}
 
@@ -242,7 +243,7 @@ def caching(
     classes = pipe.transformer.config.num_classes
     count = settings.count or settings.batch
     labels = [index % classes for index in range(count)]
-    judge, judged = sample_judge(labels, settings.device)
+    judge = SampleJudge(labels, settings.device)
     with torch_threads(settings.threads):
         subject = class_subject(pipe, labels[: settings.batch], steps=steps, guidance_scale=guidance_scale)
         results = measure_caches(
@@ -256,6 +257,10 @@ def caching(
             judge=judge,
             progress=progress,
         )
+
+    def error(name: str, other: str) -> float:
+        return judge.difference_error(results.images[name], results.images[other])
+
     return [
         Benchmark(
             name="caching",
@@ -270,11 +275,11 @@ def caching(
             date=now(),
             reference=results.uncached.name,
             entries=results.entries,
-            goals=_goals(results.entries),
+            goals=_goals(results.entries, error if count >= FEWEST else None),
             notes=(
                 f"PSNR and SSIM compare with the images of {results.uncached.name}, from the same noise; PSNR of all "
                 f"{count} images together.",
-                *judged,
+                *judge.notes,
                 "Held: memory of stored features at most; without a number the cache does not tell.",
                 *(f"Not measured: {setting}. {reason}" for setting, reason in results.refused.items()),
             ),
@@ -282,8 +287,13 @@ def caching(
     ]
 
 
-def _goals(entries: Sequence[Entry]) -> tuple[Goal, ...]:
-    """Compare CG-Taylor at its wanted speed with what else is as fast: fewer steps, and the best of each rival."""
+def _goals(entries: Sequence[Entry], error: Callable[[str, str], float] | None = None) -> tuple[Goal, ...]:
+    """Compare CG-Taylor at its wanted speed with what else is as fast: fewer steps, and the best of each rival.
+
+    Args:
+        entries: Of `measure_caches`.
+        error: Standard error of the difference in FID-C between two entries, by their names.
+    """
 
     def speed(entry: Entry) -> float:
         return entry.speedup.median if entry.speedup is not None else 0.0
@@ -296,16 +306,18 @@ def _goals(entries: Sequence[Entry]) -> tuple[Goal, ...]:
     if not fast:
         return tuple(goals)
     best = max(fast, key=lambda entry: entry.values[PSNR])
-    others = {
-        "fewer steps": {key: best.values[f"their {key}"] for key in (PSNR, FID_C) if f"their {key}" in best.values}
-    }
+    fewer = f"{NO_CACHE}, {best.values.get(SAME_TIME_STEPS, 0):g} steps"
+    others = {"fewer steps": [entry for entry in entries if entry.name == fewer and PSNR in entry.values]}
     for method in _RIVALS:
-        rivals = [entry for entry in entries if entry.series == method and speed(entry) >= speed(best)]
-        if rivals:
-            others[method] = max(rivals, key=lambda entry: entry.values[PSNR]).values
-    for name, values in others.items():
+        others[method] = [entry for entry in entries if entry.series == method and speed(entry) >= speed(best)]
+    for method, rivals in others.items():
+        if not rivals:
+            continue
+        rival = max(rivals, key=lambda entry: entry.values[PSNR])
         for key, at_most in ((PSNR, False), (FID_C, True)):
-            if key in values and key in best.values:
-                what = f"{best.name}: {key} minus that of {name} in the same time or less"
-                goals.append(Goal(what=what, value=best.values[key] - values[key], wanted=0, at_most=at_most))
+            if key in rival.values and key in best.values:
+                what = f"{best.name}: {key} minus that of {method} in the same time or less"
+                if key == FID_C and error is not None:
+                    what += f" (standard error {error(best.name, rival.name):.2f})"
+                goals.append(Goal(what=what, value=best.values[key] - rival.values[key], wanted=0, at_most=at_most))
     return tuple(goals)

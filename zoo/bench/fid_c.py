@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,25 +30,31 @@ from zoo.weights import sha256_of, shipped
 
 __all__ = [
     "CLASSIFIER",
+    "FEWEST",
     "FID_C",
+    "FID_C_ERROR",
     "RECOGNISED",
     "STATISTICS",
     "Judge",
     "Reference",
+    "SampleJudge",
     "load_judge",
     "load_reference",
-    "sample_judge",
     "write_reference",
 ]
 
 FID_C = "FID-C"
+FID_C_ERROR = "± of FID-C"
 RECOGNISED = "recognised (%)"
 
 CLASSIFIER = "emov2_1m.cifar10"
 """Whose features count."""
 STATISTICS = Path(__file__).with_name("fid_c.safetensors")
 """Mean and covariance of these features of the CIFAR-10 test images."""
+FEWEST = 4
+"""Images of which halves have a distance, so that its error is known."""
 _BATCH = 250
+_HALVES = 40
 
 
 class Judge:
@@ -137,32 +143,53 @@ def load_reference(path: str | Path = STATISTICS) -> Reference:
     return Reference(mean=mean.double(), covariance=covariance, count=int(facts["images"]))
 
 
-def sample_judge(
-    labels: Sequence[int], device: str = "cpu"
-) -> tuple[Callable[[Tensor], dict[str, float]], tuple[str, str]]:
-    """Return what judges samples of CIFAR-10 classes, and notes for the reader of its values.
+class SampleJudge:
+    """Judge samples of CIFAR-10 classes: the share of recognised ones and, from two images, FID-C.
 
     Args:
         labels: The class that was asked for, one an image.
         device: Where the classifier runs.
-
-    Returns:
-        A function from images (B, C, H, W) in [0, 1], in the order of `labels`, to the share of recognised ones and,
-        from two images, FID-C; and what both are.
     """
-    judge, reference, asked = load_judge(device), load_reference(), torch.tensor(list(labels))
 
-    def values(images: Tensor) -> dict[str, float]:
-        features, found = judge(images)
-        distance = {FID_C: reference.distance(features)} if len(features) > 1 else {}
-        return distance | {RECOGNISED: 100 * float((found == asked).float().mean())}
+    def __init__(self, labels: Sequence[int], device: str = "cpu") -> None:
+        self._judge, self._reference, self._asked = load_judge(device), load_reference(), torch.tensor(list(labels))
+        self.notes = (
+            f"FID-C: Frechet distance in the features of {CLASSIFIER} between {len(labels)} images and the "
+            f"{self._reference.count} test images of CIFAR-10; not FID, and too large with few images (--count), so "
+            "that only numbers of equally many images compare.",
+            "± of FID-C: standard error of its difference to the first line, from the same noise (delete-half "
+            "jackknife); smaller differences mean nothing.",
+            f"Recognised: share of images that {CLASSIFIER} takes for the class that was asked for.",
+        )
 
-    return values, (
-        f"FID-C: Frechet distance in the features of {CLASSIFIER} between {len(labels)} images and the "
-        f"{reference.count} test images of CIFAR-10; not FID, and too large with few images (--count), so that only "
-        "numbers of equally many images compare.",
-        f"Recognised: share of images that {CLASSIFIER} takes for the class that was asked for.",
-    )
+    def __call__(self, images: Tensor, original: Tensor | None = None) -> dict[str, float]:
+        """Return values by heading.
+
+        Args:
+            images: (B, C, H, W) in [0, 1], in the order of the labels.
+            original: Images from the same noise that these are compared with; adds the error of the difference.
+        """
+        features, found = self._judge(images)
+        values = {FID_C: self._reference.distance(features)} if len(features) > 1 else {}
+        if original is not None and len(features) >= FEWEST:
+            values[FID_C_ERROR] = self.difference_error(images, original)
+        return values | {RECOGNISED: 100 * float((found == self._asked).float().mean())}
+
+    def difference_error(self, images: Tensor, others: Tensor) -> float:
+        """Return the standard error of the difference in FID-C between two sets of images from the same noise.
+
+        By the delete-half jackknife (Shao and Wu, 1989): how the difference varies among random halves of the images
+        is how the whole's varies among samples.
+
+        Args:
+            images: (B, C, H, W) in [0, 1], at least four.
+            others: Likewise, image by image of the same label and noise.
+        """
+        features, other = self._judge(images)[0], self._judge(others)[0]
+        generator = torch.Generator().manual_seed(0)
+        halves = [torch.randperm(len(features), generator=generator)[: len(features) // 2] for _ in range(_HALVES)]
+        found = [self._reference.distance(features[half]) - self._reference.distance(other[half]) for half in halves]
+        return float(torch.tensor(found, dtype=torch.float64).std())
 
 
 def write_reference(images: Iterable[Tensor], judge: Judge, path: str | Path = STATISTICS) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import zoo
 from zoo.bench.caching import PSNR, psnr_of_all
-from zoo.bench.fid_c import sample_judge
+from zoo.bench.fid_c import SampleJudge
 from zoo.bench.report import Benchmark, Entry
 from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
 from zoo.moe.dense2moe import activated_parameters, expert_layers
@@ -51,7 +51,7 @@ def compare_pipelines(
     if len(set(names)) != len(names):
         raise ValueError(f"Give different pipelines, got {', '.join(names)}.")
     labels = [index % 10 for index in range(settings.count or settings.batch)]
-    judge, judged = sample_judge(labels, settings.device)
+    judge = SampleJudge(labels, settings.device)
     runs = {run.label: run for name in names for run in _runs(name, settings)}
     images: dict[str, list[Tensor]] = {}
 
@@ -77,7 +77,7 @@ def compare_pipelines(
     entries = []
     for label, run in runs.items():
         made = torch.cat(images[label])
-        values = judge(made)
+        values = judge(made, None if label == dense else original)
         if label != dense:
             values[PSNR] = psnr_of_all(made, original)
         run.switch()
@@ -94,7 +94,7 @@ def compare_pipelines(
         reference=dense,
         entries=tuple(entries),
         notes=(
-            *judged,
+            *judge.notes,
             f"PSNR compares with the images of {dense} from the same noise, all together.",
         ),
     )

@@ -19,6 +19,7 @@ __all__ = [
     "check_shapes",
     "exceeds_int32",
     "get_backend",
+    "no_autocast",
     "runs_kernel",
     "set_backend",
     "use_backend",
@@ -117,6 +118,18 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(tensor.to(dtype) if tensor.dtype in _DTYPES else tensor for tensor in tensors)
+
+
+def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which nothing is cast for the device of a tensor.
+
+    Args:
+        tensor: On any device; autocast does not know "meta".
+    """
+    device = tensor.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def check_shapes(**expected: tuple[Tensor, tuple[int, ...]]) -> None:

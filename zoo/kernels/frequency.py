@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.kernels import reference
-from zoo.kernels.dispatch import check_shapes, runs_kernel
+from zoo.kernels.dispatch import check_shapes, no_autocast, runs_kernel
 from zoo.kernels.launch import precision
 
 __all__ = ["frequency_filter"]
@@ -72,9 +72,7 @@ def _fits(x: Tensor, w1: Tensor) -> bool:
 
 
 def _formula(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, threshold: float) -> Tensor:
-    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
-        return reference.frequency_filter(x, w1, b1, w2, b2, threshold)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         return reference.frequency_filter(x, w1, b1, w2, b2, threshold)
 
 
@@ -97,7 +95,7 @@ def _(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, threshold: floa
 def _frequency_filter_backward(
     grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, threshold: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         grads = reference.frequency_filter_backward(grad, x, w1, b1, w2, b2, threshold)
     outs = [torch.empty_like(tensor) for tensor in (x, w1, b1, w2, b2)]
     grad_x, grad_w1, grad_b1, grad_w2, grad_b2 = (out.copy_(value) for out, value in zip(outs, grads, strict=True))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from zoo.kernels import reference
 from zoo.kernels.dft import column_weights, separable, separable_dft
-from zoo.kernels.dispatch import runs_kernel
+from zoo.kernels.dispatch import no_autocast, runs_kernel
 from zoo.kernels.frequency import frequency_filter
 
 __all__ = ["AdaptiveFrequencyFilter", "dense_dft"]
@@ -109,9 +109,7 @@ class AdaptiveFrequencyFilter(nn.Module):
         if runs_kernel("frequency_filter", x, self.w1):
             return frequency_filter(x, self.w1, self.b1, self.w2, self.b2, self.sparsity_threshold)
         z = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        if z.device.type == "meta" or not torch.is_autocast_enabled(z.device.type):
-            return self._filter(z).to(x.dtype)
-        with torch.autocast(z.device.type, enabled=False):
+        with no_autocast(z):
             return self._filter(z).to(x.dtype)
 
     def _filter(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.kernels.dispatch import no_autocast
 from zoo.layers.conv_norm import require_eval
 from zoo.layers.kept import Kept
 
@@ -114,9 +115,7 @@ class DynamicPositionBias(nn.Module):
         if self.table is not None:
             return self.table
         weight = cast(nn.Linear, self.pos_proj).weight
-        if weight.device.type == "meta" or not torch.is_autocast_enabled(weight.device.type):
-            return self._network(weight)
-        with torch.autocast(weight.device.type, enabled=False):
+        with no_autocast(weight):
             return self._network(weight)
 
     def _network(self, like: Tensor) -> Tensor:

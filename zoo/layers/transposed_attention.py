@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from zoo.kernels.dispatch import no_autocast
 from zoo.layers.pixel_norm import PixelNorm
 from zoo.layers.strips import RowMap, RowWindow, add_product, depthwise_strip, linear_strip, strips
 
@@ -48,10 +49,7 @@ def gram(q: Tensor, k: Tensor) -> Gram:
     """
     if q.dtype in (torch.bfloat16, torch.float16):
         q, k = q.float(), k.float()
-    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
-        with torch.autocast(q.device.type, enabled=False):
-            products = q @ k.mT
-    else:
+    with no_autocast(q):
         products = q @ k.mT
     return Gram(products, q.square().sum(-1).unsqueeze(-1), k.square().sum(-1).unsqueeze(-2))
 

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
+from zoo.kernels.dispatch import no_autocast
+
 __all__ = ["BlockGroup", "MixtureOfBlocks", "MoBConfig", "block_groups", "mix_blocks"]
 
 _OF_SAMPLES = (
@@ -158,8 +160,7 @@ class MixtureOfBlocks(nn.Module):
         if self.has_text:
             pooled = torch.cat([pooled, bound["encoder_hidden_states"].mean(1)], dim=1)
         condition = _condition(self.blocks[0], bound).to(pooled.dtype)
-        device = "cpu" if pooled.is_meta else pooled.device.type  # autocast knows no meta tensors
-        with torch.autocast(device, enabled=False):
+        with no_autocast(pooled):
             tokens = F.linear(pooled.float(), self.tokens.weight.float())
             return self.alpha * tokens + (1 - self.alpha) * F.linear(condition.float(), self.condition.weight.float())
 

@@ -77,19 +77,23 @@ class Distiller:
         teacher: The dense model; it is put into evaluation mode and frozen.
         steps: Of each stage.
         balance: Weight of the balance loss.
+        freeze_shared: Shared experts learn in the stage "shared" alone, as published; otherwise in "experts" too.
 
     Raises:
         ValueError: The student has no experts, its blocks are not the teacher's, or there is a stage of blocks without
             groups of blocks.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, steps: StageSteps, balance: float = 1e-2) -> None:
-        self.student, self.teacher, self.steps, self.balance = (
-            student,
-            teacher.eval().requires_grad_(False),
-            steps,
-            balance,
-        )
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        steps: StageSteps,
+        balance: float = 1e-2,
+        freeze_shared: bool = True,
+    ) -> None:
+        self.student, self.teacher = student, teacher.eval().requires_grad_(False)
+        self.steps, self.balance, self.freeze_shared = steps, balance, freeze_shared
         self.layers, self.groups = expert_layers(student), block_groups(student)
         if not self.layers:
             raise ValueError(
@@ -116,12 +120,9 @@ class Distiller:
         self.student.requires_grad_(False)
         for layer in self.layers.values():
             layer.set_top_k(0 if stage == "shared" else self._top_k)
+            layer.requires_grad_(stage == "experts")
             for part in (layer.shared_up, layer.shared_down):
-                part.requires_grad_(stage == "shared")
-            if stage == "experts":
-                layer.requires_grad_(True)
-                layer.shared_up.requires_grad_(False)
-                layer.shared_down.requires_grad_(False)
+                part.requires_grad_(stage == "shared" or (stage == "experts" and not self.freeze_shared))
         for name, group in self.groups.items():
             group.active = self._active[name] if stage == "blocks" else len(group.blocks)
             if stage == "blocks":

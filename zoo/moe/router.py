@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.kernels.dispatch import no_autocast
+
 __all__ = ["Gate", "Router"]
 
 Gate = Literal["softmax_n", "softmax", "softmax_renorm", "sigmoid", "unit"]
@@ -75,8 +77,7 @@ class Router(nn.Module):
             self.bias[self.experts :] = -2.0
 
     def forward(self, x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        device = "cpu" if x.is_meta else x.device.type  # autocast knows no meta tensors
-        with torch.autocast(device, enabled=False):
+        with no_autocast(x):
             dtype = torch.promote_types(x.dtype, torch.float32)
             logits = F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
         if self.training and self.jitter > 0:

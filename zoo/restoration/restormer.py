@@ -13,6 +13,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.cfg import RestorationCfg
+from zoo.kernels.dispatch import no_autocast
 from zoo.layers.conv_norm import require_eval
 from zoo.layers.gated_ffn import GatedFFN, aligned_hidden
 from zoo.layers.pixel_norm import PixelNorm
@@ -359,7 +360,7 @@ class Restormer(nn.Module):
             if progress is not None:
                 progress(done, total)
 
-        with torch.autocast(weight.device.type, enabled=False):
+        with no_autocast(weight):
             for image, restored in zip(x, out, strict=True):
                 with Workspace(maps, weight.device, weight.dtype) as workspace:
                     StripRun(self, image, restored, workspace, strip_bytes, tell=tell).run()

@@ -57,6 +57,7 @@ class MoEDistillation(_Staged, Diffusion):
         steps: Optimizer steps of each stage; `trainer.max_steps` is their sum.
         groups: Blocks of which some run in the last stage.
         balance: Weight of the balance loss.
+        freeze_shared: Shared experts learn in the first stage alone, as published; otherwise in the second too.
         optim: Optimizer and schedule over all stages.
         timestep_sampling: As of `Diffusion`.
         sample_steps: As of `Diffusion`.
@@ -76,6 +77,7 @@ class MoEDistillation(_Staged, Diffusion):
         steps: StageSteps = StageSteps(),  # noqa: B008  not changed
         groups: list[BlockGroup] | None = None,
         balance: float = 1e-2,
+        freeze_shared: bool = True,
         optim: OptimConfig = OptimConfig(),  # noqa: B008  not changed
         timestep_sampling: Literal["uniform", "logit-normal"] = "uniform",
         sample_steps: int = 25,
@@ -102,7 +104,7 @@ class MoEDistillation(_Staged, Diffusion):
             test_classifier=test_classifier,
             test_samples=test_samples,
         )
-        self.distiller = Distiller(model, pipe.transformer, steps, balance)
+        self.distiller = Distiller(model, pipe.transformer, steps, balance, freeze_shared)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -126,6 +128,7 @@ class FlowDistillation(_Staged, TimmOptimModule):
         steps: Optimizer steps of each stage; `trainer.max_steps` is their sum.
         groups: Blocks of which some run in the last stage.
         balance: Weight of the balance loss.
+        freeze_shared: Shared experts learn in the first stage alone, as published; otherwise in the second too.
         optim: Optimizer and schedule over all stages.
         guidance: Guidance that a guidance-distilled model is told; None for others.
 
@@ -143,13 +146,14 @@ class FlowDistillation(_Staged, TimmOptimModule):
         steps: StageSteps = StageSteps(),  # noqa: B008  not changed
         groups: list[BlockGroup] | None = None,
         balance: float = 1e-2,
+        freeze_shared: bool = True,
         optim: OptimConfig = OptimConfig(),  # noqa: B008  not changed
         guidance: float | None = 3.5,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.model, self.optim, self.guidance = _load_student(student, groups).train(), optim, guidance
-        self.distiller = Distiller(self.model, _load_transformer(teacher), steps, balance)
+        self.distiller = Distiller(self.model, _load_transformer(teacher), steps, balance, freeze_shared)
         self.val_output = MeanMetric()
 
     def _call(self, batch: dict[str, Tensor], times: Tensor, noise: Tensor) -> Callable[[nn.Module], Tensor]:
