@@ -361,7 +361,6 @@ def _denoiser_facts(name: str, folders: Mapping[str, Path]) -> dict[str, Any]:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         module, class_name = index["transformer"]
         denoiser = getattr(importlib.import_module(module), class_name)
-        documentation = importlib.import_module(denoiser.__module__).__doc__ or ""
         config = denoiser.load_config(folder / "transformer")
         # routing sorts tokens by data, which meta tensors have none of
         with torch.device("cpu" if config.get("moe") else "meta"), torch.no_grad():
@@ -382,7 +381,7 @@ def _denoiser_facts(name: str, folders: Mapping[str, Path]) -> dict[str, Any]:
     return {
         "task": front["task"],
         "family": name,
-        "summary": documentation.partition("\n")[0].rstrip("."),
+        "summary": (denoiser.__doc__ or "").partition("\n")[0].rstrip("."),
         "paper": front.get("paper"),
         "paper_ids": _listed(front.get("paper_ids")),
         "origin": front.get("origin"),

@@ -128,8 +128,9 @@ class DiffusionPolicyBlock(nn.Module):
 
 
 class DiffusionPolicyTransformer(StrictModelMixin, ConfigMixin, CacheMixin):
-    """Predict the noise in a sequence of actions, given the last observations.
+    """A diffusion model of action sequences, conditioned on what a robot observes.
 
+    Predicts the noise in a sequence of actions, given the last observations.
     Defaults are the published sizes of the simulated tasks. Step 0 of the sequence is the time of the first of the
     observations, so the action to take now is number `n_obs_steps - 1`.
 

@@ -35,8 +35,9 @@ class SharedConditioning(nn.Module):
 
 
 class PixelDiT(StrictModelMixin, DiTTransformer2DModel, CacheMixin):
-    """Predict the noise, the clean image or the velocity of noisy images of a class.
+    """A class-conditional diffusion transformer on pixels.
 
+    Predicts the noise, the clean image or the velocity of noisy images of a class.
     Differs from diffusers' DiT: one embedder of timestep and class serves all blocks and the head, as in the paper.
     diffusers gives every block its own, which costs parameters and draws the dropped labels anew in every block, so
     that no sample is ever wholly unconditional in training. The initial weights are the paper's (adaLN-Zero).

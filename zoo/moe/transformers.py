@@ -148,7 +148,7 @@ class MoEFluxTransformer2DModel(MoETransformerMixin, FluxTransformer2DModel):
 
 
 class MoEPixelDiT(MoETransformerMixin, PixelDiT):
-    """PixelDiT with experts."""
+    """A class-conditional diffusion transformer on pixels, with experts."""
 
 
 TransformerBlockRegistry.register(
