@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -276,6 +276,7 @@ def plot(benchmark: Benchmark, path: str | Path) -> Path:
     axes = figure.add_subplot()
     crowded = len(points) > _MOST_NAMED
     front = _front([(x, y) for _, x, y in points])
+    names: list[tuple[int, Any]] = []
     all_merged = len(points) > 3 and all(entry.name.endswith(" (merged)") for entry, _, _ in points)
     for index, series in enumerate(dict.fromkeys(entry.series for entry, _, _ in points)):
         own = [
@@ -295,7 +296,7 @@ def plot(benchmark: Benchmark, path: str | Path) -> Path:
         for x, y, name in own:
             if crowded and (x, y) not in front:
                 continue
-            axes.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
+            names.append((len(own), axes.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)))
     if crowded or "top-1" in label or "accuracy" in label:
         axes.plot(*zip(*front, strict=True), color="0.6", linewidth=1, zorder=0, label="not beaten in both")
     threads = f"{benchmark.conditions.get('threads', '?')} threads"
@@ -315,9 +316,22 @@ def plot(benchmark: Benchmark, path: str | Path) -> Path:
         figure.legend(loc="outside right upper", fontsize=7, frameon=False)
     elif count:
         axes.legend(fontsize=8)
+    _thin([name for _, name in sorted(names, key=lambda each: each[0])], figure)
     path = Path(path)
     figure.savefig(path, dpi=150)
     return path
+
+
+def _thin(names: Sequence[Any], figure: Any) -> None:
+    """Remove names of points that would cover an earlier one."""
+    figure.canvas.draw()
+    kept: list[Any] = []
+    for name in names:
+        box = name.get_window_extent()
+        if any(box.overlaps(other) for other in kept):
+            name.remove()
+        else:
+            kept.append(box)
 
 
 def plot_ratios(benchmarks: Iterable[Benchmark], path: str | Path) -> Path:

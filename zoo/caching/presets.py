@@ -140,7 +140,7 @@ PRESETS: dict[str, Preset] = {
         knob="threshold",
         # on pixeldit.cifar10 at threshold 0.03 6 dB better than with first order 1, 12 dB than with last order 1
         label="threshold {}, orders 2",
-        values=lambda steps: (0.01, 0.02, 0.03),
+        values=lambda steps: (0.01, 0.02, 0.03, 0.04),
         config=lambda subject, value: CGTaylorConfig(threshold=value, first_order=2, last_order=2),
     ),
     "bac": Preset(
