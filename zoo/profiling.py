@@ -356,7 +356,6 @@ def denoiser_inputs(model: nn.Module, size: int | None = None) -> tuple[Tensor, 
 def _denoiser_facts(name: str, folders: Mapping[str, Path]) -> dict[str, Any]:
     """Facts of a denoiser, from the diffusers folders of its published weights (tag -> folder)."""
     weights: dict[str, Any] = {}
-    documentation = ""
     for tag, folder in folders.items():
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         module, class_name = index["transformer"]
