@@ -61,7 +61,8 @@ class TaylorFactors:
         factors = [new]
         if self.max_order and self.step is not None and self.step != step and self.fits(feature):
             for previous in self.factors[: self.max_order]:
-                factors.append((factors[-1] - previous) / (step - self.step))
+                difference = factors[-1] - previous
+                factors.append(difference if step - self.step == 1 else difference.div_(step - self.step))
         self.factors, self.step = factors, step
         self._feature = feature.shape, feature.dtype, feature.device
 
