@@ -33,6 +33,7 @@ __all__ = [
     "psnr_of_all",
     "recogniser",
     "ssim_of_all",
+    "without_cache",
 ]
 
 PSNR = "PSNR (dB)"
@@ -112,7 +113,7 @@ def measure_caches(
     batch = len(labels) if timed is None else min(timed, len(labels))
     images: dict[str, Tensor] = {}
     notes: dict[str, dict[str, float]] = {}
-    uncached = f"{NO_CACHE}, {steps} steps"
+    uncached = without_cache(steps)
 
     def generate(name: str, count: int, config: Any = None, first: int = 0) -> Callable[[], None]:
         def call() -> None:
@@ -149,7 +150,7 @@ def measure_caches(
         for name, (_, speed) in found.items()
         if fewer_steps and speed is not None
     }
-    ladder = {f"{NO_CACHE}, {count} steps": count for count in sorted(set(same_time.values()) - {steps}, reverse=True)}
+    ladder = {without_cache(count): count for count in sorted(set(same_time.values()) - {steps}, reverse=True)}
     if ladder:
         runs |= {name: (count, None) for name, count in ladder.items()}
         again = compare(
@@ -164,12 +165,13 @@ def measure_caches(
             generate(name, *run, first)()
         if progress is not None and len(labels) > batch:
             progress("more images", done + 1, len(runs))
-    values = {name: _values(images[name], None if name == uncached else images[uncached]) for name in runs}
-    for name, own in values.items():
-        own |= judge(images[name], None if name == uncached else images[uncached]) if judge is not None else {}
-        own |= notes[name]
+    values: dict[str, dict[str, float]] = {}
+    for name in runs:
+        original = None if name == uncached else images[uncached]
+        judged = {} if judge is None else judge(images[name], original)
+        values[name] = {**_values(images[name], original), **judged, **notes[name]}
     for name, count in same_time.items():
-        fewer = values.get(f"{NO_CACHE}, {count} steps", {}) if count != steps else {}
+        fewer = values.get(without_cache(count), {}) if count != steps else {}
         values[name] |= {
             SAME_TIME_STEPS: count,
             **{f"their {key}": fewer[key] for key in (PSNR, FID_C) if key in fewer},
@@ -179,6 +181,11 @@ def measure_caches(
         for name, (time, speed) in found.items()
     )
     return CacheResults(entries=entries, images=images, refused=refused)
+
+
+def without_cache(steps: float) -> str:
+    """Return what a run of so many steps without a cache is called."""
+    return f"{NO_CACHE}, {steps:g} steps"
 
 
 def notes_of(pipe: Any) -> dict[str, float]:
@@ -306,7 +313,7 @@ def _goals(entries: Sequence[Entry], error: Callable[[str, str], float] | None =
     if not fast:
         return tuple(goals)
     best = max(fast, key=lambda entry: entry.values[PSNR])
-    fewer = f"{NO_CACHE}, {best.values.get(SAME_TIME_STEPS, 0):g} steps"
+    fewer = without_cache(best.values.get(SAME_TIME_STEPS, 0))
     others = {"fewer steps": [entry for entry in entries if entry.name == fewer and PSNR in entry.values]}
     for method in _RIVALS:
         others[method] = [entry for entry in entries if entry.series == method and speed(entry) >= speed(best)]

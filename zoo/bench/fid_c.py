@@ -172,7 +172,7 @@ class SampleJudge:
         features, found = self._judge(images)
         values = {FID_C: self._reference.distance(features)} if len(features) > 1 else {}
         if original is not None and len(features) >= FEWEST:
-            values[FID_C_ERROR] = self.difference_error(images, original)
+            values[FID_C_ERROR] = self._difference_error(features, self._judge(original)[0])
         return values | {RECOGNISED: 100 * float((found == self._asked).float().mean())}
 
     def difference_error(self, images: Tensor, others: Tensor) -> float:
@@ -185,7 +185,9 @@ class SampleJudge:
             images: (B, C, H, W) in [0, 1], at least four.
             others: Likewise, image by image of the same label and noise.
         """
-        features, other = self._judge(images)[0], self._judge(others)[0]
+        return self._difference_error(self._judge(images)[0], self._judge(others)[0])
+
+    def _difference_error(self, features: Tensor, other: Tensor) -> float:
         generator = torch.Generator().manual_seed(0)
         halves = [torch.randperm(len(features), generator=generator)[: len(features) // 2] for _ in range(_HALVES)]
         found = [self._reference.distance(features[half]) - self._reference.distance(other[half]) for half in halves]

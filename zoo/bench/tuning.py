@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from zoo.bench.caching import NO_CACHE, PSNR, SSIM, STEPS, notes_of, psnr_of_all, ssim_of_all
+from zoo.bench.caching import NO_CACHE, PSNR, SSIM, STEPS, notes_of, psnr_of_all, ssim_of_all, without_cache
 from zoo.bench.report import Benchmark, Entry
 from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
 from zoo.caching.cg_taylor import CGTaylorConfig
@@ -165,7 +165,7 @@ class _Sweep:
     def measure(self, candidates: Sequence[_Candidate], rounds: int, what: str) -> None:
         """Run settings in turns with the pipeline without a cache, and note what they give."""
         settings = replace(self.settings, rounds=rounds, warmup=0)
-        plain = f"{NO_CACHE}, {self.subject.steps} steps"
+        plain = without_cache(self.subject.steps)
         images: dict[str, Tensor] = {}
         notes: dict[str, dict[str, float]] = {}
 

@@ -113,10 +113,9 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     Args:
         *tensors: Of one device; only floating point ones narrower than float64 are cast, as autocast does.
     """
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if not _is_autocast_on(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(tensor.to(dtype) if tensor.dtype in _DTYPES else tensor for tensor in tensors)
 
 
@@ -124,12 +123,14 @@ def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Return a context in which nothing is cast for the device of a tensor.
 
     Args:
-        tensor: On any device; autocast does not know "meta".
+        tensor: On any device.
     """
+    return torch.autocast(tensor.device.type, enabled=False) if _is_autocast_on(tensor) else contextlib.nullcontext()
+
+
+def _is_autocast_on(tensor: Tensor) -> bool:
     device = tensor.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
+    return device != "meta" and torch.is_autocast_enabled(device)  # autocast does not know "meta"
 
 
 def check_shapes(**expected: tuple[Tensor, tuple[int, ...]]) -> None:
