@@ -18,7 +18,7 @@ from torchvision.datasets import ImageFolder
 
 from zoo.data.samplers import LateLoader, ResumableSampler, SeededDataset
 
-__all__ = ["ImageClassification", "ImageDiffusion", "LabelledImages", "open_labelled_images"]
+__all__ = ["ImageClassification", "ImageDiffusion", "LabelledImages", "open_labelled_images", "stratified_split"]
 
 _VALIDATION_SPLITS = ("validation", "val", "valid", "test")
 
@@ -129,6 +129,30 @@ def open_labelled_images(
     raise ValueError(f"{data_dir} has no split {split!r}; it has {', '.join(splits)}.")
 
 
+def _labels(data: Any) -> list[int]:
+    """Return the label of every image without reading one."""
+    return list(data.split[data.label_key]) if isinstance(data, LabelledImages) else list(data.targets)
+
+
+def stratified_split(labels: Sequence[int], fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Return the indices of (the rest, the part held out): `fraction` of each class, at least one image where it has two.
+
+    Args:
+        labels: Class of every image.
+        fraction: Share of each class that is held out.
+        seed: The same seed and labels give the same parts.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
+    by_class: dict[int, list[int]] = {}
+    for index in order:
+        by_class.setdefault(int(labels[index]), []).append(index)
+    held: set[int] = set()
+    for members in by_class.values():
+        count = max(round(fraction * len(members)), 1) if len(members) > 1 else 0
+        held.update(members[:count])
+    return [index for index in range(len(labels)) if index not in held], sorted(held)
+
+
 class _Images(LightningDataModule):
     """What both data modules share: opening, seeded training order, loaders."""
 
@@ -143,8 +167,12 @@ class _Images(LightningDataModule):
         label_key: str | None,
         limit: int | None,
         repeats: int = 1,
+        val_fraction: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction is a share of the training images and must lie in 0 ... 1, got {val_fraction}.")
+        self.val_fraction = val_fraction
         self.data_dir, self.batch_size, self.eval_batch_size = data_dir, batch_size, eval_batch_size or batch_size
         self.num_workers, self.seed, self.limit, self.repeats = num_workers, seed, limit, repeats
         self.image_key, self.label_key = image_key, label_key
@@ -153,7 +181,12 @@ class _Images(LightningDataModule):
         raise NotImplementedError
 
     def _open(self, split: str, training: bool) -> Any:
-        data = open_labelled_images(self.data_dir, split, self._transform(training), self.image_key, self.label_key)
+        held_out = split == "validation" and self.val_fraction > 0
+        source = "train" if held_out else split
+        data = open_labelled_images(self.data_dir, source, self._transform(training), self.image_key, self.label_key)
+        if self.val_fraction > 0 and source == "train":
+            rest, held = stratified_split(_labels(data), self.val_fraction, self.seed)
+            data = torch.utils.data.Subset(data, held if held_out else rest)
         return data if self.limit is None else torch.utils.data.Subset(data, range(min(self.limit, len(data))))
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -219,6 +252,12 @@ class ImageClassification(_Images):
         image_key: Image column of Parquet or Hub data; None finds it.
         label_key: Label column of Parquet or Hub data; None finds it.
         limit: Use only the first images of each split.
+        val_fraction: Share of every class of the training images that is held out for validation, so that the
+            validation or test images of the data set can be looked at once, at the end (`train.py test`); 0 validates
+            on those.
+
+    Raises:
+        ValueError: `val_fraction` is no share.
     """
 
     def __init__(
@@ -243,8 +282,11 @@ class ImageClassification(_Images):
         image_key: str | None = None,
         label_key: str | None = None,
         limit: int | None = None,
+        val_fraction: float = 0.0,
     ) -> None:
-        super().__init__(data_dir, batch_size, eval_batch_size, num_workers, seed, image_key, label_key, limit, repeats)
+        super().__init__(
+            data_dir, batch_size, eval_batch_size, num_workers, seed, image_key, label_key, limit, repeats, val_fraction
+        )
         self.image_size, self.crop_padding, self.scale, self.hflip = image_size, crop_padding, scale, hflip
         self.color_jitter, self.auto_augment, self.interpolation = color_jitter, auto_augment, interpolation
         self.reprob, self.crop_pct, self.mean, self.std = reprob, crop_pct, mean, std
