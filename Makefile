@@ -31,7 +31,7 @@ lowest:
 
 # Rewrite zoo/catalog.json, the facts behind `zoo list`, from the registry.
 catalog: $(STAMP)
-	$(BIN)/python -m zoo.profiling
+	$(BIN)/python -m zoo.cards.catalog_writer
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

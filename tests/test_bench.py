@@ -33,6 +33,7 @@ from zoo.bench.caching import (
     psnr_of_all,
     recogniser,
 )
+from zoo.bench.latency import Latency
 from zoo.bench.memory import in_fresh_process, resident_peak
 from zoo.bench.moe import moe
 from zoo.bench.pipelines import ACTIVATED, compare_pipelines
@@ -44,7 +45,6 @@ from zoo.bench.timing import compare, environment, now, require_close, speedup
 from zoo.caching.presets import PRESETS, CacheSetting, cache_settings
 from zoo.cli import main
 from zoo.diffusion import PixelDiT, PixelDiTPipeline
-from zoo.profiling import Latency
 
 QUICK = Settings(batch=1, threads=1, rounds=2, warmup=0)
 

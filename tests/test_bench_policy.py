@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 import zoo.bench.policy as bench
 from zoo.bench import Settings
 from zoo.diffusion import DiffusionPolicyPipeline, DiffusionPolicyTransformer
-from zoo.policy import PointTask
+from zoo.environments import PointTask
 
 
 def tiny() -> DiffusionPolicyPipeline:

@@ -38,7 +38,7 @@ def test_every_registered_model_is_listed() -> None:
 @pytest.mark.slow
 def test_catalog_is_current() -> None:
     """The facts are those of the registry and the cards, or `make catalog` has to be run."""
-    from zoo.profiling import build_catalog
+    from zoo.cards.catalog_writer import build_catalog
 
     current = build_catalog()
     assert current.keys() == load().keys()

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from zoo.cli import compare, restore
 from zoo.cli.inputs import find_pictures
 from zoo.data.resize import imresize
-from zoo.metrics import psnr, ssim
-from zoo.protocols import PROTOCOLS
-from zoo.restoration import inference
+from zoo.evaluation.metrics import psnr, ssim
+from zoo.evaluation.protocols import PROTOCOLS
+from zoo.pictures import restore as inference
 from zoo.weights import save_checkpoint
 
 Captured = pytest.CaptureFixture[str]

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import zoo.demo
 from zoo.bench import Check, Entry, Settings
 from zoo.bench.caching import PSNR, RECOGNISED
-from zoo.bench.fid_c import Judge
+from zoo.bench.latency import Latency
 from zoo.bench.timing import speedup
 from zoo.caching.presets import CacheSetting
 from zoo.cli import main
@@ -40,8 +40,8 @@ from zoo.demo.parts import (
 )
 from zoo.demo.report import Results
 from zoo.diffusion import PixelDiT, PixelDiTPipeline
+from zoo.evaluation.fid_c import Judge
 from zoo.ffn.reparam import LayerReport, ReparamReport
-from zoo.profiling import Latency
 from zoo.restoration.cfsr import CFSR
 from zoo.weights import CheckpointError
 

@@ -107,7 +107,7 @@ def test_publish_command(
     """`zoo publish` refuses a bad card, uploads nothing in a dry run, and prints the commit."""
     assert main(["publish", str(folder), "--repo-id", "org/tiny", "--token", "secret"]) == 1
     assert "no metrics" in capsys.readouterr().err
-    monkeypatch.setattr("zoo.cards.check_card", lambda folder: [])
+    monkeypatch.setattr("zoo.cards.card.check_card", lambda folder: [])
     assert main(["publish", str(folder), "--repo-id", "org/tiny", "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["commit"] is None
     assert not server.repositories

@@ -13,8 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from zoo import catalog, profiling
-from zoo.profiling import compare_latency, count_macs, count_params, latency, write_catalog
+from zoo import catalog
+from zoo.bench.latency import compare_latency, latency
+from zoo.cards import catalog_writer
+from zoo.cards.catalog_writer import write_catalog
+from zoo.profiling import count_macs, count_params
 
 
 class Attention(nn.Module):
@@ -70,7 +73,7 @@ def test_latency_takes_turns() -> None:
 def test_peak_memory_sees_what_was_freed() -> None:
     """A 64 MB tensor that is gone at the end still counts; in a fresh process, which has no freed memory to reuse."""
     code = (
-        "import time, torch; from zoo.profiling import peak_memory; "
+        "import time, torch; from zoo.bench.memory import peak_memory; "
         "print(peak_memory(lambda: (torch.ones(16 * 2**20), time.sleep(0.05))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
@@ -82,15 +85,15 @@ def test_written_catalog_is_what_is_read(
 ) -> None:
     """One line a model; --check compares and changes nothing."""
     facts = {"b": {"task": "sr", "params": 2}, "a": {"task": "sr", "params": 3}}
-    monkeypatch.setattr(profiling, "build_catalog", lambda: facts)
+    monkeypatch.setattr(catalog_writer, "build_catalog", lambda: facts)
     path = tmp_path / "catalog.json"
     monkeypatch.setattr(catalog, "PATH", path)
     assert write_catalog(path) == facts
     text = path.read_text()
     assert list(json.loads(text)) == ["b", "a"]
     assert len(text.splitlines()) == 4
-    assert profiling.main(["--check"]) == 0
+    assert catalog_writer.main(["--check"]) == 0
     path.write_text("{}\n")
-    assert profiling.main(["--check"]) == 1
+    assert catalog_writer.main(["--check"]) == 1
     assert path.read_text() == "{}\n"
     assert "make catalog" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from registered import ALL_NAMES
 from timm.models import get_arch_pretrained_cfgs
 
 import zoo
-from zoo.cards import check_card
+from zoo.cards.card import check_card
 from zoo.weights import cards_dir, shipped
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ from timm.models import get_arch_pretrained_cfgs
 
 import zoo
 from zoo.cfg import RestorationCfg
-from zoo.restoration.inference import restore_tensor
+from zoo.pictures.restore import restore_tensor
 
 FAMILIES = list(RESTORERS)
 

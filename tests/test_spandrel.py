@@ -23,7 +23,7 @@ from torch import Tensor
 
 import zoo
 import zoo.spandrel
-from zoo.restoration.inference import load_restorer
+from zoo.pictures.restore import load_restorer
 from zoo.weights import CheckpointError, shipped
 
 RECORDS = Path(__file__).parent / "parity"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from zoo.factory import create_model, create_pipeline, list_models, model_info
     from zoo.ffn.reparam import reparameterize
     from zoo.moe import MoEConfig
-    from zoo.restoration.inference import restore
+    from zoo.pictures.restore import restore
 
 _LAZY = {
     "BACConfig": "zoo.caching",
@@ -47,7 +47,7 @@ _LAZY = {
     "list_models": "zoo.factory",
     "model_info": "zoo.factory",
     "reparameterize": "zoo.ffn.reparam",
-    "restore": "zoo.restoration.inference",
+    "restore": "zoo.pictures.restore",
     "tune_cache": "zoo.bench.tuning",
 }
 

@@ -1,6 +1,6 @@
 """What `zoo list` and `zoo info` know without importing torch: facts about every model, in `catalog.json`.
 
-`make catalog` writes the file from the registry (`zoo.profiling.write_catalog`); a test says when it is out of date.
+`make catalog` writes the file (`zoo.cards.catalog_writer.write_catalog`); a test says when it is out of date.
 """
 
 from __future__ import annotations

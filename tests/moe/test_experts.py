@@ -11,8 +11,8 @@ from diffusers.models.attention import FeedForward
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
+from zoo.ffn.dense_ffn import read_ffn
 from zoo.moe import experts as experts_module
-from zoo.moe.dense_ffn import read_ffn
 from zoo.moe.experts import MoEFFN, masked_experts, sorted_experts
 
 DIM, HIDDEN = 8, 32

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo  # noqa: F401  registers the models
-from zoo.metrics import psnr, ssim
+from zoo.evaluation.metrics import psnr, ssim
 from zoo.restoration import cfsr
 from zoo.restoration.cfsr import CFSR, CFSRBlock, checkpoint_filter_fn, detect, plain_cfsr_block
 from zoo.weights import CheckpointError, load_strict, read_checkpoint

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from zoo.data.demonstrations import Demonstrations, Windows
 from zoo.diffusion import DiffusionPolicyPipeline, DiffusionPolicyTransformer
-from zoo.policy import Demonstration, PointTask
+from zoo.environments import Demonstration, PointTask
 from zoo.tasks.optim import OptimConfig
 from zoo.tasks.policy import DiffusionPolicy
 

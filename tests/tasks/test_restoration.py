@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import zoo  # noqa: F401  registers the models
 from zoo.data.paired_images import BicubicDownscale, Degradation, GaussianNoise, PairedImages
-from zoo.metrics import psnr
+from zoo.evaluation.metrics import psnr
 from zoo.tasks.optim import OptimConfig
 from zoo.tasks.restoration import Restoration, fft_loss, initialize
 from zoo.weights import CheckpointError, read_checkpoint, sha256_of

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import zoo
-from zoo.bench.fid_c import FEWEST, FID_C, RECOGNISED, SampleJudge
 from zoo.bench.report import Benchmark, Entry, Goal
 from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
 from zoo.caching.presets import CacheSetting, Subject, cache_settings
-from zoo.metrics import ssim
+from zoo.evaluation.fid_c import FEWEST, FID_C, RECOGNISED, SampleJudge
+from zoo.evaluation.metrics import ssim
 
 __all__ = [
     "FID_C",

@@ -5,16 +5,17 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from zoo.profiling import peak_memory
-
-__all__ = ["in_fresh_process", "resident_peak"]
+__all__ = ["in_fresh_process", "peak_memory", "resident_peak"]
 
 ArgsT = ParamSpec("ArgsT")
 ResultT = TypeVar("ResultT")
@@ -34,7 +35,7 @@ def resident_peak(call: Callable[[], Any]) -> tuple[int, int]:
 
     Pages of program files do not count: how many are resident depends on what else ran on the machine. Linux keeps the
     highest size itself, so that no short peak is missed. Where it cannot be set back, the size is sampled, see
-    `zoo.profiling.peak_memory`.
+    `peak_memory`.
 
     Raises:
         OSError: The platform does not tell the resident size.
@@ -58,3 +59,60 @@ def _resident(field: str) -> int:
         if line.startswith(f"{field}:"):
             return 1024 * int(line.split()[1])
     raise OSError(f"/proc/self/status has no {field}.")
+
+
+@torch.inference_mode()
+def peak_memory(call: Callable[[], object], device: str | torch.device = "cpu") -> int:
+    """Return by how many bytes memory grew at most while a function ran.
+
+    On a CUDA device this is torch's own count. On the CPU it is the resident size of the process, sampled every
+    2 ms: memory that the process had already claimed and freed before is not seen, so measure in a fresh process.
+
+    Args:
+        call: Function without arguments.
+        device: Where its memory is.
+
+    Raises:
+        OSError: The platform does not tell the resident size (it is read from /proc).
+    """
+    device = torch.device(device)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _resident_peak() as peak:
+        call()
+    return peak[0]
+
+
+@contextmanager
+def _resident_peak() -> Iterator[list[int]]:
+    """Yield a list whose entry is the growth of the resident size, in bytes, once the block is left."""
+    page, before = os.sysconf("SC_PAGE_SIZE"), _resident_pages()
+    highest, stop = [before], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.002):
+            highest[0] = max(highest[0], _resident_pages())
+
+    result = [0]
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield result
+    finally:
+        highest[0] = max(highest[0], _resident_pages())
+        stop.set()
+        watcher.join()
+        result[0] = (highest[0] - before) * page
+
+
+def _resident_pages() -> int:
+    """Return the pages that are this process's own, without those of program files."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        _, resident, shared, *_ = map(int, file.read().split())
+    return resident - shared

@@ -12,11 +12,11 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from zoo import catalog, factory
-from zoo.bench.memory import in_fresh_process, resident_peak
+from zoo.bench.memory import in_fresh_process, peak_memory, resident_peak
 from zoo.bench.report import Benchmark, Check, Entry, Goal
 from zoo.bench.timing import Progress, Settings, cast, compare, environment, now, require_close, torch_threads
 from zoo.ffn.reparam import reparameterize
-from zoo.profiling import count_macs, count_params, denoiser_inputs, peak_memory
+from zoo.profiling import count_macs, count_params, denoiser_inputs
 
 __all__ = ["Subject", "compare_models"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo.bench.report import Benchmark, Entry, Goal
 from zoo.bench.timing import Progress, Settings, compare, environment, now, require_close, torch_threads
-from zoo.moe.dense_ffn import read_ffn
+from zoo.ffn.dense_ffn import read_ffn
 from zoo.moe.experts import MoEFFN, sorted_experts
 
 __all__ = ["masked_loop", "moe"]

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import zoo
 from zoo.bench.caching import PSNR, psnr_of_all
-from zoo.bench.fid_c import SampleJudge
 from zoo.bench.report import Benchmark, Entry
 from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
+from zoo.evaluation.fid_c import SampleJudge
 from zoo.moe.dense2moe import activated_parameters, expert_layers
 from zoo.profiling import count_params
 

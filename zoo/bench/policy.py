@@ -14,8 +14,8 @@ from zoo.bench.report import Benchmark, Entry, Goal
 from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
 from zoo.caching.bac import BACConfig, calibrate, uniform_schedule
 from zoo.diffusion.diffusion_policy import DiffusionPolicyPipeline
-from zoo.policy import PointTask, PolicyResults, evaluate_policy
-from zoo.policy.evaluation import Environment, first_plans
+from zoo.environments import PointTask, PolicyResults, evaluate_policy
+from zoo.environments.evaluation import Environment, first_plans
 
 __all__ = ["measure_policy", "policy", "policy_caches"]
 

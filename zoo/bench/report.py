@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zoo.profiling import Latency
+from zoo.bench.latency import Latency
 
 __all__ = [
     "Benchmark",

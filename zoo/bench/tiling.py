@@ -13,8 +13,8 @@ import torch
 from zoo.bench.memory import in_fresh_process, resident_peak
 from zoo.bench.report import Benchmark, Check, Entry, Goal
 from zoo.bench.timing import Progress, Settings, environment, now, require_close, torch_threads
-from zoo.restoration.inference import load_restorer, restore
-from zoo.restoration.tiling import parse_bytes, restore_tensor
+from zoo.pictures.restore import load_restorer, restore
+from zoo.pictures.tiling import parse_bytes, restore_tensor
 
 __all__ = ["tiling"]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import zoo
+from zoo.bench.latency import Latency, summarize, time_in_turns
 from zoo.bench.report import Check, Ratio
-from zoo.profiling import Latency, summarize, time_in_turns
 
 __all__ = [
     "DTYPES",

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from zoo.restoration.image_io import Picture
+from zoo.pictures.image_io import Picture
 
 __all__ = ["Comparison"]
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.cli.inputs import add_device
 from zoo.cli.output import UsageError, print_json, print_table, progress, table
-from zoo.protocols import PROTOCOLS, Protocol, protocol_of_task
+from zoo.evaluation.protocols import PROTOCOLS, Protocol, protocol_of_task
 
 if TYPE_CHECKING:
     from zoo.data.photos import Pair
-    from zoo.evaluation import Restorer, Score
+    from zoo.evaluation.restorers import Restorer, Score
 
 _BASELINES = ("bicubic", "input")
 _SIGMAS = (15.0, 25.0, 50.0)  # of the published tables, where a model is not for one of its own
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--sigma is for a protocol that adds noise; {protocol.name!r} does not.")
 
     from zoo.data.photos import find_pairs
-    from zoo.evaluation import evaluate
+    from zoo.evaluation.restorers import evaluate
 
     found = {name: find_pairs(folder, scale, subjects.views) for name, folder in sets.items()}
     chosen = {name: pairs[: args.limit] for name, pairs in found.items()}
@@ -132,7 +132,7 @@ class _Subjects:
 
     def restorer(self, sigma: float | None) -> Restorer:
         """Return what restores images with this noise."""
-        from zoo.evaluation import bicubic, network, unchanged
+        from zoo.evaluation.restorers import bicubic, network, unchanged
 
         if self.args.model == "bicubic":
             return bicubic(self.scale)

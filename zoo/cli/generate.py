@@ -182,7 +182,7 @@ def _compare(
 ) -> tuple[Any, float]:
     """Generate without and with the cache, add speed-up and PSNR to `result`, and return the cached images."""
     from zoo.caching import cached, timeline
-    from zoo.metrics import psnr
+    from zoo.evaluation.metrics import psnr
 
     config = _cache_config(args, pipeline, labels)
     with cached(pipeline, config):

@@ -35,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
 
 def _folder(name: str) -> Path:
     """Return the card folder of a published name, or of a path."""
-    from zoo.cards import published
+    from zoo.cards.card import published
     from zoo.catalog import nearest
 
     known = {folder.name: folder for folder in published()}
@@ -50,7 +50,7 @@ def _folder(name: str) -> Path:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Check the cards; exit code 1 if one has a problem."""
-    from zoo.cards import check_card, published
+    from zoo.cards.card import check_card, published
 
     if bool(args.names) == args.all:
         raise UsageError("Give names, or --all." if not args.names else "Give names or --all, not both.")
@@ -78,7 +78,7 @@ def run_verify(args: argparse.Namespace) -> int:
 def run_publish(args: argparse.Namespace) -> int:
     """Check a card and upload it; exit code 1 if the card has a problem."""
     from zoo import hub
-    from zoo.cards import check_card
+    from zoo.cards.card import check_card
 
     folder = _folder(args.name)
     hush(args, diffusers=(folder / "model_index.json").is_file())

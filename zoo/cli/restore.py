@@ -27,13 +27,13 @@ from zoo.cli.output import (
     replacing,
     table,
 )
-from zoo.protocols import Protocol, protocol_of_task
+from zoo.evaluation.protocols import Protocol, protocol_of_task
 
 if TYPE_CHECKING:
     from torch import nn
 
     from zoo.cli.compare import Comparison
-    from zoo.restoration.image_io import Picture as Planes
+    from zoo.pictures.image_io import Picture as Planes
 
 TASKS = {
     "sr": "too small",
@@ -141,7 +141,7 @@ def load_model(args: argparse.Namespace, *, task: str | None, sigma: float | Non
         )
     from zoo.factory import create_model
     from zoo.ffn.reparam import reparameterize
-    from zoo.restoration.inference import load_restorer
+    from zoo.pictures.restore import load_restorer
 
     hush(args)
     model: Any = args.model
@@ -223,7 +223,7 @@ class _Job:
 
     def do(self, picture: Picture, target: Path, skip: bool) -> None:
         """Restore one picture, or only look at its result; what is wrong with it is noted and the next one follows."""
-        from zoo.restoration.inference import open_picture
+        from zoo.pictures.restore import open_picture
 
         entry: dict[str, Any] = {"file": str(picture.path), "output": str(target)}
         try:
@@ -247,7 +247,7 @@ class _Job:
         (self.skipped if skip else self.restored).append(entry)
 
     def _with_right_view(self, path: Path, source: Planes, entry: dict[str, Any]) -> Planes:
-        from zoo.restoration.inference import open_picture, pair_views
+        from zoo.pictures.restore import open_picture, pair_views
 
         if self.args.right is None:
             return source
@@ -257,7 +257,7 @@ class _Job:
         return pair_views(source, open_picture(self.rights[path]))
 
     def _restore(self, source: Planes, target: Path, entry: dict[str, Any]) -> Planes:
-        from zoo.restoration.inference import restore_picture
+        from zoo.pictures.restore import restore_picture
 
         how: list[str] = []  # more than one where a first try ran out of memory
         start = time.perf_counter()
@@ -283,8 +283,8 @@ class _Job:
         """Compare a result with its reference, cut from the top left where that is a little larger."""
         import torch
 
-        from zoo.metrics import measure
-        from zoo.restoration.inference import open_picture
+        from zoo.evaluation.metrics import measure
+        from zoo.pictures.restore import open_picture
 
         if path not in self.references:
             entry.setdefault("warnings", []).append(f"no reference of this name in {self.args.metrics}")

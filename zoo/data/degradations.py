@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from zoo.data.resize import imresize
-from zoo.protocols import noisy
 
 __all__ = [
     "BicubicDownscale",
@@ -27,6 +26,7 @@ __all__ = [
     "GaussianNoise",
     "JpegCompression",
     "MotionBlur",
+    "noisy",
     "to_float",
 ]
 
@@ -78,7 +78,7 @@ class BicubicDownscale(Degradation):
 class GaussianNoise(Degradation):
     """Add white Gaussian noise, neither clipped nor rounded.
 
-    In evaluation it is the published protocol's, the same for each image of a size; see `zoo.protocols.noisy`.
+    In evaluation it is the published protocol's, the same for each image of a size; see `noisy`.
 
     Args:
         sigma: Standard deviation in units of 1/255; a pair draws it uniformly between the two for every patch.
@@ -222,6 +222,21 @@ class Chain(Degradation):
         for step in self.steps:
             image = step.evaluate(image, rng)
         return image
+
+
+def noisy(image: NDArray[np.float32], sigma: float) -> NDArray[Any]:
+    """Add the noise of the denoising papers, the same for every image of a size: that of `np.random.seed(0)`.
+
+    Bit for bit what DnCNN's successors and Restormer do: float64 noise of standard deviation sigma / 255 in (H, W, C)
+    order, added in place to the float32 image, neither clipped nor rounded. NumPy's global generator is left alone.
+
+    Args:
+        image: (H, W, C), float32 in [0, 1].
+        sigma: Standard deviation in units of 1/255.
+    """
+    out = image.copy()
+    out += np.random.RandomState(0).normal(0, sigma / 255.0, image.shape)
+    return out
 
 
 def to_float(image: Pixels) -> NDArray[np.float32]:

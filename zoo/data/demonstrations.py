@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from zoo.data.samplers import LateLoader, ResumableSampler
-from zoo.policy import Demonstration, Task
+from zoo.environments import Demonstration, Task
 
 __all__ = ["Demonstrations", "Windows"]
 
@@ -52,7 +52,7 @@ class Demonstrations(LightningDataModule):
     """Windows of an expert's episodes for a diffusion policy.
 
     Args:
-        environment: The task and its expert: `zoo.policy.PointTask` or `PushTTask`.
+        environment: The task and its expert: `zoo.environments.PointTask` or `PushTTask`.
         episodes: Episodes to train on, failed ones left out.
         val_episodes: Episodes to validate on.
         horizon: Actions in a window, the policy's `horizon`.

@@ -135,7 +135,7 @@ def _labels(data: Any) -> list[int]:
 
 
 def stratified_split(labels: Sequence[int], fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Return the indices of (the rest, the part held out): `fraction` of each class, at least one image where it has two.
+    """Return the indices of (the rest, the part held out): `fraction` of each class, at least one image of two.
 
     Args:
         labels: Class of every image.
@@ -171,7 +171,9 @@ class _Images(LightningDataModule):
     ) -> None:
         super().__init__()
         if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction is a share of the training images and must lie in 0 ... 1, got {val_fraction}.")
+            raise ValueError(
+                f"val_fraction is a share of the training images and must lie in 0 ... 1, got {val_fraction}."
+            )
         self.val_fraction = val_fraction
         self.data_dir, self.batch_size, self.eval_batch_size = data_dir, batch_size, eval_batch_size or batch_size
         self.num_workers, self.seed, self.limit, self.repeats = num_workers, seed, limit, repeats

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from zoo.bench.fid_c import Judge
 from zoo.bench.timing import Progress, Settings, environment, now, torch_threads
 from zoo.demo.parts import classify_photos, generate, merge, photos, upscale
 from zoo.demo.report import Results, headline, render
+from zoo.evaluation.fid_c import Judge
 from zoo.factory import create_model, create_pipeline
 from zoo.ffn.reparam import reparameterize
-from zoo.restoration.inference import load_restorer
+from zoo.pictures.restore import load_restorer
 from zoo.weights import CheckpointError, cards_dir
 
 __all__ = ["Models", "Results", "headline", "load_models", "render", "run_demo"]

@@ -26,10 +26,10 @@ from zoo.bench.report import Check, Entry
 from zoo.bench.timing import Progress, Settings, compare, require_close
 from zoo.caching.presets import CacheSetting, cache_settings
 from zoo.data.resize import imresize
+from zoo.evaluation.metrics import psnr, ssim
 from zoo.ffn.reparam import ReparamReport
-from zoo.metrics import psnr, ssim
+from zoo.pictures.restore import restore
 from zoo.profiling import count_params
-from zoo.restoration.inference import restore
 
 __all__ = [
     "ClassifiedPhoto",

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from zoo.profiling import count_params
+
 __all__ = ["LayerReport", "ReparamReport", "Reparameterizable", "reparameterize"]
 
 
@@ -179,7 +181,7 @@ def reparameterize(model: nn.Module, *, sample: Any = None, measure: bool = True
         raise RuntimeError(
             f"{type(model).__name__} is in training mode, where its norms depend on the batch: call model.eval() first."
         )
-    params_before = _params(model)
+    params_before = count_params(model)
     inputs = _record_inputs(model, targets, sample) if measure and sample is not None else {}
     reports: dict[nn.Module, LayerReport] = {}
     unchanged: list[nn.Module] = []
@@ -196,7 +198,7 @@ def reparameterize(model: nn.Module, *, sample: Any = None, measure: bool = True
         layers=tuple(reports[module] for module in names if module in reports),
         unchanged=tuple(names[module] or "(model)" for module in names if module in unchanged),
         params_before=params_before,
-        params_after=_params(model),
+        params_after=count_params(model),
     )
 
 
@@ -212,7 +214,7 @@ def _example_input(module: nn.Module) -> Tensor | None:
 
 def _reparameterize_layer(module: nn.Module, name: str, x: Tensor | None) -> LayerReport | None:
     """Call one layer's method and compare before with after; None if nothing changed."""
-    params, before = _params(module), {key: value.shape for key, value in module.state_dict().items()}
+    params, before = count_params(module), {key: value.shape for key, value in module.state_dict().items()}
     out, macs = _run(module, x)
     said = cast(Reparameterizable, module).reparameterize()
     after = {key: value.shape for key, value in module.state_dict().items()}
@@ -225,16 +227,12 @@ def _reparameterize_layer(module: nn.Module, name: str, x: Tensor | None) -> Lay
         name=name,
         folded=tuple(said),
         params_before=params,
-        params_after=_params(module),
+        params_after=count_params(module),
         macs_before=macs,
         macs_after=new_macs,
         input_shape=None if x is None else tuple(x.shape),
         difference=_difference(out, new_out),
     )
-
-
-def _params(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 @torch.no_grad()

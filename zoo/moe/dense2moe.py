@@ -16,12 +16,13 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from torch import Tensor, nn
 
+from zoo.ffn.dense_ffn import DenseFFN, read_ffn
+from zoo.ffn.importance import Deal, Loss, Scores, deal_channels, default_loss, score_channels
 from zoo.layers.ffn import RePaFFN
 from zoo.moe.blocks import MixtureOfBlocks
-from zoo.moe.dense_ffn import DenseFFN, read_ffn
 from zoo.moe.experts import LinearPlusMoE, MoEFFN
-from zoo.moe.importance import Deal, Loss, Scores, deal_channels, default_loss, score_channels
 from zoo.moe.router import Gate
+from zoo.profiling import count_params
 
 __all__ = [
     "MoEConfig",
@@ -282,7 +283,7 @@ def to_experts(
         )
     else:
         scores, stability = score_channels(model, ffns, calibration, method=config.scores, loss=loss)
-    before = sum(parameter.numel() for parameter in model.parameters())
+    before = count_params(model)
     ffn_before = sum(_ffn_parameters(ffn) for ffn in ffns.values())
     macs_before = sum(ffn.hidden_dim * ((2 if ffn.gated else 1) * ffn.dim + ffn.out_dim) for ffn in ffns.values())
     for name, ffn in ffns.items():
@@ -293,7 +294,7 @@ def to_experts(
         layout=config.layout,
         layers=len(ffns),
         params_before=before,
-        params_after=sum(parameter.numel() for parameter in model.parameters()),
+        params_after=count_params(model),
         params_activated=activated_parameters(model),
         ffn_before=ffn_before,
         ffn_activated=sum(_activated(layer) for layer in after.values()),
@@ -396,7 +397,7 @@ def activated_parameters(model: nn.Module) -> int:
 
 def _used(module: nn.Module) -> float:
     if isinstance(module, MoEFFN):
-        every = sum(parameter.numel() for parameter in module.parameters())
+        every = count_params(module)
         return every - _expert_parameters(module) * _idle_share(module)
     if isinstance(module, MixtureOfBlocks):
         share = module.active / len(module.blocks)
@@ -417,8 +418,8 @@ def _expert_parameters(layer: MoEFFN) -> int:
 
 def _activated(layer: MoEFFN) -> int:
     """Return the parameters of a layer that one token uses, the router left out."""
-    router = sum(parameter.numel() for parameter in layer.router.parameters())
-    every = sum(parameter.numel() for parameter in layer.parameters()) - router
+    router = count_params(layer.router)
+    every = count_params(layer) - router
     return round(every - _expert_parameters(layer) * _idle_share(layer))
 
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.ffn.dense_ffn import Channels, DenseFFN, read_ffn
 from zoo.kernels import routed_experts
 from zoo.kernels.dispatch import runs_kernel
 from zoo.kernels.reference import ACTIVATIONS
-from zoo.moe.dense_ffn import Channels, DenseFFN, read_ffn
 from zoo.moe.router import Gate, Router
 
 __all__ = ["LinearPlusMoE", "MoEFFN", "masked_experts", "sorted_experts"]

@@ -13,6 +13,8 @@ import torch
 from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
 from torch import Tensor, nn
 
+from zoo.profiling import count_params
+
 __all__ = ["TableModulation", "share_modulation"]
 
 _CHUNKS: dict[Any, int] = {AdaLayerNormZero: 6, AdaLayerNormZeroSingle: 3}
@@ -62,7 +64,7 @@ def share_modulation(model: nn.Module) -> int:
         raise ValueError(
             f"The blocks of {type(model).__name__} have modulations of different widths: {sorted(widths)}."
         )
-    (inputs, dim), before = widths.pop(), _count(model)
+    (inputs, dim), before = widths.pop(), count_params(model)
     kept = found[0].linear.weight
     shared = nn.Linear(inputs, 6 * dim, device=kept.device, dtype=kept.dtype)
     for chunk in range(6):  # blocks that need three chunks only have no say in the others
@@ -78,12 +80,8 @@ def share_modulation(model: nn.Module) -> int:
         outputs = module.linear.out_features
         module.linear = TableModulation(shared, outputs, module.linear.bias - shared.bias[:outputs])
     model.modulation = shared
-    return before - _count(model)
+    return before - count_params(model)
 
 
 def _chunks(module: nn.Module) -> int:
     return next(number for cls, number in _CHUNKS.items() if isinstance(module, cls))
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

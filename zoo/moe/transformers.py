@@ -26,6 +26,7 @@ from torch import nn
 
 from zoo.diffusion.pixel_dit import PixelDiT
 from zoo.diffusion.strict_loading import StrictModelMixin
+from zoo.ffn.importance import Loss, default_loss
 from zoo.moe.blocks import MoBConfig, mix_blocks
 from zoo.moe.dense2moe import (
     MoEConfig,
@@ -37,7 +38,6 @@ from zoo.moe.dense2moe import (
     to_dense_layers,
     to_experts,
 )
-from zoo.moe.importance import Loss, default_loss
 from zoo.moe.modulation import share_modulation
 
 # `DiffusionPipeline.from_pretrained` looks for the name ModelMixin here to learn how the classes are loaded.

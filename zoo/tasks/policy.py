@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 
 from zoo.data.demonstrations import Demonstrations
 from zoo.diffusion.diffusion_policy import DiffusionPolicyPipeline, DiffusionPolicyTransformer, normalize
-from zoo.policy import evaluate_policy
+from zoo.environments import evaluate_policy
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
 
 __all__ = ["DiffusionPolicy"]

@@ -11,9 +11,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from zoo.evaluation.metrics import measure
+from zoo.evaluation.protocols import ProtocolName, find_protocol, protocol_of_task
 from zoo.factory import create_model
-from zoo.metrics import measure
-from zoo.protocols import ProtocolName, find_protocol, protocol_of_task
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
 from zoo.weights import load_strict, read_checkpoint, save_checkpoint
 
@@ -37,8 +37,8 @@ class Restoration(TimmOptimModule):
         fft_weight: Weight of `fft_loss`, added to `loss`; FFNetSR (section 6) has `loss: l1, fft_weight: 0.02`.
         mixup: Parameter of the Beta distribution from which half of the batches are mixed with themselves in another
             order; 0 is off. Restormer's denoisers have 1.2 (section 4).
-        protocol: How validation and test measure; see `zoo.protocols`. None takes the customary one of the model's
-            task. The data module makes or reads the degraded images.
+        protocol: How validation and test measure; see `zoo.evaluation.protocols`. None takes the customary one of the
+            model's task. The data module makes or reads the degraded images.
         log_images: Number of validation images written to TensorBoard, input beside output beside truth.
         channels_last: Memory format of model and images.
 

@@ -1,0 +1,476 @@
+"""Pictures in and out: every mode, profile and orientation kept, clear refusals, and which model is chosen."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from image_sets import photo_folder
+from PIL import Image, ImageCms, ImageOps
+from registered import build
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
+from torch import nn
+
+import zoo
+from zoo.pictures import restore as inference
+from zoo.pictures.image_io import Picture, PictureError, open_picture
+from zoo.pictures.restore import load_restorer, restore, restore_picture
+from zoo.restoration.cfsr import CFSR
+from zoo.weights import CheckpointError, save_checkpoint
+
+ORIENTATION = 0x0112
+MODES = ["1", "L", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "P", "CMYK", "YCbCr", "HSV", "I;16", "I;16B", "I", "F"]
+
+
+@pytest.fixture(scope="module")
+def model() -> CFSR:
+    """Return a network that enlarges by interpolation, so that results can be foreseen."""
+    torch.manual_seed(0)
+    made = timm.create_model("cfsr_x2", depths=(1,), interpolation_init=True).eval()
+    with torch.no_grad():
+        made.upsample.weight[:, 3:] = 0
+    return made
+
+
+def photo(mode: str = "RGB", size: tuple[int, int] = (21, 17)) -> Image.Image:
+    """Draw a smooth picture of a mode."""
+    y, x = np.mgrid[: size[1], : size[0]]
+    waves = [0.5 + 0.4 * np.sin(0.15 * x + 0.1 * k * y + k) for k in range(4)]
+    rgb = Image.fromarray((255 * np.stack(waves[:3], -1)).round().astype(np.uint8))
+    if mode in ("I;16", "I;16B", "I", "F"):
+        dtype = {"I;16": "<u2", "I;16B": ">u2", "I": np.int32, "F": np.float32}[mode]
+        return Image.fromarray((waves[0] * (1 if mode == "F" else 65535)).astype(dtype))
+    if mode in ("LA", "La", "RGBA", "RGBa"):
+        rgb.putalpha(Image.fromarray((255 * waves[3]).astype(np.uint8)))
+        return rgb.convert("LA").convert(mode) if mode == "La" else rgb.convert(mode)
+    return rgb.quantize(64) if mode == "P" else rgb.convert(mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_are_kept(mode: str, model: CFSR) -> None:
+    """The result has the mode of the input, twice the size, and its colours."""
+    image = photo(mode)
+    assert image.mode == mode
+    out = restore(image, model=model)
+    assert isinstance(out, Image.Image)
+    assert (out.mode, out.size) == (mode, (42, 34))
+    seen = image, out
+    if mode not in ("I;16", "I;16B", "I", "F", "CMYK"):
+        seen = tuple((i.convert("LA") if mode == "La" else i).convert("RGBA") for i in seen)
+    before, after = (np.asarray(i).astype(float) for i in seen)
+    peak = {"F": 1, "I": 65535, "I;16": 65535, "I;16B": 65535}.get(mode, 255)
+    shrunk = after.reshape(17, 2, 21, 2, -1).mean((1, 3)).reshape(before.shape)
+    inner = (slice(2, -2), slice(2, -2))
+    assert np.abs(shrunk - before)[inner].mean() / peak < (0.02 if mode in ("1", "P", "HSV") else 0.006)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 33), (67, 2), (5, 3), (33, 67)])
+def test_sizes(size: tuple[int, int], model: CFSR) -> None:
+    out = restore(photo(size=size), model=model)
+    assert out.size == (2 * size[0], 2 * size[1])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.bool_, np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(9, 8), (9, 8, 1), (9, 8, 2), (9, 8, 3), (9, 8, 4)])
+def test_arrays(shape: tuple[int, ...], dtype: Any, model: CFSR) -> None:
+    """An array comes back as an array of its rank and type."""
+    values = np.random.default_rng(0).random(shape)
+    array = values > 0.5 if dtype == np.bool_ else values.astype(dtype)
+    if np.issubdtype(dtype, np.integer):
+        array = (values * np.iinfo(dtype).max).astype(dtype)
+    out = restore(array, model=model)
+    assert isinstance(out, np.ndarray)
+    assert out.dtype == array.dtype
+    assert out.shape == (18, 16, *shape[2:])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_two_views_become_one_picture(dtype: Any) -> None:
+    """The network sees the left and the right view as six channels; tiles too give three."""
+    dual = build("restormer", in_chans=6, dual_pixel=True)
+    peak = 1 if dtype == np.float32 else np.iinfo(dtype).max
+    values = np.random.default_rng(0).random((2, 40, 56, 3))
+    left, right = (values * peak).astype(dtype)
+    with torch.no_grad():
+        expected = dual(torch.from_numpy(np.concatenate([left, right], 2) / np.float32(peak)).permute(2, 0, 1)[None])
+    expected = expected[0].clamp(0, 1).permute(1, 2, 0).numpy() * peak
+    found = restore((left, right), model=dual)
+    assert isinstance(found, np.ndarray)
+    assert found.dtype == dtype
+    assert np.abs(found - expected).max() <= (0.51 if peak > 1 else 1e-5)
+    assert restore((left, right), model=dual, tile=40, overlap=8).shape == (40, 56, 3)
+    assert not np.array_equal(found, restore((right, left), model=dual))
+    if dtype == np.uint8:
+        images = tuple(Image.fromarray(view) for view in (left, right))
+        assert np.array_equal(np.asarray(restore(images, model=dual, self_ensemble=False)), found)
+
+
+def test_views_that_do_not_fit(model: CFSR) -> None:
+    dual = build("restormer", in_chans=6, dual_pixel=True)
+    view = np.zeros((9, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match="Restormer with these weights restores two views of a dual-pixel sensor, got"):
+        restore(view, model=dual)
+    with pytest.raises(ValueError, match="CFSR with these weights restores one picture, got two views"):
+        restore((view, view), model=model)
+    with pytest.raises(PictureError, match="8x9 pixels of uint8, the array 8x9 pixels of uint16: no two views of one"):
+        restore((view, view.astype(np.uint16)), model=dual)
+    with pytest.raises(PictureError, match="is no view of a dual-pixel sensor: expected RGB without transparency"):
+        restore((view, view[..., :1]), model=dual)
+    with pytest.raises(ValueError, match="or the two views of a dual-pixel sensor; got 3"):
+        restore((view, view, view), model=dual)  # type: ignore[arg-type]
+
+
+def test_sixteen_bits_are_kept(tmp_path: Path, model: CFSR) -> None:
+    """Gray and colour PNG files with 16 bits go through at their depth."""
+    values = (np.random.default_rng(0).random((6, 7, 4)) * 65535).astype(np.uint16)
+    for name, planes in (("gray", values[..., :1]), ("rgb", values[..., :3]), ("rgba", values)):
+        picture = Picture(
+            color=planes[..., :3],
+            alpha=planes[..., 3:] if planes.shape[2] == 4 else None,
+            mode={"gray": "I;16", "rgb": "RGB", "rgba": "RGBA"}[name],
+        )
+        picture.save(tmp_path / f"{name}.png")
+        again = open_picture(tmp_path / f"{name}.png")
+        assert again.color.dtype == np.uint16
+        assert np.array_equal(again.to_array(), planes[..., 0] if name == "gray" else planes)
+        restored = restore_picture(again, model)
+        assert restored.color.dtype == np.uint16
+        assert len(np.unique(restored.color & 255)) > 30  # the low bytes are not all alike
+        assert restored.to_image().size == (14, 12)
+        restored.save(tmp_path / "out.png")
+        assert np.array_equal(open_picture(tmp_path / "out.png").to_array(), restored.to_array())
+
+
+def test_profile_and_orientation(tmp_path: Path, model: CFSR) -> None:
+    """ICC profile and EXIF come through; shown upright, the result is the enlarged upright picture."""
+    image, profile = photo(), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = image.getexif()
+    exif[ORIENTATION] = 6  # the camera lay on its side
+    for suffix in ("jpg", "png", "webp"):
+        path, target = tmp_path / f"in.{suffix}", tmp_path / f"out.{suffix}"
+        image.save(path, icc_profile=profile, exif=exif, quality=98)
+        out = restore(path, model=model)
+        assert out.info["icc_profile"] == profile
+        assert out.getexif()[ORIENTATION] == 6
+        restore_picture(open_picture(path), model).save(target)
+        with Image.open(target) as saved:
+            assert saved.info["icc_profile"] == profile
+            assert saved.getexif()[ORIENTATION] == 6
+            upright, expected = (np.asarray(ImageOps.exif_transpose(i).convert("RGB"), float) for i in (saved, image))
+        assert upright.shape[:2] == (42, 34)
+        assert np.abs(upright.reshape(21, 2, 17, 2, 3).mean((1, 3)) - expected)[2:-2, 2:-2].mean() < 3
+
+
+def test_sixteen_bit_png_keeps_profile(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 3
+    picture = Picture(
+        color=np.full((3, 4, 3), 1000, np.uint16), icc_profile=b"some profile" * 20, exif=exif.tobytes(), mode="RGB"
+    )
+    picture.save(tmp_path / "deep.png")
+    again = open_picture(tmp_path / "deep.png")
+    assert again.icc_profile == picture.icc_profile
+    assert Image.open(tmp_path / "deep.png").getexif()[ORIENTATION] == 3
+
+
+def test_palette_with_transparency(tmp_path: Path, model: CFSR) -> None:
+    image = photo().quantize(16)
+    image.save(tmp_path / "in.png", transparency=0)
+    with Image.open(tmp_path / "in.png") as opened:
+        alpha = np.asarray(opened.convert("RGBA"))[..., 3]
+    out = restore(tmp_path / "in.png", model=model)
+    assert out.mode == "P"
+    new = np.asarray(out.convert("RGBA"))[..., 3]
+    assert (new == 0).any()
+    assert abs(new.mean() - alpha.mean()) < 12
+
+
+def test_a_transparent_colour(tmp_path: Path, model: CFSR) -> None:
+    """A PNG whose one colour is transparent has opacity afterwards."""
+    Image.new("RGB", (8, 8), (9, 8, 7)).save(tmp_path / "key.png", transparency=(9, 8, 7))
+    out = restore(tmp_path / "key.png", model=model)
+    assert out.mode == "RGBA"
+    assert np.asarray(out)[..., 3].max() == 0
+
+
+def test_hidden_colour_does_not_bleed(model: CFSR) -> None:
+    """Black under full transparency does not darken the visible edge beside it."""
+    array = np.zeros((16, 16, 4), np.uint8)
+    array[:, 8:] = 200, 100, 50, 255
+    out = restore(array, model=model)
+    visible = out[4:-4, 16:-4, :3].astype(int)
+    assert np.abs(visible - [200, 100, 50]).max() <= 2
+
+
+def test_transparent_everywhere(model: CFSR) -> None:
+    out = restore(np.zeros((4, 5, 4), np.uint8), model=model)
+    assert not out[..., 3].any()
+
+
+def test_gray_network_on_colour() -> None:
+    gray = timm.create_model("cfsr_x2", in_chans=1, depths=(1,), interpolation_init=True).eval()
+    assert restore(photo("RGB"), model=gray).mode == "RGB"
+    assert restore(photo("L"), model=gray).mode == "L"
+
+
+@pytest.fixture
+def bad_files(tmp_path: Path) -> Path:
+    """Write files that are not what they seem."""
+    photo().save(tmp_path / "good.png")
+    whole = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    buffer = io.BytesIO()
+    photo(size=(64, 64)).save(buffer, "JPEG")
+    (tmp_path / "truncated.jpg").write_bytes(buffer.getvalue()[:-400])
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "really.png").write_bytes(buffer.getvalue())  # a JPEG with another suffix is still an image
+    (tmp_path / "folder.png").mkdir()
+    Image.new("LAB", (4, 4)).save(tmp_path / "lab.tif")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("truncated.png", "is damaged"),
+        ("truncated.jpg", "is damaged.*truncated"),
+        ("text.png", "is not an image"),
+        ("empty.jpg", "is not an image"),
+        ("missing.png", "is not there: expected an image file"),
+        ("folder.png", "is a folder: expected an image file"),
+        ("lab.tif", "has the colour mode LAB; known are 1, L"),
+    ],
+)
+def test_bad_files(name: str, message: str, bad_files: Path, model: CFSR) -> None:
+    with pytest.raises(PictureError, match=message) as caught:
+        restore(bad_files / name, model=model)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_renamed_jpeg_is_read(bad_files: Path) -> None:
+    assert open_picture(bad_files / "really.png").size == (64, 64)
+
+
+def test_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo(size=(60, 50)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(PictureError, match=r"large.png is refused: .*MAX_IMAGE_PIXELS higher if you trust"):
+        open_picture(tmp_path / "large.png")
+
+
+def test_frames(tmp_path: Path) -> None:
+    photo().save(tmp_path / "many.gif", save_all=True, append_images=[photo(), photo("L")])
+    with pytest.warns(UserWarning, match="frames; only the first is used"):
+        assert open_picture(tmp_path / "many.gif").mode in ("P", "RGB")
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 2, 5), np.uint8), r"got shape \(2, 2, 5\)"),
+        (np.zeros((0, 2), np.uint8), "not empty"),
+        (np.zeros((2, 2), np.int64), "got int64"),
+        (np.full((2, 2), 255.0), r"values in \[0, 1\], got 255 to 255"),
+        (np.full((2, 2), np.nan), "got nan to nan"),
+    ],
+)
+def test_bad_arrays(array: np.ndarray, message: str) -> None:
+    with pytest.raises(PictureError, match=message):
+        open_picture(array)
+
+
+def test_other_things() -> None:
+    with pytest.raises(PictureError, match="a path, a Pillow image or a NumPy array, got int"):
+        open_picture(3)  # type: ignore[arg-type]
+    with pytest.raises(PictureError, match="from 0 to 70000; expected 16 bits"):
+        open_picture(Image.fromarray(np.array([[0, 70000]], np.int32)))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("x.nope", "names no image format"), ("x.jpg", "RGBA"), ("no/such/x.png", "No such file")]
+)
+def test_unwritable(name: str, message: str, tmp_path: Path) -> None:
+    """Nothing is left behind."""
+    with pytest.raises(PictureError, match=f"Cannot write .*{message}"):
+        open_picture(photo("RGBA")).save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "x.png"
+    target.write_text("old")
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(PictureError, match="No space left on device"):
+        open_picture(photo()).save(target)
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+# Which model
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """Write weights of a x2 network, as they would be shipped."""
+    path = tmp_path / "x2.safetensors"
+    save_checkpoint(timm.create_model("cfsr_x2", interpolation_init=True).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def shipped(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let these be the only shipped weights."""
+    for name in inference._restorers():
+        for full, cfg in get_arch_pretrained_cfgs(name.partition(".")[0]).items():
+            if cfg.file:
+                file = weights if full == "cfsr_x2.bsds" else tmp_path / "none"
+                monkeypatch.setattr(get_pretrained_cfg_of(full), "file", str(file))
+    return weights
+
+
+def get_pretrained_cfg_of(name: str) -> Any:
+    """Return the registered cfg itself, not a copy."""
+    from timm.models._registry import _model_pretrained_cfgs
+
+    return _model_pretrained_cfgs[name]
+
+
+def test_shipped_weights_are_found(shipped: Path) -> None:
+    """`zoo.restore` needs nothing but the picture; the chosen network is merged and in evaluation mode."""
+    assert zoo.restore(photo()).size == (42, 34)
+    restorer = load_restorer("sr", 2)
+    assert isinstance(restorer, CFSR)
+    assert not restorer.training
+    assert sum(p.numel() for p in restorer.parameters()) == 287_868
+    assert load_restorer("sr").scale == 2
+
+
+def test_the_best_shipped_weights_are_taken(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts is the PSNR on the cards, not the size of the network."""
+    monkeypatch.setattr(get_pretrained_cfg_of("ffnetsr_light_x2.div2k"), "file", str(shipped))
+    for best in ("cfsr_x2.bsds", "ffnetsr_light_x2.div2k"):
+        monkeypatch.setattr(inference, "_measured", lambda name, best=best: 36.0 + (name == best))
+        assert inference._shipped("sr", 2, None) == best
+
+
+@pytest.mark.parametrize(
+    ("task", "scale", "message"),
+    [
+        ("sr", 3, r"No weights for the task 'sr' at scale 3 are shipped; shipped are cfsr_x2.bsds \(sr, x2\)"),
+        ("denoise", None, "No weights for the task 'denoise' at scale 1"),
+    ],
+)
+def test_nothing_shipped(task: str, scale: int | None, message: str, shipped: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        restore(photo(), task, scale)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "tag"), [(25.0, "sigma25"), (None, "blind"), (30.0, "blind"), (0.0, "blind"), (15.0, "sigma15")]
+)
+def test_noise_chooses_weights(sigma: float | None, tag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "restormer_denoise_color"
+    asked: list[str] = []
+    monkeypatch.setattr(inference.timm, "create_model", lambda name, **_: asked.append(name) or nn.Conv2d(1, 1, 1))
+    load_restorer("denoise", model=name, sigma=sigma)
+    assert asked == [name if sigma is None else f"{name}.{tag}"]
+
+
+def test_noise_without_weights(weights: Path) -> None:
+    with pytest.raises(ValueError, match=r"no weights for noise of sigma 60; .*blind \(sigma 0 to 50\), .*sigma15"):
+        load_restorer("denoise", model="restormer_denoise_color", sigma=60)
+    with pytest.raises(ValueError, match=r"restormer_denoise_gray.sigma25 has no weights for noise of sigma 15"):
+        load_restorer("denoise", model="restormer_denoise_gray.sigma25", sigma=15)
+    with pytest.raises(ValueError, match="is one file, trained for its own noise"):
+        load_restorer(weights=weights, sigma=15)
+    with pytest.raises(ValueError, match="a restorer that is given has its own"):
+        load_restorer(model=nn.Conv2d(1, 1, 1), sigma=15)
+
+
+def test_weights_are_recognised(weights: Path) -> None:
+    assert load_restorer(weights=weights).scale == 2
+    assert load_restorer(weights=weights, model="cfsr_x2").scale == 2
+    with pytest.raises(CheckpointError, match=r"holds cfsr_x2, not cfsr_x4"):
+        load_restorer(weights=weights, model="cfsr_x4")
+    with pytest.raises(ValueError, match="This CFSR restores at scale 2, not 4"):
+        load_restorer(scale=4, weights=weights)
+
+
+def test_a_tag_as_weights(shipped: Path) -> None:
+    assert load_restorer(model="cfsr_x2", weights="bsds").scale == 2
+
+
+def test_unknown_weights(tmp_path: Path) -> None:
+    save_checkpoint(nn.Linear(2, 2).state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="is of no known restorer; known families are cfsr"):
+        load_restorer(weights=tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="No weight file at"):
+        load_restorer(weights=tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cfsr_x5", "No model is called 'cfsr_x5'. Did you mean cfsr_x"),
+        ("cfsr_x2.df2k", "'cfsr_x2' has no weights called 'df2k'. It has cfsr_x2"),
+        ("resnet18", r"'resnet18' does not restore images; cfsr_\*"),
+    ],
+)
+def test_wrong_names(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_restorer(model=name)
+
+
+def test_a_given_network_is_left_alone(model: CFSR) -> None:
+    assert load_restorer(model=model) is model
+    half = load_restorer(model=model, dtype="bfloat16")
+    assert half is not model
+    assert next(half.parameters()).dtype == torch.bfloat16
+    assert next(model.parameters()).dtype == torch.float32
+    with pytest.raises(ValueError, match="weights go with the name of a model"):
+        load_restorer(model=model, weights="x.pth")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "floaty", torch.int64])
+def test_wrong_dtype(dtype: Any, model: CFSR) -> None:
+    with pytest.raises(ValueError, match="dtype must be a floating-point type"):
+        load_restorer(model=model, dtype=dtype)
+
+
+def test_half_precision_is_close(model: CFSR) -> None:
+    full, half = (np.asarray(restore(photo(), model=model, dtype=dtype), float) for dtype in (None, "bfloat16"))
+    assert 0 < np.abs(full - half).mean() < 2
+
+
+def test_everything_goes_through(model: CFSR) -> None:
+    """Tiles, ensemble and progress reach the network; a file is as good as an image."""
+    calls: list[tuple[int, int]] = []
+    image = photo(size=(90, 40))
+    options = dict(tile=40, self_ensemble=True, progress=lambda done, count: calls.append((done, count)))
+    found = np.asarray(restore(image, model=model, **options), int)
+    assert len(calls) > 1
+    assert np.abs(found - np.asarray(restore(image, model=model), int)).mean() < 1
+
+
+def test_a_folder_of_files(tmp_path: Path, model: CFSR) -> None:
+    for path in photo_folder(tmp_path / "in").iterdir():
+        restore_picture(open_picture(path), model).save(tmp_path / path.name)
+        with Image.open(tmp_path / path.name) as out:
+            assert out.size == (112, 96)
+
+
+def test_names() -> None:
+    """The module offers what the command line uses."""
+    assert set(inference.__all__) <= set(vars(inference))
+    assert get_pretrained_cfg("cfsr_x2.bsds").scale == 2

@@ -1,0 +1,502 @@
+"""Model cards: a folder for each published weight, laid out as its Hub repository, written and checked here.
+
+`model_cards/NAME.TAG/` holds README.md (front matter for the Hub and for us, then text), the weights, their config and
+at least one picture. After a training run, one call makes the folder:
+
+```python
+from zoo.profiling import count_params
+from zoo.cards.card import Metric, make_card
+
+make_card(
+    "repavit_tiny.cifar10",
+    "runs/repavit_tiny_cifar10/checkpoints/last.ckpt",  # or a state dict; for a denoiser, a folder of save_pretrained
+    metrics=[Metric(name="Top-1 accuracy", value=93.1, unit="%", dataset="CIFAR-10 test", protocol="10 000 images")],
+    config="configs/classification/repavit_tiny_cifar10.yaml",
+    datasets=["uoft-cs/cifar10"],
+    training="24 epochs, batch 128, bf16, on 2 CPU cores: 5 h 10 min.",
+    limitations="Knows ten classes of 32x32 pictures ...",
+    parity="Layers agree with the authors' code to 3e-15 (relative, float64).",
+    picture="samples.png",
+    dtype=torch.float16,
+)
+```
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from PIL import Image
+from timm.models import PretrainedCfg, get_pretrained_cfg, is_model, model_entrypoint, split_model_name_tag
+from torch import Tensor, nn
+
+from zoo.cfg import ModelCfg, RestorationCfg
+from zoo.factory import create_pipeline, families
+from zoo.files import whole
+from zoo.profiling import count_params
+from zoo.weights import (
+    WEIGHTS_NAME,
+    CheckpointError,
+    cards_dir,
+    front_matter,
+    load_strict,
+    read_checkpoint,
+    save_checkpoint,
+    sha256_of,
+)
+
+__all__ = ["Metric", "card_facts", "check_card", "denoiser_cards", "make_card", "published"]
+
+_PIPELINE_TAGS = {
+    "classification": "image-classification",
+    "generation": "unconditional-image-generation",
+    "policy": "robotics",
+}
+_SECTIONS = ("How it was trained", "Results", "How to use it", "Limitations", "Parity")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One measured number of a published weight.
+
+    Args:
+        name: What was measured, for example "Top-1 accuracy" or "PSNR (Y)".
+        value: The number.
+        unit: Its unit, for example "%" or "dB".
+        dataset: What it was measured on, for example "CIFAR-10 test".
+        protocol: How, so that somebody else gets the same number: images, size, crop, colour space, seeds.
+    """
+
+    name: str
+    value: float
+    unit: str = ""
+    dataset: str
+    protocol: str
+
+
+def published() -> list[Path]:
+    """Return the folders of all model cards, sorted by name."""
+    root = cards_dir()
+    return sorted(card.parent for card in root.glob("[!.]*/README.md")) if root.is_dir() else []
+
+
+def denoiser_cards() -> dict[str, dict[str, Path]]:
+    """Return the diffusers folders among the model cards: name -> tag -> folder."""
+    found: dict[str, dict[str, Path]] = defaultdict(dict)
+    for folder in published():
+        if (folder / "model_index.json").is_file():
+            name, tag = split_model_name_tag(folder.name)
+            found[name][tag] = folder
+    return dict(found)
+
+
+def card_facts(folder: str | Path) -> dict[str, Any]:
+    """Return what the catalogue takes from a card: licence, data, metrics, parity, config; empty without a card."""
+    card = Path(folder) / "README.md"
+    if not card.is_file():
+        return {}
+    front = front_matter(card)
+    return {
+        "license": front.get("license"),
+        "datasets": front.get("datasets", []),
+        "metrics": [dataclasses.asdict(metric) for metric in _metrics(front)],
+        "parity": front.get("parity"),
+        "config": front.get("config"),
+    }
+
+
+def _metrics(front: Mapping[str, Any]) -> list[Metric]:
+    """Read the metrics from the Hub's `model-index`; entries without a protocol get an empty one."""
+    found = []
+    for model in front.get("model-index") or ():
+        for result in model.get("results") or ():
+            for metric in result.get("metrics") or ():
+                args = metric.get("args") or {}
+                found.append(
+                    Metric(
+                        name=str(metric.get("name", metric.get("type"))),
+                        value=metric.get("value"),
+                        unit=args.get("unit", ""),
+                        dataset=str((result.get("dataset") or {}).get("name", "")),
+                        protocol=str(args.get("protocol", "")),
+                    )
+                )
+    return found
+
+
+def make_card(
+    name: str,
+    weights: str | Path | Mapping[str, Tensor],
+    *,
+    metrics: Sequence[Metric],
+    config: str,
+    datasets: Sequence[str],
+    training: str,
+    limitations: str,
+    parity: str,
+    picture: str | Path,
+    caption: str = "",
+    license: str = "apache-2.0",
+    dtype: torch.dtype | None = None,
+    folder: str | Path | None = None,
+    overwrite: bool = False,
+    paper: Mapping[str, str] | None = None,
+) -> Path:
+    """Write and check the folder of a published weight, whole or not at all.
+
+    Args:
+        name: `NAME.TAG`. A classifier or restorer must be registered under it; any other is a denoiser.
+        weights: Checkpoint or state dict; for a denoiser the folder that its pipeline's `save_pretrained` wrote.
+        metrics: At least one, each with its protocol.
+        config: Path of the file that repeats the training, from the root of the repository.
+        datasets: Training data, as Hub ids where they have one.
+        training: How it was trained: length, batch, precision, hardware, time.
+        limitations: What it cannot do.
+        parity: How closely the code agrees with the authors', and how that was measured.
+        picture: Image file to show; it is copied.
+        caption: What the picture shows.
+        license: Licence of the weights, as a Hub identifier.
+        dtype: Save floating-point weights in this type; None keeps theirs.
+        folder: Where to write; None is `model_cards/NAME.TAG`.
+        overwrite: Replace an existing folder.
+        paper: For a denoiser: "paper" (title), "paper_ids" (for example "arXiv:2212.09748") and "origin" (address of
+            the authors' code). Registered models have these in their cfg.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: The folder exists and `overwrite` is not set.
+        CheckpointError: The weights are damaged or do not fit.
+        ValueError: The finished card has a problem; all are listed.
+    """
+    target = Path(folder) if folder is not None else cards_dir() / name
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists; pass overwrite=True to replace it.")
+    with whole(target) as work:
+        work.mkdir()
+        if is_model(split_model_name_tag(name)[0]):
+            facts = _write_timm(name, weights, work, dtype)
+        else:
+            facts = _write_diffusers(weights, work, dtype) | dict(paper or {})
+        shutil.copyfile(picture, work / Path(picture).name)
+        front: dict[str, Any] = {
+            "license": license,
+            "library_name": "ffn-zoo",
+            "pipeline_tag": _PIPELINE_TAGS.get(facts["task"], "image-to-image"),
+            "tags": ["zoo", *facts.pop("tags"), facts["task"]],
+            "datasets": list(datasets),
+            **facts,
+            "config": config,
+            "parity": parity,
+            "model-index": [{"name": name, "results": _results(metrics, facts["task"])}],
+        }
+        text = _text(name, front, metrics, training, limitations, Path(picture).name, caption)
+        head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=120)
+        (work / "README.md").write_text(f"---\n{head}---\n\n{text}", encoding="utf-8")
+        problems = check_card(work)
+        if problems:
+            raise ValueError(f"The card of {name} is not fit to publish: {' '.join(problems)}")
+    return target
+
+
+def _write_timm(
+    name: str, weights: str | Path | Mapping[str, Tensor], work: Path, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Write weights and timm's config.json, and return the facts for the front matter."""
+    architecture, tag = split_model_name_tag(name)
+    cfg = get_pretrained_cfg(name) if tag else None
+    if cfg is None:
+        raise ValueError(f"Give NAME.TAG as registered in default_cfgs, got {name!r}.")
+    model = timm.create_model(name)
+    given = isinstance(weights, Mapping)
+    state_dict = dict(weights) if isinstance(weights, Mapping) else read_checkpoint(weights)
+    module = model_entrypoint(architecture).__module__
+    filter_fn = next(family.checkpoint_filter_fn for family in families() if family.__name__ == module)
+    load_strict(model, state_dict, filter_fn, source="The state dict" if given else str(weights))
+    digest = save_checkpoint(model.state_dict(), work / WEIGHTS_NAME, dtype=dtype)
+    task = cfg.task if isinstance(cfg, ModelCfg) else "classification"
+    (work / "config.json").write_text(json.dumps(_timm_config(architecture, model, cfg), indent=2) + "\n")
+    facts: dict[str, Any] = {
+        "task": task,
+        "tags": ["timm", module.rpartition(".")[2]],
+        "architecture": architecture,
+        "parameters": count_params(model),
+        "paper": cfg.paper_name,
+        "paper_ids": cfg.paper_ids,
+        "origin": getattr(get_pretrained_cfg(architecture), "origin_url", None) or cfg.origin_url,
+        "sha256": {WEIGHTS_NAME: digest},
+    }
+    if isinstance(cfg, RestorationCfg):
+        facts["scale"] = cfg.scale
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def _timm_config(architecture: str, model: nn.Module, cfg: PretrainedCfg) -> dict[str, Any]:
+    """Return config.json as timm reads it from a Hub repository; only fields that plain timm knows."""
+    plain = {
+        entry.name: getattr(cfg, entry.name)
+        for entry in dataclasses.fields(PretrainedCfg)
+        if entry.name not in ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture")
+    }
+    config: dict[str, Any] = {
+        "architecture": architecture,
+        "num_classes": getattr(model, "num_classes", cfg.num_classes),
+        "num_features": getattr(model, "num_features", None),
+        "label_names": plain.pop("label_names"),
+        "model_args": dict(cfg.model_args) if isinstance(cfg, ModelCfg) else {},
+        "pretrained_cfg": {key: value for key, value in plain.items() if value is not None},
+    }
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _write_diffusers(
+    weights: str | Path | Mapping[str, Tensor], work: Path, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Write a pipeline's folder with its weights in `dtype`, and return the facts for the front matter."""
+    if isinstance(weights, Mapping) or not (Path(weights) / "model_index.json").is_file():
+        raise ValueError("The weights of a denoiser are a folder written by its pipeline's save_pretrained.")
+    pipeline = create_pipeline(str(weights), **({} if dtype is None else {"dtype": dtype}))
+    pipeline.save_pretrained(work)
+    files = sorted(work.rglob("*.safetensors"))
+    return {
+        "task": "policy" if "observation_dim" in pipeline.transformer.config else "generation",
+        "tags": ["diffusers"],
+        "architecture": type(pipeline.transformer).__name__,
+        "parameters": count_params(pipeline.transformer),
+        "sha256": {path.relative_to(work).as_posix(): sha256_of(path) for path in files},
+    }
+
+
+def _results(metrics: Sequence[Metric], task: str) -> list[dict[str, Any]]:
+    """Return metrics as the results of the Hub's `model-index`, one entry a data set."""
+    results: dict[str, dict[str, Any]] = {}
+    for metric in metrics:
+        entry = results.setdefault(
+            metric.dataset,
+            {
+                "task": {"type": _PIPELINE_TAGS.get(task, "image-to-image")},
+                "dataset": {"name": metric.dataset, "type": _slug(metric.dataset)},
+                "metrics": [],
+            },
+        )
+        args = {"protocol": metric.protocol} | ({"unit": metric.unit} if metric.unit else {})
+        entry["metrics"].append({"type": _slug(metric.name), "name": metric.name, "value": metric.value, "args": args})
+    return list(results.values())
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+_USE = {
+    "classification": """\
+import timm
+import torch
+from PIL import Image
+
+import zoo  # registers the model with timm
+
+model = timm.create_model("{name}", pretrained=True).eval()
+zoo.reparameterize(model)  # exact, and faster
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+image = transform(Image.open("photo.png").convert("RGB"))
+with torch.inference_mode():
+    probabilities = model(image[None]).softmax(-1)[0]
+print(model.pretrained_cfg["label_names"][int(probabilities.argmax())], float(probabilities.max()))""",
+    "restoration": """\
+import zoo
+
+zoo.restore("photo.png", model="{name}").save("restored.png")""",
+    "generation": """\
+import torch
+
+import zoo
+
+pipeline = zoo.create_pipeline("{name}")
+images = pipeline(class_labels=[3, 8], num_inference_steps=20, generator=torch.Generator().manual_seed(0)).images
+images[0].save("sample.png")""",
+    "policy": """\
+import zoo
+from zoo.environments import PointTask, evaluate_policy
+
+pipeline = zoo.create_pipeline("{name}")
+print(evaluate_policy(pipeline, PointTask(), episodes=20, num_inference_steps=100))""",
+}
+
+
+def _text(
+    name: str,
+    front: Mapping[str, Any],
+    metrics: Sequence[Metric],
+    training: str,
+    limitations: str,
+    picture: str,
+    caption: str,
+) -> str:
+    task = front["task"]
+    use = _USE.get(task, _USE["restoration"]).format(name=name)
+    command = {
+        "classification": f"zoo classify photo.png --model {name}",
+        "generation": f"zoo generate --model {name} --classes 3,8 -o grid.png",
+        "policy": "zoo bench policy",
+    }.get(task, f"zoo restore photo.png --model {name} -o restored/")
+    rows = "\n".join(
+        f"| {metric.name} | {metric.value:g}{f' {metric.unit}' if metric.unit else ''} | {metric.dataset} |"
+        f" {metric.protocol} |"
+        for metric in metrics
+    )
+    papers = front.get("paper_ids") or ()
+    links = ", ".join(
+        f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})" if paper.startswith("arXiv:") else paper
+        for paper in ([papers] if isinstance(papers, str) else papers)
+    )
+    source = " ".join(
+        part
+        for part in (
+            f"Paper: {', '.join(filter(None, (front.get('paper'), links)))}." if links or front.get("paper") else "",
+            f"Authors' code: {front['origin']}." if front.get("origin") else "",
+        )
+        if part
+    )
+    return f"""# {name}
+
+`{front["architecture"]}` for {task}, {front["parameters"]:,} parameters, trained on {", ".join(front["datasets"])} by
+the authors of [ffn-zoo](https://github.com/ffn-zoo/zoo), with code written anew. {source}
+
+![{caption or name}]({picture})
+{f"{chr(10)}{caption}{chr(10)}" if caption else ""}
+## How it was trained
+
+{training}
+
+The run is repeated by `python train.py fit --config {front["config"]}`.
+
+## Results
+
+| metric | value | data | protocol |
+| --- | --- | --- | --- |
+{rows}
+
+## How to use it
+
+```
+pip install ffn-zoo
+{command}
+```
+
+```python
+{use}
+```
+
+## Limitations
+
+{limitations}
+
+## Parity
+
+{front["parity"]}
+"""
+
+
+def check_card(folder: str | Path) -> list[str]:
+    """Return what keeps a card from being published, one sentence each; an empty list is a good card.
+
+    Checked: front matter with licence, digests of all weight files, metrics with values and protocols, the config file
+    (in a checkout), text sections, pictures; then the weights load strictly, are finite and have the stated number of
+    parameters.
+
+    Args:
+        folder: Folder of the card.
+    """
+    folder = Path(folder)
+    card = folder / "README.md"
+    if not card.is_file():
+        return [f"There is no card at {card}."]
+    try:
+        front = front_matter(card)
+    except ValueError as error:
+        return [str(error)]
+    text = card.read_text(encoding="utf-8")
+    return [
+        *_front_problems(front),
+        *_text_problems(text, folder),
+        *_digest_problems(front, folder),
+        *_weight_problems(front, folder),
+    ]
+
+
+def _front_problems(front: Mapping[str, Any]) -> list[str]:
+    problems = [f"The front matter has no {key}." for key in ("license", "datasets", "parity") if not front.get(key)]
+    metrics = _metrics(front)
+    if not metrics:
+        problems.append("The front matter has no metrics (model-index).")
+    for metric in metrics:
+        if not metric.protocol:
+            problems.append(f"The metric {metric.name!r} has no protocol.")
+        if not isinstance(metric.value, int | float) or not math.isfinite(metric.value):
+            problems.append(f"The metric {metric.name!r} has the value {metric.value!r}, not a finite number.")
+    config, root = front.get("config"), cards_dir().parent
+    if not config:
+        problems.append("The front matter names no config that repeats the training.")
+    elif (root / "configs").is_dir() and not (root / config).is_file():  # a wheel has no configs
+        problems.append(f"The config {config} does not exist.")
+    return problems
+
+
+def _text_problems(text: str, folder: Path) -> list[str]:
+    problems = [f"The section '## {name}' is missing." for name in _SECTIONS if f"\n## {name}\n" not in text]
+    pictures = [link for link in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", text) if "://" not in link]
+    if not pictures:
+        problems.append("The card shows no picture.")
+    for link in pictures:
+        try:
+            with Image.open(folder / link) as image:
+                image.verify()
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            problems.append(f"The picture {link} cannot be read: {str(error).splitlines()[0]}.")
+    return problems
+
+
+def _digest_problems(front: Mapping[str, Any], folder: Path) -> list[str]:
+    stated = front.get("sha256")
+    if not isinstance(stated, dict) or not stated:
+        return ["The front matter states no sha256 of the weights."]
+    problems = []
+    for file in sorted({*stated, *(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))}):
+        if file not in stated:
+            problems.append(f"{file} has no sha256 in the front matter.")
+        elif not (folder / file).is_file():
+            problems.append(f"{file} has a sha256 in the front matter and does not exist.")
+        elif sha256_of(folder / file) != stated[file]:
+            problems.append(f"{file} has another sha256 than the front matter states.")
+    return problems
+
+
+def _weight_problems(front: Mapping[str, Any], folder: Path) -> list[str]:
+    """Load the weights on the public path and compare what it gives with the card."""
+    try:
+        if (folder / "model_index.json").is_file():
+            model = create_pipeline(str(folder)).transformer
+        elif (folder / "config.json").is_file():
+            model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        else:
+            return ["There is neither config.json nor model_index.json."]
+    except (CheckpointError, OSError, RuntimeError, TypeError, KeyError, ValueError, ImportError) as error:
+        return [f"The weights do not load: {(str(error) or type(error).__name__).splitlines()[0]}"]
+    count = count_params(model)
+    if front.get("parameters") != count:
+        return [f"The model has {count} parameters, the front matter states {front.get('parameters')}."]
+    return []

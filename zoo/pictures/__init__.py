@@ -1,0 +1,1 @@
+"""Pictures in, the same kind of pictures out: reading, writing, tiling, restoring."""
