@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from zoo.data.photos import Pair, find_pairs, pair_folders, read_pair, read_pixels, to_tensor
-from zoo.pictures.image_io import open_picture
+from zoo.pictures.read import open_picture
 
 
 def touch(root: Path, *names: str) -> Path:

@@ -18,7 +18,9 @@ from torch import nn
 
 import zoo
 from zoo.pictures import restore as inference
-from zoo.pictures.image_io import Picture, PictureError, open_picture
+from zoo.pictures import restorers
+from zoo.pictures.picture import Picture, PictureError
+from zoo.pictures.read import open_picture
 from zoo.pictures.restore import load_restorer, restore, restore_picture
 from zoo.restoration.cfsr import CFSR
 from zoo.weights import CheckpointError, save_checkpoint
@@ -331,7 +333,7 @@ def weights(tmp_path: Path) -> Path:
 @pytest.fixture
 def shipped(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Let these be the only shipped weights."""
-    for name in inference._restorers():
+    for name in restorers._restorers():
         for full, cfg in get_arch_pretrained_cfgs(name.partition(".")[0]).items():
             if cfg.file:
                 file = weights if full == "cfsr_x2.bsds" else tmp_path / "none"
@@ -360,8 +362,8 @@ def test_the_best_shipped_weights_are_taken(shipped: Path, monkeypatch: pytest.M
     """What counts is the PSNR on the cards, not the size of the network."""
     monkeypatch.setattr(get_pretrained_cfg_of("ffnetsr_light_x2.div2k"), "file", str(shipped))
     for best in ("cfsr_x2.bsds", "ffnetsr_light_x2.div2k"):
-        monkeypatch.setattr(inference, "_measured", lambda name, best=best: 36.0 + (name == best))
-        assert inference._shipped("sr", 2, None) == best
+        monkeypatch.setattr(restorers, "_measured", lambda name, best=best: 36.0 + (name == best))
+        assert restorers._shipped("sr", 2, None) == best
 
 
 @pytest.mark.parametrize(
@@ -382,7 +384,7 @@ def test_nothing_shipped(task: str, scale: int | None, message: str, shipped: Pa
 def test_noise_chooses_weights(sigma: float | None, tag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "restormer_denoise_color"
     asked: list[str] = []
-    monkeypatch.setattr(inference.timm, "create_model", lambda name, **_: asked.append(name) or nn.Conv2d(1, 1, 1))
+    monkeypatch.setattr(restorers.timm, "create_model", lambda name, **_: asked.append(name) or nn.Conv2d(1, 1, 1))
     load_restorer("denoise", model=name, sigma=sigma)
     assert asked == [name if sigma is None else f"{name}.{tag}"]
 

@@ -109,7 +109,7 @@ def _eight_bit(path: Path, mode: str) -> Image:
     from PIL import Image as Pillow
     from PIL import ImageOps
 
-    from zoo.pictures.image_io import open_picture
+    from zoo.pictures.read import open_picture
 
     picture = open_picture(path)
     image = picture.to_image()

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from zoo.pictures.image_io import Picture
+from zoo.pictures.picture import Picture
 
 __all__ = ["Comparison"]
 

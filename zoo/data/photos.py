@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from zoo.data.degradations import Pixels, to_float
-from zoo.pictures.image_io import open_picture
+from zoo.pictures.read import open_picture
 
 __all__ = ["Pair", "find_images", "find_pairs", "pair_folders", "read_pair", "read_pixels", "to_tensor"]
 

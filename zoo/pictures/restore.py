@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from timm.models import get_arch_pretrained_cfgs, is_model, split_model_name_tag
 from torch import nn
 
-from zoo import catalog
-from zoo.cfg import RestorationCfg
-from zoo.ffn.reparam import reparameterize
-from zoo.pictures.image_io import Picture, PictureError, open_picture, pair_views
+from zoo.pictures.picture import Picture, PictureError, pair_views
+from zoo.pictures.read import open_picture
+from zoo.pictures.restorers import load_restorer
 from zoo.pictures.tiling import Progress, restore_tensor
-from zoo.restoration import FAMILIES
-from zoo.weights import CheckpointError, load_strict, read_checkpoint
 
 __all__ = [
     "Picture",
@@ -194,161 +187,3 @@ def _bleed(color: NDArray[Any], alpha: NDArray[Any]) -> NDArray[Any]:
         filled = torch.where(weight > 0, total / weight.clamp_min(1e-12), coarse)
     out = filled[0].permute(1, 2, 0).numpy().astype(color.dtype)
     return np.where(hidden, out, color)
-
-
-def load_restorer(
-    task: str = "sr",
-    scale: int | None = None,
-    model: str | nn.Module | None = None,
-    weights: str | os.PathLike[str] | None = None,
-    *,
-    sigma: float | None = None,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-) -> nn.Module:
-    """Find, load and prepare a restorer: evaluation mode, re-parameterised, on its device; arguments as in `restore`.
-
-    A restorer that is given as a module is used as it is, or copied where `device` or `dtype` ask for another place or
-    precision.
-
-    Raises:
-        ValueError: There is no such restorer, nothing shipped fits, or the scale or the noise is not the model's.
-        CheckpointError: The weights do not exist, are damaged, or do not fit.
-    """
-    precision = _dtype(dtype)
-    if isinstance(model, nn.Module):
-        if weights is not None:
-            raise ValueError("weights go with the name of a model; a restorer that is given has its own.")
-        if sigma is not None:
-            raise ValueError("sigma chooses weights; a restorer that is given has its own.")
-        restorer = model
-        parameter = next(model.parameters())
-        place = parameter.device if device is None else torch.device(device)
-        if (place, precision or parameter.dtype) != (parameter.device, parameter.dtype):
-            restorer = copy.deepcopy(model).to(place, precision or parameter.dtype)
-    else:
-        restorer = _load(task, scale, model, weights, sigma).eval()
-        reparameterize(restorer, measure=False)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        restorer = restorer.to(place, precision)
-    own = int(getattr(restorer, "scale", 1))
-    if scale is not None and scale != own:
-        raise ValueError(f"This {type(restorer).__name__} restores at scale {own}, not {scale}.")
-    return restorer
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if found is None or (isinstance(found, torch.dtype) and found.is_floating_point):
-        return found
-    raise ValueError(f'dtype must be a floating-point type such as "float32" or "bfloat16", got {dtype!r}.')
-
-
-def _load(
-    task: str, scale: int | None, name: str | None, weights: str | os.PathLike[str] | None, sigma: float | None
-) -> nn.Module:
-    """Build a restorer and load its weights: published ones by name or by task, or those of a file."""
-    if name is not None:
-        _require_restorer(name)
-        architecture = split_model_name_tag(name)[0]
-        if weights is not None and f"{architecture}.{weights}" in get_arch_pretrained_cfgs(architecture):
-            name, weights = f"{architecture}.{weights}", None
-    if weights is None:
-        name = _shipped(task, scale, sigma) if name is None else _for_noise(name, sigma)
-        return timm.create_model(name, pretrained=True)
-    if sigma is not None:
-        raise ValueError(f"sigma chooses published weights; {weights} is one file, trained for its own noise.")
-    state_dict = read_checkpoint(Path(weights))
-    for family in FAMILIES:
-        found = family.detect(state_dict)
-        if found is None:
-            continue
-        known, arguments = found
-        if name is not None and architecture != known:
-            raise CheckpointError(f"{weights} holds {known}, not {architecture}.")
-        model = timm.create_model(known, **arguments)
-        load_strict(model, state_dict, family.checkpoint_filter_fn, source=str(weights))
-        return model
-    families = ", ".join(family.__name__.rpartition(".")[2] for family in FAMILIES)
-    raise CheckpointError(f"{weights} is of no known restorer; known families are {families}.")
-
-
-def _require_restorer(name: str) -> None:
-    """Raise a ValueError that names what was meant, unless `name` is a restorer with this tag."""
-    architecture, tag = split_model_name_tag(name)
-    restorers = _restorers()
-    if architecture not in restorers:
-        if is_model(architecture):
-            names = ", ".join(f"{family.__name__.rpartition('.')[2]}_*" for family in FAMILIES)
-            raise ValueError(f"{name!r} does not restore images; {names} do, see `zoo list`.")
-        raise ValueError(catalog.unknown(name))
-    if tag and name not in get_arch_pretrained_cfgs(architecture):
-        raise ValueError(catalog.unknown(name))
-
-
-def _restorers() -> list[str]:
-    return [name for family in FAMILIES for name in family.default_cfgs]
-
-
-def _noise_error(cfg: RestorationCfg, sigma: float | None) -> float | None:
-    """Return how badly weights fit a noise, 0 where they were trained for just this; None where they do not fit.
-
-    Where no noise is asked for, weights for a range of noise fit best.
-    """
-    if sigma is None:
-        return 0.0 if isinstance(cfg.sigma, tuple) or cfg.sigma is None else 1.0
-    if cfg.sigma is None:
-        return None
-    low, high = cfg.sigma if isinstance(cfg.sigma, tuple) else (cfg.sigma, cfg.sigma)
-    return high - low if low <= sigma <= high else None
-
-
-def _noise_words(sigma: float | tuple[float, float] | None) -> str:
-    if sigma is None:
-        return "no stated noise"
-    return f"sigma {sigma[0]:g} to {sigma[1]:g}" if isinstance(sigma, tuple) else f"sigma {sigma:g}"
-
-
-def _for_noise(name: str, sigma: float | None) -> str:
-    """Return NAME.TAG of the published weights of a restorer that fit a noise best."""
-    if sigma is None:
-        return name
-    architecture, tag = split_model_name_tag(name)
-    cfgs = cast(dict[str, RestorationCfg], get_arch_pretrained_cfgs(architecture))
-    errors = {full: _noise_error(cfg, sigma) for full, cfg in cfgs.items() if not tag or full == name}
-    fitting = {full: error for full, error in errors.items() if error is not None}
-    if not fitting:
-        known = ", ".join(f"{full} ({_noise_words(cfg.sigma)})" for full, cfg in cfgs.items())
-        raise ValueError(f"{name} has no weights for noise of sigma {sigma:g}; there are {known}.")
-    return min(fitting, key=lambda full: fitting[full])
-
-
-def _measured(name: str) -> float:
-    """Return the first PSNR on the card of published weights, dB; 0 without one. Cards of a task begin with one set."""
-    architecture, tag = split_model_name_tag(name)
-    metrics = catalog.load().get(architecture, {}).get("weights", {}).get(tag, {}).get("metrics", ())
-    return max((metric["value"] for metric in metrics[:1] if metric["name"].startswith("PSNR")), default=0.0)
-
-
-def _shipped(task: str, scale: int | None, sigma: float | None) -> str:
-    """Return NAME.TAG of the shipped weights for a task, scale and noise: of several, those of the highest PSNR."""
-    fitting: list[tuple[float, float, str]] = []
-    others: list[str] = []
-    wanted = scale or (2 if task == "sr" else 1)
-    for architecture in _restorers():
-        for name, cfg in get_arch_pretrained_cfgs(architecture).items():
-            file = Path(cfg.file) if cfg.file else None
-            if not isinstance(cfg, RestorationCfg) or file is None or not file.is_file():
-                continue
-            error = _noise_error(cfg, sigma)
-            if (cfg.task, cfg.scale) == (task, wanted) and error is not None:
-                fitting.append((-error, _measured(name), name))
-            noise = "" if cfg.sigma is None else f", {_noise_words(cfg.sigma)}"
-            others.append(f"{name} ({cfg.task}, x{cfg.scale}{noise})")
-    if not fitting:
-        noise = "" if sigma is None else f" and sigma {sigma:g}"
-        raise ValueError(
-            f"No weights for the task {task!r} at scale {wanted}{noise} are shipped; shipped are "
-            f"{', '.join(others) or 'none'}. Give a weight file, or the name of a model with published weights."
-        )
-    return max(fitting)[2]

@@ -1,0 +1,262 @@
+"""The work of `zoo restore`: one model on many pictures, what came of each, and the report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo.cli.inputs import Picture, one_line
+from zoo.cli.output import check_target, note, print_json, print_table, replacing, table
+from zoo.evaluation.protocols import Protocol, protocol_of_task
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from zoo.cli.compare import Comparison
+    from zoo.pictures.picture import Picture as Planes
+
+__all__ = ["TASKS", "Job", "print_results"]
+
+TASKS = {
+    "sr": "too small",
+    "denoise": "noise",
+    "deblur": "motion blur",
+    "derain": "rain",
+    "defocus": "a lens out of focus",
+}
+"""What `--task` takes, and what each task mends."""
+
+_HARDLY = 0.5  # mean change below which a picture counts as unchanged, of 255
+
+
+class Job:
+    """One model at work on many pictures, and what came of it."""
+
+    def __init__(
+        self, args: argparse.Namespace, model: nn.Module, references: dict[Path, Path], rights: dict[Path, Path]
+    ) -> None:
+        self.args, self.model, self.references, self.rights = args, model, references, rights
+        cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+        self.scale = int(getattr(model, "scale", 1))
+        self.task = args.task or str(cfg.get("task") or "sr")
+        published = args.model or ".".join(part for part in (cfg.get("architecture"), cfg.get("tag")) if part)
+        self.name = published if args.weights is None else args.model or str(cfg.get("architecture"))
+        self.title = self.name if args.weights is None else f"{self.name} with {Path(args.weights).name}"
+        self.protocol: Protocol = protocol_of_task(self.task)
+        self.restored: list[dict[str, Any]] = []
+        self.skipped: list[dict[str, Any]] = []
+        self.failed: list[dict[str, str]] = []
+        self.tell: Any = None
+        self.comparison: Comparison | None = None
+        if args.compare is not None:
+            from zoo.cli.compare import Comparison
+
+            self.comparison = Comparison()
+
+    def do(self, picture: Picture, target: Path, skip: bool) -> None:
+        """Restore one picture, or only look at its result; what is wrong with it is noted and the next one follows."""
+        from zoo.pictures.restore import open_picture
+
+        entry: dict[str, Any] = {"file": str(picture.path), "output": str(target)}
+        try:
+            with _warnings() as said:
+                if not skip:
+                    check_target(target, force=True)
+                if not skip or self.comparison is not None:
+                    source = open_picture(picture.path)
+                if skip:
+                    result = open_picture(target) if self.args.metrics or self.comparison is not None else None
+                else:
+                    result = self._restore(self._with_right_view(picture.path, source, entry), target, entry)
+                if result is not None and self.args.metrics:
+                    self._measure(picture.path, result, entry)
+                if result is not None and self.comparison is not None:
+                    self.comparison.add(picture.relative.as_posix(), source, result, _facts(entry))
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+            self.failed.append({"file": str(picture.path), "error": one_line(error)})
+            return
+        entry["warnings"] = [*entry.get("warnings", []), *said]
+        (self.skipped if skip else self.restored).append(entry)
+
+    def _with_right_view(self, path: Path, source: Planes, entry: dict[str, Any]) -> Planes:
+        from zoo.pictures.restore import open_picture, pair_views
+
+        if self.args.right is None:
+            return source
+        if path not in self.rights:
+            raise ValueError(f"There is no right view of this name in {self.args.right}.")
+        entry["right"] = str(self.rights[path])
+        return pair_views(source, open_picture(self.rights[path]))
+
+    def _restore(self, source: Planes, target: Path, entry: dict[str, Any]) -> Planes:
+        from zoo.pictures.restore import restore_picture
+
+        how: list[str] = []  # more than one where a first try ran out of memory
+        start = time.perf_counter()
+        result = restore_picture(
+            source,
+            self.model,
+            budget=None if self.args.budget.lower() == "none" else self.args.budget,
+            tile=self.args.tile,
+            overlap=self.args.overlap,
+            self_ensemble=self.args.self_ensemble,
+            progress=self.tell,
+            inform=how.append,
+        )
+        result.save(target, quality=self.args.quality)
+        entry["size"], entry["output_size"] = list(source.size), list(result.size)
+        entry["seconds"] = round(time.perf_counter() - start, 3)
+        entry["method"] = how[-1]
+        if self.scale == 1:
+            entry["mean_change"] = round(_mean_change(source, result), 3)
+        return result
+
+    def _measure(self, path: Path, result: Planes, entry: dict[str, Any]) -> None:
+        """Compare a result with its reference, cut from the top left where that is a little larger."""
+        import torch
+
+        from zoo.evaluation.metrics import measure
+        from zoo.pictures.restore import open_picture
+
+        if path not in self.references:
+            entry.setdefault("warnings", []).append(f"no reference of this name in {self.args.metrics}")
+            return
+        reference = open_picture(self.references[path])
+        height, width = result.size
+        extra = [own - size for own, size in zip(reference.size, result.size, strict=True)]
+        if not all(0 <= more < self.scale for more in extra):
+            sizes = ["x".join(map(str, size)) for size in (reference.size, result.size)]
+            entry.setdefault("warnings", []).append(f"the reference has {sizes[0]} pixels, the result {sizes[1]}")
+            return
+        planes = []
+        channels = max(result.color.shape[2], reference.color.shape[2])
+        for picture in (result, reference):
+            color = torch.from_numpy(picture.color[:height, :width].astype("float32")) / picture.peak
+            planes.append(color.permute(2, 0, 1)[None].expand(-1, channels, -1, -1))
+        values = measure(self.protocol, planes[0], planes[1], self.scale)
+        entry["metrics"] = {name: float(value) for name, value in values.items()}
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Means of the metrics over all pictures that have a reference."""
+        measured = [entry["metrics"] for entry in (*self.restored, *self.skipped) if "metrics" in entry]
+        return {name: sum(values[name] for values in measured) / len(measured) for name in (measured or [{}])[0]}
+
+    def report(self) -> dict[str, Any]:
+        """Return everything for programs."""
+        args, parameter = self.args, next(self.model.parameters())
+        options = ("weights", "sigma", "budget", "tile", "overlap", "self_ensemble", "format", "quality", "template")
+        report: dict[str, Any] = {"model": self.name, "task": self.task, "scale": self.scale}
+        report |= {"device": str(parameter.device), "dtype": str(parameter.dtype).removeprefix("torch.")}
+        report["settings"] = {name: getattr(args, name) for name in options}
+        if args.metrics is not None:
+            report["metrics"] = {"protocol": self.protocol.name, "summary": self.protocol.summary, "means": self.means}
+        return report | {"restored": self.restored, "skipped": self.skipped, "failed": self.failed}
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """Collect what is warned about and logged while one picture is at work."""
+    said: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    logger, handler = logging.getLogger("zoo"), Collect(logging.WARNING)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            yield said
+        said += [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
+def _mean_change(before: Planes, after: Planes) -> float:
+    """Mean absolute difference of two pictures of one size, of 255."""
+    import numpy as np
+
+    first = before.color[..., : after.color.shape[2]]  # of two views the left one
+    difference = after.color.astype(np.float32) / after.peak - first.astype(np.float32) / before.peak
+    return float(np.abs(difference).mean()) * 255
+
+
+def _facts(entry: dict[str, Any]) -> str:
+    """What the page says below a picture."""
+    parts = []
+    if "size" in entry:
+        sizes = [f"{width}x{height}" for height, width in (entry["size"], entry["output_size"])]
+        parts += [" -> ".join(dict.fromkeys(sizes)) + " pixels", f"{entry['seconds']:.2f} s"]
+    if "metrics" in entry:
+        parts += [_number(name, value) for name, value in entry["metrics"].items()]
+    return ", ".join(parts)
+
+
+def _number(name: str, value: float) -> str:
+    return f"PSNR {value:.2f} dB" if name == "psnr" else f"{name.upper()} {value:.4f}"
+
+
+def print_results(args: argparse.Namespace, job: Job) -> None:
+    """Write the page and the report, and print what was done."""
+    if job.comparison is not None and job.comparison.count:
+        means = ", ".join(_number(name, value) for name, value in job.means.items())
+        with replacing(args.compare, force=True) as temporary:
+            temporary.write_text(job.comparison.page(job.title, job.task, job.scale, means), encoding="utf-8")
+    if args.report is not None:
+        with replacing(args.report, force=True) as temporary:
+            temporary.write_text(json.dumps(job.report(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if args.json:
+        print_json(job.report())
+        return
+    if args.quiet:
+        for entry in job.restored:
+            print(entry["output"])
+        return
+    names = list(job.means)
+    headings = ["PSNR, dB" if name == "psnr" else name.upper() for name in names]
+    methods = {entry["method"] for entry in job.restored} - {"whole"}
+    columns = ["picture", "size", "result", "size", "seconds", *(["method"] if methods else []), *headings]
+    rows = table(*columns, right=("seconds", *headings), title=job.title)
+    for entry in job.restored:
+        sizes = ["x".join(map(str, entry[key])) for key in ("size", "output_size")]
+        values = [entry["method"]] if methods else []
+        values += [f"{entry['metrics'][name]:.4f}" if "metrics" in entry else "-" for name in names]
+        rows.add_row(entry["file"], sizes[0], entry["output"], sizes[1], f"{entry['seconds']:.2f}", *values)
+    if job.restored:
+        print_table(rows)
+    if job.means:
+        count = sum("metrics" in entry for entry in (*job.restored, *job.skipped))
+        means = ", ".join(_number(name, value) for name, value in job.means.items())
+        print_table(f"Mean of {count}: {means}. Protocol {job.protocol.name}: {job.protocol.summary}.")
+    if job.skipped:
+        note(args, f"{len(job.skipped)} skipped: their results exist.")
+    for entry in (*job.restored, *job.skipped):
+        for text in entry["warnings"]:
+            note(args, f"{entry['file']}: {text}")
+    _hint(args, job)
+    if job.comparison is not None and job.comparison.left_out:
+        note(args, f"{args.compare} shows the first {job.comparison.count}; {job.comparison.left_out} are left out.")
+
+
+def _hint(args: argparse.Namespace, job: Job) -> None:
+    """Say which tasks there are where pictures came out as they went in."""
+    same = [entry for entry in job.restored if entry.get("mean_change", _HARDLY) < _HARDLY]
+    if not same:
+        return
+    others = ", ".join(f"{task} ({what})" for task, what in TASKS.items() if task != job.task)
+    note(
+        args,
+        f"{len(same)} of {len(job.restored)} hardly changed, {same[0]['file']} by {same[0]['mean_change']:.2f} of 255: "
+        f"there may be none of what {job.task} mends ({TASKS.get(job.task, job.task)}). Other tasks: {others}.",
+    )
