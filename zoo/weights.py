@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from zoo import hub
 from zoo.cfg import ModelCfg, RestorationCfg
 from zoo.files import whole
+from zoo.record import KEY, ModelRecord, RecordError, described, note_build, read_record, record_in
 
 __all__ = [
     "CheckpointError",
@@ -38,6 +39,7 @@ __all__ = [
     "load_pretrained",
     "load_strict",
     "read_checkpoint",
+    "read_weights",
     "save_checkpoint",
     "sha256_of",
     "shipped",
@@ -142,6 +144,22 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, Te
         CheckpointError: The file does not exist, is damaged, has another digest, needs unsafe unpickling, is a program,
             holds no tensors, or holds a value that is not finite.
     """
+    return read_weights(path, sha256)[0]
+
+
+def read_weights(path: str | Path, sha256: str | None = None) -> tuple[dict[str, Tensor], ModelRecord | None]:
+    """Read a state dict as `read_checkpoint` does, and the record of its model, where the file holds one.
+
+    Args:
+        path: The file.
+        sha256: Expected digest; None skips the comparison.
+
+    Returns:
+        The state dict; the record in the training checkpoint or in the header of the safetensors file, or None.
+
+    Raises:
+        CheckpointError: As in `read_checkpoint`, or the record is damaged.
+    """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"No weight file at {path}.")
@@ -168,7 +186,11 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, Te
     bad = [key for key, value in state_dict.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
         raise CheckpointError(f"{path} holds values that are not finite in {_some(bad)}.")
-    return state_dict
+    try:
+        record = record_in(loaded, path) if KEY in loaded else read_record(path, beside=False)
+    except RecordError as error:
+        raise CheckpointError(str(error)) from error
+    return state_dict, record
 
 
 def _reason(error: Exception) -> str:
@@ -209,6 +231,7 @@ def save_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     metadata: dict[str, str] | None = None,
+    record: ModelRecord | None = None,
 ) -> str:
     """Write a safetensors file whole or not at all, and return its SHA-256 digest.
 
@@ -217,14 +240,17 @@ def save_checkpoint(
         path: Target file; it appears only when it is complete.
         dtype: Cast floating-point tensors to this type; None keeps theirs.
         metadata: Text entries of the file's header.
+        record: What the model is (`zoo.record.record_of(model)`), for the header: the file then says all that loading
+            needs. None writes a bare state dict.
     """
     path = Path(path)
     tensors = {
         key: value.detach().cpu().to(dtype if dtype and value.is_floating_point() else value.dtype).clone().contiguous()
         for key, value in state_dict.items()
     }
+    header = {"format": "pt", **(metadata or {}), **({} if record is None else {KEY: record.to_text()})}
     with whole(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        save_file(tensors, temporary, metadata=header)
     return sha256_of(path)
 
 
@@ -424,7 +450,7 @@ def build_model(
         return model
 
     kwargs.pop("pretrained_model_args", None)
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         construct,
         variant,
         pretrained=False,
@@ -432,3 +458,6 @@ def build_model(
         feature_cfg=dict(feature_cfg or {}),
         **{**(defaults or {}), **model_args, **kwargs},
     )
+    if not kwargs.get("features_only"):
+        note_build(model, described(variant, vars(cfg), {**model_args, **kwargs}))
+    return model

@@ -92,7 +92,7 @@ def test_card_of_a_classifier_from_a_training_checkpoint(tmp_path: Path, facts: 
     )
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert loaded.pretrained_cfg["label_names"][3] == "cat"
-    assert loaded.pretrained_cfg["input_size"] == [3, 32, 32]
+    assert loaded.pretrained_cfg["input_size"] == (3, 32, 32)
     assert (folder / "model.safetensors").stat().st_size < 12e6
     for key, value in loaded.state_dict().items():
         torch.testing.assert_close(value, model.state_dict()[key], rtol=1e-3, atol=1e-4)

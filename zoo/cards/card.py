@@ -25,7 +25,6 @@ make_card(
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import shutil
@@ -39,13 +38,14 @@ import timm
 import torch
 import yaml
 from PIL import Image
-from timm.models import PretrainedCfg, get_pretrained_cfg, is_model, model_entrypoint, split_model_name_tag
-from torch import Tensor, nn
+from timm.models import get_pretrained_cfg, is_model, model_entrypoint, split_model_name_tag
+from torch import Tensor
 
-from zoo.cfg import ModelCfg, RestorationCfg
+from zoo.cfg import RestorationCfg
 from zoo.factory import create_pipeline, families
 from zoo.files import whole
 from zoo.profiling import count_params
+from zoo.record import record_of, write_config
 from zoo.weights import (
     WEIGHTS_NAME,
     CheckpointError,
@@ -226,11 +226,11 @@ def _write_timm(
     module = model_entrypoint(architecture).__module__
     filter_fn = next(family.checkpoint_filter_fn for family in families() if family.__name__ == module)
     load_strict(model, state_dict, filter_fn, source="The state dict" if given else str(weights))
-    digest = save_checkpoint(model.state_dict(), work / WEIGHTS_NAME, dtype=dtype)
-    task = cfg.task if isinstance(cfg, ModelCfg) else "classification"
-    (work / "config.json").write_text(json.dumps(_timm_config(architecture, model, cfg), indent=2) + "\n")
+    record = record_of(model)
+    digest = save_checkpoint(model.state_dict(), work / WEIGHTS_NAME, dtype=dtype, record=record)
+    write_config(work, record)
     facts: dict[str, Any] = {
-        "task": task,
+        "task": record.task,
         "tags": ["timm", module.rpartition(".")[2]],
         "architecture": architecture,
         "parameters": count_params(model),
@@ -242,24 +242,6 @@ def _write_timm(
     if isinstance(cfg, RestorationCfg):
         facts["scale"] = cfg.scale
     return {key: value for key, value in facts.items() if value is not None}
-
-
-def _timm_config(architecture: str, model: nn.Module, cfg: PretrainedCfg) -> dict[str, Any]:
-    """Return config.json as timm reads it from a Hub repository; only fields that plain timm knows."""
-    plain = {
-        entry.name: getattr(cfg, entry.name)
-        for entry in dataclasses.fields(PretrainedCfg)
-        if entry.name not in ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture")
-    }
-    config: dict[str, Any] = {
-        "architecture": architecture,
-        "num_classes": getattr(model, "num_classes", cfg.num_classes),
-        "num_features": getattr(model, "num_features", None),
-        "label_names": plain.pop("label_names"),
-        "model_args": dict(cfg.model_args) if isinstance(cfg, ModelCfg) else {},
-        "pretrained_cfg": {key: value for key, value in plain.items() if value is not None},
-    }
-    return {key: value for key, value in config.items() if value is not None}
 
 
 def _write_diffusers(
