@@ -181,7 +181,7 @@ def _read_timm(module: Any) -> DenseFFN:
     activation, dropout = _activation(module.act), module.drop2.p
     if isinstance(module, TimmSwiGLU):
         return DenseFFN(up=module.fc1_x, gate=module.fc1_g, down=module.fc2, activation=activation, dropout=dropout)
-    if not isinstance(module.fc1, nn.Linear):
+    if isinstance(module.fc1, nn.Conv2d):
         raise ValueError(f"{type(module).__name__} of convolutions cannot be split: build it with use_conv=False.")
     packed: Literal["value first", "gate first"] | None = None
     if isinstance(module, GluMlp):

@@ -1,0 +1,161 @@
+"""Depth: whole feed-forward or attention layers go, one by one, each time the one that the output misses least.
+
+After 2SSP's second stage (https://arxiv.org/abs/2501.17771, attention) and FinerCut (https://arxiv.org/abs/2405.18218,
+both kinds of layers; its output error is taken, its other metrics are not). A layer that goes adds nothing to the
+residual stream any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from zoo.ffn.dense_ffn import read_ffn
+from zoo.ffn.technique import (
+    FFNReport,
+    LayerChange,
+    evaluating,
+    ffn_macs,
+    listed,
+    model_output,
+    note_change,
+    output_error,
+    refuse_twice,
+    replace_module,
+)
+from zoo.profiling import count_params
+
+__all__ = ["DepthConfig", "Nothing", "apply", "attention_removals", "removable", "restructure"]
+
+Units = Literal["ffn", "attention", "both"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthConfig:
+    """Which layers may go, and how many.
+
+    Args:
+        remove: Number of layers that go.
+        units: "ffn", "attention" or "both".
+        pattern: Only layers whose name matches this regular expression.
+
+    Raises:
+        ValueError: `remove` is below 1, or `units` is unknown.
+    """
+
+    remove: int = 2
+    units: Units = "ffn"
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.remove < 1:
+            raise ValueError(f"remove is a number of layers, at least 1, got {self.remove}.")
+        if self.units not in get_args(Units):
+            raise ValueError(f"units must be one of {', '.join(get_args(Units))}, got {self.units!r}.")
+
+
+class Nothing(nn.Module):
+    """Adds nothing to the residual stream: zeros of the first input's shape.
+
+    Shape:
+        (..., C) -> (..., C), zeros.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def attention_removals(blocks: int, sparsity: float, ffn_params: int, attention_params: int, alpha: float = 1.5) -> int:
+    """Return how many attention layers 2SSP removes: round(B s^((P_ffn / P_attention) / alpha)).
+
+    Args:
+        blocks: B.
+        sparsity: s, share of all parameters of the blocks that go.
+        ffn_params: Of one block's feed-forward layer.
+        attention_params: Of one block's attention.
+        alpha: The paper's 1.5.
+    """
+    return round(blocks * sparsity ** (ffn_params / attention_params / alpha))
+
+
+def removable(model: nn.Module, units: Units = "ffn", pattern: str | None = None) -> dict[str, nn.Module]:
+    """Return the layers that can go, by name: feed-forward layers, and attention layers named `attn` beside them.
+
+    Raises:
+        ValueError: There is none.
+    """
+    import re
+
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if pattern is not None and not re.search(pattern, name):
+            continue
+        ffn = read_ffn(module)
+        if ffn is None or ffn.first_column:
+            continue
+        parent = name.rpartition(".")[0]
+        attention = getattr(model.get_submodule(parent), "attn", None)
+        if units != "ffn" and isinstance(attention, nn.Module) and not isinstance(attention, Nothing):
+            found[f"{parent}.attn" if parent else "attn"] = attention
+        if units != "attention":
+            found[name] = module
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no {units} layer that can go: known are blocks with `attn`, `mlp`."
+        )
+    return found
+
+
+def apply(model: nn.Module, config: DepthConfig | None = None, data: Iterable[Any] | None = None) -> FFNReport:
+    """Remove whole layers of a model in place.
+
+    Args:
+        model: Trained, of timm.
+        config: How.
+        data: Batches of inputs, or of (inputs, labels); a few dozen samples: every choice runs them once a layer.
+
+    Raises:
+        ValueError: Fewer layers can go than asked for, data is missing, or it was done before.
+    """
+    config = config or DepthConfig()
+    refuse_twice(model, "depth")
+    layers = removable(model, config.units, config.pattern)
+    if config.remove > len(layers):
+        raise ValueError(f"remove must be at most {len(layers)}, the layers that can go, got {config.remove}.")
+    batches = listed(data, "Removing layers")
+    params_before = count_params(model)
+    with evaluating(model):
+        outputs = [model_output(model, batch) for batch in batches]
+    gone: list[str] = []
+    for _ in range(config.remove):
+        errors = {}
+        for name, module in layers.items():
+            if name not in gone:
+                replace_module(model, name, Nothing())
+                errors[name] = output_error(model, batches, outputs)
+                replace_module(model, name, module)
+        best = min(errors, key=errors.__getitem__)
+        replace_module(model, best, Nothing())
+        gone.append(best)
+    changes = []
+    for name in (name for name in layers if name in gone):
+        ffn = read_ffn(layers[name])
+        macs = ffn_macs(ffn) if ffn is not None else sum(p.numel() for p in layers[name].parameters() if p.ndim == 2)
+        changes.append(LayerChange(name=name, what="removed", params=(count_params(layers[name]), 0), macs=(macs, 0)))
+    note_change(model, "depth", dict.fromkeys(gone, 0))
+    return FFNReport(
+        technique="depth",
+        layers=tuple(changes),
+        params=(params_before, count_params(model)),
+        error=output_error(model, batches, outputs),
+    )
+
+
+def restructure(model: nn.Module, layers: Mapping[str, int]) -> None:
+    """Take the same layers out of a dense model."""
+    for name in layers:
+        replace_module(model, name, Nothing())

@@ -1,0 +1,234 @@
+"""Low rank: each product of a feed-forward layer becomes two thin ones, by an SVD that knows the data.
+
+The SVD is of W S^(1/2), where S is the second moment of the product's input, so that the error on the data is least
+(the idea of ASVD, https://arxiv.org/abs/2312.05821, and of FlashSVD; the whitening is the closed form, derived by us).
+Plain SVD is `whiten=False`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.ffn.dense_ffn import DenseFFN
+from zoo.ffn.technique import (
+    FFNReport,
+    LayerChange,
+    Moments,
+    evaluating,
+    ffn_layers,
+    ffn_macs,
+    listed,
+    model_output,
+    note_change,
+    output_error,
+    refuse_twice,
+    replace_module,
+    watch_inputs,
+)
+from zoo.profiling import count_params
+
+__all__ = ["LowRankConfig", "LowRankLinear", "apply", "restructure", "to_dense"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig:
+    """How thin the products become.
+
+    Args:
+        keep: Share of each product's multiply-accumulates that stays, above 0 and below 1.
+        whiten: Weigh directions by the data; otherwise the plain SVD.
+        round_to: Ranks are multiples of this.
+        pattern: Only layers whose name matches this regular expression.
+
+    Raises:
+        ValueError: `keep` or `round_to` is out of range.
+    """
+
+    keep: float = 0.5
+    whiten: bool = True
+    round_to: int = 8
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep < 1:
+            raise ValueError(f"keep is the share of the products that stays, above 0 and below 1, got {self.keep}.")
+        if self.round_to < 1:
+            raise ValueError(f"round_to must be at least 1, got {self.round_to}.")
+
+    def rank(self, inputs: int, outputs: int) -> int:
+        """Return the rank of a product (outputs, inputs)."""
+        wanted = self.keep * inputs * outputs / (inputs + outputs)
+        return min(min(inputs, outputs), max(self.round_to, int(wanted / self.round_to) * self.round_to))
+
+
+class LowRankLinear(nn.Module):
+    """y = outward(inward(x)): a product of rank r.
+
+    Args:
+        inputs: Channels of x.
+        rank: Channels between.
+        outputs: Channels of y.
+        bias: Add one.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Shape:
+        (..., inputs) -> (..., outputs).
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        rank: int,
+        outputs: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.rank, self.out_features = inputs, rank, outputs
+        self.inward = nn.Linear(inputs, rank, bias=False, device=device, dtype=dtype)
+        self.outward = nn.Linear(rank, outputs, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outward(self.inward(x))
+
+    @classmethod
+    @torch.no_grad()
+    def from_dense(cls, dense: nn.Linear, rank: int, second_moment: Tensor | None = None) -> LowRankLinear:
+        """Return the product of rank r nearest to a dense one.
+
+        Args:
+            dense: The product.
+            rank: r.
+            second_moment: (C, C) of the inputs: nearest on them; None: nearest in the weights.
+        """
+        weight = dense.weight.detach().double()
+        root = inverse = torch.eye(dense.in_features, dtype=weight.dtype, device=weight.device)
+        if second_moment is not None:
+            values, vectors = torch.linalg.eigh(second_moment.to(weight))
+            values = values.clamp_min(1e-8 * float(values.max()))
+            root, inverse = vectors * values.sqrt(), (vectors / values.sqrt()).t()
+        left, singular, right = torch.linalg.svd(weight @ root, full_matrices=False)
+        split = singular[:rank].sqrt()
+        layer = cls(
+            dense.in_features,
+            rank,
+            dense.out_features,
+            dense.bias is not None,
+            device=dense.weight.device,
+            dtype=dense.weight.dtype,
+        )
+        layer.outward.weight.copy_(left[:, :rank] * split)
+        layer.inward.weight.copy_((split[:, None] * right[:rank]) @ inverse)
+        if dense.bias is not None:
+            layer.outward.bias.copy_(dense.bias)
+        return layer
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Linear:
+        """Return one product with the same result."""
+        kept = self.outward.weight
+        dense = nn.Linear(
+            self.in_features, self.out_features, self.outward.bias is not None, device=kept.device, dtype=kept.dtype
+        )
+        dense.weight.copy_(kept.double() @ self.inward.weight.double())
+        if self.outward.bias is not None:
+            dense.bias.copy_(self.outward.bias)
+        return dense
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}"
+
+
+def apply(model: nn.Module, config: LowRankConfig | None = None, data: Iterable[Any] | None = None) -> FFNReport:
+    """Make the products of a model's feed-forward layers thin, in place.
+
+    Args:
+        model: Trained, of timm or diffusers.
+        config: How.
+        data: Batches of inputs, or of (inputs, labels); not needed for the plain SVD.
+
+    Raises:
+        ValueError: No layer is known, data is missing, or the model is thin already.
+    """
+    config = config or LowRankConfig()
+    refuse_twice(model, "low_rank")
+    ffns = ffn_layers(model, config.pattern)
+    batches = listed(data, "Low rank by activations") if config.whiten else list(data or ())
+    params_before = count_params(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    products = {names[id(part)]: part for ffn in ffns.values() for part in _products(ffn)}
+    moments = {name: Moments() for name in products}
+    outputs: list[Tensor] = []
+    if batches:
+        with evaluating(model), watch_inputs(products, lambda name, rows: moments[name].add(rows)):
+            outputs = [model_output(model, batch) for batch in batches]
+    changes, ranks = [], {}
+    for layer, ffn in ffns.items():
+        params, macs = sum(parameter.numel() for parameter in ffn.parameters()), ffn_macs(ffn)
+        after_params = after_macs = 0
+        for part in _products(ffn):
+            name = names[id(part)]
+            rank = config.rank(part.in_features, part.out_features)
+            whitened = config.whiten and moments[name].count > 0
+            thin = LowRankLinear.from_dense(part, rank, moments[name].second_moment if whitened else None)
+            replace_module(model, name, thin)
+            ranks[name] = rank
+            after_macs += rank * (part.in_features + part.out_features)
+            after_params += count_params(thin)
+        changes.append(
+            LayerChange(
+                name=layer,
+                what="rank " + ", ".join(str(ranks[names[id(part)]]) for part in _products(ffn)),
+                params=(params + (ffn.out_dim if ffn.down.bias is not None else 0), after_params),
+                macs=(macs, after_macs),
+            )
+        )
+    note_change(model, "low_rank", ranks)
+    return FFNReport(
+        technique="low_rank",
+        layers=tuple(changes),
+        params=(params_before, count_params(model)),
+        error=output_error(model, batches, outputs) if batches else None,
+    )
+
+
+def _products(ffn: DenseFFN) -> list[nn.Linear]:
+    if ffn.first_column:
+        raise ValueError("Flux's single blocks share a product with attention: low rank is for layers of their own.")
+    return [part for part in (ffn.up, ffn.gate, ffn.down) if part is not None]
+
+
+def restructure(model: nn.Module, layers: Mapping[str, int]) -> None:
+    """Give a dense model thin products of these ranks; weights are loaded after."""
+    for name, rank in layers.items():
+        dense = model.get_submodule(name)
+        assert isinstance(dense, nn.Linear)
+        thin = LowRankLinear(
+            dense.in_features,
+            rank,
+            dense.out_features,
+            dense.bias is not None,
+            device=dense.weight.device,
+            dtype=dense.weight.dtype,
+        )
+        replace_module(model, name, thin)
+
+
+def to_dense(model: nn.Module) -> list[str]:
+    """Turn thin products back into single ones with the same result, in place, and return their names."""
+    found = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
+    for name in found:
+        thin = model.get_submodule(name)
+        assert isinstance(thin, LowRankLinear)
+        replace_module(model, name, thin.to_dense())
+    if hasattr(model, "ffn_changes"):
+        kept = [change for change in model.ffn_changes if change["technique"] != "low_rank"]  # type: ignore[union-attr]
+        model.ffn_changes = kept  # type: ignore[assignment]
+    return found

@@ -1,0 +1,341 @@
+"""Structured pruning: hidden channels of feed-forward layers go, the rest makes up for them.
+
+Scores and widths after 2SSP (https://arxiv.org/abs/2501.17771) and CFSP (https://arxiv.org/abs/2409.13199), Taylor
+scores after Dense2MoE, magnitudes and random ones as baselines. Both papers are on language models; that images give
+the calibration, that CFSP's weight term is normalised over the whole matrix (its released normalisation cancels) and
+that its block importances are standardised are readings of ours. The least-squares update of the second product is the
+closed form on the kept channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from zoo.ffn.dense_ffn import DenseFFN
+from zoo.ffn.importance import Loss, default_loss, score_channels
+from zoo.ffn.technique import (
+    FFNReport,
+    LayerChange,
+    Moments,
+    evaluating,
+    ffn_layers,
+    ffn_macs,
+    listed,
+    model_output,
+    note_change,
+    output_error,
+    refuse_twice,
+    watch_inputs,
+)
+from zoo.profiling import count_params
+
+__all__ = ["PruneConfig", "apply", "choose_widths", "keep_channels", "restructure"]
+
+PruneScores = Literal["activation", "cfsp", "taylor", "magnitude", "random"]
+Allocation = Literal["uniform", "global", "cfsp"]
+Compensation = Literal["none", "bias", "least_squares"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """How many channels stay, which, and what makes up for the others.
+
+    Args:
+        keep: Share of all hidden channels that stay, 0 ... 1; in layers of one shape also the share of their MACs.
+        scores: "activation": 2SSP's, the norm of a channel's activation over the data; "cfsp": that norm times CFSP's
+            weight term; "taylor": first-order change of the loss (needs labels or targets); "magnitude": norms of the
+            channel's weights; "random".
+        allocation: Widths of the layers: "uniform", all the same share (2SSP); "global", one threshold for all scores,
+            each layer's divided by its mean; "cfsp", by the angle by which a block turns its input.
+        round_to: Widths are multiples of this, for fast kernels; 1 keeps every width.
+        compensation: "bias": the mean of what went is added to the output bias; "least_squares": the second product
+            and its bias are fitted anew to give the dense layer's output on the data.
+        damping: Added to the normal equations, relative to their mean diagonal.
+        pattern: Only layers whose name matches this regular expression.
+        seed: Of random scores.
+
+    Raises:
+        ValueError: `keep`, `round_to` or `damping` is out of range, or a word is unknown.
+    """
+
+    keep: float = 0.5
+    scores: PruneScores = "activation"
+    allocation: Allocation = "uniform"
+    round_to: int = 8
+    compensation: Compensation = "least_squares"
+    damping: float = 1e-3
+    pattern: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep is the share of channels that stay, above 0 and at most 1, got {self.keep}.")
+        if self.round_to < 1:
+            raise ValueError(f"round_to must be at least 1, got {self.round_to}.")
+        if self.damping < 0:
+            raise ValueError(f"damping must not be negative, got {self.damping}.")
+        for name, words in (("scores", PruneScores), ("allocation", Allocation), ("compensation", Compensation)):
+            if getattr(self, name) not in get_args(words):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(words))}, got {getattr(self, name)!r}.")
+
+    @property
+    def needs_data(self) -> bool:
+        """Something is measured on data."""
+        return self.keep < 1 and (
+            self.scores not in ("magnitude", "random") or self.compensation != "none" or self.allocation == "cfsp"
+        )
+
+
+def apply(
+    model: nn.Module,
+    config: PruneConfig | None = None,
+    data: Iterable[Any] | None = None,
+    *,
+    loss: Loss = default_loss,
+) -> FFNReport:
+    """Prune a model's feed-forward layers in place.
+
+    Args:
+        model: Trained, of timm, diffusers or zoo.
+        config: How.
+        data: Batches of images, of (images, labels), or of a denoiser's arguments with a "target"; not needed for
+            random scores or magnitudes without compensation.
+        loss: Loss of a batch for "taylor".
+
+    Raises:
+        ValueError: No layer is known, data is missing, the model was pruned before, or a layer is too narrow.
+    """
+    config = config or PruneConfig()
+    refuse_twice(model, "prune")
+    ffns = ffn_layers(model, config.pattern)
+    batches = listed(data, "Pruning by these scores") if config.needs_data else list(data or ())
+    params_before, macs_before = count_params(model), {name: ffn_macs(ffn) for name, ffn in ffns.items()}
+    params = {name: sum(parameter.numel() for parameter in ffn.parameters()) for name, ffn in ffns.items()}
+    before = {name: ffn.hidden_dim for name, ffn in ffns.items()}
+
+    outputs: list[Tensor] = []
+    moments = {name: Moments(second=config.compensation == "least_squares") for name in ffns}
+    angles = {name: [0.0, 0] for name in ffns}
+    if batches:
+        with evaluating(model), _watch(model, ffns, moments, angles if config.allocation == "cfsp" else None):
+            outputs = [model_output(model, batch) for batch in batches]
+    scores = _scores(model, ffns, moments, config, batches, loss)
+    importance = {name: total / max(count, 1) for name, (total, count) in angles.items()}
+    widths = choose_widths(before, scores, config, importance)
+    kept = {name: scores[name].argsort(descending=True, stable=True)[: widths[name]].sort().values for name in ffns}
+    for name, ffn in ffns.items():
+        weight, bias = _compensated(ffn, moments[name], kept[name], config)
+        keep_channels(ffn, kept[name])
+        with torch.no_grad():
+            if weight is not None:
+                ffn.down.weight[:, ffn.first_column :].copy_(weight)
+            if bias is not None:
+                ffn.down.bias.copy_(bias)
+        _set_hidden_dim(model.get_submodule(name), widths[name])
+    note_change(model, "prune", widths)
+    return FFNReport(
+        technique="prune",
+        layers=tuple(
+            LayerChange(
+                name=name,
+                what=f"{before[name]} -> {widths[name]} channels",
+                params=(params[name], sum(parameter.numel() for parameter in ffn.parameters())),
+                macs=(macs_before[name], ffn_macs(ffn)),
+            )
+            for name, ffn in ffns.items()
+        ),
+        params=(params_before, count_params(model)),
+        error=output_error(model, batches, outputs) if batches else None,
+    )
+
+
+def restructure(model: nn.Module, layers: Mapping[str, int]) -> None:
+    """Give a dense model the widths of a pruned one: the first channels stay, and weights are loaded after."""
+    ffns = ffn_layers(model)
+    for name, width in layers.items():
+        keep_channels(ffns[name], torch.arange(width))
+        _set_hidden_dim(model.get_submodule(name), width)
+
+
+@torch.no_grad()
+def keep_channels(ffn: DenseFFN, kept: Tensor) -> None:
+    """Cut a layer's products down to some hidden channels, in place.
+
+    Args:
+        ffn: The layer.
+        kept: (K,) int64, channels that stay, in their new order.
+    """
+    hidden = ffn.hidden_dim
+    rows = torch.cat([kept, kept + hidden]) if ffn.packed is not None else kept
+    for product in (ffn.up, ffn.gate):
+        if product is not None:
+            _set(product, "weight", product.weight[rows.to(product.weight.device)])
+            if product.bias is not None:
+                _set(product, "bias", product.bias[rows.to(product.bias.device)])
+            product.out_features = len(rows)
+    columns = torch.cat([torch.arange(ffn.first_column), kept.cpu() + ffn.first_column])
+    _set(ffn.down, "weight", ffn.down.weight[:, columns.to(ffn.down.weight.device)])
+    ffn.down.in_features = len(columns)
+
+
+def _set(product: nn.Linear, part: str, values: Tensor) -> None:
+    old = getattr(product, part)
+    setattr(product, part, nn.Parameter(values.detach().clone().contiguous(), requires_grad=old.requires_grad))
+
+
+def _set_hidden_dim(module: nn.Module, width: int) -> None:
+    """Keep the numbers that modules hold beside their weights true."""
+    for name in ("hidden_dim", "active_dim", "mlp_hidden_dim", "hidden_features"):
+        if isinstance(getattr(module, name, None), int):
+            idle = (
+                module.hidden_dim - module.active_dim if name == "hidden_dim" and hasattr(module, "active_dim") else 0
+            )
+            setattr(module, name, width + idle)
+
+
+def choose_widths(
+    hidden: Mapping[str, int],
+    scores: Mapping[str, Tensor],
+    config: PruneConfig,
+    importance: Mapping[str, float] | None = None,
+) -> dict[str, int]:
+    """Return how many channels each layer keeps.
+
+    Args:
+        hidden: Channels of each layer.
+        scores: (H,) of each layer, for "global".
+        config: Share, allocation, rounding.
+        importance: Of each layer's block, for "cfsp".
+
+    Raises:
+        ValueError: A layer has fewer channels than `round_to`.
+    """
+    narrow = [name for name, width in hidden.items() if width < config.round_to]
+    if narrow:
+        raise ValueError(f"{narrow[0]} has {hidden[narrow[0]]} hidden channels: round_to must be at most that.")
+    if config.keep == 1:
+        return dict(hidden)
+    wanted = {name: config.keep * width for name, width in hidden.items()}
+    if config.allocation == "global":
+        relative = {name: score.double() / score.double().mean().clamp_min(1e-30) for name, score in scores.items()}
+        every = torch.cat(list(relative.values()))
+        count = max(1, round(config.keep * len(every)))
+        threshold = every.topk(count).values[-1]
+        wanted = {name: float((score >= threshold).sum()) for name, score in relative.items()}
+    elif config.allocation == "cfsp" and importance:
+        values = torch.tensor([importance[name] for name in hidden], dtype=torch.float64)
+        standard = (values - values.mean()) / values.std().clamp_min(1e-12) if len(values) > 1 else values * 0
+        shares = _rescaled(torch.sigmoid(standard), torch.tensor(list(hidden.values())).double(), config.keep)
+        wanted = {name: share * width for share, (name, width) in zip(shares, hidden.items(), strict=True)}
+    step = config.round_to
+    floors = {name: min(width, max(step, math.floor(wanted[name] / step) * step)) for name, width in hidden.items()}
+    # hand out what rounding down left over, largest remainders first
+    left = round(config.keep * sum(hidden.values())) - sum(floors.values())
+    for name in sorted(hidden, key=lambda name: floors[name] - wanted[name]):
+        if left >= step and floors[name] + step <= hidden[name]:
+            floors[name] += step
+            left -= step
+    return floors
+
+
+def _rescaled(shares: Tensor, weights: Tensor, keep: float) -> list[float]:
+    """Scale shares so that their weighted mean is `keep` and none is above 1."""
+    for _ in range(50):
+        mean = float((shares * weights).sum() / weights.sum())
+        if abs(mean - keep) < 1e-9:
+            break
+        shares = (shares * keep / mean).clamp(max=1.0)
+    return shares.tolist()
+
+
+def _watch(
+    model: nn.Module, ffns: Mapping[str, DenseFFN], moments: Mapping[str, Moments], angles: dict[str, list[Any]] | None
+) -> Any:
+    """Collect moments of hidden activations and, for CFSP, the angles between a block's input and output."""
+    from contextlib import ExitStack
+
+    stack = ExitStack()
+    stack.enter_context(
+        watch_inputs(
+            {name: ffn.down for name, ffn in ffns.items()},
+            lambda name, rows: moments[name].add(rows[:, ffns[name].first_column :]),
+        )
+    )
+    for name in angles or ():
+        block = model.get_submodule(name.rpartition(".")[0])
+
+        def hook(module: nn.Module, args: Sequence[Any], output: Any, name: str = name) -> None:
+            assert angles is not None
+            result = output if isinstance(output, Tensor) else output[-1]
+            source = next((value for value in args if isinstance(value, Tensor) and value.shape == result.shape), None)
+            if source is None:
+                return
+            cosine = nn.functional.cosine_similarity(source.float(), result.float(), dim=-1).clamp(-1, 1)
+            angles[name][0] += float((torch.arccos(cosine) / math.pi).sum())
+            angles[name][1] += cosine.numel()
+
+        stack.callback(block.register_forward_hook(hook).remove)
+    return stack
+
+
+def _scores(
+    model: nn.Module,
+    ffns: Mapping[str, DenseFFN],
+    moments: Mapping[str, Moments],
+    config: PruneConfig,
+    batches: list[Any],
+    loss: Loss,
+) -> dict[str, Tensor]:
+    if config.scores == "taylor" and config.keep < 1:
+        return {name: score.cpu() for name, score in score_channels(model, ffns, batches, loss=loss)[0].items()}
+    generator = torch.Generator().manual_seed(config.seed)
+    scores = {}
+    for name, ffn in ffns.items():
+        if config.scores == "random" or not (moments[name].count or config.scores == "magnitude"):
+            scores[name] = torch.rand(ffn.hidden_dim, generator=generator)
+            continue
+        channels = ffn.channels()
+        up, down = channels.up.double(), channels.down.double()
+        if config.scores == "magnitude":
+            score = (up.square().sum((0, 2)) + down.square().sum(0)).sqrt()
+        else:
+            score = moments[name].rms
+            if config.scores == "cfsp":
+                weights = down.abs().mean(0) / down.abs().sum() + sum(u.abs().mean(1) / u.abs().sum() for u in up)
+                score = weights * score * score
+        scores[name] = score.float().cpu()
+    return scores
+
+
+def _compensated(
+    ffn: DenseFFN, moments: Moments, kept: Tensor, config: PruneConfig
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the second product's weight (O, K) and bias (O,) that make up for what goes; None leaves one as it is."""
+    if config.compensation == "none" or len(kept) == ffn.hidden_dim or not moments.count:
+        return None, None
+    down = ffn.channels().down.double()
+    kept = kept.to(down.device)
+    gone = torch.ones(ffn.hidden_dim, dtype=torch.bool, device=down.device)
+    gone[kept] = False
+    bias = ffn.down.bias.detach().double() if ffn.owns_output_bias else None
+    mean = moments.mean
+    if config.compensation == "bias":
+        return None, None if bias is None else bias + down[:, gone] @ mean[gone]
+    # with a bias of its own the fit is around the means, else through the origin
+    gram = moments.covariance if bias is not None else moments.second_moment
+    normal = gram[kept][:, kept]
+    normal = normal + config.damping * normal.diagonal().mean() * torch.eye(
+        len(kept), dtype=gram.dtype, device=gram.device
+    )
+    # the dense weights of kept channels are what damping pulls to
+    extra = torch.linalg.solve(normal, gram[kept][:, gone] @ down[:, gone].t()).t()
+    weight = down[:, kept] + extra
+    if bias is not None:
+        bias = bias + down @ mean - weight @ mean[kept]
+    return weight, bias

@@ -1,0 +1,314 @@
+"""The shape that all techniques share: a frozen config, `apply(model, config, data) -> FFNReport`, and a plain record.
+
+A technique notes what it did in `model.ffn_changes`, a list of plain dictionaries that travels with the weights;
+`rebuild` gives a fresh dense model the same structure, so that the changed weights load strictly.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.ffn.dense_ffn import DenseFFN, read_ffn
+
+__all__ = [
+    "FFNReport",
+    "LayerChange",
+    "Moments",
+    "at_least_float32",
+    "evaluating",
+    "ffn_layers",
+    "ffn_macs",
+    "listed",
+    "model_output",
+    "note_change",
+    "output_error",
+    "rebuild",
+    "refuse_twice",
+    "replace_module",
+    "watch_inputs",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerChange:
+    """What became of one layer.
+
+    Args:
+        name: Of the module in the model.
+        what: In words: "1536 -> 768 channels".
+        params: Parameters before and after.
+        macs: Multiply-accumulates for one token before and after; where tokens differ, their mean.
+    """
+
+    name: str
+    what: str
+    params: tuple[int, int]
+    macs: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FFNReport:
+    """What a technique did to a model; `print` shows it as a table.
+
+    Args:
+        technique: Name of the module in `zoo.ffn`.
+        layers: The layers that changed, in the model's order.
+        params: Parameters of the whole model before and after.
+        error: Norm of the change of the model's output over the norm of the output, on the data; None without data.
+    """
+
+    technique: str
+    layers: tuple[LayerChange, ...]
+    params: tuple[int, int]
+    error: float | None = None
+
+    @property
+    def macs(self) -> tuple[int, int]:
+        """Multiply-accumulates of the changed layers for one token, before and after."""
+        return sum(layer.macs[0] for layer in self.layers), sum(layer.macs[1] for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, for JSON."""
+        return asdict(self) | {"macs": list(self.macs)}
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False)
+        for column in ("layer", "change", "parameters", "MACs a token"):
+            table.add_column(column, justify="left" if column in ("layer", "change") else "right")
+        for layer in self.layers:
+            table.add_row(layer.name, layer.what, _pair(layer.params), _pair(layer.macs))
+        before, after = self.macs
+        share = f" ({100 * after / before:.1f} %)" if before else ""
+        table.add_row("all changed layers", "", "", f"{_pair((before, after))}{share}")
+        table.add_row("model", "", _pair(self.params), "")
+        console = Console(width=120, no_color=True, record=True, file=io.StringIO())
+        console.print(table)
+        text = "\n".join(line.rstrip() for line in console.export_text().splitlines())
+        if self.error is not None:
+            text += f"\nchange of the output on the data: {100 * self.error:.2f} %"
+        return text
+
+
+def _pair(values: tuple[int, int]) -> str:
+    return " -> ".join(f"{value / 1e6:,.3f} M" for value in values)
+
+
+def ffn_layers(model: nn.Module, pattern: str | None = None) -> dict[str, DenseFFN]:
+    """Return the dense feed-forward layers of a model by the names of the modules that hold them.
+
+    Args:
+        model: Of timm, diffusers or zoo.
+        pattern: Only layers whose name matches this regular expression.
+
+    Raises:
+        ValueError: There is none, one cannot be split, or one of its products is wrapped (by LoRA, quantisation, ...).
+    """
+    found: dict[str, DenseFFN] = {}
+    for name, module in model.named_modules():
+        if pattern is not None and not re.search(pattern, name):
+            continue
+        ffn = read_ffn(module)
+        if ffn is None:
+            continue
+        for part, product in (("first", ffn.up), ("gate's", ffn.gate), ("second", ffn.down)):
+            if product is not None and not isinstance(product, nn.Linear):
+                raise ValueError(
+                    f"{name}: its {part} product is a {type(product).__name__}, expected nn.Linear: merge or unload "
+                    "adapters and quantisation, or undo another technique, first."
+                )
+        found[name] = ffn
+    if not found:
+        wanted = f" whose name matches {pattern!r}" if pattern else ""
+        raise ValueError(
+            f"{type(model).__name__} has no feed-forward layer{wanted} that is known: FeedForward and Flux's single "
+            "blocks of diffusers, Mlp, GluMlp and SwiGLU of timm, merged RePaFFN of zoo."
+        )
+    return found
+
+
+def ffn_macs(ffn: DenseFFN, hidden_dim: int | None = None) -> int:
+    """Return the multiply-accumulates of a layer for one token, at its own width or another."""
+    hidden = ffn.hidden_dim if hidden_dim is None else hidden_dim
+    return hidden * ((2 if ffn.gated else 1) * ffn.dim + ffn.out_dim)
+
+
+def listed(data: Iterable[Any] | None, technique: str) -> list[Any]:
+    """Return the batches of calibration data, for several passes.
+
+    Raises:
+        ValueError: There is no data, or no batch in it.
+    """
+    batches = [] if data is None else list(data)
+    if not batches:
+        raise ValueError(f"{technique} needs data: batches of inputs, or of (inputs, labels); 32 to 256 samples do.")
+    return batches
+
+
+def model_output(model: nn.Module, batch: Any) -> Tensor:
+    """Run a batch and return the output tensor.
+
+    Args:
+        model: Classifier or denoiser.
+        batch: Images, a pair that begins with images, or a dictionary of arguments (a "target" in it is left out).
+    """
+    if isinstance(batch, Mapping):
+        output = model(**{key: value for key, value in batch.items() if key != "target"})
+    else:
+        output = model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    while not isinstance(output, Tensor):
+        output = output[0]
+    return output
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode without gradients; afterwards its modules' modes are as they were."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def watch_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Show the first input of every module, as rows (T, C), to `see(name, rows)` whenever it runs."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, args: see(name, args[0].detach().flatten(0, -2))
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_pre_hook(hook(name)).remove)
+        yield
+
+
+def output_error(model: nn.Module, batches: Sequence[Any], before: Sequence[Tensor]) -> float:
+    """Return the norm of the change of the model's outputs over the norm of the outputs before."""
+    changed, kept = 0.0, 0.0
+    with evaluating(model):
+        for batch, old in zip(batches, before, strict=True):
+            new = model_output(model, batch)
+            changed += float((new.double() - old.double()).square().sum())
+            kept += float(old.double().square().sum())
+    return (changed / max(kept, 1e-30)) ** 0.5
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return half-precision values as float32, others as they are."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class Moments:
+    """Sums over rows (T, C) from which means and second moments are made; no row is kept.
+
+    Args:
+        second: Sum outer products too.
+    """
+
+    def __init__(self, second: bool = True) -> None:
+        self.second = second
+        self.count = 0
+        self.total: Tensor | None = None
+        self.squares: Tensor | None = None
+        self.products: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows (T, C)."""
+        values = at_least_float32(rows)
+        total, squares = values.sum(0).double(), values.square().sum(0).double()
+        products = (values.t() @ values).double() if self.second else None
+        self.count += len(rows)
+        self.total = total if self.total is None else self.total + total
+        self.squares = squares if self.squares is None else self.squares + squares
+        if products is not None:
+            self.products = products if self.products is None else self.products + products
+
+    @property
+    def mean(self) -> Tensor:
+        """(C,), float64."""
+        assert self.total is not None
+        return self.total / self.count
+
+    @property
+    def rms(self) -> Tensor:
+        """Root mean square of each channel (C,), float64."""
+        assert self.squares is not None
+        return (self.squares / self.count).sqrt()
+
+    @property
+    def second_moment(self) -> Tensor:
+        """Mean outer product (C, C), float64."""
+        assert self.products is not None
+        return self.products / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """(C, C), float64."""
+        return self.second_moment - torch.outer(self.mean, self.mean)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of another; it takes over its mode."""
+    parent, _, leaf = name.rpartition(".")
+    module.train(model.get_submodule(name).training)
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def note_change(model: nn.Module, technique: str, layers: Mapping[str, Any]) -> None:
+    """Remember plain facts from which `rebuild` gives a fresh model the same structure."""
+    changes = [*getattr(model, "ffn_changes", []), {"technique": technique, "layers": dict(layers)}]
+    model.ffn_changes = changes  # type: ignore[assignment]
+
+
+def refuse_twice(model: nn.Module, technique: str) -> None:
+    """Say that a technique has been applied.
+
+    Raises:
+        ValueError: It has.
+    """
+    if any(change["technique"] == technique for change in getattr(model, "ffn_changes", [])):
+        raise ValueError(
+            f"{type(model).__name__} has been through zoo.ffn.{technique} already: start from the model before it."
+        )
+
+
+def rebuild(model: nn.Module, changes: Iterable[Mapping[str, Any]]) -> None:
+    """Give a fresh dense model the structure that techniques made, in place and in their order; weights come after.
+
+    Args:
+        model: As it was before the first change.
+        changes: `ffn_changes` of the changed model.
+
+    Raises:
+        ValueError: A technique is unknown, or a layer is missing.
+    """
+    for change in changes:
+        technique = str(change["technique"])
+        try:
+            module = importlib.import_module(f"zoo.ffn.{technique}")
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"This version of zoo has no technique {technique!r}; a newer one made the file."
+            ) from error
+        names = {name for name, _ in model.named_modules()}
+        missing = [name for name in change["layers"] if name not in names]
+        if missing:
+            raise ValueError(f"The changed model has a layer {missing[0]!r} that {type(model).__name__} lacks.")
+        module.restructure(model, change["layers"])
+        note_change(model, technique, change["layers"])
