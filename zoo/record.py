@@ -288,7 +288,7 @@ def note_build(model: Any, record: ModelRecord) -> None:
     setattr(model, KEY, record)
     cfg = getattr(model, "pretrained_cfg", None)
     if isinstance(cfg, dict):
-        cfg["input_size"] = record.input_size
+        cfg.update({key: value for key, value in record.pretrained_cfg.items() if key in cfg})  # tuples for lists
         if record.label_names is None:
             cfg.pop("label_names", None)
 

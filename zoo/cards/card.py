@@ -65,6 +65,7 @@ _PIPELINE_TAGS = {
     "policy": "robotics",
 }
 _SECTIONS = ("How it was trained", "Results", "How to use it", "Limitations", "Parity")
+_OWN_SECTIONS = _SECTIONS[:3]  # what the card of a user's own model has to have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,13 +196,13 @@ def make_card(
         front: dict[str, Any] = {
             "license": license,
             "library_name": "ffn-zoo",
-            "pipeline_tag": _PIPELINE_TAGS.get(facts["task"], "image-to-image"),
+            "pipeline_tag": pipeline_tag(facts["task"]),
             "tags": ["zoo", *facts.pop("tags"), facts["task"]],
             "datasets": list(datasets),
             **facts,
             "config": config,
             "parity": parity,
-            "model-index": [{"name": name, "results": _results(metrics, facts["task"])}],
+            "model-index": [{"name": name, "results": metric_results(metrics, facts["task"])}],
         }
         text = _text(name, front, metrics, training, limitations, Path(picture).name, caption)
         head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=120)
@@ -262,14 +263,19 @@ def _write_diffusers(
     }
 
 
-def _results(metrics: Sequence[Metric], task: str) -> list[dict[str, Any]]:
+def pipeline_tag(task: str) -> str:
+    """Return the Hub's word for a task."""
+    return _PIPELINE_TAGS.get(task, "image-to-image")
+
+
+def metric_results(metrics: Sequence[Metric], task: str) -> list[dict[str, Any]]:
     """Return metrics as the results of the Hub's `model-index`, one entry a data set."""
     results: dict[str, dict[str, Any]] = {}
     for metric in metrics:
         entry = results.setdefault(
             metric.dataset,
             {
-                "task": {"type": _PIPELINE_TAGS.get(task, "image-to-image")},
+                "task": {"type": pipeline_tag(task)},
                 "dataset": {"name": metric.dataset, "type": _slug(metric.dataset)},
                 "metrics": [],
             },
@@ -277,6 +283,16 @@ def _results(metrics: Sequence[Metric], task: str) -> list[dict[str, Any]]:
         args = {"protocol": metric.protocol} | ({"unit": metric.unit} if metric.unit else {})
         entry["metrics"].append({"type": _slug(metric.name), "name": metric.name, "value": metric.value, "args": args})
     return list(results.values())
+
+
+def metric_table(metrics: Sequence[Metric]) -> str:
+    """Return metrics as a Markdown table."""
+    rows = (
+        f"| {metric.name} | {metric.value:g}{f' {metric.unit}' if metric.unit else ''} | {metric.dataset} |"
+        f" {metric.protocol} |"
+        for metric in metrics
+    )
+    return "\n".join(("| metric | value | data | protocol |", "| --- | --- | --- | --- |", *rows))
 
 
 def _slug(text: str) -> str:
@@ -335,11 +351,6 @@ def _text(
         "generation": f"zoo generate --model {name} --classes 3,8 -o grid.png",
         "policy": "zoo bench policy",
     }.get(task, f"zoo restore photo.png --model {name} -o restored/")
-    rows = "\n".join(
-        f"| {metric.name} | {metric.value:g}{f' {metric.unit}' if metric.unit else ''} | {metric.dataset} |"
-        f" {metric.protocol} |"
-        for metric in metrics
-    )
     papers = front.get("paper_ids") or ()
     links = ", ".join(
         f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})" if paper.startswith("arXiv:") else paper
@@ -368,9 +379,7 @@ The run is repeated by `python train.py fit --config {front["config"]}`.
 
 ## Results
 
-| metric | value | data | protocol |
-| --- | --- | --- | --- |
-{rows}
+{metric_table(metrics)}
 
 ## How to use it
 
@@ -396,6 +405,7 @@ pip install ffn-zoo
 def check_card(folder: str | Path) -> list[str]:
     """Return what keeps a card from being published, one sentence each; an empty list is a good card.
 
+    A user's own model (`zoo.cards.write_own_model`) need not have licence, data sets, parity, limitations, a picture.
     Checked: front matter with licence, digests of all weight files, metrics with values and protocols, the config file
     (in a checkout), text sections, pictures; then the weights load strictly, are finite and have the stated number of
     parameters.
@@ -413,15 +423,17 @@ def check_card(folder: str | Path) -> list[str]:
         return [str(error)]
     text = card.read_text(encoding="utf-8")
     return [
-        *_front_problems(front),
-        *_text_problems(text, folder),
+        *_front_problems(front, folder),
+        *_text_problems(text, folder, own=bool(front.get("own_model"))),
         *_digest_problems(front, folder),
         *_weight_problems(front, folder),
     ]
 
 
-def _front_problems(front: Mapping[str, Any]) -> list[str]:
-    problems = [f"The front matter has no {key}." for key in ("license", "datasets", "parity") if not front.get(key)]
+def _front_problems(front: Mapping[str, Any], folder: Path) -> list[str]:
+    own = bool(front.get("own_model"))
+    needed = () if own else ("license", "datasets", "parity")
+    problems = [f"The front matter has no {key}." for key in needed if not front.get(key)]
     metrics = _metrics(front)
     if not metrics:
         problems.append("The front matter has no metrics (model-index).")
@@ -431,17 +443,21 @@ def _front_problems(front: Mapping[str, Any]) -> list[str]:
         if not isinstance(metric.value, int | float) or not math.isfinite(metric.value):
             problems.append(f"The metric {metric.name!r} has the value {metric.value!r}, not a finite number.")
     config, root = front.get("config"), cards_dir().parent
-    if not config:
+    if own:
+        if config and not (folder / config).is_file():
+            problems.append(f"The config {config} does not exist in the folder.")
+    elif not config:
         problems.append("The front matter names no config that repeats the training.")
     elif (root / "configs").is_dir() and not (root / config).is_file():  # a wheel has no configs
         problems.append(f"The config {config} does not exist.")
     return problems
 
 
-def _text_problems(text: str, folder: Path) -> list[str]:
-    problems = [f"The section '## {name}' is missing." for name in _SECTIONS if f"\n## {name}\n" not in text]
+def _text_problems(text: str, folder: Path, *, own: bool) -> list[str]:
+    sections = _OWN_SECTIONS if own else _SECTIONS
+    problems = [f"The section '## {name}' is missing." for name in sections if f"\n## {name}\n" not in text]
     pictures = [link for link in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", text) if "://" not in link]
-    if not pictures:
+    if not pictures and not own:
         problems.append("The card shows no picture.")
     for link in pictures:
         try:
