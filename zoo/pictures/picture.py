@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from zoo.pictures.metadata import Metadata
 
 __all__ = ["Picture", "PictureError", "pair_views"]
 
@@ -25,13 +28,19 @@ class Picture:
 
     Args:
         color: (H, W, 1) gray, (H, W, 3) colour, or (H, W, 6) of two views; uint8, uint16, or float32 in [0, 1]. Inks of
-            CMYK are inverted, so that they look like RGB.
+            CMYK are inverted, so that they look like RGB. Upright, whatever the orientation in the file was.
         black: (H, W, 1), the inverted black of CMYK.
         alpha: (H, W, 1) opacity.
         mode: Pillow mode; "array" for a NumPy array.
         shape: Layout of the NumPy array: its number of axes and its dtype.
-        icc_profile: Colour profile.
-        exif: EXIF block. Pixels are never turned: the orientation in it stays true.
+        bits: Of a sample in the file, where they are not those of the dtype: 10 or 12 of AVIF.
+        values: Least and largest value and dtype of the file, of which `color` is the part from 0 to 1.
+        metadata: Profile, EXIF, XMP, resolution and the like.
+        format: Pillow's name of the file format it came in.
+        settings: How the file was written, for example the compression of a TIFF.
+        frames: The further frames of an animation, or pages of a document.
+        duration: How long this frame is shown, milliseconds; None of a page.
+        loop: How often an animation runs, 0 for ever; None where it does not say.
         name: For messages.
     """
 
@@ -40,8 +49,14 @@ class Picture:
     alpha: Array | None = None
     mode: str = "RGB"
     shape: tuple[int, str] | None = None
-    icc_profile: bytes | None = None
-    exif: bytes | None = None
+    bits: int | None = None
+    values: tuple[float, float, str] | None = None
+    metadata: Metadata = dataclasses.field(default_factory=Metadata)
+    format: str | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    frames: tuple[Picture, ...] = ()
+    duration: float | None = None
+    loop: int | None = None
     name: str = "the picture"
 
     @property
@@ -54,10 +69,14 @@ class Picture:
         """The number that stands for full brightness."""
         return 1.0 if self.color.dtype == np.float32 else float(np.iinfo(self.color.dtype).max)
 
+    def planes(self) -> Array:
+        """Return colour, black and alpha as (H, W, C)."""
+        planes = [self.color, *(plane for plane in (self.black, self.alpha) if plane is not None)]
+        return np.concatenate(planes, axis=2) if len(planes) > 1 else self.color
+
     def to_array(self) -> Array:
         """Return the picture as (H, W) or (H, W, C), with the axes and dtype of the array it came from, if it did."""
-        planes = [self.color, *(plane for plane in (self.black, self.alpha) if plane is not None)]
-        array = np.concatenate(planes, axis=2) if len(planes) > 1 else self.color
+        array = self.planes()
         if self.shape is None:
             return array[..., 0] if array.shape[2] == 1 else array
         axes, dtype = self.shape
@@ -66,23 +85,26 @@ class Picture:
         return array >= 0.5 if dtype == "bool" else array.astype(dtype, copy=False)
 
     def to_image(self) -> Image.Image:
-        """Return a Pillow image of the mode that the picture came in, with profile and EXIF in its `info`.
+        """Return a Pillow image of the mode that the picture came in; its plain `save` keeps all that `save` here does.
 
-        Pillow has no 16-bit colour: such a picture becomes 8-bit here; `save` keeps the 16 bits in a PNG.
+        Pillow has no 16-bit colour: such an image shows 8 bits; as long as its pixels are not changed, its `save`
+        writes the 16.
         """
-        from zoo.pictures.write import as_image  # it needs this class
+        from zoo.pictures.image import as_image  # it needs this class
 
         return as_image(self)
 
     def save(self, path: str | Path, quality: int = 95) -> None:
-        """Write the picture whole or not at all, in the format of the file's suffix, with profile and EXIF.
+        """Write the picture whole or not at all, in the format of the file's suffix, with all that goes with it.
+
+        What a format cannot hold is converted, with a warning that says so.
 
         Args:
-            path: Target; 16-bit colour keeps its 16 bits in a .png and becomes 8-bit elsewhere.
-            quality: Of JPEG, WebP and AVIF, 1 to 100.
+            path: Target.
+            quality: Of JPEG, WebP, AVIF, HEIC and JPEG XL, 1 to 100.
 
         Raises:
-            PictureError: The suffix is unknown, the format cannot hold this kind of picture, or writing fails.
+            PictureError: The suffix is unknown, the picture is too large for the format, or writing fails.
         """
         from zoo.pictures.write import write_picture  # it needs this class
 

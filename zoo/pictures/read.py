@@ -1,21 +1,28 @@
-"""Pictures of any kind in: files, Pillow images and arrays become planes with their mode, profile and EXIF."""
+"""Pictures of any kind in: files, Pillow images and arrays become planes with all that goes with them."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
-import struct
 import warnings
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import imagecodecs
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+import tifffile
+from PIL import Image, UnidentifiedImageError
 
+from zoo.pictures import png
+from zoo.pictures.formats import RAW_SUFFIXES, Kind, load_plugins
+from zoo.pictures.metadata import from_info, upright
 from zoo.pictures.picture import Array, Picture, PictureError
+from zoo.pictures.tiff import is_tiff, pages_of, read_tiff, to_unit
 
-__all__ = ["open_picture"]
+__all__ = ["from_image", "open_picture", "peek"]
 
 # Mode of the file -> mode in which its channels are restored. A CMYK picture stays in its inks, so its profile holds.
 _WORKING_MODES = {
@@ -33,16 +40,28 @@ _WORKING_MODES = {
     "YCbCr": "RGB",
     "HSV": "RGB",
 }
+_ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # formats whose further frames follow in time
+_PAGED = ("HEIF",)
+_TURNED = ("JXL", "TIFF", "HEIF")  # formats that come turned upright from their library
+_HEAD = 4096  # bytes in which marks of a format are looked for
 
 
-def open_picture(source: str | os.PathLike[str] | Image.Image | Array) -> Picture:
-    """Read a picture from a file, a Pillow image or a NumPy array.
+def open_picture(
+    source: str | os.PathLike[str] | Image.Image | Array | BinaryIO,
+    *,
+    every_frame: bool = False,
+    max_pixels: int | None = None,
+) -> Picture:
+    """Read a picture from a file, a Pillow image or a NumPy array, and turn it upright.
 
     Args:
-        source: File in any format Pillow reads: 1-bit, gray, gray with alpha, RGB, RGBA, palette (with or without
-            transparency), CMYK, YCbCr, HSV, 16-bit gray, float gray, and 16-bit RGB(A) PNG; of several frames, the
-            first. Pillow image of these modes. Array (H, W) or (H, W, 1 to 4): uint8, uint16, bool, or floating point
-            in [0, 1]; 2 and 4 channels end in alpha.
+        source: File of any format of Pillow's, or of its plugins for HEIC and JPEG XL where they are installed, with 1
+            to 16 bits or floats: gray, RGB, CMYK or palette, with or without transparency. Pillow image of these modes.
+            Array (H, W) or (H, W, 1 to 4): uint8, uint16, bool, or floating point in [0, 1]; 2 and 4 channels end in
+            alpha. Or a binary file that can seek.
+        every_frame: Read all frames of an animation, or pages; otherwise the first alone.
+        max_pixels: Most pixels that are read, against files made to fill the memory; None is twice Pillow's
+            MAX_IMAGE_PIXELS, 179 million.
 
     Raises:
         PictureError: It is no readable image, is truncated, is too large to be safe, or is of another kind.
@@ -50,66 +69,325 @@ def open_picture(source: str | os.PathLike[str] | Image.Image | Array) -> Pictur
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
-        return _from_image(source, "the image")
-    if not isinstance(source, (str, os.PathLike)):
-        raise PictureError(f"A picture is a path, a Pillow image or a NumPy array, got {type(source).__name__}.")
-    path = Path(source)
+        return from_image(source, "the image")
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        _check_file(path)
+        picture = _guarded(str(path), path, every_frame, max_pixels)
+        seen = path.stat()
+        times = (seen.st_atime_ns, seen.st_mtime_ns)
+        return dataclasses.replace(picture, metadata=dataclasses.replace(picture.metadata, times=times))
+    if hasattr(source, "read") and hasattr(source, "seek"):
+        return _guarded("the picture", source, every_frame, max_pixels)
+    raise PictureError(f"A picture is a path, a Pillow image or a NumPy array, got {type(source).__name__}.")
+
+
+def _check_file(path: Path) -> None:
     if not path.is_file():
         raise PictureError(f"{path} is {'a folder' if path.is_dir() else 'not there'}: expected an image file.")
+    if path.suffix.lower() in RAW_SUFFIXES:
+        raise PictureError(f"{path} is a camera's raw file: develop it with a raw converter first.")
+
+
+def _guarded(name: str, file: Path | BinaryIO, every_frame: bool, max_pixels: int | None) -> Picture:
+    """Read a file; whatever a library raises becomes a PictureError that names it."""
+    with _explained(name, file, max_pixels):
+        data = _head(file)
+        if is_tiff(data):
+            return _read_tiff(name, file, every_frame, max_pixels)
+        return _read_pillow(name, file, data, every_frame, max_pixels)
+
+
+@contextmanager
+def _explained(name: str, file: Path | BinaryIO, max_pixels: int | None) -> Iterator[None]:
+    """Turn whatever reading raises into a PictureError, and leave the bound on pixels to `_check_size`."""
+    load_plugins()
+    kept = Image.MAX_IMAGE_PIXELS
+    if max_pixels is not None:
+        Image.MAX_IMAGE_PIXELS = None
     try:
-        with Image.open(path) as image:
-            if (frames := getattr(image, "n_frames", 1)) > 1:
-                warnings.warn(f"{path} has {frames} frames; only the first is used.", stacklevel=3)
-            low_bytes = _low_bytes(path, image)
-            image.load()
-            picture = _from_image(image, str(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
     except Image.DecompressionBombError as error:
         raise PictureError(
-            f"{path} is refused: {error} Set PIL.Image.MAX_IMAGE_PIXELS higher if you trust the file."
+            f"{name} is refused: {error} Allow more by --max-pixels (max_pixels in Python) if you trust the file."
         ) from error
     except UnidentifiedImageError as error:
-        raise PictureError(f"{path} is not an image, or of a format that Pillow cannot read.") from error
-    except PictureError:
+        raise PictureError(f"{name} is not an image, or of a format that {_readers(file)} cannot read.") from error
+    except (PictureError, MemoryError):
         raise
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
-        raise PictureError(f"{path} is damaged: {error}.") from error
-    return picture if low_bytes is None else _widen(picture, low_bytes)
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # plugins raise what they like; those written in Rust not even an Exception
+        raise PictureError(f"{name} is damaged: {str(error).strip() or type(error).__name__}.") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = kept
 
 
-def _low_bytes(path: Path, image: ImageFile.ImageFile) -> Array | None:
-    """Low bytes of a 16-bit colour PNG, of which Pillow keeps the high ones; None for other files."""
-    if image.format != "PNG" or len(image.tile) != 1 or image.tile[0].args not in ("RGB;16B", "RGBA;16B"):
+def _readers(file: Path | BinaryIO) -> str:
+    """Name what reads files here, and what is missing for this one."""
+    suffix = file.suffix.lower() if isinstance(file, Path) else ""
+    missing = suffix in (".heic", ".heif", ".hif") and ".heic" not in Image.registered_extensions()
+    missing |= suffix == ".jxl" and ".jxl" not in Image.registered_extensions()
+    return "Pillow (without the plugins of `pip install 'ffn-zoo[formats]'`)" if missing else "Pillow"
+
+
+def _check_size(name: str, width: int, height: int, max_pixels: int | None) -> None:
+    limit = max_pixels
+    if limit is None:
+        limit = None if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise PictureError(
+            f"{name} is refused: its {width}x{height} pixels are more than {limit}. Allow more by --max-pixels "
+            "(max_pixels in Python) if you trust the file."
+        )
+
+
+def _head(file: Path | BinaryIO) -> bytes:
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return opened.read(_HEAD)
+    file.seek(0)
+    head = file.read(_HEAD)
+    file.seek(0)
+    return head
+
+
+def _all(file: Path | BinaryIO) -> bytes:
+    if isinstance(file, Path):
+        return file.read_bytes()
+    file.seek(0)
+    return file.read()
+
+
+def _read_tiff(name: str, file: Path | BinaryIO, every_frame: bool, max_pixels: int | None) -> Picture:
+    """Read by tifffile; what it does not know (old JPEG, subsampled YCbCr), by Pillow."""
+    opened: Any = str(file) if isinstance(file, Path) else file
+    try:
+        with tifffile.TiffFile(opened) as tiff:
+            pages = pages_of(tiff)
+            for page in pages:
+                _check_size(name, page.imagewidth, page.imagelength, max_pixels)
+            turns = [int(page.tags[274].value) if 274 in page.tags else 1 for page in pages]
+        if not isinstance(file, Path):
+            file.seek(0)
+        pictures = read_tiff(opened, name, every_frame)
+    except (PictureError, MemoryError):
+        raise
+    except Exception as error:
+        try:
+            return _read_pillow(name, file, b"", every_frame, max_pixels)
+        except Exception:
+            raise error from None
+    turned = [_turned(picture, turn) for picture, turn in zip(pictures, turns, strict=False)]
+    if len(pages) > 1 and not every_frame:
+        _warn_frames(name, len(pages))
+    if dropped := turned[0].settings.get("dropped"):
+        warnings.warn(f"{name}: {dropped} extra channels beside the picture are left out.", stacklevel=6)
+    return dataclasses.replace(turned[0], frames=tuple(turned[1:]))
+
+
+def _warn_frames(name: str, count: int) -> None:
+    warnings.warn(f"{name} has {count} frames; only the first is used.", stacklevel=6)
+
+
+def _read_pillow(name: str, file: Path | BinaryIO, data: bytes, every_frame: bool, max_pixels: int | None) -> Picture:
+    if not isinstance(file, Path):
+        file.seek(0)
+    with Image.open(file) as image:
+        _check_size(name, image.width, image.height, max_pixels)
+        count = int(getattr(image, "n_frames", 1))
+        kind = image.format or ""
+        alike = kind in _ANIMATED or kind in _PAGED
+        if count > 1 and not (every_frame and alike):
+            if kind == "MPO" or (every_frame and not alike):
+                warnings.warn(
+                    f"{name} holds {count} pictures; the first is used, the others (previews, gain maps, views) not.",
+                    stacklevel=5,
+                )
+            else:
+                _warn_frames(name, count)
+        if count > 1 and every_frame and alike:
+            return _read_frames(image, name, kind, count)
+        settings: dict[str, Any] = {}
+        deep = None if count > 1 else _deep(image, file, data)
+        image.load()
+        if kind == "WEBP" and b"VP8L" in data[:64]:
+            settings["lossless"] = True
+        if kind == "PNG":
+            _complete_png(image, _all(file))
+        picture = from_image(image, name) if deep is None else _deep_picture(image, deep, name)
+    return dataclasses.replace(picture, format="JPEG" if kind == "MPO" else kind, settings=settings)
+
+
+def _complete_png(image: Image.Image, data: bytes) -> None:
+    """Read what Pillow leaves out of a PNG, and put its transparent gray into the units of the pixels."""
+    light = []
+    for name, content in png.chunks(data):
+        if name == b"IHDR" and content[8] < 8 and content[9] == 0 and isinstance(image.info.get("transparency"), int):
+            image.info["transparency"] = image.info["transparency"] * 255 // ((1 << content[8]) - 1)
+        elif name == b"cICP" and len(content) == 4:
+            image.info["cicp"] = tuple(content)
+        elif name in (b"mDCV", b"cLLI"):
+            light.append((name, content))
+    if light:
+        image.info["light"] = tuple(light)
+
+
+def _read_frames(image: Image.Image, name: str, kind: str, count: int) -> Picture:
+    """Read every frame of an animation, or every page."""
+    pictures: list[Picture] = []
+    default = kind == "PNG" and bool(image.info.get("default_image"))
+    for index in range(count):
+        image.seek(index)
+        image.load()
+        frame = image
+        if image.mode == "P":  # its palette and its transparency may change from frame to frame
+            frame = image.convert("RGBA" if "transparency" in image.info else "RGB")
+            frame.info = {key: value for key, value in image.info.items() if key != "transparency"}
+            frame.format = image.format
+        picture = from_image(frame, name)
+        if kind == "GIF":
+            picture = dataclasses.replace(picture, mode="P")
+        duration = float(image.info.get("duration", 0)) if kind in _ANIMATED else None
+        if default and index == 0:
+            duration = 0.0
+        pictures.append(dataclasses.replace(picture, duration=duration, format=kind))
+    if any(picture.alpha is not None for picture in pictures):
+        pictures = [picture if picture.alpha is not None else _opaque(picture) for picture in pictures]
+    first = pictures[0]
+    settings = {"default_image": True} if default else {}
+    loop = image.info.get("loop")
+    return dataclasses.replace(first, frames=tuple(pictures[1:]), loop=loop, settings=settings)
+
+
+def _opaque(picture: Picture) -> Picture:
+    alpha = np.full((*picture.size, 1), picture.peak, picture.color.dtype)
+    return dataclasses.replace(picture, alpha=alpha, mode=picture.mode if picture.mode == "P" else "RGBA")
+
+
+def _deep(image: Image.Image, file: Path | BinaryIO, head: bytes) -> tuple[Array, int] | None:
+    """Samples of more than 8 bits, of which Pillow keeps the high ones, as (H, W, C) uint16 or float32, and bits."""
+    bits = _bits(image.format or "", head)
+    if bits <= 8 and image.format != "JXL":
         return None
-    with Image.open(path) as second:  # read as if little-endian, the other byte of each sample is the high one
-        tile = second.tile[0]
-        second.tile = [tile._replace(args=str(tile.args).replace("16B", "16L"))]
-        return np.array(second)
+    data = _all(file)
+    if image.format == "PNG":
+        if image.mode in ("I;16", "I", "L", "1", "P") and head[25] != 4:  # gray, or a palette
+            return None
+        array = imagecodecs.png_decode(data)
+    elif image.format == "AVIF":
+        array = imagecodecs.avif_decode(data)
+    elif image.format == "JPEG2000":
+        array = imagecodecs.jpeg2k_decode(data)
+    elif image.format == "HEIF":
+        import pillow_heif
+
+        found = pillow_heif.open_heif(io.BytesIO(data), convert_hdr_to_8bit=False)
+        return _channels(np.asarray(found)), bits
+    elif image.format == "JXL":
+        array = imagecodecs.jpegxl_decode(data)
+        if array.dtype == np.uint8:
+            return None
+        bits = 16 if array.dtype == np.uint16 else 32
+    else:
+        return None
+    array = _channels(np.asarray(array))
+    if array.dtype == np.uint16 and bits < 16:
+        array = np.round(array.astype(np.float64) * (65535 / ((1 << bits) - 1))).astype(np.uint16)
+    return (array, bits) if array.dtype in (np.uint16, np.float32, np.float16) else None
 
 
-def _widen(picture: Picture, low: Array) -> Picture:
-    """Add the low bytes to an 8-bit picture."""
-    alpha = picture.alpha
+def _channels(array: Array) -> Array:
+    return array[..., None] if array.ndim == 2 else array
 
-    def join(high: Array, low: Array) -> Array:
-        return (high.astype(np.uint16) << 8) | low
 
-    return dataclasses.replace(
-        picture,
-        color=join(picture.color, low[..., :3]),
-        alpha=None if alpha is None else join(alpha, low[..., 3:]),
+def _bits(kind: str, head: bytes) -> int:
+    """Bits of a sample, from the head of a file."""
+    if kind == "PNG":
+        return head[24]
+    if kind in ("AVIF", "HEIF"):
+        place = head.find(b"pixi")
+        return head[place + 9] if place >= 0 else 8
+    if kind == "JPEG2000":
+        place = head.find(b"ihdr")
+        if place >= 0:
+            return (head[place + 14] & 0x7F) + 1 if head[place + 14] != 255 else 8
+        place = head.find(b"\xff\x51")  # SIZ of a bare code stream
+        return (head[place + 40] & 0x7F) + 1 if place >= 0 else 8
+    return 8
+
+
+def _deep_picture(image: Image.Image, deep: tuple[Array, int], name: str) -> Picture:
+    """Return a picture of deep samples, with what Pillow found beside them."""
+    array, bits = deep
+    values = None
+    if array.dtype not in (np.uint16,):
+        array, values = to_unit(array, name)
+    key = image.info.get("transparency")
+    colors = 1 if array.shape[2] < 3 else 3
+    if isinstance(key, (int, tuple)) and array.shape[2] in (1, 3):
+        opaque = (array != np.asarray(key, array.dtype)).any(2, keepdims=True)
+        array = np.concatenate([array, opaque * np.asarray(np.iinfo(array.dtype).max, array.dtype)], axis=2)
+    color, alpha = array[..., :colors], array[..., colors:] if array.shape[2] > colors else None
+    mode = ("I;16" if array.dtype == np.uint16 else "F") if colors == 1 else "RGB"
+    if alpha is not None:
+        mode = "LA" if colors == 1 else "RGBA"
+    metadata = from_info(image, getattr(image, "text", None))
+    picture = Picture(
+        color=np.ascontiguousarray(color),
+        alpha=alpha,
+        mode=mode,
+        bits=bits if bits in (10, 12, 14) else None,
+        values=values,
+        metadata=metadata,
+        name=name,
     )
+    return _turned(picture, _orientation(image))
 
 
-def _from_image(image: Image.Image, name: str) -> Picture:
-    exif = image.info.get("exif") or image.getexif().tobytes()
-    common: dict[str, Any] = {
-        "icc_profile": image.info.get("icc_profile"),
-        "exif": exif if image.getexif() else None,
-        "name": name,
-    }
+def _orientation(image: Image.Image) -> int:
+    """What EXIF says of how the pixels lie, where they are not turned yet."""
+    return 1 if image.format in _TURNED else int(image.getexif().get(0x0112, 1) or 1)
+
+
+def _turned(picture: Picture, orientation: int) -> Picture:
+    """Turn the pixels upright, and make the metadata say so."""
+    transpose, down, across = upright(orientation)
+
+    def turn(plane: Array | None) -> Array | None:
+        if plane is None or not (transpose or down or across):
+            return plane
+        plane = plane.transpose(1, 0, 2) if transpose else plane
+        plane = plane[::-1] if down else plane
+        return np.ascontiguousarray(plane[:, ::-1] if across else plane)
+
+    color = turn(picture.color)
+    assert color is not None
+    metadata = picture.metadata
+    if transpose and metadata.dpi is not None:
+        metadata = dataclasses.replace(metadata, dpi=metadata.dpi[::-1])
+    changed = dataclasses.replace(picture, color=color, black=turn(picture.black), alpha=turn(picture.alpha))
+    return dataclasses.replace(changed, metadata=metadata.resized(changed.size))
+
+
+def from_image(image: Image.Image, name: str) -> Picture:
+    """Return a Pillow image as a picture.
+
+    Args:
+        image: It.
+        name: For messages.
+
+    Raises:
+        PictureError: Its mode is unknown, or its values are no finite numbers.
+    """
+    text = getattr(image, "text", None) if image.format == "PNG" else None
+    common: dict[str, Any] = {"metadata": from_info(image, text), "name": name}
     mode = image.mode
     if mode == "F" or mode.startswith("I"):
-        return Picture(color=_deep_gray(np.array(image), mode, name)[..., None], mode=mode, **common)
+        picture = _deep_gray(np.array(image), mode, image.info.get("transparency"), common)
+        return _turned(picture, _orientation(image))
     if mode not in _WORKING_MODES:
         raise PictureError(f"{name} has the colour mode {mode}; known are {', '.join(_WORKING_MODES)}, I;16, I and F.")
     working = _WORKING_MODES[mode]
@@ -122,22 +400,23 @@ def _from_image(image: Image.Image, name: str) -> Picture:
         array = array[..., None]
     if working == "CMYK":
         array = 255 - array
-        return Picture(color=array[..., :3], black=array[..., 3:], mode="CMYK", **common)
+        picture = Picture(color=array[..., :3], black=array[..., 3:], mode="CMYK", **common)
+        return _turned(picture, _orientation(image))
     channels = 1 if working.startswith("L") else 3
     alpha = array[..., channels:] if array.shape[2] > channels else None
-    return Picture(color=array[..., :channels], alpha=alpha, mode="RGBA" if mode == "PA" else mode, **common)
+    picture = Picture(color=array[..., :channels], alpha=alpha, mode="RGBA" if mode == "PA" else mode, **common)
+    return _turned(picture, _orientation(image))
 
 
-def _deep_gray(array: Array, mode: str, name: str) -> Array:
-    """uint16 or float32 of a gray picture with more than 8 bits."""
-    low, high = float(array.min()), float(array.max())
-    if mode == "F":
-        if not (low >= 0 and high <= 1):
-            raise PictureError(f"{name} has float pixels from {low:g} to {high:g}; expected values in [0, 1].")
-        return array
-    if low < 0 or high > 65535:
-        raise PictureError(f"{name} has integer pixels from {low:g} to {high:g}; expected 16 bits, 0 to 65535.")
-    return array.astype(np.uint16)
+def _deep_gray(array: Array, mode: str, key: Any, common: dict[str, Any]) -> Picture:
+    """Gray with more than 8 bits: uint16, or floats of any range."""
+    if mode == "F" or array.min() < 0 or array.max() > 65535:
+        unit, values = to_unit(array, str(common["name"]))
+        return Picture(color=unit[..., None], values=values, mode="F" if mode == "F" else mode, **common)
+    color = array.astype(np.uint16)[..., None]
+    if isinstance(key, int):
+        return Picture(color=color, alpha=np.where(color == key, 0, 65535).astype(np.uint16), mode="LA", **common)
+    return Picture(color=color, mode=mode, **common)
 
 
 def _from_array(array: Array) -> Picture:
@@ -159,3 +438,59 @@ def _from_array(array: Array) -> Picture:
     has_alpha = array.shape[2] in (2, 4)
     color, alpha = (array[..., :-1], array[..., -1:]) if has_alpha else (array, None)
     return Picture(color=color, alpha=alpha, mode="array", shape=shape, name="the array")
+
+
+def peek(path: Path, max_pixels: int | None = None) -> Kind:
+    """Return what kind of picture a file holds, from its head.
+
+    Raises:
+        PictureError: It is no picture, or is too large to be safe.
+    """
+    _check_file(path)
+    name = str(path)
+    with _explained(name, path, max_pixels):
+        data = _head(path)
+        if is_tiff(data):
+            return _peek_tiff(path, name, max_pixels)
+        with Image.open(path) as image:
+            _check_size(name, image.width, image.height, max_pixels)
+            mode, kind = image.mode, image.format or ""
+            alpha = mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info
+            colors = (
+                "cmyk"
+                if mode == "CMYK"
+                else "gray"
+                if mode in ("1", "L", "LA", "La", "I;16", "I;16B", "I", "F")
+                else "color"
+            )
+            bits = 32 if mode == "F" else 16 if mode.startswith("I") else 1 if mode == "1" else _bits(kind, data)
+            size = image.size if upright(_orientation(image))[0] else image.size[::-1]
+            count = int(getattr(image, "n_frames", 1)) if kind in _ANIMATED or kind in _PAGED else 1
+            return Kind(
+                format="JPEG" if kind == "MPO" else kind, size=size, colors=colors, alpha=alpha, bits=bits, frames=count
+            )
+
+
+def _peek_tiff(path: Path, name: str, max_pixels: int | None) -> Kind:
+    try:
+        with tifffile.TiffFile(str(path)) as tiff:
+            pages = pages_of(tiff)
+            page = pages[0]
+            _check_size(name, page.imagewidth, page.imagelength, max_pixels)
+            size = (page.imagelength, page.imagewidth)
+            turn = int(page.tags[274].value) if 274 in page.tags else 1
+            number = int(page.photometric)
+            bits = int(np.max(page.bitspersample))
+            return Kind(
+                format="TIFF",
+                size=size[::-1] if upright(turn)[0] else size,
+                colors="cmyk" if number == 5 else "gray" if number < 2 else "color",
+                alpha=any(int(sample) in (1, 2) for sample in page.extrasamples),
+                bits=bits,
+                frames=len(pages),
+            )
+    except (PictureError, MemoryError):
+        raise
+    except Exception:
+        with Image.open(path) as image:
+            return Kind(format="TIFF", size=image.size[::-1])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,14 +16,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
+from zoo.pictures.metadata import stripped
 from zoo.pictures.picture import Picture, PictureError, pair_views
 from zoo.pictures.read import open_picture
-from zoo.pictures.restorers import load_restorer
+from zoo.pictures.restorers import load_restorer, shipped_scales
+from zoo.pictures.sizes import Size, chain, crop_box, resize
 from zoo.pictures.tiling import Progress, restore_tensor
 
 __all__ = [
+    "Networks",
     "Picture",
     "PictureError",
+    "Size",
     "load_restorer",
     "open_picture",
     "pair_views",
@@ -29,13 +36,15 @@ __all__ = [
     "restore_tensor",
 ]
 
+_MARGIN = 64  # most pixels around a part that its networks see
+
 Source = str | os.PathLike[str] | Image.Image | NDArray[Any]
 
 
 def restore(
     image: Source | tuple[Source, Source],
     task: str = "sr",
-    scale: int | None = None,
+    scale: float | None = None,
     model: str | nn.Module | None = None,
     weights: str | os.PathLike[str] | None = None,
     budget: int | float | str | None = "4GB",
@@ -46,18 +55,26 @@ def restore(
     self_ensemble: bool = False,
     progress: Progress | None = None,
     sigma: float | None = None,
+    *,
+    width: int | None = None,
+    height: int | None = None,
+    max_side: int | None = None,
+    crop: str | tuple[int, int, int, int] | None = None,
+    max_pixels: int | None = None,
+    strip: bool = False,
 ) -> Any:
     """Restore a picture of any kind and size.
 
-    The result has the mode of the input (gray, colour, alpha, palette, CMYK, 16-bit gray), its colour profile and its
-    EXIF block; pixels are never turned, so the orientation in the EXIF block stays true. Opacity is scaled apart, and
-    colour under full transparency is filled from its surroundings before.
+    The result is upright and has the mode of the input (gray, colour, alpha, palette, CMYK, 16-bit gray); its plain
+    `save` keeps 16 bits, frames, colour profile, EXIF, XMP, IPTC, resolution and text, as far as the format can.
+    Opacity is scaled apart, and colour under full transparency is filled from its surroundings before.
 
     Args:
         image: Path, Pillow image, or array (H, W) or (H, W, 1 to 4) of uint8, uint16, bool, or floats in [0, 1]; or a
             tuple of two, the left and the right view of a dual-pixel sensor.
         task: "sr", "denoise", ...: chooses shipped weights where neither `model` nor `weights` is given.
-        scale: Output pixels per input pixel; None takes the model's, or 2 for "sr" where there is no model.
+        scale: Output pixels per input pixel, also 2.5, 3 or 8: networks follow each other, and Lanczos in linear light
+            makes up the rest. None takes the model's, or 2 for "sr" where there is no model.
         model: Name of a restorer ("cfsr_x2", "cfsr_x2.authors"), or a restorer. None recognises it from `weights`.
         weights: Weight file, ours or the authors', or a tag of `model`. None takes the model's published weights.
         budget: Memory the whole process (or the device) may hold, without the program files that the system shares:
@@ -69,6 +86,13 @@ def restore(
         self_ensemble: Average over eight flips and turns: better by about 0.1 dB, eight times as slow.
         progress: Called with (parts done, parts in all).
         sigma: Standard deviation of the noise, of 255: takes the weights trained for it.
+        width: Of the result, pixels, instead of `scale`; the height follows unless it is given too.
+        height: Of the result, pixels.
+        max_side: The longer side of the result, pixels.
+        crop: Restore only a part: (left, top, right, bottom) or "640x480+100+50" in pixels of the upright picture; it
+            looks as it does in the whole.
+        max_pixels: Most pixels of a file that are read; None is 179 million.
+        strip: Leave out all metadata but what colours depend on.
 
     Returns:
         A Pillow image, or an array where an array was given.
@@ -81,24 +105,95 @@ def restore(
     views = image if isinstance(image, tuple) else (image,)
     if len(views) > 2:
         raise ValueError(f"One picture is restored, or the two views of a dual-pixel sensor; got {len(views)}.")
-    pictures = [open_picture(view) for view in views]
+    size = Size(scale=scale, width=width, height=height, max_side=max_side)
+    pictures = [open_picture(view, every_frame=len(views) == 1, max_pixels=max_pixels) for view in views]
     picture = pair_views(*pictures) if len(pictures) == 2 else pictures[0]
-    restorer = load_restorer(task, scale, model, weights, sigma=sigma, device=device, dtype=dtype)
+    if strip:
+        picture = dataclasses.replace(picture, metadata=stripped(picture.metadata))
+    networks = Networks(size, task, model, weights, sigma=sigma, device=device, dtype=dtype)
     restored = restore_picture(
         picture,
-        restorer,
+        networks.reaching(picture.size),
         budget=budget,
         tile=tile,
         overlap=overlap,
         self_ensemble=self_ensemble,
         progress=progress,
+        size=size,
+        crop=crop,
     )
     return restored.to_array() if isinstance(views[0], np.ndarray) else restored.to_image()
 
 
+class Networks:
+    """The networks that make pictures as large as is asked for: one, or several after each other; each loaded once.
+
+    Args:
+        size: How large results are to be.
+        task: As in `restore`.
+        model: As in `restore`.
+        weights: As in `restore`.
+        **options: Further ones of `load_restorer`.
+
+    Raises:
+        ValueError: There is no such restorer, nothing shipped fits, or it cannot reach the scale.
+        CheckpointError: The weights do not exist, are damaged, or do not fit.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        task: str = "sr",
+        model: str | nn.Module | None = None,
+        weights: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> None:
+        self.size, self._task, self._options = size, task, options
+        self._loaded: dict[int, nn.Module] = {}
+        shipped = shipped_scales(task) if model is None and weights is None and options.get("sigma") is None else ()
+        asked = size.scale
+        self._by_scale = any(scale > 1 for scale in shipped)
+        if self._by_scale and asked is not None and asked <= 1:
+            raise ValueError(
+                f"The task {task!r} enlarges; scale {asked:g} does not. `width`, `height` and `max_side` also make "
+                "pictures smaller."
+            )
+        if self._by_scale and asked is not None and asked > 1:
+            first = chain(asked, shipped)[0]
+        elif self._by_scale:
+            first = 2 if 2 in shipped else min(scale for scale in shipped if scale > 1)
+        else:
+            whole = asked is not None and asked == int(asked) and model is None and weights is None
+            self.first = load_restorer(task, int(asked) if whole and asked else None, model, weights, **options)
+            own = int(getattr(self.first, "scale", 1))
+            if own == 1 and asked not in (None, 1):
+                raise ValueError(f"This {type(self.first).__name__} restores at scale 1, not {asked:g}.")
+            self._loaded[own], self._scales = self.first, (own,)
+            return
+        self.first = load_restorer(task, first, **options)
+        self._loaded[first], self._scales = self.first, shipped
+
+    def reaching(self, size: tuple[int, int]) -> list[nn.Module]:
+        """Return the networks for a picture of a height and width, in their order; none where it is to become smaller.
+
+        Where the network is for scale 1, it is alone.
+        """
+        if self._scales == (1,) or (self.size.scale is None and not self.size.in_pixels):
+            return [self.first]
+        wanted = self.size.of(size, int(getattr(self.first, "scale", 1)))
+        factor = max(new / old for new, old in zip(wanted, size, strict=True))
+        if self.size.scale is not None:
+            factor = self.size.scale
+        found = chain(factor, self._scales)
+        for scale in found:
+            if scale not in self._loaded:
+                self._loaded[scale] = load_restorer(self._task, scale, **self._options)
+        return [self._loaded[scale] for scale in found]
+
+
 def restore_picture(
     picture: Picture,
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     *,
     budget: int | float | str | None = "4GB",
     tile: int | None = None,
@@ -106,59 +201,141 @@ def restore_picture(
     self_ensemble: bool = False,
     progress: Progress | None = None,
     inform: Callable[[str], object] | None = None,
+    size: Size | None = None,
+    crop: str | tuple[int, int, int, int] | None = None,
 ) -> Picture:
-    """Restore an opened picture, for example from a batch of files with one model; see `restore`.
+    """Restore an opened picture with all its frames, for example from a batch of files with one model; see `restore`.
 
     Args:
         picture: From `open_picture`, or from `pair_views`.
-        model: From `load_restorer`, or any restorer.
+        model: From `load_restorer`, or any restorer; or several, which follow each other.
         budget: Memory limit.
         tile: Side of tiles.
         overlap: Of tiles.
         self_ensemble: Average over eight flips and turns.
         progress: Called with (parts done, parts in all); black ink is not counted.
         inform: Told in words how the picture is run, see `restore_tensor`.
+        size: How large the result is to be; None is as large as the networks make it.
+        crop: Part that is restored.
 
     Raises:
-        ValueError: The budget or the tile is too small, or the network restores two views and got one, or the reverse.
+        ValueError: The budget or the tile is too small, the part lies outside, or the network restores two views and
+            got one, or the reverse.
         RuntimeError: The network's output is not finite.
     """
-    if (picture.color.shape[2] == 6) != (getattr(model, "in_chans", 3) == 6):
+    models = [model] if isinstance(model, nn.Module) else list(model)
+    run = partial(restore_tensor, budget=budget, tile=tile, overlap=overlap, self_ensemble=self_ensemble)
+    pages = [dataclasses.replace(picture, frames=()), *picture.frames]
+    done = []
+    for index, page in enumerate(pages):
+        steps = len(pages) * max(1, len(models))
+
+        def tell(step: int, parts: int, total: int, index: int = index, steps: int = steps) -> None:
+            if progress is not None:
+                before = (index * max(1, len(models)) + step) * total
+                progress(before + parts, steps * total)
+
+        done.append(_restore_page(page, models, run, tell, inform if index == 0 else None, size or Size(), crop))
+    if len(pages) > 1 and inform is not None:
+        inform(f"{len(pages)} frames")
+    return dataclasses.replace(done[0], frames=tuple(done[1:]))
+
+
+Run = Callable[..., torch.Tensor]
+
+
+def _restore_page(
+    picture: Picture,
+    models: Sequence[nn.Module],
+    run: Run,
+    tell: Callable[[int, int, int], None],
+    inform: Callable[[str], object] | None,
+    size: Size,
+    crop: str | tuple[int, int, int, int] | None,
+) -> Picture:
+    """Restore one picture."""
+    if models and (picture.color.shape[2] == 6) != (getattr(models[0], "in_chans", 3) == 6):
         kinds = "one picture", "two views of a dual-pixel sensor"
         wanted, given = kinds if picture.color.shape[2] == 6 else kinds[::-1]
-        raise ValueError(f"{type(model).__name__} with these weights restores {wanted}, got {given}.")
+        raise ValueError(f"{type(models[0]).__name__} with these weights restores {wanted}, got {given}.")
+    scale = math.prod(int(getattr(model, "scale", 1)) for model in models)
+    target = size.of(picture.size, scale)
+    inner = (0, 0, *picture.size[::-1])
+    if crop is not None:
+        picture, inner, target = _part(picture, models, crop, target)
     levels = None if picture.peak == 1 else int(picture.peak)
+    own = tuple(scale * (stop - start) for start, stop in ((inner[1], inner[3]), (inner[0], inner[2])))
+    direct = len(models) == 1 and own == target
 
-    def run(planes: NDArray[Any], progress: Progress | None) -> NDArray[Any]:
+    def through(planes: NDArray[Any], counted: bool) -> NDArray[Any]:
         x = torch.from_numpy(np.ascontiguousarray(planes.transpose(2, 0, 1)))[None]
-        out = restore_tensor(
-            model,
-            x,
-            budget=budget,
-            tile=tile,
-            overlap=overlap,
-            self_ensemble=self_ensemble,
-            levels=levels,
-            progress=progress,
-            inform=inform if planes is color else None,
-        )
-        if levels is None:
-            out = out.clamp_(0, 1)
-        return out[0].permute(1, 2, 0).numpy().astype(planes.dtype, copy=False)
+        for step, model in enumerate(models):
+            x = run(
+                model,
+                x,
+                levels=levels if direct else None,
+                progress=(lambda parts, total, step=step: tell(step, parts, total)) if counted else None,
+                inform=inform if counted else None,
+            )
+            if levels is None or not direct:
+                x = x.clamp_(0, 1)
+        out = x[0].permute(1, 2, 0).numpy()
+        out = out[scale * inner[1] : scale * inner[3], scale * inner[0] : scale * inner[2]]
+        if direct:
+            return out.astype(planes.dtype, copy=False)
+        if not models:
+            out = out.astype(np.float32) / np.float32(picture.peak)
+        out = resize(out, target, picture, light=counted)
+        return _quantised(out, planes.dtype, picture.peak)
 
     color = picture.color if picture.alpha is None else _bleed(picture.color, picture.alpha)
-    restored = run(color, progress)
-    size = restored.shape[:2]
-    return Picture(
-        color=restored,
-        black=None if picture.black is None else run(picture.black, None),
-        alpha=None if picture.alpha is None else _resize_plane(picture.alpha, size, picture.peak),
-        mode=picture.mode,
-        shape=picture.shape,
-        icc_profile=picture.icc_profile,
-        exif=picture.exif,
-        name=picture.name,
+    alpha = picture.alpha
+    if alpha is not None:
+        alpha = alpha[inner[1] : inner[3], inner[0] : inner[2]]
+    if inform is not None and not direct:
+        notes = [f"{len(models)} networks after each other"] if len(models) > 1 else []
+        notes += [f"Lanczos from {own[1]}x{own[0]} to {target[1]}x{target[0]}"] if own != target else []
+        inform(", ".join(notes or ["whole"]))
+    return dataclasses.replace(
+        picture,
+        color=through(color, True),
+        black=None if picture.black is None else through(picture.black, False),
+        alpha=None if alpha is None else _resize_plane(alpha, target, picture.peak),
+        metadata=picture.metadata.resized(target),
     )
+
+
+def _part(
+    picture: Picture,
+    models: Sequence[nn.Module],
+    crop: str | tuple[int, int, int, int],
+    target: tuple[int, int],
+) -> tuple[Picture, tuple[int, int, int, int], tuple[int, int]]:
+    """Cut a part out with what the networks see around it; return it, the part in it, and the size of its result."""
+    left, top, right, bottom = crop_box(crop, picture.size)
+    height, width = picture.size
+    part = tuple(
+        max(1, round((stop - start) * new / old))
+        for start, stop, new, old in ((top, bottom, target[0], height), (left, right, target[1], width))
+    )
+    reach = [getattr(model, "receptive_field", None) for model in models]
+    margin = max((_MARGIN if own is None else min(own, _MARGIN) for own in reach), default=0)
+    multiple = math.lcm(1, *(int(getattr(model, "multiple_of", 1)) for model in models))
+    start_x, start_y = (max(0, place - margin) // multiple * multiple for place in (left, top))
+    stop_x, stop_y = min(width, right + margin), min(height, bottom + margin)
+
+    def cut(plane: NDArray[Any] | None) -> NDArray[Any] | None:
+        return None if plane is None else plane[start_y:stop_y, start_x:stop_x]
+
+    color = cut(picture.color)
+    assert color is not None
+    small = dataclasses.replace(picture, color=color, black=cut(picture.black), alpha=cut(picture.alpha))
+    return small, (left - start_x, top - start_y, right - start_x, bottom - start_y), (part[0], part[1])
+
+
+def _quantised(values: NDArray[Any], dtype: Any, peak: float) -> NDArray[Any]:
+    """Return values from 0 to 1 in the dtype of a picture."""
+    return values.astype(np.float32) if peak == 1 else np.round(values * peak).astype(dtype)
 
 
 def _resize_plane(plane: NDArray[Any], size: tuple[int, int], peak: float) -> NDArray[Any]:

@@ -18,7 +18,7 @@ from zoo.ffn.reparam import reparameterize
 from zoo.restoration import FAMILIES
 from zoo.weights import CheckpointError, load_strict, read_checkpoint
 
-__all__ = ["load_restorer"]
+__all__ = ["load_restorer", "shipped_scales"]
 
 
 def load_restorer(
@@ -113,6 +113,16 @@ def _require_restorer(name: str) -> None:
 
 def _restorers() -> list[str]:
     return [name for family in FAMILIES for name in family.default_cfgs]
+
+
+def shipped_scales(task: str) -> tuple[int, ...]:
+    """Return the scales at which weights for a task are shipped, in rising order."""
+    found = set()
+    for architecture in _restorers():
+        for cfg in get_arch_pretrained_cfgs(architecture).values():
+            if isinstance(cfg, RestorationCfg) and cfg.task == task and cfg.file and Path(cfg.file).is_file():
+                found.add(cfg.scale)
+    return tuple(sorted(found))
 
 
 def _noise_error(cfg: RestorationCfg, sigma: float | None) -> float | None:
