@@ -1,0 +1,53 @@
+"""Choosing the size by a budget, and recovery from the dense model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from small_models import batches, build, vit
+
+from zoo.ffn.compressing import METHODS, compress, config_for_budget, recover
+from zoo.ffn.prune import PruneConfig
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_budget_of_macs_is_met_by_the_whole_model(method: str) -> None:
+    model = vit(embed_dim=32, depth=4)
+    data = batches("timm", 1)
+    config, share = config_for_budget(model, METHODS[method], "macs<=0.8", data[0])
+    assert share <= 0.8
+    report = compress(model, config, data)
+    assert report.technique.replace("_", "-") == method
+
+
+@pytest.mark.parametrize("budget", ["macs<=1.2", "macs=0.5", "flops<=0.5", "macs<=0"])
+def test_a_budget_is_a_share(budget: str) -> None:
+    with pytest.raises(ValueError, match="budget must look like"):
+        config_for_budget(vit(), PruneConfig(), budget, batches("timm", 1)[0])
+
+
+def test_what_cannot_be_met_is_said() -> None:
+    with pytest.raises(
+        ValueError, match=r"cannot be met by feed-forward layers alone: the nearest that can is macs<=0\."
+    ):
+        config_for_budget(vit(), PruneConfig(), "macs<=0.05", batches("timm", 1)[0])
+
+
+def test_unknown_method_has_a_nearest() -> None:
+    with pytest.raises(ValueError, match="Did you mean prune"):
+        compress(vit(), "prun", batches("timm", 1))
+
+
+@pytest.mark.parametrize("kind", ["timm", "dit"])
+@pytest.mark.parametrize("method", ["prune", "low-rank", "repa"])
+def test_recovery_comes_nearer_to_the_dense_model(kind: str, method: str) -> None:
+    torch.manual_seed(0)
+    model = build(kind)
+    dense = copy.deepcopy(model)
+    data = batches(kind, 2, size=8)
+    compress(model, method, data)
+    losses = recover(model, dense, data, epochs=20, lr=5e-4)
+    assert sum(losses[-2:]) < 0.9 * sum(losses[:2])
+    assert not model.training
