@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import timm
+from registered import FAMILIES, smallest
 from timm.models import model_entrypoint
 
 from zoo import catalog
+from zoo.cards import catalog_writer
 from zoo.catalog import entry, load, nearest, select, unknown
 
 SAMPLE = {
@@ -35,16 +37,28 @@ def test_every_registered_model_is_listed() -> None:
     assert ours == {name for name, facts in load().items() if facts["task"] not in catalog.PIPELINE_TASKS}
 
 
-@pytest.mark.slow
-def test_catalog_is_current() -> None:
-    """The facts are those of the registry and the cards, or `make catalog` has to be run."""
-    from zoo.cards.catalog_writer import build_catalog
+def test_catalog_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The facts are those of the registry and the cards, or `make catalog` has to be run.
 
-    current = build_catalog()
-    assert current.keys() == load().keys()
+    Work is counted anew for the smallest model of each family. The others' parameters are counted where every model is
+    built (`test_registry_build.py`), and everything by `make check-catalog`.
+    """
+    stored, counts = load(), catalog_writer._counts
+    counted = [smallest(family) for family in FAMILIES]
+
+    def count(name: str, shape: tuple[int, int, int]) -> dict[str, int]:
+        architecture, _, tag = name.partition(".")
+        if architecture in counted:
+            return counts(name, shape)
+        facts = stored[architecture]["weights"][tag] if tag else stored[architecture]
+        return {key: facts[key] for key in ("params", "macs", "merged_params", "merged_macs") if key in facts}
+
+    monkeypatch.setattr(catalog_writer, "_counts", count)
+    current = catalog_writer.build_catalog()
+    assert current.keys() == stored.keys()
     for name, facts in current.items():
-        assert load()[name] == facts, f"{name}: run `make catalog`"
-    assert list(current) == list(load())
+        assert stored[name] == facts, f"{name}: run `make catalog`"
+    assert list(current) == list(stored)
 
 
 @pytest.mark.parametrize("name", list(load()))
@@ -99,10 +113,17 @@ def test_wrong_names_get_the_nearest_right_one() -> None:
 
 @pytest.mark.slow
 def test_importing_zoo_costs_little_more_than_timm() -> None:
-    """At most 0.3 s of processor time, the best of three fresh processes."""
-    code = "import time, timm; start = time.process_time(); import zoo; print(time.process_time() - start)"
-    times = [float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3)]
-    assert min(times) <= 0.3
+    """At most a tenth of what importing timm takes in the same process; once in three fresh ones is enough."""
+    code = """
+import time
+start = time.process_time()
+import timm
+middle = time.process_time()
+import zoo
+print((time.process_time() - middle) / (middle - start))
+"""
+    ratios = (float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3))
+    assert any(ratio <= 0.1 for ratio in ratios)
 
 
 @pytest.mark.slow

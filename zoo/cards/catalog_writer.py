@@ -64,6 +64,7 @@ def _registered_facts(name: str) -> dict[str, Any]:
     entry_point = model_entrypoint(name)
     cfgs = {tag.partition(".")[2]: cfg for tag, cfg in get_arch_pretrained_cfgs(name).items()}
     default = next(iter(cfgs.values()))
+    known: dict[Any, dict[str, int]] = {}
     return {
         "task": default.task if isinstance(default, ModelCfg) else "classification",
         "family": entry_point.__module__.rpartition(".")[2],
@@ -74,8 +75,8 @@ def _registered_facts(name: str) -> dict[str, Any]:
         "notes": _listed(default.notes),
         "parity": getattr(default, "parity", None),
         "top1": next((top1 for cfg in cfgs.values() if (top1 := getattr(cfg, "top1", None))), None),
-        **_measured(name, default),
-        "weights": {tag: _weight_facts(f"{name}.{tag}", cfg) for tag, cfg in cfgs.items() if _is_published(cfg)},
+        **_measured(name, default, known),
+        "weights": {tag: _weight_facts(f"{name}.{tag}", cfg, known) for tag, cfg in cfgs.items() if _is_published(cfg)},
     }
 
 
@@ -89,7 +90,7 @@ def _is_published(cfg: Any) -> bool:
     return bool(cfg.hf_hub_id or cfg.url)
 
 
-def _weight_facts(name: str, cfg: Any) -> dict[str, Any]:
+def _weight_facts(name: str, cfg: Any, known: dict[Any, dict[str, int]]) -> dict[str, Any]:
     source = "shipped" if cfg.file else f"hf-hub:{cfg.hf_hub_id}" if cfg.hf_hub_id else str(cfg.url)
     return {
         "license": cfg.license,
@@ -99,7 +100,7 @@ def _weight_facts(name: str, cfg: Any) -> dict[str, Any]:
         "std": list(cfg.std),
         "notes": _listed(cfg.notes),
         **({"metrics": [_authors_top1(cfg)]} if getattr(cfg, "top1", None) else {}),
-        **_measured(name, cfg),
+        **_measured(name, cfg, known),
         **card_facts(cards_dir() / name),
     }
 
@@ -124,18 +125,26 @@ def _input_size(cfg: Any) -> tuple[int, int, int]:
     return cfg.input_size[0], math.ceil(height / step) * step, math.ceil(width / step) * step
 
 
-def _measured(name: str, cfg: Any) -> dict[str, Any]:
-    """Build a model without memory and count it before and after merging."""
+def _measured(name: str, cfg: Any, known: dict[Any, dict[str, int]]) -> dict[str, Any]:
+    """Return the input for which the work is stated, and the counts; `known` has those of the other tags."""
     shape = _input_size(cfg)
-    model = timm.create_model(name, device="meta").eval()
-    sample = torch.empty(1, *shape, device="meta")
+    key = (cfg.num_classes, repr(getattr(cfg, "model_args", None)), shape)
+    if key not in known:
+        known[key] = _counts(name, shape)
     facts: dict[str, Any] = {"input_size": list(shape)}
     if isinstance(cfg, RestorationCfg):
         facts |= {"scale": cfg.scale, "any_size": True}
-    facts |= {"params": count_params(model), "macs": count_macs(model, sample)}
+    return facts | known[key]
+
+
+def _counts(name: str, shape: tuple[int, int, int]) -> dict[str, int]:
+    """Build a model without memory and count it before and after merging."""
+    model = timm.create_model(name, device="meta").eval()
+    sample = torch.empty(1, *shape, device="meta")
+    counts = {"params": count_params(model), "macs": count_macs(model, sample)}
     if reparameterize(model, measure=False).layers:
-        facts |= {"merged_params": count_params(model), "merged_macs": count_macs(model, sample)}
-    return facts
+        counts |= {"merged_params": count_params(model), "merged_macs": count_macs(model, sample)}
+    return counts
 
 
 def _denoiser_facts(name: str, folders: Mapping[str, Path]) -> dict[str, Any]:
