@@ -134,3 +134,25 @@ def test_callback(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(dense.eval()(x), task.model.eval()(x), rtol=1e-4, atol=1e-5)
     average(task.model, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"), [(1, [0, 1, 2, 3]), (2, [1, 3]), (3, [0, 3]), (4, [3]), (9, [3])], ids=str
+)
+def test_every_so_many_layers_are_counted_from_the_last(every: int, expected: list[int]) -> None:
+    model = nn.Sequential(*(Mlp(4, 8) for _ in range(4)))
+    assert apply(model, EWAConfig(every=every)) == [str(index) for index in expected]
+    found = [index for index, layer in enumerate(model) if isinstance(layer, ExpertsWeightsAveraging)]
+    assert found == expected
+
+
+def test_noise_is_relative_to_each_weight() -> None:
+    dense = nn.Linear(200, 200)
+    with torch.no_grad():
+        dense.weight.copy_(5 * torch.randn(200, 200))
+    layer = ExpertsWeightsAveraging(dense, 2, noise=0.1)
+    difference = layer.experts[0].weight - dense.weight
+    assert float(difference.std()) == pytest.approx(0.5, rel=0.1)
+    assert not torch.equal(layer.experts[0].weight, layer.experts[1].weight)
+    plain = ExpertsWeightsAveraging(dense, 2)
+    assert torch.equal(plain.experts[1].weight, dense.weight)

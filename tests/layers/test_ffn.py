@@ -288,3 +288,22 @@ def test_facts() -> None:
 def test_plain_form_needs_a_training_layer() -> None:
     with pytest.raises(ValueError, match="training form"):
         PlainRePaFFN(RePaFFN(8, 32, 8, merged=True))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "active", "collapses"), [(12, 8, False), (12, 7, True), (12, 9, False), (4, 0, False), (5, 0, True)]
+)
+def test_a_branch_that_costs_the_same_is_kept(hidden: int, active: int, collapses: bool) -> None:
+    """Width 8: four idle channels cost 2 x 8 x 4 multiplications, as a matrix of 8 x 8 does; then nothing is merged."""
+    layer = RePaFFN(8, hidden, active).eval()
+    assert layer.collapses is collapses
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        expected = layer(x)
+        layer.reparameterize()
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    assert layer.form == ("merged" if collapses else "folded")
+    assert (layer.linear is not None) is collapses
+    other = RePaFFN(8, hidden, active, merged=True)
+    assert other.form == layer.form
+    assert other.state_dict().keys() == layer.state_dict().keys()

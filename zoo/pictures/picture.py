@@ -82,7 +82,7 @@ class Picture:
         axes, dtype = self.shape
         if axes == 2:
             array = array[..., 0]
-        return array >= 0.5 if dtype == "bool" else array.astype(dtype, copy=False)
+        return array > self.peak / 2 if dtype == "bool" else array.astype(dtype, copy=False)
 
     def to_image(self) -> Image.Image:
         """Return a Pillow image of the mode that the picture came in; its plain `save` keeps all that `save` here does.

@@ -1,0 +1,118 @@
+"""Loading and publishing: bugs of one line that the other tests would let live."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from zoo import hub
+from zoo.cfg import ModelCfg
+from zoo.weights import CheckpointError, load_strict, read_checkpoint, save_checkpoint, verify_component
+
+
+@pytest.mark.parametrize(("own", "given"), [((2, 3), (3, 2)), ((6, 1), (6,)), ((4,), (2, 2)), ((4,), (1, 4))])
+def test_a_misshaped_tensor_of_equal_size_is_refused(own: tuple[int, ...], given: tuple[int, ...]) -> None:
+    """A transposed or flattened weight has as many numbers, and is another weight."""
+    module = nn.Module()
+    module.register_parameter("w", nn.Parameter(torch.zeros(own)))
+    with pytest.raises(CheckpointError, match=r"wrong shape: w \("):
+        load_strict(module, {"w": torch.ones(given)})
+    assert not module.w.any()
+
+
+def test_a_component_with_a_transposed_weight_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(nn.Linear(2, 3, bias=False).state_dict(), tmp_path / "transformer" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"wrong shape: weight \(3, 2\) for \(2, 3\)"):
+        verify_component(tmp_path, "transformer", nn.Linear(3, 2, bias=False))
+
+
+def test_a_component_in_several_files_is_checked_as_one(tmp_path: Path) -> None:
+    """Keys of all files count, and a damaged last file is found."""
+    module = nn.Linear(2, 2)
+    save_checkpoint({"weight": module.weight}, tmp_path / "transformer" / "a.safetensors")
+    with pytest.raises(CheckpointError, match="missing: bias"):
+        verify_component(tmp_path, "transformer", module)
+    save_checkpoint({"bias": module.bias}, tmp_path / "transformer" / "b.safetensors")
+    verify_component(tmp_path, "transformer", module)
+    save_checkpoint({"bias": torch.full((2,), torch.nan)}, tmp_path / "transformer" / "b.safetensors")
+    with pytest.raises(CheckpointError, match=r"b\.safetensors holds values that are not finite in bias"):
+        verify_component(tmp_path, "transformer", module)
+
+
+def test_only_a_prefix_of_all_keys_is_removed(tmp_path: Path) -> None:
+    """One key without it, and the prefix is a part of the names; in the middle of a name it always is."""
+    for keys in (["model.w", "v"], ["net.model.w", "net.module.v"]):
+        torch.save({key: torch.ones(2) for key in keys}, tmp_path / "c.pth")
+        assert sorted(read_checkpoint(tmp_path / "c.pth")) == sorted(keys)
+
+
+def test_values_of_later_keys_are_looked_at_and_whole_numbers_pass(tmp_path: Path) -> None:
+    values = {"count": torch.tensor(2**40), "a": torch.ones(3), "z": torch.tensor([1.0, float("-inf")])}
+    torch.save(values, tmp_path / "c.pth")
+    with pytest.raises(CheckpointError, match="not finite in z"):
+        read_checkpoint(tmp_path / "c.pth")
+
+
+def test_saved_weights_are_cast_and_described(tmp_path: Path) -> None:
+    """Types are kept unless one is asked for; whole numbers always; the header has the text given."""
+    from safetensors import safe_open
+
+    values = {"w": torch.ones(2, dtype=torch.float64), "n": torch.tensor([3])}
+    save_checkpoint(values, tmp_path / "m.safetensors", metadata={"note": "x"})
+    assert read_checkpoint(tmp_path / "m.safetensors")["w"].dtype == torch.float64
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "note": "x"}
+    save_checkpoint(values, tmp_path / "m.safetensors", dtype=torch.bfloat16)
+    read = read_checkpoint(tmp_path / "m.safetensors")
+    assert (read["w"].dtype, read["n"].dtype) == (torch.bfloat16, torch.int64)
+
+
+def test_the_stem_of_four_channels_keeps_the_response(tmp_path: Path) -> None:
+    """More channels repeat the first ones, scaled so that an equal picture gives an equal map."""
+    size: dict[str, Any] = dict(embed_dim=16, depth=1, num_heads=2, img_size=16, patch_size=8)
+    model = timm.create_model("repavit_tiny", num_classes=5, **size)
+    digest = save_checkpoint(model.state_dict(), tmp_path / "m.safetensors")
+    cfg = ModelCfg(
+        file=str(tmp_path / "m.safetensors"),
+        sha256=digest,
+        num_classes=5,
+        input_size=(3, 16, 16),
+        first_conv="patch_embed.proj",
+        classifier="head",
+    )
+    wide = timm.create_model("repavit_tiny", pretrained=True, pretrained_cfg=cfg, in_chans=6, **size)
+    assert torch.equal(wide.head.weight, model.head.weight), "as many classes: the head is loaded"
+    same = wide.patch_embed.proj(torch.ones(1, 6, 16, 16))
+    torch.testing.assert_close(same, model.patch_embed.proj(torch.ones(1, 3, 16, 16)))
+
+
+# --- the Hub
+
+
+def test_a_folder_inside_a_hidden_one_is_published(tmp_path: Path) -> None:
+    """What is hidden counts from the folder on: its own place may be ~/.cache/__run__."""
+    folder = tmp_path / ".cache" / "__run__" / "model"
+    for name in ("README.md", "transformer/model.safetensors", ".git/config", "__pycache__/a.pyc", ".hidden", "a/.b/c"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    found = [path.relative_to(folder).as_posix() for path in hub.files_of(folder)]
+    assert found == ["README.md", "transformer/model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("place", "known"),
+    [(("blobs", "a" * 64), True), (("blobs", "a" * 40), False), (("files", "a" * 64), False), (("blobs", "a" * 65), 0)],
+)
+def test_only_large_files_of_the_cache_have_a_digest(tmp_path: Path, place: tuple[str, str], known: bool) -> None:
+    """The Hub's cache keeps small files under another digest, of 40 digits."""
+    blob = tmp_path.joinpath(*place)
+    blob.parent.mkdir()
+    blob.touch()
+    link = tmp_path / "model.safetensors"
+    link.symlink_to(blob)
+    assert hub.blob_digest(link) == (place[1] if known else None)
