@@ -85,7 +85,7 @@ def test_report_and_metrics(capsys: Captured, upscaler: str, photos: Path, tmp_p
     assert "Mean of 3: PSNR" in text
     assert "y-crop" in text
     report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["scale"], report["task"], report["settings"]["quality"]) == (2, "sr", 95)
+    assert (report["scale"], report["task"], report["settings"]["jpeg_quality"]) == (2, "sr", 95)
     values = []
     for entry in report["restored"]:
         stem = Path(entry["file"]).stem.removesuffix("x2")
@@ -132,7 +132,7 @@ def test_template_format_and_quality(capsys: Captured, upscaler: str, photos: Pa
     sizes = []
     for quality in (20, 95):
         out = tmp_path / str(quality)
-        code, text, _ = run(capsys, *command, "-o", out, "--format", "jpg", "--quality", str(quality))
+        code, text, _ = run(capsys, *command, "-o", out, "--format", "jpg", "--jpeg-quality", str(quality))
         assert code == 0
         assert [Path(line).name for line in text.split()] == [f"{i:03d}_photo{i}x2_x2.jpg" for i in range(3)]
         sizes.append(sum(path.stat().st_size for path in out.iterdir()))
@@ -148,7 +148,10 @@ def test_template_format_and_quality(capsys: Captured, upscaler: str, photos: Pa
         (["--template", "{stem"], "--template '{stem'"),
         (["--template", "{stem:d}"], "--template '{stem:d}'"),
         (["--template", "{scale}.png"], "would both become"),
-        (["--quality", "0"], "--quality must be from 1 to 100, got 0"),
+        (["--jpeg-quality", "0"], "--jpeg-quality must be from 1 to 100, got 0"),
+        (["--scale", "0"], "'0' is no scale; write 2, 2.5 or x8"),
+        (["--scale", "3", "--width", "100"], "more than one is given"),
+        (["--crop", "10"], "--crop takes"),
         (["--format", "txt"], "no format that can be written"),
         (["--compare", "page.png"], "--compare writes a .html file"),
         (["--sigma", "15"], "--sigma is the noise of --task denoise, at least 0; got 15 for sr"),
@@ -213,7 +216,12 @@ def test_warnings_belong_to_their_picture(
     command = ["restore", photos, "-o", tmp_path / "out", "--weights", "x.pth", "--task", "denoise", "--json"]
     report = json.loads(run(capsys, *command)[1])
     said = {Path(entry["file"]).name: entry["warnings"] for entry in report["restored"]}
-    assert any("2 frames" in text for text in said.pop("moving.gif"))
+    assert said.pop("moving.gif") == []
+    assert not any(said.values())
+    (photos / "not.jpg").write_bytes((photos / "photo0x2.png").read_bytes())
+    report = json.loads(run(capsys, *command, "--force")[1])
+    said = {Path(entry["file"]).name: entry["warnings"] for entry in report["restored"]}
+    assert said.pop("not.jpg") == ["this is a PNG file; the result is written as JPEG"]
     assert not any(said.values())
 
 

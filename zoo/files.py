@@ -27,8 +27,21 @@ def whole(path: str | Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".zoo-") as folder:
         temporary = Path(folder) / path.name
         yield temporary
+        mode = _usual_mode(Path(folder))  # safetensors makes files that only their owner reads
         if temporary.is_dir():
+            for file in temporary.rglob("*"):
+                if file.is_file() and not file.is_symlink():
+                    file.chmod(mode | (file.stat().st_mode & 0o111))
             shutil.rmtree(path, ignore_errors=True)
         else:
-            temporary.chmod(0o644)  # safetensors makes files that only their owner reads
+            temporary.chmod(mode)
         os.replace(temporary, path)
+
+
+def _usual_mode(folder: Path) -> int:
+    """Return the mode that new files get from the umask, without changing it for other threads."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    return mode

@@ -8,6 +8,7 @@ was wrong.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -99,6 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     given = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8, and terminals need not know Unicode
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         args = _parse(given)
         return int(args.run(args))

@@ -55,7 +55,7 @@ class Comparison:
         self._figures.append(f"<section><h2>{html.escape(name)}</h2>{''.join(views)}</section>")
         self.count += 1
 
-    def page(self, model: str, task: str, scale: int, means: str = "") -> str:
+    def page(self, model: str, task: str, scale: float, means: str = "") -> str:
         """Return the page.
 
         Args:
@@ -65,7 +65,7 @@ class Comparison:
             means: Mean metrics, if there are any.
         """
         lead = [f"{self.count} picture{'' if self.count == 1 else 's'}", f"{task} by {model}"]
-        lead += [f"x{scale}"] if scale > 1 else []
+        lead += [f"x{scale:g}"] if scale > 1 else []
         lead += [f"mean {means}"] if means else []
         more = f"<p>{self.left_out} further pictures are left out.</p>" if self.left_out else ""
         return (

@@ -11,11 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from zoo.cli.output import note
+from zoo.cli.output import FailureError, note
 
-__all__ = ["SUFFIXES", "Picture", "add_device", "find_pictures", "one_line", "report_failures"]
-
-SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+__all__ = ["Picture", "add_device", "find_pictures", "one_line", "report_failures", "suffixes"]
 
 
 @dataclass(frozen=True)
@@ -31,53 +29,85 @@ class Picture:
     relative: Path
 
 
-def find_pictures(given: Iterable[str]) -> list[Picture]:
+def suffixes() -> frozenset[str]:
+    """Return the suffixes, in small letters, of files that are taken from a folder: those that the libraries read."""
+    from zoo.pictures.formats import readable_suffixes
+
+    return readable_suffixes()
+
+
+def find_pictures(given: Iterable[str], leave_out: Path | None = None) -> list[Picture]:
     """Return the files that the user means, each once, in the order given.
 
     Args:
         given: Files, patterns with `*`, `?`, `[...]` and `**`, and folders, which are searched with all below them for
             files with a picture's suffix: in the order of their names, frame2 before frame10. Hidden files and folders
-            are left out.
+            are left out. What exists under a name with brackets is no pattern.
+        leave_out: A folder that is not searched, where results go.
+
+    Raises:
+        FailureError: Only folders were given, and there is no picture in them.
     """
     found: dict[Path, Picture] = {}
+    empty: list[str] = []
     for text in given:
         path = Path(text)
         if path.is_dir():
-            pictures = [Picture(file, file.relative_to(path)) for file in _below(path)]
+            pictures, others = _below(path, leave_out)
+            if not pictures:
+                empty.append(f"{path} ({others} other file{'' if others == 1 else 's'})")
         elif not path.exists() and glob.has_magic(text):
-            root = _root(path)
-            matches = sorted(map(Path, glob.glob(text, recursive=True)), key=lambda path: _natural(str(path)))
+            pattern, root = _pattern(path)
+            matches = sorted(map(Path, glob.glob(pattern, recursive=True)), key=lambda path: _natural(str(path)))
             pictures = [Picture(file, file.relative_to(root)) for file in matches if file.is_file()]
             pictures = pictures or [Picture(path, Path(path.name))]  # reported as missing
         else:
             pictures = [Picture(path, Path(path.name))]
         for picture in pictures:
             found.setdefault(picture.path, picture)
+    if empty and not found:
+        raise FailureError(f"There is no picture in {', '.join(empty)}: 0 of 0 done.")
     return list(found.values())
 
 
-def _below(folder: Path) -> list[Path]:
-    files = []
+def _below(folder: Path, leave_out: Path | None) -> tuple[list[Picture], int]:
+    """Return the pictures below a folder, and how many other files there are."""
+    skipped = None if leave_out is None or not leave_out.is_dir() else leave_out.resolve()
+    files, others = [], 0
     for parent, folders, names in os.walk(folder):
-        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=_natural)
-        files += [Path(parent, name) for name in sorted(names, key=_natural) if not name.startswith(".")]
-    return [file for file in files if file.suffix.lower() in SUFFIXES]
+        seen = [name for name in folders if not name.startswith(".")]
+        if skipped is not None:
+            seen = [name for name in seen if Path(parent, name).resolve() != skipped]
+        folders[:] = sorted(seen, key=_natural)
+        for name in sorted(names, key=_natural):
+            if name.startswith("."):
+                continue
+            if Path(name).suffix.lower() in suffixes():
+                files.append(Path(parent, name))
+            else:
+                others += 1
+    return [Picture(file, file.relative_to(folder)) for file in files], others
+
+
+def _pattern(path: Path) -> tuple[str, Path]:
+    """Return a pattern in which folders that exist under names with brackets are plain, and the last such folder."""
+    root, parts = Path(), []
+    plain = True
+    for index, part in enumerate(path.parts):
+        if plain and (not glob.has_magic(part) or (root / part).exists()):
+            if index < len(path.parts) - 1:
+                root = root / part
+            parts.append(glob.escape(part))
+            continue
+        plain = False
+        parts.append(part)
+    return str(Path(*parts)), root
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """Sort key in which numbers count as numbers, and come before letters."""
     parts = [part for part in re.split(r"([0-9]+)", name) if part]
     return [(0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts]
-
-
-def _root(pattern: Path) -> Path:
-    """Return the folder above the first part with a wildcard."""
-    parts = []
-    for part in pattern.parts[:-1]:
-        if glob.has_magic(part):
-            break
-        parts.append(part)
-    return Path(*parts)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -96,5 +126,10 @@ def report_failures(args: argparse.Namespace, failed: list[dict[str, str]], tota
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Return what an error says, in one line, with its kind where it says little."""
+    said = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return f"Out of memory{': ' + said if said else ''}; a smaller --budget, or --crop, takes less."
+    if isinstance(error, (OSError, ValueError, RuntimeError)) and not isinstance(error, RecursionError):
+        return said or type(error).__name__
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

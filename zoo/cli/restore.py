@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import io
+import re
 import string
+import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo import catalog
-from zoo.cli.inputs import SUFFIXES, Picture, add_device, find_pictures, one_line, report_failures
-from zoo.cli.output import UsageError, check_target, hush, pick_device, progress
+from zoo.cli.inputs import add_device, find_pictures, one_line, report_failures
+from zoo.cli.output import FailureError, UsageError, check_target, hush, note, number, pick_device, progress
 from zoo.cli.restoring import TASKS, Job, print_results
+from zoo.cli.targets import FIELDS, of_same_names, plan
 
 if TYPE_CHECKING:
     from torch import nn
 
-
-_FIELDS = ("stem", "suffix", "scale", "task", "model", "index")  # of --template
+    from zoo.pictures.restore import Networks
 
 
 def add_parser(subparsers: Any) -> None:
@@ -27,11 +31,19 @@ def add_parser(subparsers: Any) -> None:
         description="Restore pictures. Folders keep their tree, frames their order and names. Pictures that fail are "
         "listed at the end, with exit code 1. A stopped run goes on with --skip-existing.",
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="pictures, patterns or folders")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder; for one picture, also a file")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="pictures, patterns or folders; - is the input")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="folder; for one picture, also a file, or - for the output"
+    )
     mends = ", ".join(f"{task} ({what})" for task, what in TASKS.items())
     parser.add_argument("--task", choices=tuple(TASKS), help=f"what to mend: {mends}; default: the model's, or sr")
-    parser.add_argument("--scale", type=int, help="output pixels per input pixel (default: the model's, or 2 for sr)")
+    parser.add_argument(
+        "--scale", type=_scale, help="output pixels per input pixel, also 2.5 or 8 (default: the model's, or 2 for sr)"
+    )
+    parser.add_argument("--width", type=int, metavar="PIXELS", help="of the results, in place of --scale")
+    parser.add_argument("--height", type=int, metavar="PIXELS", help="of the results, in place of --scale")
+    parser.add_argument("--max-side", type=int, metavar="PIXELS", help="longer side of the results")
+    parser.add_argument("--crop", metavar="WxH+X+Y", help="only this part, as it looks in the whole; WxH: the middle")
     parser.add_argument("--sigma", type=float, help="strength of the noise, of 255: picks weights for it (denoise)")
     parser.add_argument("--model", metavar="NAME.TAG", help="published weights, file, folder or Hub id")
     parser.add_argument("--weights", help="weight file for --model, or one whose architecture is recognised")
@@ -46,7 +58,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--overlap", type=int, metavar="PIXELS", help="of tiles (default: no seam can appear)")
     parser.add_argument("--self-ensemble", action="store_true", help="average 8 flips and turns: slower, a bit better")
     parser.add_argument("--format", metavar="SUFFIX", help="file format of the results: png, jpg, ... (default: same)")
-    parser.add_argument("--quality", type=int, default=95, help="of JPEG, WebP and AVIF, 1 to 100 (default: 95)")
+    parser.add_argument(
+        "--jpeg-quality", type=int, default=95, metavar="Q", help="of JPEG, WebP, AVIF, ..., 1 to 100 (default: 95)"
+    )
+    parser.add_argument("--strip", action="store_true", help="leave out EXIF, XMP, text, resolution and file date")
+    parser.add_argument("--max-pixels", type=number, metavar="N", help="most pixels of an input (default: 179M)")
     parser.add_argument(
         "--template", help="names of the results, for example '{stem}_x{scale}{suffix}'; also {task} {model} {index}"
     )
@@ -64,18 +80,56 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Restore pictures."""
     _check(args)
-    pictures = find_pictures(args.files)
-    references = _of_same_names("--metrics", pictures, args.metrics)
-    rights = _of_same_names("--right", pictures, args.right)
-    model = load_model(args, task=args.task, sigma=args.sigma)
+    with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
+        if "-" in args.files:
+            args.files = [str(_from_pipe(Path(folder))) if file == "-" else file for file in args.files]
+        args.piped = str(args.output) == "-"
+        if not args.piped:
+            return _run(args)
+        args.output = Path(folder) / "out"
+        code = _run(args)
+        for path in sorted(args.output.rglob("*")):
+            if path.is_file():
+                sys.stdout.buffer.write(path.read_bytes())
+        sys.stdout.flush()
+        return code
+
+
+def _from_pipe(folder: Path) -> Path:
+    """Store what comes through the input as a file with the suffix of its format."""
+    from PIL import Image
+
+    from zoo.pictures.formats import load_plugins
+
+    load_plugins()
+    data = sys.stdin.buffer.read()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            known = image.format or ""
+    except Exception as error:  # whatever a plugin raises: the input is no picture
+        raise FailureError(f"The input of {len(data)} bytes is not an image: {one_line(error)}") from error
+    usual = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2", "PPM": ".ppm", "HEIF": ".heic"}
+    path = folder / f"stdin{usual.get(known, '.' + known.lower())}"
+    path.write_bytes(data)
+    return path
+
+
+def _run(args: argparse.Namespace) -> int:
+    pictures = find_pictures(args.files, leave_out=args.output)
+    if args.piped and len(pictures) != 1:
+        raise UsageError(f"-o - takes one picture, got {len(pictures)}.")
+    references = of_same_names("--metrics", pictures, args.metrics)
+    rights = of_same_names("--right", pictures, args.right)
+    networks = _networks(args)
+    model = networks.first
     name, takes_two = args.model or args.weights or type(model).__name__, getattr(model, "in_chans", 3) == 6
     if takes_two and args.right is None:
         raise UsageError(f"{name} restores two views of a dual-pixel sensor: give the right ones by --right.")
     if args.right is not None and not takes_two:
         raise UsageError(f"{name} restores one picture, not two views: leave out --right.")
-    job = Job(args, model, references, rights)
-    targets = _targets(pictures, args, job)
-    existing = {target for target in targets if target.exists()}
+    job = Job(args, networks, references, rights)
+    plans = plan(pictures, args, job)
+    existing = {each.target for each in plans if each.target.exists()}
     if existing and not (args.force or args.skip_existing):
         raise UsageError(
             f"{len(existing)} of the results exist, {min(existing)} for one: --skip-existing leaves them, --force "
@@ -84,11 +138,19 @@ def run(args: argparse.Namespace) -> int:
     for file in (args.compare, args.report):
         if file is not None:
             check_target(file, force=args.force or args.skip_existing)
+    for each in plans:
+        if each.error is not None:
+            job.failed.append({"file": str(each.picture.path), "error": each.error})
+        for text in each.notes:
+            note(args, f"{each.picture.path}: {text}")
+    todo = [each for each in plans if each.error is None]
+    if job.failed and todo:
+        note(args, f"{len(job.failed)} of {len(plans)} cannot be done, see the end; restoring the others.")
     with progress(args) as bar:
-        tiles = bar.add_task("parts", visible=len(pictures) == 1)
+        tiles = bar.add_task("parts", visible=len(todo) == 1)
         job.tell = lambda done, total: bar.update(tiles, completed=done, total=total)
-        for picture, target in bar.track(list(zip(pictures, targets, strict=True)), description="restoring"):
-            job.do(picture, target, skip=args.skip_existing and target in existing)
+        for each in bar.track(todo, description="restoring"):
+            job.do(each, skip=args.skip_existing and each.target in existing)
     print_results(args, job)
     return report_failures(args, job.failed, len(pictures))
 
@@ -105,14 +167,40 @@ def load_model(args: argparse.Namespace, *, task: str | None, sigma: float | Non
         UsageError: It is no restorer, or no weights for the task are shipped.
     """
     task = task or "sr"
+    _require_weights(args, task)
+    from zoo.pictures.restore import load_restorer
+
+    model = _model(args)
+    device = pick_device(args.device)
+    return load_restorer(task, args.scale, model, args.weights, sigma=sigma, device=device, dtype=args.dtype)
+
+
+def _networks(args: argparse.Namespace) -> Networks:
+    """Load what a run needs first; further networks are loaded when a size asks for them."""
+    from zoo.pictures.restore import Networks, Size
+
+    task = args.task or "sr"
+    _require_weights(args, task)
+    try:
+        size = Size(scale=args.scale, width=args.width, height=args.height, max_side=args.max_side)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    options: dict[str, Any] = {"sigma": args.sigma, "device": pick_device(args.device), "dtype": args.dtype}
+    return Networks(size, task, _model(args), args.weights, **options)
+
+
+def _require_weights(args: argparse.Namespace, task: str) -> None:
     if args.model is None and args.weights is None and not _ships(task):
         raise UsageError(
             f"No weights for {task} are shipped yet: give a weight file with --weights (the authors' files are "
             "recognised), or published weights with --model."
         )
+
+
+def _model(args: argparse.Namespace) -> Any:
+    """Return what --model names: a network from a file, a folder or the Hub, or else the name itself."""
     from zoo.factory import create_model
     from zoo.ffn.reparam import reparameterize
-    from zoo.pictures.restore import load_restorer
 
     hush(args)
     model: Any = args.model
@@ -121,8 +209,7 @@ def load_model(args: argparse.Namespace, *, task: str | None, sigma: float | Non
         if not hasattr(model, "scale"):
             raise UsageError(f"{args.model} holds a {type(model).__name__}, which does not restore images.")
         reparameterize(model, measure=False)
-    device = pick_device(args.device)
-    return load_restorer(task, args.scale, model, args.weights, sigma=sigma, device=device, dtype=args.dtype)
+    return model
 
 
 def _ships(task: str) -> bool:
@@ -136,8 +223,16 @@ def _ships(task: str) -> bool:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse calls that make no sense, before torch is imported."""
-    if not 1 <= args.quality <= 100:
-        raise UsageError(f"--quality must be from 1 to 100, got {args.quality}.")
+    if not 1 <= args.jpeg_quality <= 100:
+        raise UsageError(f"--jpeg-quality must be from 1 to 100, got {args.jpeg_quality}.")
+    if str(args.output) == "-" and args.json:
+        raise UsageError("-o - writes the picture to the output; --json would go there too: --report writes a file.")
+    if args.files.count("-") > 1:
+        raise UsageError("The input, -, is one picture.")
+    if args.crop is not None and re.fullmatch(r"\d+x\d+(\+\d+\+\d+)?", args.crop) is None:
+        raise UsageError(
+            f'--crop takes "640x480+100+50" (size, left, top), or "640x480" for the middle; got {args.crop!r}.'
+        )
     if args.sigma is not None and (args.sigma < 0 or args.task not in (None, "denoise")):
         raise UsageError(f"--sigma is the noise of --task denoise, at least 0; got {args.sigma:g} for {args.task}.")
     if args.sigma is not None and args.task is None and args.model is None and args.weights is None:
@@ -154,64 +249,23 @@ def _check(args: argparse.Namespace) -> None:
             fields = {field for _, field, _, _ in string.Formatter().parse(args.template) if field is not None}
         except ValueError as error:
             raise UsageError(f"--template {args.template!r}: {error}.") from error
-        wrong = fields - set(_FIELDS)
+        wrong = fields - set(FIELDS)
         if wrong or not fields or "/" in args.template or "\\" in args.template:
             raise UsageError(
-                f"--template names a file with {', '.join(f'{{{field}}}' for field in _FIELDS)}; got {args.template!r}."
+                f"--template names a file with {', '.join(f'{{{field}}}' for field in FIELDS)}; got {args.template!r}."
             )
-    if args.format:
-        from PIL import Image
+    from zoo.pictures.formats import writable_suffixes
 
-        Image.init()
-        suffix = f".{args.format.lstrip('.').lower()}"
-        if Image.EXTENSION.get(suffix) not in Image.SAVE:
-            raise UsageError(f"--format {args.format!r} is no format that can be written: png, jpg, webp, tif, ...")
+    if args.format and f".{args.format.lstrip('.').lower()}" not in writable_suffixes():
+        raise UsageError(f"--format {args.format!r} is no format that can be written: png, jpg, webp, tif, ...")
 
 
-def _targets(pictures: list[Picture], args: argparse.Namespace, job: Job) -> list[Path]:
-    """Return where each result goes: the named file, or the place in the output folder."""
-    suffix = f".{args.format.lstrip('.').lower()}" if args.format else None
-    output: Path = args.output
-    as_file = output.suffix.lower() in SUFFIXES and not output.is_dir()
-    if as_file and (len(pictures) != 1 or Path(args.files[0]).is_dir()):
-        raise UsageError(f"{output} names one file for {len(pictures)} pictures: give a folder.")
-    targets: dict[Path, Path] = {}
-    for index, picture in enumerate(pictures):
-        target = output if as_file else output / picture.relative
-        target = target.with_suffix(suffix) if suffix and not as_file else target
-        if args.template and not as_file:
-            fields = {"stem": target.stem, "suffix": target.suffix, "scale": job.scale, "task": job.task}
-            try:
-                name = args.template.format(**fields, model=Path(job.name).name, index=index)
-            except (ValueError, TypeError, IndexError, KeyError) as error:
-                raise UsageError(f"--template {args.template!r}: {one_line(error)}.") from error
-            target = target.with_name(name)
-        if target in targets:
-            raise UsageError(f"{targets[target]} and {picture.path} would both become {target}.")
-        if target.exists() and picture.path.exists() and target.samefile(picture.path):
-            raise UsageError(f"{target} would replace its own input: choose another folder.")
-        targets[target] = picture.path
-    return list(targets)
-
-
-def _of_same_names(option: str, pictures: list[Picture], given: Path | None) -> dict[Path, Path]:
-    """Return the file that an option gives for each picture: of the same name below a folder, in any format."""
-    if given is None:
-        return {}
-    if given.is_file():
-        if len(pictures) != 1:
-            raise UsageError(f"{option} {given} is one file for {len(pictures)} pictures: give a folder.")
-        return {pictures[0].path: given}
-    if not given.is_dir():
-        raise UsageError(f"{option}: there is no folder {given}.")
-    known = {picture.relative.with_suffix("").as_posix(): picture.path for picture in find_pictures([str(given)])}
-    found = {}
-    for picture in pictures:
-        name = picture.relative.with_suffix("").as_posix()
-        customary = name.rpartition("x")[0] if name.rpartition("x")[2].isdigit() else name  # babyx2 belongs to baby
-        match = known.get(name) or known.get(customary)
-        if match is not None:
-            found[picture.path] = match
-    if not found:
-        raise UsageError(f"{option}: {given} has no picture that is called like one of the {len(pictures)} inputs.")
-    return found
+def _scale(text: str) -> float:
+    """Read 2, 2.5, x3 or 3x."""
+    try:
+        value = float(text.strip("xX"))
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 64:
+        raise argparse.ArgumentTypeError(f"{text!r} is no scale; write 2, 2.5 or x8, at most 64")
+    return int(value) if value == int(value) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import time
@@ -12,15 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.cli.inputs import Picture, one_line
+from zoo.cli.inputs import one_line
 from zoo.cli.output import check_target, note, print_json, print_table, replacing, table
 from zoo.evaluation.protocols import Protocol, protocol_of_task
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from zoo.cli.compare import Comparison
+    from zoo.cli.targets import Plan
     from zoo.pictures.picture import Picture as Planes
+    from zoo.pictures.restore import Networks
 
 __all__ = ["TASKS", "Job", "print_results"]
 
@@ -40,11 +41,12 @@ class Job:
     """One model at work on many pictures, and what came of it."""
 
     def __init__(
-        self, args: argparse.Namespace, model: nn.Module, references: dict[Path, Path], rights: dict[Path, Path]
+        self, args: argparse.Namespace, networks: Networks, references: dict[Path, Path], rights: dict[Path, Path]
     ) -> None:
-        self.args, self.model, self.references, self.rights = args, model, references, rights
-        cfg: Any = getattr(model, "pretrained_cfg", None) or {}
-        self.scale = int(getattr(model, "scale", 1))
+        self.args, self.networks, self.references, self.rights = args, networks, references, rights
+        self.model, self.size = networks.first, networks.size
+        cfg: Any = getattr(self.model, "pretrained_cfg", None) or {}
+        self.scale = int(getattr(self.model, "scale", 1))
         self.task = args.task or str(cfg.get("task") or "sr")
         published = args.model or ".".join(part for part in (cfg.get("architecture"), cfg.get("tag")) if part)
         self.name = published if args.weights is None else args.model or str(cfg.get("architecture"))
@@ -60,61 +62,80 @@ class Job:
 
             self.comparison = Comparison()
 
-    def do(self, picture: Picture, target: Path, skip: bool) -> None:
+    def do(self, plan: Plan, skip: bool) -> None:
         """Restore one picture, or only look at its result; what is wrong with it is noted and the next one follows."""
-        from zoo.pictures.restore import open_picture
-
+        picture, target = plan.picture, plan.target
         entry: dict[str, Any] = {"file": str(picture.path), "output": str(target)}
         try:
             with _warnings() as said:
                 if not skip:
                     check_target(target, force=True)
                 if not skip or self.comparison is not None:
-                    source = open_picture(picture.path)
+                    source = self._open(picture.path)
                 if skip:
-                    result = open_picture(target) if self.args.metrics or self.comparison is not None else None
+                    result = self._open(target) if self.args.metrics or self.comparison is not None else None
                 else:
                     result = self._restore(self._with_right_view(picture.path, source, entry), target, entry)
                 if result is not None and self.args.metrics:
                     self._measure(picture.path, result, entry)
                 if result is not None and self.comparison is not None:
-                    self.comparison.add(picture.relative.as_posix(), source, result, _facts(entry))
-        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+                    name = picture.relative.as_posix()
+                    self.comparison.add(name, _cropped(source, self.args.crop), result, _facts(entry))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # whatever it is, the other pictures are done
             self.failed.append({"file": str(picture.path), "error": one_line(error)})
             return
-        entry["warnings"] = [*entry.get("warnings", []), *said]
+        known = " ".join(plan.notes)
+        told = [text for text in said if text.partition(": ")[2].rstrip(".") not in known]
+        entry["warnings"] = [*plan.notes, *entry.get("warnings", []), *told]
+        entry["told"] = len(plan.notes)  # before anything was computed
         (self.skipped if skip else self.restored).append(entry)
 
+    def _open(self, path: Path, every_frame: bool = True) -> Planes:
+        from zoo.pictures.restore import open_picture
+
+        most = None if self.args.max_pixels is None else int(self.args.max_pixels)
+        return open_picture(path, every_frame=every_frame and self.args.right is None, max_pixels=most)
+
     def _with_right_view(self, path: Path, source: Planes, entry: dict[str, Any]) -> Planes:
-        from zoo.pictures.restore import open_picture, pair_views
+        from zoo.pictures.restore import pair_views
 
         if self.args.right is None:
             return source
         if path not in self.rights:
             raise ValueError(f"There is no right view of this name in {self.args.right}.")
         entry["right"] = str(self.rights[path])
-        return pair_views(source, open_picture(self.rights[path]))
+        return pair_views(source, self._open(self.rights[path]))
 
     def _restore(self, source: Planes, target: Path, entry: dict[str, Any]) -> Planes:
+        from zoo.pictures.metadata import stripped
         from zoo.pictures.restore import restore_picture
+        from zoo.pictures.write import write_picture
 
         how: list[str] = []  # more than one where a first try ran out of memory
         start = time.perf_counter()
+        if self.args.strip:
+            source = dataclasses.replace(source, metadata=stripped(source.metadata))
         result = restore_picture(
             source,
-            self.model,
+            self.networks.reaching(source.size),
             budget=None if self.args.budget.lower() == "none" else self.args.budget,
             tile=self.args.tile,
             overlap=self.args.overlap,
             self_ensemble=self.args.self_ensemble,
             progress=self.tell,
             inform=how.append,
+            size=self.size,
+            crop=self.args.crop,
         )
-        result.save(target, quality=self.args.quality)
+        write_picture(result, target, self.args.jpeg_quality)
         entry["size"], entry["output_size"] = list(source.size), list(result.size)
+        if result.frames:
+            entry["frames"] = 1 + len(result.frames)
         entry["seconds"] = round(time.perf_counter() - start, 3)
-        entry["method"] = how[-1]
-        if self.scale == 1:
+        entry["method"] = how[-1] if how else "whole"
+        if source.size == result.size:
             entry["mean_change"] = round(_mean_change(source, result), 3)
         return result
 
@@ -123,12 +144,11 @@ class Job:
         import torch
 
         from zoo.evaluation.metrics import measure
-        from zoo.pictures.restore import open_picture
 
         if path not in self.references:
             entry.setdefault("warnings", []).append(f"no reference of this name in {self.args.metrics}")
             return
-        reference = open_picture(self.references[path])
+        reference = self._open(self.references[path], every_frame=False)
         height, width = result.size
         extra = [own - size for own, size in zip(reference.size, result.size, strict=True)]
         if not all(0 <= more < self.scale for more in extra):
@@ -152,13 +172,26 @@ class Job:
     def report(self) -> dict[str, Any]:
         """Return everything for programs."""
         args, parameter = self.args, next(self.model.parameters())
-        options = ("weights", "sigma", "budget", "tile", "overlap", "self_ensemble", "format", "quality", "template")
-        report: dict[str, Any] = {"model": self.name, "task": self.task, "scale": self.scale}
+        options = ("weights", "sigma", "budget", "tile", "overlap", "self_ensemble", "format", "template")
+        options += ("jpeg_quality", "strip", "width", "height", "max_side", "crop")
+        report: dict[str, Any] = {"model": self.name, "task": self.task, "scale": self.size.scale or self.scale}
         report |= {"device": str(parameter.device), "dtype": str(parameter.dtype).removeprefix("torch.")}
         report["settings"] = {name: getattr(args, name) for name in options}
         if args.metrics is not None:
             report["metrics"] = {"protocol": self.protocol.name, "summary": self.protocol.summary, "means": self.means}
         return report | {"restored": self.restored, "skipped": self.skipped, "failed": self.failed}
+
+
+def _cropped(picture: Planes, crop: str | None) -> Planes:
+    """Return the part of a picture that was restored."""
+    from zoo.pictures.sizes import crop_box
+
+    if crop is None:
+        return picture
+    left, top, right, bottom = crop_box(crop, picture.size)
+    planes = {name: getattr(picture, name) for name in ("color", "black", "alpha")}
+    parts = {name: None if plane is None else plane[top:bottom, left:right] for name, plane in planes.items()}
+    return dataclasses.replace(picture, frames=(), **parts)
 
 
 @contextmanager
@@ -212,14 +245,16 @@ def print_results(args: argparse.Namespace, job: Job) -> None:
     if job.comparison is not None and job.comparison.count:
         means = ", ".join(_number(name, value) for name, value in job.means.items())
         with replacing(args.compare, force=True) as temporary:
-            temporary.write_text(job.comparison.page(job.title, job.task, job.scale, means), encoding="utf-8")
+            page = job.comparison.page(job.title, job.task, job.size.scale or job.scale, means)
+            temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     if args.report is not None:
         with replacing(args.report, force=True) as temporary:
-            temporary.write_text(json.dumps(job.report(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            text = json.dumps(job.report(), indent=2, ensure_ascii=False) + "\n"
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     if args.json:
         print_json(job.report())
         return
-    if args.quiet:
+    if args.quiet and not args.piped:
         for entry in job.restored:
             print(entry["output"])
         return
@@ -233,16 +268,16 @@ def print_results(args: argparse.Namespace, job: Job) -> None:
         values = [entry["method"]] if methods else []
         values += [f"{entry['metrics'][name]:.4f}" if "metrics" in entry else "-" for name in names]
         rows.add_row(entry["file"], sizes[0], entry["output"], sizes[1], f"{entry['seconds']:.2f}", *values)
-    if job.restored:
+    if job.restored and not args.piped:
         print_table(rows)
-    if job.means:
+    if job.means and not args.piped:
         count = sum("metrics" in entry for entry in (*job.restored, *job.skipped))
         means = ", ".join(_number(name, value) for name, value in job.means.items())
         print_table(f"Mean of {count}: {means}. Protocol {job.protocol.name}: {job.protocol.summary}.")
     if job.skipped:
         note(args, f"{len(job.skipped)} skipped: their results exist.")
     for entry in (*job.restored, *job.skipped):
-        for text in entry["warnings"]:
+        for text in entry["warnings"][entry["told"] :]:
             note(args, f"{entry['file']}: {text}")
     _hint(args, job)
     if job.comparison is not None and job.comparison.left_out:
