@@ -327,6 +327,9 @@ def record_of(model: Any) -> ModelRecord:
                 " zoo.create_model."
             )
         record = described(cfg["architecture"], cfg, {})
+    changes = getattr(model, "ffn_changes", None)
+    if changes is not None:
+        record = dataclasses.replace(record, changes=tuple(changes))
     classes = getattr(model, "num_classes", record.num_classes)
     if isinstance(classes, int) and classes != record.num_classes:
         record = dataclasses.replace(record, num_classes=classes, label_names=None)

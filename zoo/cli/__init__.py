@@ -17,12 +17,25 @@ from typing import Any, NoReturn
 
 import zoo
 from zoo.catalog import nearest
-from zoo.cli import bench, classify, demo, evaluate, export, generate, listing, moe, publishing, restore, tuning
+from zoo.cli import (
+    bench,
+    classify,
+    compress,
+    demo,
+    evaluate,
+    export,
+    generate,
+    listing,
+    moe,
+    publishing,
+    restore,
+    tuning,
+)
 from zoo.cli.output import UsageError
 
 __all__ = ["main"]
 
-_MODULES = (listing, classify, restore, evaluate, generate, tuning, moe, bench, demo, export, publishing)
+_MODULES = (listing, classify, restore, evaluate, generate, tuning, moe, compress, bench, demo, export, publishing)
 _WRONG_CALL = (ValueError, TypeError, FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 

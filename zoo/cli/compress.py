@@ -1,0 +1,259 @@
+"""`zoo compress` and `zoo inspect`: the feed-forward layers of a trained classifier, made smaller or looked at."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo.cli.output import UsageError, check_target, hush, millions, note, print_json, print_table, progress, table
+from zoo.files import whole
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_METHODS = ("prune", "low-rank", "repa", "depth")  # keys of zoo.ffn.compressing.METHODS, which imports torch
+_SCORES = ("activation", "cfsp", "taylor", "magnitude", "random")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `compress` and `inspect`."""
+    parser = subparsers.add_parser(
+        "compress",
+        help="make the feed-forward layers of a trained classifier smaller",
+        description="Prune, thin, merge or remove feed-forward layers, measure what that costs, and write a folder "
+        "that every other command takes.",
+    )
+    _add_model_and_data(parser)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--method", choices=_METHODS, default="prune", help="technique (default: %(default)s)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--keep", type=float, metavar="SHARE", help="share of the feed-forward work that stays")
+    size.add_argument("--budget", metavar="TEXT", help='for the whole model: "macs<=0.6" or "latency<=0.7"')
+    parser.add_argument("--scores", choices=_SCORES, help="how --method prune ranks channels")
+    parser.add_argument("--recover", type=int, default=0, metavar="EPOCHS", help="learn from the dense model after it")
+    parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate of --recover (default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="replace a folder that zoo wrote")
+    parser.set_defaults(run=run_compress)
+    parser = subparsers.add_parser(
+        "inspect",
+        help="show which feed-forward layer costs most and can lose most",
+        description="Measure work, effect, sparsity and spectra of every feed-forward layer of a classifier.",
+    )
+    _add_model_and_data(parser)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture to draw")
+    parser.add_argument("--force", action="store_true", help="replace an existing picture")
+    parser.set_defaults(run=run_inspect)
+
+
+def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME_OR_PATH", help="model with weights: NAME.TAG, folder, file or Hub id")
+    parser.add_argument(
+        "--data", required=True, metavar="DIR", help="class folders, train/ and val/ of them, or Parquet"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=128, metavar="N", help="images measured on (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="images at a time (default: %(default)s)")
+
+
+def run_compress(args: argparse.Namespace) -> int:
+    """Compress one model."""
+    if args.keep is not None and not 0 < args.keep < 1:
+        raise UsageError(f"--keep is a share above 0 and below 1, got {args.keep:g}.")
+    if args.scores and args.method != "prune":
+        raise UsageError(f"--scores ranks channels for --method prune, not for {args.method}.")
+    if args.recover < 0:
+        raise UsageError(f"--recover takes a number of epochs, got {args.recover}.")
+    _check(args)
+    from zoo.cards.own import is_own_folder
+
+    if args.output.exists() and not (args.force and is_own_folder(args.output)):
+        cure = "--force replaces a folder that zoo wrote" if not args.force else "it was not written by zoo"
+        raise UsageError(f"{args.output} exists; {cure}.")
+    hush(args)
+    import copy
+
+    from zoo.cards import Metric
+    from zoo.cards.own import write_own_model
+    from zoo.ffn.compressing import compress, config_for_budget, config_of, recover, resized
+    from zoo.record import record_of
+
+    model, data = _model_and_data(args)
+    calibration = _batches(data, "train", args.samples, args.batch)
+    config = config_of(args.method)
+    if args.scores:
+        config = dataclasses.replace(config, scores=args.scores)  # type: ignore[type-var]
+    if args.budget is not None:
+        config, _ = config_for_budget(model, config, args.budget, calibration[0])
+    elif args.keep is not None:
+        config = resized(config, args.keep, model)
+    dense = copy.deepcopy(model) if args.recover else model
+    with progress(args) as bar:
+        task = bar.add_task("accuracy before", total=None)
+        before = _accuracy(model, data, bar, task)
+        bar.update(task, description="compressing", total=None)
+        report = compress(model, config, calibration)
+        bar.update(task, description="accuracy after")
+        after = right_away = _accuracy(model, data, bar, task)
+        if args.recover:
+            loader = data.train_dataloader()
+            bar.update(task, description="recovering", total=args.recover * len(loader), completed=0)
+
+            def tell(done: int, total: int, loss: float) -> None:
+                bar.update(task, completed=done, description=f"recovering, loss {loss:.3f}")
+
+            recover(model, dense, loader, epochs=args.recover, lr=args.lr, progress=tell)
+            after = _accuracy(model, data, bar, task)
+    record = record_of(model).of_own_weights()
+    how = f"zoo compress {args.name} --method {args.method}, {config}"
+    metric = Metric(
+        name="Top-1 accuracy",
+        value=round(100 * after, 2),
+        unit="%",
+        dataset=Path(args.data).name,
+        protocol=f"validation images; {100 * before:.2f} % before",
+    )
+    write_own_model(
+        args.output,
+        model,
+        record,
+        metrics=[metric],
+        training=f"Compressed from {args.name}: {how}; {args.recover} epochs of recovery from the dense model.",
+        config={"command": how, "report": report.to_dict()},
+        datasets=[Path(args.data).name],
+        overwrite=args.force,
+    )
+    result = {
+        "name": args.name,
+        "folder": str(args.output),
+        "method": args.method,
+        "config": dataclasses.asdict(config),  # type: ignore[call-overload]
+        "report": report.to_dict(),
+        "accuracy_before": before,
+        "accuracy_right_away": right_away,
+        "accuracy_after": after,
+    }
+    if args.json:
+        print_json(result)
+    elif args.quiet:
+        print(args.output)
+    else:
+        print_table(str(report))
+        rows = table("top-1 accuracy", "before", "right away", *(["recovered"] if args.recover else []))
+        rows.add_row(
+            "", *(f"{100 * a:.2f} %" for a in ([before, right_away, after] if args.recover else [before, after]))
+        )
+        print_table(rows)
+        note(args, f"{args.output} is written. Next: zoo classify PICTURE --model {args.output}")
+    return 0
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """Inspect one model."""
+    _check(args)
+    if args.plot is not None:
+        check_target(args.plot, force=args.force)
+        if importlib.util.find_spec("matplotlib") is None:
+            raise UsageError("--plot draws with matplotlib, which is missing: pip install 'ffn-zoo[demo]'.")
+    hush(args)
+    from zoo.ffn.inspection import inspect_ffns, plot_inspection
+
+    model, data = _model_and_data(args)
+    with progress(args) as bar:
+        bar.add_task("inspecting", total=None)
+        report = inspect_ffns(model, _batches(data, "train", args.samples, args.batch))
+    if args.plot is not None:
+        with whole(args.plot) as temporary:
+            drawn = temporary.with_name(f"{temporary.stem}{args.plot.suffix}")
+            plot_inspection(report, drawn, args.name)
+            drawn.rename(temporary)
+    if args.json:
+        print_json({"name": args.name, **report.to_dict(), "advice": report.advice()})
+        return 0
+    rows = table(
+        "layer", "channels", "MACs a token", "share", "error without", "channels for 90 %", "near zero", "dimensions",
+        right=("channels", "MACs a token", "share", "error without", "channels for 90 %", "near zero"),
+    )  # fmt: skip
+    for layer in report.layers:
+        spectra = layer.spectra
+        rows.add_row(
+            layer.name,
+            str(layer.hidden_dim),
+            millions(layer.macs),
+            f"{100 * layer.share:.1f} %",
+            f"{100 * layer.error:.1f} %",
+            f"{100 * layer.channels_90:.0f} %",
+            f"{100 * layer.sparsity:.0f} %",
+            "" if spectra is None else f"{spectra.before.participation:.0f} -> {spectra.after.participation:.0f}",
+        )
+    print_table(rows, report.advice())
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Say what is wrong with the data and numbers before torch is imported."""
+    if args.samples < 1 or args.batch < 1:
+        raise UsageError(f"--samples and --batch must be at least 1, got {args.samples} and {args.batch}.")
+    if not Path(args.data).is_dir():
+        raise UsageError(f"--data names no folder: {args.data}.")
+
+
+def _model_and_data(args: argparse.Namespace) -> tuple[nn.Module, Any]:
+    """Return the model and its data module, whose preprocessing is the model's own."""
+    import timm
+
+    from zoo.data.images import ImageClassification
+    from zoo.factory import create_model
+
+    model = create_model(args.name, pretrained=True).eval()
+    classes = getattr(model, "num_classes", 0)
+    if not isinstance(classes, int) or classes < 1:
+        raise UsageError(f"{args.name} is no classifier; in Python zoo.compress takes denoisers and other models too.")
+    cfg = timm.data.resolve_model_data_config(model)
+    data = ImageClassification(
+        args.data,
+        image_size=cfg["input_size"][-1],
+        batch_size=args.batch,
+        eval_batch_size=args.batch,
+        scale=(0.5, 1.0),
+        crop_pct=cfg["crop_pct"],
+        mean=cfg["mean"],
+        std=cfg["std"],
+        interpolation=cfg["interpolation"],
+    )
+    found = data._open("train", training=False)
+    names = getattr(getattr(found, "dataset", found), "classes", [])
+    if len(names) > classes:
+        raise UsageError(f"{args.data} has {len(names)} classes, {args.name} knows {classes}.")
+    return model, data
+
+
+def _batches(data: Any, split: str, samples: int, size: int) -> list[tuple[Tensor, Tensor]]:
+    """Return batches of images of all classes, drawn with a fixed seed."""
+    import torch
+
+    images = data._open(split, training=False)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:samples].tolist()
+    pairs = [images[index] for index in order]
+    return [
+        (torch.stack([image for image, _ in part]), torch.tensor([label for _, label in part]))
+        for part in (pairs[start : start + size] for start in range(0, len(pairs), size))
+    ]
+
+
+def _accuracy(model: nn.Module, data: Any, bar: Any, task: Any) -> float:
+    """Return the share of validation images whose class is right."""
+    import torch
+
+    loader = data.val_dataloader()
+    right = seen = 0
+    bar.update(task, total=len(loader), completed=0)
+    with torch.inference_mode():
+        for images, labels in loader:
+            right += int((model(images).argmax(1) == labels).sum())
+            seen += len(labels)
+            bar.advance(task)
+    return right / max(seen, 1)
