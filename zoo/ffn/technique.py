@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import DenseFFN, read_ffn
+from zoo.profiling import count_params
 
 __all__ = [
     "FFNReport",
@@ -33,6 +34,7 @@ __all__ = [
     "output_error",
     "rebuild",
     "refuse_twice",
+    "replace_layers",
     "replace_module",
     "watch_inputs",
 ]
@@ -268,6 +270,53 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     module.train(model.get_submodule(name).training)
     setattr(model.get_submodule(parent), leaf, module)
+
+
+def replace_layers(
+    model: nn.Module,
+    technique: str,
+    pattern: str | None,
+    build: Callable[[DenseFFN], nn.Module],
+    facts: Mapping[str, Any],
+    what: str,
+) -> FFNReport:
+    """Put a module of a technique in the place of every feed-forward layer; nothing changes if one cannot be built.
+
+    Args:
+        model: Changed in place.
+        technique: Its module in `zoo.ffn`.
+        pattern: Only layers whose name matches this regular expression.
+        build: Makes the new layer from the dense one; it has `macs`, multiply-accumulates for one token.
+        facts: Plain arguments that `restructure` needs.
+        what: Was done, in words.
+
+    Raises:
+        ValueError: No layer is known, one cannot be replaced (the message names it), or it was done before.
+    """
+    refuse_twice(model, technique)
+    ffns = ffn_layers(model, pattern)
+    built: dict[str, nn.Module] = {}
+    for name, ffn in ffns.items():
+        try:
+            if ffn.first_column:
+                raise ValueError("it shares a product with attention, and layers of their own are needed")
+            built[name] = build(ffn).to(ffn.up.weight)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be replaced: {error}") from error
+    params_before, changes = count_params(model), []
+    for name, ffn in ffns.items():
+        before = count_params(model.get_submodule(name))
+        changes.append(
+            LayerChange(
+                name=name,
+                what=what,
+                params=(before, count_params(built[name])),
+                macs=(ffn_macs(ffn), int(built[name].macs)),  # type: ignore[arg-type]
+            )
+        )
+        replace_module(model, name, built[name])
+    note_change(model, technique, {name: dict(facts) for name in ffns})
+    return FFNReport(technique=technique, layers=tuple(changes), params=(params_before, count_params(model)))
 
 
 def note_change(model: nn.Module, technique: str, layers: Mapping[str, Any]) -> None:
