@@ -5,11 +5,18 @@ from __future__ import annotations
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch  # noqa: F401  its loggers keep the stderr they meet: not the one captured in a single test
 import pytest
+import torch
 import yaml
 from image_sets import image_folder
+
+import zoo
+from zoo.cli import main
+from zoo.cli.train import find_config
+from zoo.record import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ROOT / "configs" / "smoke" / "repavit.yaml"
@@ -118,3 +125,47 @@ def test_fit_resume_and_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "val/acc1" in metrics
     assert "test/acc1" in metrics
     assert list(tmp_path.rglob("events.out.tfevents.*"))
+    model = tmp_path / "runs" / "smoke" / "repavit" / "model"
+    assert read_record(model).label_names == ("circle", "square")
+    assert "Top-1 accuracy" in (model / "README.md").read_text()
+    assert zoo.create_model(str(model)).num_classes == 2
+
+
+@pytest.mark.slow
+def test_resume_says_the_truth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rate given beside a checkpoint holds and is printed; checkpoints that do not fit end in one line."""
+    data = image_folder(tmp_path / "data", train=8, val=4)
+    common = ("fit", "--config", "smoke/repavit", "--data.init_args.data_dir", str(data))
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *common, "--trainer.max_epochs", "1"]) == 0
+    (last,) = tmp_path.rglob("last.ckpt")
+    capsys.readouterr()
+    resume = ("train", *common, "--ckpt_path", str(last), "--model.init_args.optim.lr", "0.5")
+    assert main([*resume]) == 0
+    assert (
+        f"note: Going on from {last} with other settings than before: optim.lr 0.001 -> 0.5." in capsys.readouterr().err
+    )
+    rates = [row["optimizer_states"][0]["param_groups"][0]["initial_lr"] for row in map(load, tmp_path.rglob("*.ckpt"))]
+    assert max(rates) == 0.5
+    half = tmp_path / "half.ckpt"
+    half.write_bytes(last.read_bytes()[:5000])
+    cfsr = tmp_path / "cfsr.ckpt"
+    torch.save({**load(last), "task": "zoo.tasks.restoration.Restoration"}, cfsr)
+    for path, message in ((half, "damaged or was not written to its end"), (cfsr, "is of the task Restoration")):
+        assert main(["train", *common, "--ckpt_path", str(path)]) == 1
+        error = capsys.readouterr().err.strip().splitlines()
+        assert error[-1].startswith(f"error: {path}")
+        assert message in error[-1]
+
+
+def load(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def test_configs_by_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("classification/repavit_tiny_cifar10", "configs/smoke/cfsr.yaml", "finetune_example"):
+        assert Path(find_config(name)).is_file()
+    assert main(["train", "fit", "--config=classification/repavit_tiny_cifar", "--print_config"]) == 1
+    assert "Did you mean classification/repavit_tiny_cifar10" in capsys.readouterr().err

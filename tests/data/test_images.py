@@ -172,7 +172,7 @@ def test_columns_that_cannot_be_told() -> None:
     with pytest.raises(ValueError, match="Which column holds the image"):
         LabelledImages(split_of(left="image", right="image", label="label"))
     chosen = LabelledImages(split_of(left="image", right="image", x="int"), image_key="right", label_key="x")
-    assert (chosen.image_key, chosen.classes) == ("right", ["1"])
+    assert (chosen.image_key, chosen.classes) == ("right", ["0", "1"])
     with pytest.raises(ValueError, match=r"no column 'colour'.*'image', 'label'"):
         LabelledImages(split_of(image="image", label="label"), image_key="colour")
 
@@ -202,10 +202,10 @@ def test_damaged_image_is_named(tmp_path: Path) -> None:
     root = image_folder(tmp_path, train=4, val=1)
     damaged = root / "train" / "circle" / "001.png"
     damaged.write_bytes(damaged.read_bytes()[:200])
-    with pytest.raises(OSError, match=r"circle/001\.png cannot be read as an image"):
+    with pytest.raises(ValueError, match=r"circle/001\.png is (damaged|not an image)"):
         list(classification(root).train_dataloader())
     damaged.write_text("no image")
-    with pytest.raises(OSError, match=r"circle/001\.png cannot be read as an image"):
+    with pytest.raises(ValueError, match=r"circle/001\.png is (damaged|not an image)"):
         list(classification(root).train_dataloader())
 
 

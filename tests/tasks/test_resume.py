@@ -15,11 +15,13 @@ from torch import Tensor
 
 import zoo  # noqa: F401  registers the models
 from zoo.data.images import ImageClassification
+from zoo.data.notices import Notice
 from zoo.data.paired_images import BicubicDownscale, PairedImages, Phase
 from zoo.tasks.callbacks import CheckedCheckpointIO, ExactResume
 from zoo.tasks.classification import Classification
 from zoo.tasks.optim import OptimConfig
 from zoo.tasks.restoration import Restoration
+from zoo.weights import CheckpointError
 
 Run = tuple[dict[str, Tensor], dict[tuple[int, int], float]]
 
@@ -210,3 +212,78 @@ def test_resume_in_every_phase(tmp_path: Path) -> None:
         assert sorted(rest) == list(range(step, 6))
         assert all(torch.equal(rest[place], inputs[place]) for place in rest)
         assert all(torch.equal(again[key], value) for key, value in weights.items())
+
+
+def short(
+    folder: Path, data: Path, batch_size: int = 4, resume: Path | None = None, epochs: int = 2, lr: float = 1e-2,
+    **kwargs: Any,
+) -> tuple[Trainer, Classification, list[float]]:  # fmt: skip
+    """Train a tiny model and return the rate of each step."""
+
+    class Rates(Callback):
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+        def on_train_batch_start(
+            self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        ) -> None:
+            self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    task = Classification("repavit_tiny", 2, TINY, optim=OptimConfig(lr=lr, warmup=0.0, min_lr=0.0, **kwargs))
+    rates = Rates()
+    every = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=epochs, callbacks=[ExactResume(), rates, every], logger=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(task, ImageClassification(str(data), 16, batch_size), ckpt_path=resume)
+    return trainer, task, rates.seen
+
+
+@pytest.mark.slow
+def test_other_settings_are_taken_and_said(tmp_path: Path, data: Path) -> None:
+    """A rate given on resume holds, from the next step on, and so does a longer run."""
+    _, _, rates = short(tmp_path / "a", data)
+    checkpoint = tmp_path / "a" / "step=6.ckpt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        _, _, same = short(tmp_path / "b", data, resume=checkpoint)
+    assert same == rates[6:]
+    with pytest.warns(Notice, match=r"with other settings than before: optim\.lr 0\.01 -> 0\.1") as caught:
+        _, _, higher = short(tmp_path / "c", data, resume=checkpoint, lr=0.1)
+    assert higher == pytest.approx([10 * rate for rate in rates[6:]])
+    assert all("\n" not in str(warning.message) for warning in caught)
+    with pytest.warns(Notice, match=r"trainer\.max_epochs 2 -> 4"):
+        _, _, longer = short(tmp_path / "d", data, resume=checkpoint, epochs=4)
+    assert len(longer) == 10
+    assert longer[0] > rates[6]
+    with pytest.raises(ValueError, match=r"step=6\.ckpt was made with optim\.opt adamw, not sgd"):
+        short(tmp_path / "e", data, resume=checkpoint, opt="sgd")
+    with pytest.raises(ValueError, match="other groups of parameters"):
+        short(tmp_path / "f", data, resume=checkpoint, layer_decay=0.5)
+
+
+@pytest.mark.slow
+def test_another_batch_size(tmp_path: Path, data: Path) -> None:
+    """In mid-epoch refused, at an epoch's end taken: the schedule then stands where the epochs stand."""
+    short(tmp_path / "a", data)
+    with pytest.raises(
+        ValueError, match=r"mid-epoch, after 2 of 4 batches: with batch_size 8 instead of 4, samples"
+    ) as e:
+        short(tmp_path / "b", data, 8, tmp_path / "a" / "step=6.ckpt")
+    assert "\n" not in str(e.value)
+    for batch_size, steps in ((8, 2), (2, 8)):
+        with pytest.warns(Notice, match=f"batch_size 4 -> {batch_size}"):
+            trainer, _, rates = short(tmp_path / str(batch_size), data, batch_size, tmp_path / "a" / "step=4.ckpt")
+        assert len(rates) == steps
+        assert trainer.global_step == 4 + steps
+        assert rates[0] == pytest.approx(0.005), "half of the cosine"
+
+
+def test_checkpoint_of_another_model(tmp_path: Path, data: Path) -> None:
+    trainer, _, _ = short(tmp_path, data, epochs=1)
+    other = Classification("repavit_tiny", 2, {**TINY, "embed_dim": 32})
+    with pytest.raises(
+        CheckpointError, match=r"step=4\.ckpt does not fit this Classification: it has in another shape"
+    ):
+        trainer.test(other, ImageClassification(str(data), 16, 4), ckpt_path=tmp_path / "step=4.ckpt", verbose=False)

@@ -24,18 +24,23 @@ from zoo.cli import (
     demo,
     evaluate,
     export,
+    finetune,
     generate,
     listing,
     moe,
     publishing,
     restore,
+    train,
     tuning,
 )
 from zoo.cli.output import UsageError
 
 __all__ = ["main"]
 
-_MODULES = (listing, classify, restore, evaluate, generate, tuning, moe, compress, bench, demo, export, publishing)
+_MODULES = (
+    listing, classify, restore, finetune, train, evaluate, generate, tuning, moe, compress, bench, demo, export,
+    publishing,
+)  # fmt: skip
 _WRONG_CALL = (ValueError, TypeError, FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
@@ -116,6 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8, and terminals need not know Unicode
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if given[:1] == ["train"]:  # its options are Lightning's
+        return train.main(given[1:])
     try:
         args = _parse(given)
         return int(args.run(args))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from zoo import catalog
 from zoo.cli.inputs import add_device, find_pictures, one_line, report_failures
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     model.to(device, getattr(torch, args.dtype))
     data = resolve_model_data_config(model)
     transform = create_transform(**data)
-    mode = "L" if data["input_size"][0] == 1 else "RGB"
+    mode: Literal["RGB", "L"] = "L" if data["input_size"][0] == 1 else "RGB"
     results: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     with progress(args) as bar, torch.inference_mode():
@@ -103,20 +103,11 @@ def _check_task(name: str) -> None:
         raise UsageError(f"No weights are published for {name}.")
 
 
-def _eight_bit(path: Path, mode: str) -> Image:
-    """Read a picture of any kind, upright, as 8-bit "L" or "RGB"."""
-    import numpy as np
-    from PIL import Image as Pillow
-    from PIL import ImageOps
+def _eight_bit(path: Path, mode: Literal["RGB", "L"]) -> Image:
+    """Read a picture as training does."""
+    from zoo.pictures.eight_bit import read_eight_bit
 
-    from zoo.pictures.read import open_picture
-
-    picture = open_picture(path)
-    image = picture.to_image()
-    if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip these instead of scaling them
-        levels = picture.color[..., 0] * (255.0 / picture.peak)
-        image = Pillow.fromarray(levels.round().astype(np.uint8))
-    return ImageOps.exif_transpose(image).convert(mode)
+    return read_eight_bit(path, mode)
 
 
 def _labels(model: nn.Module) -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zoo.cli.output import FailureError, note
+from zoo.files import is_hidden
 
 __all__ = ["Picture", "add_device", "find_pictures", "one_line", "report_failures", "suffixes"]
 
@@ -75,12 +76,12 @@ def _below(folder: Path, leave_out: Path | None) -> tuple[list[Picture], int]:
     skipped = None if leave_out is None or not leave_out.is_dir() else leave_out.resolve()
     files, others = [], 0
     for parent, folders, names in os.walk(folder):
-        seen = [name for name in folders if not name.startswith(".")]
+        seen = [name for name in folders if not is_hidden(name)]
         if skipped is not None:
             seen = [name for name in seen if Path(parent, name).resolve() != skipped]
         folders[:] = sorted(seen, key=_natural)
         for name in sorted(names, key=_natural):
-            if name.startswith("."):
+            if is_hidden(name):
                 continue
             if Path(name).suffix.lower() in suffixes():
                 files.append(Path(parent, name))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,145 +11,30 @@ from lightning import LightningDataModule
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
 
+from zoo.data.labelled_images import (
+    DamagePolicy,
+    FolderImages,
+    LabelledImages,
+    find_damaged,
+    open_labelled_images,
+    stratified_split,
+)
+from zoo.data.labelled_images import _read_rgb as _read_rgb
+from zoo.data.notices import notice
 from zoo.data.samplers import LateLoader, ResumableSampler, SeededDataset
 
-__all__ = ["ImageClassification", "ImageDiffusion", "LabelledImages", "open_labelled_images", "stratified_split"]
-
-_VALIDATION_SPLITS = ("validation", "val", "valid", "test")
-
-
-class LabelledImages(Dataset[tuple[Any, int]]):
-    """A `datasets` split as (transformed image, label) pairs.
-
-    Args:
-        split: A `datasets.Dataset` with one image column and one label column.
-        transform: Applied to the RGB PIL image.
-        image_key: Image column; None takes the only one of type `Image`.
-        label_key: Label column; None takes the only one of type `ClassLabel`, else "label".
-
-    Raises:
-        ValueError: There is no such column, or several that could be meant.
-    """
-
-    def __init__(
-        self,
-        split: Any,
-        transform: Callable[[Image.Image], Any] | None = None,
-        image_key: str | None = None,
-        label_key: str | None = None,
-    ) -> None:
-        self.image_key = _column(split, image_key, "Image", ("image", "img"))
-        self.label_key = _column(split, label_key, "ClassLabel", ("label", "labels", "fine_label"))
-        self.split, self.transform = split.select_columns([self.image_key, self.label_key]), transform
-        feature = split.features[self.label_key]
-        self.classes: list[str] = list(getattr(feature, "names", None) or map(str, sorted(set(split[self.label_key]))))
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        row = self.split[index]
-        image = row[self.image_key].convert("RGB")
-        return (self.transform(image) if self.transform else image), int(row[self.label_key])
-
-
-def _column(split: Any, chosen: str | None, kind: str, usual: Sequence[str]) -> str:
-    if chosen is not None:
-        if chosen not in split.column_names:
-            raise ValueError(f"The data set has no column {chosen!r}; it has {split.column_names}.")
-        return chosen
-    of_kind = [name for name, feature in split.features.items() if type(feature).__name__ == kind]
-    if len(of_kind) == 1:
-        return of_kind[0]
-    named = [name for name in usual if name in split.column_names]
-    if len(named) != 1:
-        raise ValueError(
-            f"Which column holds the {'image' if kind == 'Image' else 'label'}? The data set has {split.column_names}; "
-            f"set image_key and label_key."
-        )
-    return named[0]
-
-
-def _read_rgb(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise OSError(f"{path} cannot be read as an image: {error}.") from error
-
-
-def open_labelled_images(
-    data_dir: str,
-    split: str,
-    transform: Callable[[Image.Image], Any] | None = None,
-    image_key: str | None = None,
-    label_key: str | None = None,
-) -> LabelledImages | ImageFolder:
-    """Open one split of a folder of class folders, a folder of Parquet files, or a data set on the Hub.
-
-    Args:
-        data_dir: `DIR` with `DIR/<split>/<class>/*.jpg`, `DIR` with `<split>*.parquet`, or a Hub name `org/name`. A
-            folder wins over a Hub name.
-        split: "train", "test", ...; "validation" also finds the usual other names ("val", "valid", "test").
-        transform: Applied to each RGB PIL image.
-        image_key: Image column of Parquet or Hub data.
-        label_key: Label column of Parquet or Hub data.
-
-    Raises:
-        FileNotFoundError: The folder does not exist, or holds neither.
-        ValueError: The data set has no such split, or a column cannot be told.
-    """
-    wanted = _VALIDATION_SPLITS if split == "validation" else (split,)
-    folder = Path(data_dir)
-    if folder.is_dir():
-        for name in wanted:
-            if (folder / name).is_dir():
-                return ImageFolder(str(folder / name), transform, loader=_read_rgb)
-        if not any(folder.rglob("*.parquet")):
-            raise FileNotFoundError(
-                f"{folder} holds neither {wanted[0]}/<class>/ folders of images nor Parquet files of that split."
-            )
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", data_dir) or data_dir.startswith("."):
-        raise FileNotFoundError(f"There is no folder {data_dir}, and a data set on the Hub is called org/name.")
-    from datasets import load_dataset
-
-    try:
-        splits = load_dataset(data_dir)
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise FileNotFoundError(f"The data set {data_dir} cannot be opened: {reason}") from error
-    for name in wanted:
-        if name in splits:
-            return LabelledImages(splits[name], transform, image_key, label_key)
-    raise ValueError(f"{data_dir} has no split {split!r}; it has {', '.join(splits)}.")
-
-
-def _labels(data: Any) -> list[int]:
-    """Return the label of every image without reading one."""
-    return list(data.split[data.label_key]) if isinstance(data, LabelledImages) else list(data.targets)
-
-
-def stratified_split(labels: Sequence[int], fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Return the indices of (the rest, the part held out): `fraction` of each class, at least one image of two.
-
-    Args:
-        labels: Class of every image.
-        fraction: Share of each class that is held out.
-        seed: The same seed and labels give the same parts.
-    """
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
-    by_class: dict[int, list[int]] = {}
-    for index in order:
-        by_class.setdefault(int(labels[index]), []).append(index)
-    held: set[int] = set()
-    for members in by_class.values():
-        count = max(round(fraction * len(members)), 1) if len(members) > 1 else 0
-        held.update(members[:count])
-    return [index for index in range(len(labels)) if index not in held], sorted(held)
+__all__ = [
+    "DamagePolicy",
+    "FolderImages",
+    "ImageClassification",
+    "ImageDiffusion",
+    "LabelledImages",
+    "open_labelled_images",
+    "stratified_split",
+]
 
 
 class _Images(LightningDataModule):
@@ -168,8 +52,11 @@ class _Images(LightningDataModule):
         limit: int | None,
         repeats: int = 1,
         val_fraction: float = 0.0,
+        damaged: DamagePolicy = "stop",
     ) -> None:
         super().__init__()
+        if damaged not in ("stop", "skip"):
+            raise ValueError(f"damaged is 'stop' or 'skip', got {damaged!r}.")
         if not 0 <= val_fraction < 1:
             raise ValueError(
                 f"val_fraction is a share of the training images and must lie in 0 ... 1, got {val_fraction}."
@@ -177,7 +64,25 @@ class _Images(LightningDataModule):
         self.val_fraction = val_fraction
         self.data_dir, self.batch_size, self.eval_batch_size = data_dir, batch_size, eval_batch_size or batch_size
         self.num_workers, self.seed, self.limit, self.repeats = num_workers, seed, limit, repeats
-        self.image_key, self.label_key = image_key, label_key
+        self.image_key, self.label_key, self.damaged = image_key, label_key, damaged
+        self._classes: list[str] | None = None
+        self._good: dict[str, list[int]] = {}  # of splits whose images were all read
+
+    @property
+    def class_names(self) -> list[str]:
+        """Name of each label, from the training images; of data without any, from those for validation."""
+        if self._classes is None:
+            for split in ("train", "validation"):
+                try:
+                    data = open_labelled_images(self.data_dir, split, None, self.image_key, self.label_key)
+                except (FileNotFoundError, ValueError):
+                    if split == "train" and not _has_split(self.data_dir, "train"):
+                        continue
+                    raise
+                self._classes = data.classes
+                break
+        assert self._classes is not None  # the second split was opened, or has raised
+        return self._classes
 
     def _transform(self, training: bool) -> Callable[[Image.Image], Tensor]:
         raise NotImplementedError
@@ -185,11 +90,30 @@ class _Images(LightningDataModule):
     def _open(self, split: str, training: bool) -> Any:
         held_out = split == "validation" and self.val_fraction > 0
         source = "train" if held_out else split
-        data = open_labelled_images(self.data_dir, source, self._transform(training), self.image_key, self.label_key)
+        classes = None if source == "train" else self.class_names
+        data = open_labelled_images(
+            self.data_dir, source, self._transform(training), self.image_key, self.label_key, classes
+        )
+        if self.damaged == "skip":
+            data.keep(self._readable(source, data))
+        if not len(data):
+            raise ValueError(f"{self.data_dir} has no images for {split}.")
+        self._classes = data.classes
+        part: Any = data
         if self.val_fraction > 0 and source == "train":
-            rest, held = stratified_split(_labels(data), self.val_fraction, self.seed)
-            data = torch.utils.data.Subset(data, held if held_out else rest)
-        return data if self.limit is None else torch.utils.data.Subset(data, range(min(self.limit, len(data))))
+            rest, held = stratified_split(data.targets, self.val_fraction, self.seed)
+            part = Subset(data, held if held_out else rest)
+        return part if self.limit is None else Subset(part, range(min(self.limit, len(part))))
+
+    def _readable(self, source: str, data: FolderImages | LabelledImages) -> list[int]:
+        """Return the images of a split that can be read, and list the others."""
+        if source not in self._good:
+            bad = find_damaged(data)
+            if bad:
+                listed = "\n  ".join(bad.values())
+                notice(f"{len(bad)} of {len(data)} images for {source} are left out:\n  {listed}")
+            self._good[source] = [index for index in range(len(data)) if index not in bad]
+        return self._good[source]
 
     def train_dataloader(self) -> DataLoader[Any]:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -257,9 +181,11 @@ class ImageClassification(_Images):
         val_fraction: Share of every class of the training images that is held out for validation, so that the
             validation or test images of the data set can be looked at once, at the end (`train.py test`); 0 validates
             on those.
+        damaged: An image that cannot be read ends the run ("stop"), or all images are read once before the first step,
+            and those that cannot be are listed and left out ("skip").
 
     Raises:
-        ValueError: `val_fraction` is no share.
+        ValueError: `val_fraction` is no share, or there is no such policy.
     """
 
     def __init__(
@@ -285,9 +211,20 @@ class ImageClassification(_Images):
         label_key: str | None = None,
         limit: int | None = None,
         val_fraction: float = 0.0,
+        damaged: DamagePolicy = "stop",
     ) -> None:
         super().__init__(
-            data_dir, batch_size, eval_batch_size, num_workers, seed, image_key, label_key, limit, repeats, val_fraction
+            data_dir,
+            batch_size,
+            eval_batch_size,
+            num_workers,
+            seed,
+            image_key,
+            label_key,
+            limit,
+            repeats,
+            val_fraction,
+            damaged,
         )
         self.image_size, self.crop_padding, self.scale, self.hflip = image_size, crop_padding, scale, hflip
         self.color_jitter, self.auto_augment, self.interpolation = color_jitter, auto_augment, interpolation
@@ -334,6 +271,7 @@ class ImageDiffusion(_Images):
         image_key: Image column of Parquet or Hub data; None finds it.
         label_key: Label column of Parquet or Hub data; None finds it.
         limit: Use only the first images of each split.
+        damaged: As for `ImageClassification`.
     """
 
     def __init__(
@@ -348,8 +286,11 @@ class ImageDiffusion(_Images):
         image_key: str | None = None,
         label_key: str | None = None,
         limit: int | None = None,
+        damaged: DamagePolicy = "stop",
     ) -> None:
-        super().__init__(data_dir, batch_size, eval_batch_size, num_workers, seed, image_key, label_key, limit)
+        super().__init__(
+            data_dir, batch_size, eval_batch_size, num_workers, seed, image_key, label_key, limit, damaged=damaged
+        )
         self.image_size, self.hflip = image_size, hflip
 
     def _transform(self, training: bool) -> Callable[[Image.Image], Tensor]:

@@ -16,11 +16,19 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.utils import make_grid
 
+from zoo.data.notices import notice
 from zoo.factory import create_model
+from zoo.ffn.ewa import ExpertsWeightsAveraging
 from zoo.layers.init import mimetic_init_
 from zoo.moe import MoEConfig, record_balance
 from zoo.moe.dense2moe import to_experts
+from zoo.record import ModelRecord
+from zoo.tasks.freezing import fixed_norms
+from zoo.tasks.labels import check_classes, check_labels
+from zoo.tasks.lora import add_lora, idle_adapters, merge_lora
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
+from zoo.tasks.plain import as_config
+from zoo.tasks.records import trained_record
 from zoo.tasks.teachers import DistillationKind, Teachers
 from zoo.weights import save_checkpoint
 
@@ -40,7 +48,7 @@ class Classification(TimmOptimModule):
         label_smoothing: Weight of the uniform distribution in the targets.
         mixup: Beta parameter of mixup; 0 is off.
         cutmix: Beta parameter of CutMix; 0 is off.
-        freeze: Prefixes of parameters that stay fixed, for example ["stem", "stages.0"].
+        freeze: Parts that stay as they are, with the statistics of their norms: ["stem", "stages.0"].
         channels_last: Memory format of model and images.
         mimetic_init: Start attention layers as `zoo.layers.init.mimetic_init_` does.
         low_res: (side in pixels, share of all steps): train on images shrunk to this side first, which is cheaper, then
@@ -54,9 +62,11 @@ class Classification(TimmOptimModule):
             computation); `scores` must be "random". The cross-entropy alone is logged as train/loss.
         balance: Weight of the experts' balance loss.
         log_images: Number of validation images written to TensorBoard, framed green where the class is right, else red.
+        lora: Rank of low-rank adapters: only these and the classifier learn, see `zoo.tasks.lora`.
 
     Raises:
-        ValueError: There is no such model, `freeze` names no parameter, or a feed-forward layer cannot be divided.
+        ValueError: There is no such model, `freeze` names no parameter, `freeze` and `lora` are both given, or a
+            feed-forward layer cannot be divided.
         CheckpointError: The weights do not exist or do not fit.
     """
 
@@ -81,22 +91,27 @@ class Classification(TimmOptimModule):
         experts: MoEConfig | None = None,
         balance: float = 1e-2,
         log_images: int = 16,
+        lora: int | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.keep_plain()
+        optim, experts = as_config(OptimConfig, optim), as_config(MoEConfig, experts)
         self.model = create_model(model, pretrained, num_classes=num_classes, **(model_args or {})).train()
         if mimetic_init:
             mimetic_init_(self.model)
         if experts is not None:
             to_experts(self.model, experts)
-        for prefix in freeze or ():
-            frozen = [p for name, p in self.model.named_parameters() if name.startswith(prefix)]
-            if not frozen:
-                raise ValueError(f"freeze: no parameter of {model} starts with {prefix!r}.")
-            for parameter in frozen:
-                parameter.requires_grad_(False)
+        self.freeze_parts(self.model, freeze, model)
+        self._adapted: tuple[Any, ...] = ()  # no module of its own: its layers are those of the model
+        if lora is not None:
+            if freeze or experts is not None:
+                raise ValueError("lora fixes all weights but the classifier's: leave freeze and experts out.")
+            self._adapted, self._asked = (add_lora(self.model, lora),), False
+            self._still = fixed_norms(self.model)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model.to(memory_format=self.memory_format)
+        self.num_classes = num_classes
         self.optim, self.low_res, self.log_images = optim, low_res, log_images
         self.balance = balance if experts is not None else None
         self.teachers: Teachers | None = None
@@ -117,6 +132,45 @@ class Classification(TimmOptimModule):
             nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()}),
         )
 
+    def model_record(self) -> ModelRecord | None:
+        hparams = self.hparams
+        started = hparams["pretrained"] or Path(hparams["model"]).exists()
+        record = trained_record(
+            self.model, hparams["model"] if started else None, getattr(self._trainer, "datamodule", None)
+        )
+        changed = {"moe": hparams["experts"], "lora": hparams["lora"] and {"rank": hparams["lora"]}}
+        changes = [{"technique": name, **config} for name, config in changed.items() if config]
+        if any(isinstance(module, ExpertsWeightsAveraging) for module in self.model.modules()):
+            changes.append({"technique": "ewa"})
+        return record if record is None or not changes else record.updated(changes=[*record.changes, *changes])
+
+    def trained_model(self) -> tuple[nn.Module, ModelRecord | None]:
+        """Return the model for use, in evaluation mode and without adapters, and its record."""
+        record = self.model_record()
+        if not self._adapted:
+            return self.model.eval(), record
+        model = merge_lora(self._adapted[0]).eval()
+        if record is not None:
+            record = record.updated(changes=[change for change in record.changes if change["technique"] != "lora"])
+        return model, record
+
+    def on_after_backward(self) -> None:
+        """Ask once whether the adapters take part."""
+        if self._adapted and self.global_step == 0 and not self._asked:
+            self._asked, idle = True, idle_adapters(self.model)
+            if idle:
+                more = f" and {len(idle) - 1} more" if idle[1:] else ""
+                notice(f"LoRA has no effect on {idle[0]}{more}, whose weights the model reads by itself.")
+
+    def setup(self, stage: str) -> None:
+        """Compare the classes of the data with those of the model."""
+        check_classes(getattr(self.trainer, "datamodule", None), self.num_classes)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if isinstance(batch, (list, tuple)) and len(batch) == 2 and isinstance(batch[1], Tensor):
+            check_labels(batch[1], 0, self.num_classes - 1)
+        return batch
+
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, num_classes) of normalised images (B, C, H, W)."""
         return self.model(images.to(memory_format=self.memory_format))
@@ -128,7 +182,7 @@ class Classification(TimmOptimModule):
                 raise ValueError(f"mixup and cutmix pair images: batch_size must be even, got {len(images)}.")
             images, targets = self.mix(images, targets)
         probabilities = None if self.teachers is None else self._ask(self.teachers, images)
-        if self.low_res and self.global_step < self.low_res[1] * self.trainer.estimated_stepping_batches:
+        if self.low_res and self.schedule_step < self.low_res[1] * self.trainer.estimated_stepping_batches:
             images = nn.functional.interpolate(images, size=self.low_res[0], mode="bilinear", antialias=True)
         watch: AbstractContextManager[list[Tensor]] = nullcontext([])
         if self.balance is not None:
@@ -192,4 +246,4 @@ class Classification(TimmOptimModule):
 
     def export_weights(self, path: str | Path, dtype: torch.dtype | None = None) -> str:
         """Write the model's weights as safetensors and return the file's SHA-256 digest."""
-        return save_checkpoint(self.model.state_dict(), path, dtype=dtype)
+        return save_checkpoint(self.model.state_dict(), path, dtype=dtype, record=self.model_record())

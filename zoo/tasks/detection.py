@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import timm
 import torch
@@ -16,7 +17,10 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from zoo.record import ModelRecord
+from zoo.tasks.labels import check_classes, check_labels
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
+from zoo.tasks.plain import as_config
 
 __all__ = ["Detection", "PyramidBackbone", "retinanet"]
 
@@ -104,7 +108,7 @@ class Detection(TimmOptimModule):
         max_size: Most that the longer side may then have, pixels.
         model_args: More arguments of the backbone.
         optim: Optimizer and schedule.
-        freeze: Prefixes of the backbone's parameters that stay fixed, for example ["stem", "stages.0"].
+        freeze: Parts of the backbone that stay as they are, for example ["stem", "stages.0"].
         frozen_norms: Keep the statistics of the backbone's BatchNorms.
 
     Raises:
@@ -126,6 +130,8 @@ class Detection(TimmOptimModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.keep_plain()
+        self.num_classes = num_classes
         self.model = retinanet(
             backbone,
             num_classes,
@@ -135,20 +141,13 @@ class Detection(TimmOptimModule):
             max_size=max_size,
             model_args=model_args,
         )
-        self.optim, self.frozen_norms = optim, frozen_norms
+        self.optim, self.frozen_norms = as_config(OptimConfig, optim), frozen_norms
         body = cast(PyramidBackbone, self.model.backbone).body
-        # timm wraps models that are asked for features
-        parameters = {name.removeprefix("model."): parameter for name, parameter in body.named_parameters()}
-        for prefix in freeze or ():
-            frozen = [parameter for name, parameter in parameters.items() if name.startswith(prefix)]
-            if not frozen:
-                parts = ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in parameters))
-                raise ValueError(f"freeze: no parameter of {backbone} starts with {prefix!r}; its parts are {parts}.")
-            for parameter in frozen:
-                parameter.requires_grad_(False)
+        inner = getattr(body, "model", body)  # timm wraps models that are asked for features
+        self.freeze_parts(inner, freeze, backbone)
         self.val_map, self.test_map = MeanAveragePrecision(), MeanAveragePrecision()
 
-    def train(self, mode: bool = True) -> Detection:
+    def train(self, mode: bool = True) -> Self:
         """Change the mode of all but frozen norms."""
         super().train(mode)
         if self.frozen_norms:
@@ -156,6 +155,25 @@ class Detection(TimmOptimModule):
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
+
+    def model_record(self) -> ModelRecord:
+        names = getattr(getattr(self._trainer, "datamodule", None), "class_names", None)
+        arguments = {
+            key: value for key, value in self.hparams.items() if key in inspect.signature(retinanet).parameters
+        }
+        record = ModelRecord(architecture="retinanet", task="detection", num_classes=self.num_classes)
+        own = {"model_args": {**arguments, "pretrained": False}, "base": arguments["backbone"]}
+        fitting = names is not None and len(names) == self.num_classes
+        return record.updated(**own, label_names=list(names) if fitting else None)
+
+    def setup(self, stage: str) -> None:
+        """Compare the classes of the data with those of the model."""
+        check_classes(getattr(self.trainer, "datamodule", None), self.num_classes)
+
+    def on_before_batch_transfer(self, batch: tuple[list[Tensor], list[Target]], dataloader_idx: int) -> Any:
+        for target in batch[1]:
+            check_labels(target["labels"], 1, self.num_classes)
+        return batch
 
     def forward(self, images: list[Tensor]) -> list[Target]:
         """Detect objects in images (3, H, W) in [0, 1]: boxes (x1, y1, x2, y2) in pixels, labels and scores of each."""

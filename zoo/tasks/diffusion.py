@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,10 @@ from torchvision.utils import make_grid, save_image
 
 from zoo.diffusion.pipelines import PixelDiTPipeline
 from zoo.diffusion.pixel_dit import PixelDiT
+from zoo.record import ModelRecord
+from zoo.tasks.labels import check_classes, check_labels
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
+from zoo.tasks.plain import as_config, plain
 
 __all__ = ["Diffusion"]
 
@@ -67,10 +71,13 @@ class Diffusion(TimmOptimModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        if isinstance(model, Mapping):  # as a checkpoint keeps it
+            model = PixelDiT.from_config(dict(model))
         if isinstance(self.hparams.get("model"), nn.Module):
             # in Python it is the model itself, which the state dict has; from the command line it is a description
-            self.remove_ignored_hparams(["model"])
-        self.model, self.optim = model.train(), optim
+            self.hparams["model"] = dict(model.config)
+        self.keep_plain()
+        self.model, self.optim = model.train(), as_config(OptimConfig, optim)
         self.scheduler = DDPMScheduler(beta_schedule=beta_schedule, prediction_type=prediction_type)
         self.timestep_sampling, self.logit_mean, self.logit_std = timestep_sampling, logit_mean, logit_std
         self.snr_gamma = snr_gamma
@@ -79,6 +86,22 @@ class Diffusion(TimmOptimModule):
         self.test_classifier, self.test_samples = test_classifier, test_samples
         self.val_loss = MeanMetric()
         self.class_accuracy = MulticlassAccuracy(model.config.num_classes, average="micro")
+
+    def model_record(self) -> ModelRecord:
+        return ModelRecord(architecture=type(self.model).__name__, task="generation").updated(
+            model_args=plain({key: value for key, value in self.model.config.items() if not key.startswith("_")}),
+            num_classes=self.model.config.num_classes,
+            label_names=self.class_names,
+        )
+
+    def setup(self, stage: str) -> None:
+        """Compare the classes of the data with those of the model."""
+        check_classes(getattr(self.trainer, "datamodule", None), self.model.config.num_classes)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if isinstance(batch, (list, tuple)) and len(batch) == 2 and isinstance(batch[1], Tensor):
+            check_labels(batch[1], 0, self.model.config.num_classes - 1)
+        return batch
 
     def forward(self, noisy: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         """Predict from noisy images (B, C, H, W), timesteps (B,) and labels (B,)."""
@@ -208,8 +231,7 @@ class Diffusion(TimmOptimModule):
         """Write the pipeline as a diffusers folder, for `DiffusionPipeline.from_pretrained`.
 
         After training with `EMAWeightAveraging`, or from a checkpoint of it, the averaged weights are written:
-        `Diffusion.load_from_checkpoint("last.ckpt").save_pretrained("folder", torch.float16)`, where a checkpoint of a
-        task that was built in Python needs `model=PixelDiT(...)` as well.
+        `Diffusion.load_from_checkpoint("last.ckpt").save_pretrained("folder", torch.float16)`.
 
         Args:
             path: Folder; created if it is not there.

@@ -20,6 +20,7 @@ from zoo.moe.calibration import flow_inputs
 from zoo.moe.distillation import Distiller, StageSteps
 from zoo.tasks.diffusion import Diffusion
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
+from zoo.tasks.plain import as_config
 
 __all__ = ["FlowDistillation", "MoEDistillation"]
 
@@ -86,6 +87,7 @@ class MoEDistillation(_Staged, Diffusion):
         test_classifier: str | None = None,
         test_samples: int = 1000,
     ) -> None:
+        steps, groups = as_config(StageSteps, steps), _groups(groups)
         pipe: Any = zoo.create_pipeline(teacher)
         model = _load_student(student, groups)
         if not isinstance(model, PixelDiT):
@@ -152,6 +154,9 @@ class FlowDistillation(_Staged, TimmOptimModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.keep_plain()
+        steps, groups = as_config(StageSteps, steps), _groups(groups)
+        optim = as_config(OptimConfig, optim)
         self.model, self.optim, self.guidance = _load_student(student, groups).train(), optim, guidance
         self.distiller = Distiller(self.model, _load_transformer(teacher), steps, balance, freeze_shared)
         self.val_output = MeanMetric()
@@ -184,6 +189,10 @@ def _load_transformer(name: str) -> Any:
     if (Path(name) / "config.json").is_file():
         return zoo.moe.load_transformer(name)
     return DiffusionPipeline.from_pretrained(name).transformer
+
+
+def _groups(groups: list[BlockGroup] | None) -> list[BlockGroup] | None:
+    return None if groups is None else [as_config(BlockGroup, group) for group in groups]
 
 
 def _load_student(name: str, groups: list[BlockGroup] | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torchmetrics import MeanMetric
 from zoo.data.demonstrations import Demonstrations
 from zoo.diffusion.diffusion_policy import DiffusionPolicyPipeline, DiffusionPolicyTransformer, normalize
 from zoo.environments import evaluate_policy
+from zoo.record import ModelRecord
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
+from zoo.tasks.plain import as_config, plain
 
 __all__ = ["DiffusionPolicy"]
 
@@ -49,16 +52,24 @@ class DiffusionPolicy(TimmOptimModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        if isinstance(model, Mapping):  # as a checkpoint keeps it
+            model = DiffusionPolicyTransformer.from_config(dict(model))
         if isinstance(self.hparams.get("model"), nn.Module):
             # in Python it is the model itself, which the state dict has; from the command line it is a description
-            self.remove_ignored_hparams(["model"])
-        self.model, self.optim = model.train(), optim
+            self.hparams["model"] = dict(model.config)
+        self.keep_plain()
+        self.model, self.optim = model.train(), as_config(OptimConfig, optim)
         self.scheduler = DDPMScheduler(
             num_train_timesteps=num_train_timesteps, beta_schedule="squaredcos_cap_v2", prediction_type="epsilon"
         )
         self.n_action_steps, self.eval_episodes, self.eval_steps = n_action_steps, eval_episodes, eval_steps
         self.ranges: Ranges | None = None
         self.val_loss = MeanMetric()
+
+    def model_record(self) -> ModelRecord:
+        return ModelRecord(architecture=type(self.model).__name__, task="policy").updated(
+            model_args=plain({key: value for key, value in self.model.config.items() if not key.startswith("_")}),
+        )
 
     def setup(self, stage: str) -> None:
         """Take the ranges of the training data, where no checkpoint has brought them."""
@@ -67,9 +78,11 @@ class DiffusionPolicy(TimmOptimModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # no buffers: weight averaging would average them with what they were before the data was known
+        super().on_save_checkpoint(checkpoint)
         checkpoint["ranges"] = self.ranges
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.ranges = checkpoint["ranges"]
 
     def _data(self) -> Demonstrations:

@@ -14,7 +14,10 @@ from torchmetrics import MeanMetric
 from zoo.evaluation.metrics import measure
 from zoo.evaluation.protocols import ProtocolName, find_protocol, protocol_of_task
 from zoo.factory import create_model
+from zoo.record import ModelRecord
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
+from zoo.tasks.plain import as_config
+from zoo.tasks.records import trained_record
 from zoo.weights import load_strict, read_checkpoint, save_checkpoint
 
 __all__ = ["Restoration", "fft_loss", "initialize"]
@@ -64,6 +67,7 @@ class Restoration(TimmOptimModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.keep_plain()
         if fft_weight < 0 or mixup < 0:
             raise ValueError(f"fft_weight and mixup must not be negative, got {fft_weight} and {mixup}.")
         self.model = create_model(model, pretrained, **(model_args or {})).train()
@@ -71,12 +75,21 @@ class Restoration(TimmOptimModule):
             initialize(self.model, init_from, init_except or [])
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model.to(memory_format=self.memory_format)
-        self.optim, self.loss, self.log_images = optim, loss, log_images
+        self.optim, self.loss, self.log_images = as_config(OptimConfig, optim), loss, log_images
         self.scale = int(getattr(self.model, "scale", 1))
         self.fft_weight, self.mixup = fft_weight, mixup
         task = str(getattr(self.model, "pretrained_cfg", {}).get("task", "sr"))
         self.protocol = protocol_of_task(task) if protocol is None else find_protocol(protocol)
         self.metrics = nn.ModuleDict({name: MeanMetric() for name in self.protocol.metrics})
+
+    def model_record(self) -> ModelRecord | None:
+        name = self.hparams["model"]
+        base = name if self.hparams["pretrained"] or Path(name).exists() else self.hparams["init_from"]
+        return trained_record(self.model, base, getattr(self._trainer, "datamodule", None))
+
+    def trained_model(self) -> tuple[nn.Module, ModelRecord | None]:
+        """Return the model for use, in evaluation mode, and its record."""
+        return self.model.eval(), self.model_record()
 
     def forward(self, images: Tensor) -> Tensor:
         """Restore images (B, C, H, W) in [0, 1]; the result is not clamped."""
@@ -131,7 +144,7 @@ class Restoration(TimmOptimModule):
 
     def export_weights(self, path: str | Path, dtype: torch.dtype | None = None) -> str:
         """Write the model's weights as safetensors and return the file's SHA-256 digest."""
-        return save_checkpoint(self.model.state_dict(), path, dtype=dtype)
+        return save_checkpoint(self.model.state_dict(), path, dtype=dtype, record=self.model_record())
 
 
 def fft_loss(output: Tensor, target: Tensor) -> Tensor:

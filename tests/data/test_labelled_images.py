@@ -1,0 +1,153 @@
+"""Labels mean the same in every split, what is no picture is left out, and what is damaged has a name."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as ImageFeature
+from image_sets import image_folder, picture
+from PIL import Image
+
+from zoo.data.images import ImageClassification, open_labelled_images
+from zoo.data.notices import Notice
+
+
+def data_module(root: Path, **kwargs: Any) -> ImageClassification:
+    return ImageClassification(str(root), **{"image_size": 16, "batch_size": 4, **kwargs})
+
+
+def add_class(root: Path, name: str, split: str, count: int = 2) -> None:
+    (root / split / name).mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        picture(0, index).save(root / split / name / f"{index}.png")
+
+
+def labels(data: Any) -> list[int]:
+    return [label for _, label in data]
+
+
+def test_a_class_that_val_lacks_shifts_nothing(tmp_path: Path) -> None:
+    root = image_folder(tmp_path, train=4, val=2)
+    add_class(root, "aardvark", "train")
+    data = data_module(root)
+    with pytest.warns(Notice, match="has no images of the class 'aardvark'"):
+        val = data._open("validation", training=False)
+    assert data.class_names == ["aardvark", "circle", "square"]
+    assert sorted(labels(val)) == [1, 1, 2, 2]
+    assert val.class_to_idx == {"aardvark": 0, "circle": 1, "square": 2}
+
+
+def test_a_class_that_train_lacks_is_an_error(tmp_path: Path) -> None:
+    root = image_folder(tmp_path, train=4, val=2)
+    add_class(root, "cirle", "val")
+    with pytest.raises(ValueError, match=r"val has the class 'cirle', which .* lack\. Did you mean 'circle'\?"):
+        data_module(root).val_dataloader()
+
+
+def test_empty_class_folders(tmp_path: Path) -> None:
+    """In train an error that says what lies there instead; in val a notice, or nothing where train lacks it too."""
+    root = image_folder(tmp_path, train=4, val=2)
+    (root / "val" / "zebra").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(data_module(root)._open("validation", training=False)) == 4
+    (root / "train" / "zebra").mkdir()
+    (root / "train" / "zebra" / "1.heic").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"train/zebra holds no picture, but \.heic") as caught:
+        data_module(root).train_dataloader()
+    assert "\n" not in str(caught.value)
+
+
+def test_hidden_files_are_no_pictures(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / ".cache", train=4, val=2)
+    for hidden in (".ipynb_checkpoints", "__MACOSX"):
+        add_class(root, hidden, "train")
+        add_class(root / "train", hidden, "circle")
+    (root / "train" / "circle" / "._000.png").write_bytes(b"resource fork")
+    (root / "train" / "circle" / "Thumbs.db").write_bytes(b"")
+    data = open_labelled_images(str(root), "train")
+    assert data.classes == ["circle", "square"]
+    assert len(list(data)) == 8
+
+
+def table(
+    root: Path, split: str, names: list[str] | None, values: list[Any], images: list[bytes] | None = None
+) -> None:
+    """Write one split as Parquet."""
+    feature = ClassLabel(names=names) if names else Value("string" if isinstance(values[0], str) else "int64")
+    if images is None:
+        images = []
+        for index in range(len(values)):
+            buffer = io.BytesIO()
+            picture(0, index).save(buffer, "PNG")
+            images.append(buffer.getvalue())
+    root.mkdir(parents=True, exist_ok=True)
+    rows = {"image": [{"bytes": data, "path": None} for data in images], "label": values}
+    Dataset.from_dict(rows, features=Features({"image": ImageFeature(), "label": feature})).to_parquet(
+        root / f"{split}.parquet"
+    )
+
+
+def test_class_names_in_another_order(tmp_path: Path) -> None:
+    """The name counts, not the number that a split has given it."""
+    table(tmp_path / "a", "train", ["cat", "dog"], [0, 1, 1])
+    table(tmp_path / "b", "test", ["dog", "cat"], [0, 0, 1])
+    train = open_labelled_images(str(tmp_path / "a"), "train")
+    test = open_labelled_images(str(tmp_path / "b"), "test", classes=train.classes)
+    assert (train.targets, test.targets) == ([0, 1, 1], [1, 1, 0])
+    table(tmp_path / "c", "test", ["dog", "horse"], [0, 1])
+    with pytest.raises(ValueError, match=r"c \(test\) has the class 'horse'"):
+        open_labelled_images(str(tmp_path / "c"), "test", classes=train.classes)
+
+
+def test_labels_without_names(tmp_path: Path) -> None:
+    table(tmp_path / "words", "train", None, ["dog", "cat", "dog"])
+    words = open_labelled_images(str(tmp_path / "words"), "train")
+    assert (words.classes, words.targets) == (["cat", "dog"], [1, 0, 1])
+    table(tmp_path / "numbers", "train", None, [2, 0, 2])
+    numbers = open_labelled_images(str(tmp_path / "numbers"), "train")
+    assert (numbers.classes, numbers.targets) == (["0", "1", "2"], [2, 0, 2])
+    table(tmp_path / "unknown", "train", ["a", "b"], [0, -1])
+    with pytest.raises(ValueError, match=r"Row 1 of .*unknown \(train\) has no class: its 'label' is -1"):
+        open_labelled_images(str(tmp_path / "unknown"), "train")
+
+
+def test_folder_and_parquet_see_the_same(tmp_path: Path) -> None:
+    """Orientation and depth are handled alike, wherever the bytes lie."""
+    folder = tmp_path / "folder" / "train" / "a"
+    folder.mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(0, 0, 32).crop((0, 0, 32, 16)).save(folder / "a.jpg", exif=exif)
+    Image.fromarray(np.tile(np.linspace(0, 65535, 16).astype(np.uint16), (16, 1))).save(folder / "b.png")
+    table(tmp_path / "table", "train", ["a"], [0, 0], [(folder / name).read_bytes() for name in ("a.jpg", "b.png")])
+    stored = open_labelled_images(str(tmp_path / "table"), "train")
+    for (one, _), (two, _) in zip(open_labelled_images(str(tmp_path / "folder"), "train"), stored, strict=True):
+        assert np.array_equal(np.asarray(one), np.asarray(two))
+    assert stored[0][0].size == (16, 32)
+
+
+def test_damaged_images(tmp_path: Path) -> None:
+    """They stop the run with their name, or are listed and left out in both parts of a split set."""
+    root = image_folder(tmp_path / "images", train=8, val=2)
+    for name in ("001", "005"):
+        file = root / "train" / "circle" / f"{name}.png"
+        file.write_bytes(file.read_bytes()[:150])
+    with pytest.raises(ValueError, match=r"circle/00[15]\.png is damaged"):
+        list(data_module(root).train_dataloader())
+    data = data_module(root, damaged="skip", val_fraction=0.25)
+    with pytest.warns(Notice, match=r"(?s)2 of 16 images for train are left out:.*001\.png.*005\.png"):
+        train = data._open("train", training=True)
+    assert len(train) + len(data._open("validation", training=False)) == 14
+    assert len(list(train)) == len(train)
+    with pytest.raises(ValueError, match="damaged is 'stop' or 'skip', got 'ignore'"):
+        data_module(root, damaged="ignore")
+    table(tmp_path / "table", "train", ["a"], [0, 0], [file.read_bytes(), b"nothing"])
+    with pytest.raises(ValueError, match=r"row 1 of .*table \(train\) is not an image"):
+        open_labelled_images(str(tmp_path / "table"), "train")[1]

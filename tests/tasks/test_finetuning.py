@@ -1,0 +1,156 @@
+"""From class folders to a model's folder: what is stated is what the saved weights do, for every family."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from image_sets import CLASSES, picture
+from PIL import Image
+from registered import BACKBONES, TINY, smallest
+
+from zoo.cli import main
+from zoo.data.labelled_images import open_labelled_images
+from zoo.record import read_record
+from zoo.tasks.confusion import draw_confusion
+from zoo.tasks.finetuning import finetune
+from zoo.weights import read_checkpoint
+
+
+def shapes(root: Path, count: int = 6, size: int = 32) -> Path:
+    """Write `root/CLASS/*.png`, so many a class."""
+    for label, name in enumerate(CLASSES):
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            picture(label, index, size).save(root / name / f"{index}.png")
+    return root
+
+
+def classified(capsys: pytest.CaptureFixture[str], files: list[str], model: Path) -> dict[str, str]:
+    """Return what `zoo classify` says of each file."""
+    capsys.readouterr()
+    assert main(["classify", *files, "--model", str(model), "-q"]) == 0
+    return dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
+
+
+def right(found: dict[str, str]) -> int:
+    return sum(Path(file).parent.name == name for file, name in found.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(BACKBONES))
+def test_classify_gives_the_stated_accuracy(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """To the picture, in every family: weights, statistics, names, size and normalisation have all come along."""
+    data = shapes(tmp_path / "data")
+    tiny = TINY[family]
+    result = finetune(
+        data, smallest(family), tmp_path / "mine", epochs=1, val_fraction=0.5, pretrained=False,
+        model_args=tiny.kwargs, image_size=None if "img_size" in tiny.kwargs else tiny.size, lr=5e-3,
+    )  # fmt: skip
+    assert (result.trained_on, len(result.files), result.classes) == (6, 6, list(CLASSES))
+    found = classified(capsys, result.files, result.folder)
+    assert set(found) == set(result.files)
+    assert right(found) == result.right
+    record = read_record(result.folder)
+    assert record is not None
+    assert record.label_names == CLASSES
+    assert record.input_size[-1] == tiny.size
+
+
+@pytest.mark.slow
+def test_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the command line, from a folder to a model to a second one; every other command takes the folder."""
+    data = shapes(tmp_path / "data", 8)
+    told: list[dict[str, float]] = []
+    first = finetune(
+        data, "repavit_tiny", tmp_path / "first", epochs=2, pretrained=False, tell=told.append,
+        model_args=dict(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=1),
+    )  # fmt: skip
+    assert [row["epoch"] for row in told] == [1, 2]
+    names = {path.name for path in first.folder.iterdir()}
+    assert names == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "training.yaml",
+        "confusion.png",
+        "validation.txt",
+    }
+    listed = [str(data / line) for line in (first.folder / "validation.txt").read_text().splitlines()]
+    assert listed == first.files
+    mine = tmp_path / "mine"
+    arguments = ["finetune", str(data), "--model", str(first.folder), "-o", str(mine), "--epochs", "1", "--lora", "2"]
+    assert main([*arguments, "-q"]) == 0
+    assert capsys.readouterr().out.strip() == str(mine)
+    assert set(read_checkpoint(mine / "model.safetensors")) == set(read_checkpoint(first.folder / "model.safetensors"))
+    assert main([*arguments]) == 2
+    assert f"{mine} exists; --force replaces it" in capsys.readouterr().err
+    assert main(["verify", str(mine)]) == 0
+    assert main(["publish", str(mine), "--repo-id", "me/mine", "--dry-run"]) == 0
+    card = (mine / "README.md").read_text()
+    assert "rank 2" in card
+    assert "confusion.png" in card
+
+
+def test_what_cannot_be_learnt_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is said in one line before anything is loaded or written."""
+    good = shapes(tmp_path / "good", 2)
+    single = shapes(tmp_path / "single", 2)
+    (single / "square" / "1.png").unlink()
+    one = tmp_path / "one"
+    (one / "cat").mkdir(parents=True)
+    picture(0, 0).save(one / "cat" / "0.png")
+    picture(0, 1).save(one / "cat" / "1.png")
+    loose = tmp_path / "loose"
+    loose.mkdir()
+    picture(0, 0).save(loose / "0.png")
+    hollow = shapes(tmp_path / "hollow", 2)
+    (hollow / "zebra").mkdir()
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "letter.txt").write_text("dear")
+    broken = shapes(tmp_path / "broken", 2)
+    (broken / "circle" / "0.png").write_bytes(b"none")
+    cases: list[tuple[Path, list[str], str]] = [
+        (tmp_path / "none", [], "There is no folder"),
+        (single, [], "'square' has one picture"),
+        (one, [], "has one class, 'cat'"),
+        (loose, [], "holds 1 pictures outside of class folders: expected DIR/CLASS"),
+        (hollow, [], "zebra holds no pictures"),
+        (good, ["-o", str(taken)], "taken exists; --force replaces it"),
+        (good, ["-o", str(taken), "--force"], "not replaced"),
+        (good, ["--model", "cfsr_x2.bsds"], "is a model for sr"),
+        (good, ["--model", "emov2_1n.cifar10"], "emov2_1m"),
+        (good, ["--model", "emov2_5m.in1k"], "HF_HUB_OFFLINE|no weights|not published|cannot"),
+        (good, ["--lora", "2", "--freeze", "stem"], "leave --freeze out"),
+        (good, ["--lr", "0"], "--lr must be above 0"),
+        (broken, [], r"circle/0\.png is not an image"),
+    ]
+    for data, extra, message in cases:
+        output = tmp_path / "out"
+        code = main(["finetune", str(data), "--model", "emov2_1m.cifar10", "-o", str(output), *extra])
+        error = capsys.readouterr().err
+        assert code == 2 or "Hub" in error, error
+        assert len(error.strip().splitlines()) == 1, error
+        assert re.search(message, error), error
+        assert not output.exists()
+    assert (taken / "letter.txt").read_text() == "dear"
+
+
+def test_a_class_called_train(tmp_path: Path) -> None:
+    """A folder of pictures is a class, whatever its name; a folder of folders may be a split."""
+    for name in ("train", "car"):
+        (tmp_path / name).mkdir()
+        picture(0, 0).save(tmp_path / name / "0.png")
+    assert open_labelled_images(str(tmp_path), "train").classes == ["car", "train"]
+
+
+@pytest.mark.parametrize("count", [2, 12, 60])
+def test_confusion_picture(count: int, tmp_path: Path) -> None:
+    counts = torch.randint(0, 9, (count, count)).tolist()
+    draw_confusion([f"a class with a long name {number}" for number in range(count)], counts, tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as image:
+        assert min(image.size) > 100
+        assert max(image.size) < 2500

@@ -1,0 +1,226 @@
+"""`zoo finetune`: teach a model the classes of your own pictures."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo.cli.output import UsageError, hush, note, print_json, print_table, silent, table
+from zoo.files import class_folders, is_picture, split_folder
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from zoo.tasks.finetuning import Finetuned
+
+_LAYOUT = "expected DIR/CLASS/*.jpg or DIR/{train,val}/CLASS/*.jpg"
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `finetune`."""
+    parser = subparsers.add_parser(
+        "finetune",
+        help="teach a model the classes of your own pictures",
+        description="Train a classifier on DIR/CLASS/*.jpg, of which a part of every class is held out, or"
+        " on DIR/{train,val}/CLASS/*.jpg. The folder it writes is a model for every other command.",
+    )
+    parser.add_argument("data", type=Path, metavar="DIR", help="folder of class folders")
+    parser.add_argument("--model", required=True, metavar="NAME.TAG", help="what to start from; also a file or folder")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="the model's folder")
+    parser.add_argument("--epochs", type=int, default=20, help="at most (default: 20)")
+    parser.add_argument("--patience", type=int, default=5, help="epochs without progress before the end (default: 5)")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="input side (default: that of the weights)")
+    parser.add_argument("--batch-size", type=int, help="pictures of a step (default: by the number of pictures)")
+    parser.add_argument("--lr", type=float, default=5e-4, help="learning rate of the classifier (default: 5e-4)")
+    parser.add_argument("--freeze", nargs="+", default=[], metavar="PART", help="parts that stay: stem stages.0")
+    parser.add_argument("--lora", type=int, nargs="?", const=8, metavar="RANK", help="train low-rank adapters only")
+    parser.add_argument("--val-fraction", type=float, default=0.2, help="share that is held out (default: 0.2)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that read pictures")
+    parser.add_argument("--skip-damaged", action="store_true", help="leave out pictures that cannot be read")
+    parser.add_argument("--force", action="store_true", help="replace a folder that this command has written")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fine-tune a model."""
+    _check_options(args)
+    _check_output(args.output, force=args.force)
+    _check_pictures(args.data, args.val_fraction)
+    _check_model(args.model)
+    hush(args)
+    try:
+        from zoo.tasks.finetuning import finetune
+    except ImportError as error:
+        raise ImportError(f"Training needs {error.name}, which is missing: pip install 'ffn-zoo[train]'.") from error
+    with _notices(args), _live(args) as tell:
+        result = finetune(
+            args.data, args.model, args.output, image_size=args.image_size, epochs=args.epochs, patience=args.patience,
+            batch_size=args.batch_size, lr=args.lr, freeze=args.freeze, lora=args.lora, val_fraction=args.val_fraction,
+            seed=args.seed, num_workers=args.num_workers, skip_damaged=args.skip_damaged, overwrite=args.force,
+            tell=tell,
+        )  # fmt: skip
+    _report(args, result)
+    return 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    least = {"epochs": 1, "patience": 1, "image_size": 1, "batch_size": 1, "lora": 1, "num_workers": 0}
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, got {value}.")
+    if not args.lr > 0:
+        raise UsageError(f"--lr must be above 0, got {args.lr:g}.")
+    if not 0 < args.val_fraction < 1:
+        raise UsageError(f"--val-fraction is a share and lies between 0 and 1, got {args.val_fraction:g}.")
+    if args.lora and args.freeze:
+        raise UsageError("--lora fixes all weights but the classifier's: leave --freeze out.")
+
+
+def _check_output(output: Path, *, force: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file; -o takes the name of a folder.")
+    if output.is_dir() and any(output.iterdir()):
+        if not force:
+            raise UsageError(f"{output} exists; --force replaces it.")
+        if not (output / "config.json").is_file() or not (output / "README.md").is_file():
+            raise UsageError(f"{output} holds something else than a model of your own: it is not replaced.")
+    above = next(parent for parent in output.absolute().parents if parent.exists())
+    if not os.access(above, os.W_OK):
+        raise UsageError(f"The folder {above} is not writable.")
+
+
+def _check_pictures(folder: Path, val_fraction: float) -> None:
+    """Refuse a folder that cannot be learnt from, before anything is imported."""
+    if not folder.is_dir():
+        raise UsageError(f"There is no folder {folder}: {_LAYOUT}.")
+    train = split_folder(folder, ("train",)) or folder
+    held_out = split_folder(folder, ("validation", "val", "valid")) is None
+    counts = {path.name: _count(path) for path in class_folders(train)}
+    if not any(counts.values()):
+        loose = sum(is_picture(entry.name) for entry in os.scandir(train))
+        found = f"{loose} pictures outside of class folders" if loose else "no pictures in class folders"
+        raise UsageError(f"{train} holds {found}: {_LAYOUT}.")
+    for name, count in counts.items():
+        if not count:
+            raise UsageError(f"The class folder {train / name} holds no pictures: fill it, or take it away.")
+        if held_out and count == 1:
+            raise UsageError(
+                f"The class {name!r} has one picture: it takes two, one to learn from and one to measure on, or some in"
+                f" {folder / 'val' / name}."
+            )
+    if len(counts) == 1:
+        raise UsageError(f"{train} has one class, {next(iter(counts))!r}: a classifier takes two or more.")
+
+
+def _count(folder: Path) -> int:
+    return sum(is_picture(name) for _, _, names in os.walk(folder, followlinks=True) for name in names)
+
+
+def _check_model(name: str) -> None:
+    """Refuse a name of ours that does not classify; unknown names are left to the factory."""
+    from zoo import catalog
+
+    facts = catalog.load().get(name.partition(".")[0])
+    if facts is not None and facts["task"] != "classification" and not Path(name).exists():
+        raise UsageError(f"{name} is a model for {facts['task']}: it cannot learn classes.")
+
+
+@contextmanager
+def _notices(args: argparse.Namespace) -> Iterator[None]:
+    """Print our remarks as one line each."""
+    usual = warnings.showwarning
+    warnings.showwarning = lambda message, *rest: note(args, f"note: {message}")
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
+
+
+@contextmanager
+def _live(args: argparse.Namespace) -> Iterator[Callable[[dict[str, float]], None]]:
+    """Yield a function that adds an epoch to a table, which grows where somebody watches."""
+    rows: list[dict[str, float]] = []
+    if silent(args):
+        yield rows.append
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    with Live(_epochs(rows, args.epochs), console=Console(stderr=True), refresh_per_second=4) as live:
+
+        def tell(numbers: dict[str, float]) -> None:
+            rows.append(numbers)
+            live.update(_epochs(rows, args.epochs))
+
+        yield tell
+
+
+def _epochs(rows: list[dict[str, float]], most: int) -> Table:
+    out = table("epoch", "training loss", "validation loss", "accuracy", "s left at most")
+    for column in out.columns:
+        column.justify = "right"
+    least = min((row["val_loss"] for row in rows), default=0.0)
+    for row in rows:
+        left = row["seconds"] / row["epoch"] * (most - row["epoch"])
+        out.add_row(
+            f"{row['epoch']:.0f} of {most}",
+            f"{row['train_loss']:.3f}",
+            f"{row['val_loss']:.3f}",
+            f"{100 * row['val_acc1']:.1f} %",
+            f"{left:.0f}",
+            style="bold" if row["val_loss"] == least else None,
+        )
+    if not rows:
+        out.caption = "reading pictures, loading the model, first epoch ..."
+    return out
+
+
+def _report(args: argparse.Namespace, result: Finetuned) -> None:
+    folder = str(result.folder)
+    commands = [
+        f"zoo classify {args.data} --model {folder}",
+        f"zoo export {folder} --format onnx -o {result.folder.name}.onnx",
+        f"zoo publish {folder} --repo-id YOU/{result.folder.name} --dry-run",
+    ]
+    if args.json:
+        print_json(
+            {
+                "folder": folder,
+                "accuracy": result.accuracy,
+                "right": result.right,
+                "measured": len(result.files),
+                "trained_on": result.trained_on,
+                "classes": result.classes,
+                "confusion": result.confusion,
+                "files": result.files,
+                "epochs": result.epochs,
+                "best_epoch": result.best_epoch,
+                "seconds": round(result.seconds, 2),
+                "next": commands,
+            }
+        )
+        return
+    if args.quiet:
+        print(folder)
+        return
+    rows = table("class", "pictures", "right", "most often taken for", right=("pictures", "right"))
+    for place, (name, row) in enumerate(zip(result.classes, result.confusion, strict=False)):
+        wrong = max((count, other) for other, count in enumerate(row) if other != place)
+        taken = f"{result.classes[wrong[1]]} ({wrong[0]})" if wrong[0] else "-"
+        rows.add_row(name, str(sum(row)), str(row[place]), taken)
+    print_table(
+        rows,
+        f"Accuracy {100 * result.accuracy:.1f} %: {result.right} of {len(result.files)} pictures that were not learnt"
+        f" from, listed in {result.folder / 'validation.txt'}. Weights of epoch {result.best_epoch} of {result.epochs};"
+        f" {result.seconds:.0f} s.",
+        f"Confusion matrix: {result.folder / 'confusion.png'}. Next:",
+        *(f"  {command}" for command in commands),
+    )
+    sys.stdout.flush()

@@ -1,0 +1,123 @@
+"""`zoo train`: Lightning's command line with this zoo's tasks and configs; `python train.py` is the same.
+
+What is wrong with a config, data or a checkpoint is said in one line; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zoo.catalog import nearest
+
+__all__ = ["add_parser", "configs_dir", "find_config", "main"]
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `train`, for the list of commands: its arguments are Lightning's and go to `main`."""
+    subparsers.add_parser(
+        "train",
+        help="train, validate or test by a config, from a checkpoint on",
+        description="zoo train fit --config classification/repavit_tiny_cifar10 --data.init_args.data_dir DIR",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; reached only where the command's name does not come first."""
+    return main(sys.argv[2:])
+
+
+def configs_dir() -> Path:
+    """Return the folder of the configs: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def find_config(name: str) -> str:
+    """Return the path of a config.
+
+    Args:
+        name: A file; or a config of this zoo as `TASK/NAME`, `NAME`, or its path in the repository.
+
+    Raises:
+        ValueError: There is neither; the message names the nearest.
+    """
+    if Path(name).is_file() or "\n" in name or name.lstrip().startswith("{"):  # jsonargparse takes text, too
+        return name
+    root = configs_dir()
+    known = {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+    wanted = name.removeprefix("configs/").removesuffix(".yaml")
+    found = [path for key, path in known.items() if wanted in (key, key.rpartition("/")[2])]
+    if len(found) == 1:
+        return str(found[0])
+    bare = {key.rpartition("/")[2]: key for key in known}
+    near = nearest(wanted, list(known)) or [bare[key] for key in nearest(wanted.rpartition("/")[2], list(bare))]
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"Configs of this zoo: {', '.join(known)}."
+    raise ValueError(f"There is no config {name!r}. {hint}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run Lightning's command line.
+
+    Args:
+        argv: Arguments after the program's name; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        import lightning.pytorch.cli  # noqa: F401
+    except ImportError as error:
+        print(f"error: Training needs {error.name}, which is missing: pip install 'ffn-zoo[train]'.", file=sys.stderr)
+        return 2
+    from zoo.tasks.command import run_lightning
+
+    previous = sys.argv
+    try:
+        sys.argv = [previous[0], *_with_paths(given)]  # Lightning wants them there
+        with warnings.catch_warnings():
+            run_lightning()
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:  # every failure is one line here; --debug shows the rest
+        if debug:
+            raise
+        print(f"error: {reason(error)}", file=sys.stderr)
+        return 1
+    finally:
+        sys.argv = previous
+    return 0
+
+
+def _with_paths(arguments: list[str]) -> list[str]:
+    """Replace names of configs by paths."""
+    found = list(arguments)
+    for place, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option in ("--config", "-c"):
+            if equals:
+                found[place] = f"{option}={find_config(value)}"
+            elif place + 1 < len(arguments):
+                found[place + 1] = find_config(arguments[place + 1])
+    return found
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error says in one line; that of its cause where a library has wrapped it."""
+    while str(error).startswith("Does not validate against") and error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    if lines and lines[0].startswith("Caught ") and "worker process" in lines[0]:  # by a DataLoader, with a traceback
+        return lines[-1].partition(": ")[2] or lines[-1]
+    said = lines[0] if lines else type(error).__name__
+    usual = isinstance(error, (ValueError, OSError, ImportError, RuntimeError))
+    return said if usual or not lines else f"{type(error).__name__}: {said}"

@@ -1,0 +1,343 @@
+"""Images with class labels in folders, Parquet files and on the Hub: one way of reading, one meaning of a label."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Container, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+
+from zoo.catalog import nearest
+from zoo.data.notices import notice
+from zoo.files import PICTURE_SUFFIXES, class_folders, is_hidden, is_picture, split_folder
+from zoo.pictures.eight_bit import read_eight_bit
+
+__all__ = [
+    "DamagePolicy",
+    "FolderImages",
+    "LabelledImages",
+    "find_damaged",
+    "open_labelled_images",
+    "require_known",
+    "stratified_split",
+    "tell_absent",
+]
+
+DamagePolicy = Literal["stop", "skip"]
+"""What to do with an image that cannot be read: stop there, or read all before the start, list those and go without."""
+
+_VALIDATION_SPLITS = ("validation", "val", "valid", "test")
+
+
+class _Readable(Dataset[tuple[Any, int]]):
+    """What labelled images of both kinds share."""
+
+    classes: list[str]
+    """Name of each label."""
+    targets: list[int]
+    """Label of each image."""
+    transform: Callable[[Image.Image], Any] | None
+
+    def image(self, index: int) -> Image.Image:
+        """Read one image as upright RGB."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """Return the file or row of one image, for messages."""
+        raise NotImplementedError
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Leave all other images out."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self.image(index)
+        return (self.transform(image) if self.transform else image), self.targets[index]
+
+
+class LabelledImages(_Readable):
+    """A `datasets` split as (transformed image, label) pairs.
+
+    Args:
+        split: A `datasets.Dataset` with one image column and one label column: class numbers or names.
+        transform: Applied to the RGB PIL image.
+        image_key: Image column; None takes the only one of type `Image`.
+        label_key: Label column; None takes the only one of type `ClassLabel`, else "label".
+        classes: Name of each label, of the training split; None takes those of this one.
+        source: Where the split comes from, for messages.
+
+    Raises:
+        ValueError: There is no such column, or several that could be meant, or a label is none of the classes.
+    """
+
+    def __init__(
+        self,
+        split: Any,
+        transform: Callable[[Image.Image], Any] | None = None,
+        image_key: str | None = None,
+        label_key: str | None = None,
+        classes: Sequence[str] | None = None,
+        source: str = "the data set",
+    ) -> None:
+        self.image_key = _column(split, image_key, "Image", ("image", "img"))
+        self.label_key = _column(split, label_key, "ClassLabel", ("label", "labels", "fine_label"))
+        self.source, self.transform = source, transform
+        own, values = _names(split.features[self.label_key], list(split[self.label_key]), self.label_key, source)
+        self.classes = own if classes is None else list(classes)
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        used = dict.fromkeys(own[value] for value in values)
+        require_known([name for name in used if name not in numbers], self.classes, source)
+        self.targets = [numbers[own[value]] for value in values]
+        tell_absent(classes, used, source)
+        split = split.select_columns([self.image_key])
+        if type(split.features[self.image_key]).__name__ == "Image":
+            split = split.cast_column(self.image_key, type(split.features[self.image_key])(decode=False))
+        self.split, self.rows = split, list(range(len(split)))
+
+    def image(self, index: int) -> Image.Image:
+        stored = self.split[index][self.image_key]
+        if isinstance(stored, dict):
+            stored = stored["path"] if stored.get("bytes") is None else stored["bytes"]
+        return read_eight_bit(stored, name=self.name(index))
+
+    def name(self, index: int) -> str:
+        return f"row {self.rows[index]} of {self.source}"
+
+    def keep(self, indices: Sequence[int]) -> None:
+        self.split, self.rows = self.split.select(list(indices)), [self.rows[index] for index in indices]
+        self.targets = [self.targets[index] for index in indices]
+
+
+def _names(feature: Any, values: list[Any], label_key: str, source: str) -> tuple[list[str], list[int]]:
+    """Return the class names of a label column, and the place of each value in them."""
+    names = getattr(feature, "names", None)
+    if names is None and all(isinstance(value, str) for value in values):
+        names = sorted(set(values))
+        places = {name: place for place, name in enumerate(names)}
+        return names, [places[value] for value in values]
+    for row, value in enumerate(values):
+        if not isinstance(value, int) or value < 0 or (names is not None and value >= len(names)):
+            raise ValueError(f"Row {row} of {source} has no class: its {label_key!r} is {value!r}.")
+    if names is None:
+        names = [str(number) for number in range(max(values, default=-1) + 1)]
+    return list(names), values
+
+
+class FolderImages(_Readable, ImageFolder):
+    """A folder of class folders as (transformed image, label) pairs.
+
+    Hidden files and folders, and those that a system writes (`__MACOSX`), are left out.
+
+    Args:
+        root: Holds one folder a class.
+        transform: Applied to the RGB PIL image.
+        classes: Name of each label, of the training folder; None takes the sorted names of the folders.
+
+    Raises:
+        FileNotFoundError: There is no class folder, or one without pictures.
+        ValueError: There is a class that is none of `classes`.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        transform: Callable[[Image.Image], Any] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        self._given = classes
+        ImageFolder.__init__(self, root, transform, loader=_read_rgb, is_valid_file=self._is_picture, allow_empty=True)
+        used = {self.classes[label] for label in self.targets}
+        if classes is None:
+            for name in self.classes:
+                if name not in used:
+                    raise FileNotFoundError(
+                        f"The class folder {Path(root, name)} holds no picture{_formats(root, name)}"
+                    )
+        tell_absent(classes, used, root)
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        found = [path.name for path in class_folders(directory)]
+        if not found:
+            raise FileNotFoundError(f"{directory} holds no class folders.")
+        if self._given is not None:
+            strange = [name for name in found if name not in self._given]
+            require_known([name for name in strange if self._any_picture(directory, name)], self._given, directory)
+            found = list(self._given)
+        return found, {name: label for label, name in enumerate(found)}
+
+    def _any_picture(self, directory: str | Path, name: str) -> bool:
+        return any(
+            self._is_picture(os.path.join(parent, file))
+            for parent, _, files in os.walk(os.path.join(directory, name), followlinks=True)
+            for file in files
+        )
+
+    def _is_picture(self, path: str) -> bool:
+        *folders, name = path[len(str(self.root)) :].split(os.sep)
+        return is_picture(name) and not any(map(is_hidden, folders))
+
+    def image(self, index: int) -> Image.Image:
+        return _read_rgb(self.samples[index][0])
+
+    def name(self, index: int) -> str:
+        return str(self.samples[index][0])
+
+    def keep(self, indices: Sequence[int]) -> None:
+        self.samples = self.imgs = [self.samples[index] for index in indices]
+        self.targets = [label for _, label in self.samples]
+
+
+def _formats(folder: Path) -> str:
+    """Say which other files a folder holds."""
+    suffixes = sorted({path.suffix.lower() for path in folder.rglob("*.*") if not is_hidden(path.name)})
+    found = f", but {', '.join(suffixes[:4])}" if suffixes else ""
+    return f"{found}: fill it, or take it away; pictures are {', '.join(PICTURE_SUFFIXES)}."
+
+
+def require_known(strange: Sequence[str], classes: Sequence[str], source: str | Path) -> None:
+    """Refuse classes that training does not know."""
+    if strange:
+        near = nearest(strange[0], list(classes), 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        listed = ", ".join(map(repr, strange[:4])) + (f" and {len(strange) - 4} more" if len(strange) > 4 else "")
+        raise ValueError(f"{source} has the class {listed}, which the training images lack.{hint}")
+
+
+def tell_absent(classes: Sequence[str] | None, used: Container[str], source: str | Path) -> None:
+    """Say which of training's classes a split lacks."""
+    absent = [name for name in classes or () if name not in used]
+    if absent:
+        listed = ", ".join(map(repr, absent[:4])) + (f" and {len(absent) - 4} more" if len(absent) > 4 else "")
+        notice(f"{source} has no images of the class {listed}: nothing is measured there.")
+
+
+def _column(split: Any, chosen: str | None, kind: str, usual: Sequence[str]) -> str:
+    if chosen is not None:
+        if chosen not in split.column_names:
+            raise ValueError(f"The data set has no column {chosen!r}; it has {split.column_names}.")
+        return chosen
+    of_kind = [name for name, feature in split.features.items() if type(feature).__name__ == kind]
+    if len(of_kind) == 1:
+        return of_kind[0]
+    named = [name for name in usual if name in split.column_names]
+    if len(named) != 1:
+        raise ValueError(
+            f"Which column holds the {'image' if kind == 'Image' else 'label'}? The data set has {split.column_names}; "
+            f"set image_key and label_key."
+        )
+    return named[0]
+
+
+def _read_rgb(path: str) -> Image.Image:
+    return read_eight_bit(path)
+
+
+def open_labelled_images(
+    data_dir: str,
+    split: str,
+    transform: Callable[[Image.Image], Any] | None = None,
+    image_key: str | None = None,
+    label_key: str | None = None,
+    classes: Sequence[str] | None = None,
+) -> LabelledImages | FolderImages:
+    """Open one split of a folder of class folders, a folder of Parquet files, or a data set on the Hub.
+
+    Args:
+        data_dir: `DIR` with `DIR/<split>/<class>/*.jpg`, `DIR` with `<split>*.parquet`, or a Hub name `org/name`. A
+            folder wins over a Hub name. `DIR/<class>/*.jpg` are training images.
+        split: "train", "test", ...; "validation" also finds the usual other names ("val", "valid", "test").
+        transform: Applied to each RGB PIL image.
+        image_key: Image column of Parquet or Hub data.
+        label_key: Label column of Parquet or Hub data.
+        classes: Name of each label, where another split has set them; None takes this one's own.
+
+    Raises:
+        FileNotFoundError: The folder does not exist, or holds neither.
+        ValueError: The data set has no such split, a column cannot be told, or a class is none of `classes`.
+    """
+    found, source = _find_split(data_dir, split)
+    if isinstance(found, Path):
+        return FolderImages(str(found), transform, classes)
+    return LabelledImages(found, transform, image_key, label_key, classes, source)
+
+
+def _find_split(data_dir: str, split: str) -> tuple[Any, str]:
+    """Return the folder of a split, or its table, and what to call it."""
+    wanted = _VALIDATION_SPLITS if split == "validation" else (split,)
+    folder = Path(data_dir)
+    if folder.is_dir():
+        found = split_folder(folder, wanted)
+        if found is None and split == "train" and split_folder(folder, _VALIDATION_SPLITS) is None:
+            found = folder if any(_holds_pictures(path) for path in class_folders(folder)) else None
+        if found is not None:
+            return found, str(found)
+        if not any(folder.rglob("*.parquet")):
+            raise FileNotFoundError(
+                f"{folder} holds neither {wanted[0]}/<class>/ folders of images nor Parquet files of that split."
+            )
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", data_dir) or data_dir.startswith("."):
+        raise FileNotFoundError(f"There is no folder {data_dir}, and a data set on the Hub is called org/name.")
+    from datasets import load_dataset
+
+    try:
+        splits = load_dataset(data_dir)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise FileNotFoundError(f"The data set {data_dir} cannot be opened: {reason}") from error
+    for name in wanted:
+        if name in splits:
+            return splits[name], f"{data_dir} ({name})"
+    raise ValueError(f"{data_dir} has no split {split!r}; it has {', '.join(splits)}.")
+
+
+class _Images(Protocol):
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> Image.Image: ...
+
+
+def _holds_pictures(folder: Path) -> bool:
+    return any(is_picture(entry.name) for entry in os.scandir(folder))
+
+
+def find_damaged(data: _Images) -> dict[int, str]:
+    """Read every image once and return what is wrong with those that cannot be read: index -> message."""
+
+    def problem(index: int) -> str | None:
+        try:
+            data.image(index)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 8)) as pool:
+        return {index: text for index, text in enumerate(pool.map(problem, range(len(data)))) if text is not None}
+
+
+def stratified_split(labels: Sequence[int], fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Return the indices of (the rest, the part held out): `fraction` of each class, at least one image of two.
+
+    Args:
+        labels: Class of every image.
+        fraction: Share of each class that is held out.
+        seed: The same seed and labels give the same parts.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
+    by_class: dict[int, list[int]] = {}
+    for index in order:
+        by_class.setdefault(int(labels[index]), []).append(index)
+    held: set[int] = set()
+    for members in by_class.values():
+        count = max(round(fraction * len(members)), 1) if len(members) > 1 else 0
+        held.update(members[:count])
+    return [index for index in range(len(labels)) if index not in held], sorted(held)

@@ -1,0 +1,66 @@
+"""Lightning's command line, with checkpoints checked before the work and settings that mean what they say."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, TextIO
+
+from lightning.pytorch.cli import LightningCLI
+
+from zoo.data.notices import Notice
+from zoo.tasks.checkpoints import read_training_checkpoint
+from zoo.tasks.own_model import SaveOwnModel
+from zoo.weights import CheckpointError
+
+__all__ = ["TrainingCLI", "run_lightning"]
+
+_SPECIAL = ("best", "last", "hpc")
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI that keeps to the settings it is given where a run goes on from a checkpoint."""
+
+    def _parse_ckpt_path(self) -> None:
+        """Check the checkpoint; Lightning would put its settings in the place of those on the command line."""
+        subcommand = self.config.get("subcommand")
+        config = self.config[subcommand] if subcommand else self.config
+        path = config.get("ckpt_path")
+        if not path or path in _SPECIAL or "://" in str(path) or str(path).startswith("registry"):
+            return
+        checkpoint = read_training_checkpoint(path, resume=subcommand == "fit")
+        made_by = checkpoint.get("task") or checkpoint.get("hyper_parameters", {}).get("_class_path")
+        own = config.get("model", {}).get("class_path")
+        if made_by and own and _name(made_by) != _name(own):
+            raise CheckpointError(
+                f"{path} is of the task {_name(made_by)}, the config of {_name(own)}: take the config it was made with."
+            )
+
+    def before_fit(self) -> None:
+        """Let the run leave the folder of its model."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if hasattr(self.model, "trained_model") and not any(isinstance(entry, SaveOwnModel) for entry in callbacks):
+            callbacks.append(SaveOwnModel(Path(self.trainer.default_root_dir) / "model"))
+
+
+def _name(class_path: str) -> str:
+    return class_path.rpartition(".")[2]
+
+
+def run_lightning() -> None:
+    """Run the command line of the process; notices appear as one line each."""
+    warnings.simplefilter("always", Notice)
+    usual = warnings.showwarning
+
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:  # fmt: skip
+        if issubclass(category, Notice):
+            print(f"note: {message}", file=file or sys.stderr)
+        else:
+            usual(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    TrainingCLI(subclass_mode_model=True, subclass_mode_data=True, save_config_kwargs={"overwrite": False})

@@ -1,0 +1,47 @@
+"""Whether the labels of the data are those of the model, asked before the first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from zoo.data.notices import notice
+
+__all__ = ["check_classes", "check_labels"]
+
+
+def check_classes(datamodule: Any, num_classes: int) -> None:
+    """Compare the classes of a data module, where it knows any, with those of a model.
+
+    Args:
+        datamodule: May have `class_names`.
+        num_classes: The model's.
+
+    Raises:
+        ValueError: The data has more classes.
+    """
+    names = getattr(datamodule, "class_names", None)
+    if names is None:
+        return
+    some = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    if len(names) > num_classes:
+        raise ValueError(
+            f"The data has {len(names)} classes ({some}), the model {num_classes}: set num_classes to {len(names)}."
+        )
+    if len(names) < num_classes:
+        notice(f"The data has {len(names)} classes ({some}), the model {num_classes}: the last ones stay unused.")
+
+
+def check_labels(labels: Tensor, first: int, last: int) -> None:
+    """Refuse labels outside `first` ... `last`; asked where the labels are on the CPU, so that no device waits.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if labels.device.type != "cpu" or not labels.numel() or labels.is_floating_point():
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < first or high > last:
+        wrong = low if low < first else high
+        raise ValueError(f"The data has the label {wrong}; the model knows {first} ... {last}: set num_classes.")
