@@ -6,12 +6,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import timm
 import torch
 from diffusers import DiffusionPipeline
-from hub_server import HubServer, Repository
+from hub_server import HubServer, Repository, use_hub
 from huggingface_hub import constants
 from tiny_folders import classifier_folder, denoiser_folder
 
@@ -27,22 +26,9 @@ pytestmark = pytest.mark.enable_socket
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """Start a Hub of our own and point the client at it, with an empty cache and nobody logged in."""
     server = HubServer()
-    _use_hub(monkeypatch, server.url, tmp_path / "cache")
+    use_hub(monkeypatch, server.url, tmp_path / "cache")
     yield server
     server.stop()
-
-
-def _use_hub(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
-    """Set what HF_ENDPOINT, HF_HUB_CACHE and so on set when the client is imported."""
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
-    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(variable, raising=False)
 
 
 @pytest.fixture
@@ -155,7 +141,7 @@ def test_upload_errors(server: HubServer, folder: Path, monkeypatch: pytest.Monk
 
 def test_offline_names_the_file_to_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """HF_HUB_OFFLINE answers at once, and no socket is opened."""
-    _use_hub(monkeypatch, "https://hub.example", tmp_path)
+    use_hub(monkeypatch, "https://hub.example", tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(hub.HubError, match=r"hf download org/tiny model\.safetensors"):
         hub.download("org/tiny", "model.safetensors")
@@ -163,7 +149,7 @@ def test_offline_names_the_file_to_fetch(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_no_connection_names_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = HubServer()
-    _use_hub(monkeypatch, server.url, tmp_path)
+    use_hub(monkeypatch, server.url, tmp_path)
     server.stop()  # nobody listens on this port now
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between its retries
     with pytest.raises(hub.HubError, match=r"127\.0\.0\.1:\d+ cannot be reached"):

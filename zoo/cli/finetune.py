@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.cli.output import UsageError, hush, note, print_json, print_table, silent, table
-from zoo.files import class_folders, is_picture, split_folder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -97,7 +96,9 @@ def _check_output(output: Path, *, force: bool) -> None:
 
 
 def _check_pictures(folder: Path, val_fraction: float) -> None:
-    """Refuse a folder that cannot be learnt from, before anything is imported."""
+    """Refuse a folder that cannot be learnt from, before torch is imported."""
+    from zoo.pictures.folders import class_folders, is_picture, split_folder
+
     if not folder.is_dir():
         raise UsageError(f"There is no folder {folder}: {_LAYOUT}.")
     train = split_folder(folder, ("train",)) or folder
@@ -120,6 +121,8 @@ def _check_pictures(folder: Path, val_fraction: float) -> None:
 
 
 def _count(folder: Path) -> int:
+    from zoo.pictures.folders import is_picture
+
     return sum(is_picture(name) for _, _, names in os.walk(folder, followlinks=True) for name in names)
 
 

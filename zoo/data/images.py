@@ -67,6 +67,7 @@ class _Images(LightningDataModule):
         self.image_key, self.label_key, self.damaged = image_key, label_key, damaged
         self._classes: list[str] | None = None
         self._good: dict[str, list[int]] = {}  # of splits whose images were all read
+        self.keep_bytes = 0  # of memory for decoded images, see LabelledImages
 
     @property
     def class_names(self) -> list[str]:
@@ -98,7 +99,7 @@ class _Images(LightningDataModule):
             data.keep(self._readable(source, data))
         if not len(data):
             raise ValueError(f"{self.data_dir} has no images for {split}.")
-        self._classes = data.classes
+        self._classes, data.keep_bytes = data.classes, self.keep_bytes
         part: Any = data
         if self.val_fraction > 0 and source == "train":
             rest, held = stratified_split(data.targets, self.val_fraction, self.seed)

@@ -16,8 +16,9 @@ from torchvision.datasets import ImageFolder
 
 from zoo.catalog import nearest
 from zoo.data.notices import notice
-from zoo.files import PICTURE_SUFFIXES, class_folders, is_hidden, is_picture, split_folder
+from zoo.files import is_hidden
 from zoo.pictures.eight_bit import read_eight_bit
+from zoo.pictures.folders import class_folders, is_picture, split_folder
 
 __all__ = [
     "DamagePolicy",
@@ -44,6 +45,8 @@ class _Readable(Dataset[tuple[Any, int]]):
     targets: list[int]
     """Label of each image."""
     transform: Callable[[Image.Image], Any] | None
+    keep_bytes: int = 0
+    """How much memory decoded images may take, so that later epochs need not read them again."""
 
     def image(self, index: int) -> Image.Image:
         """Read one image as upright RGB."""
@@ -61,8 +64,18 @@ class _Readable(Dataset[tuple[Any, int]]):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = self.image(index)
+        image = self._kept_image(index) if self.keep_bytes else self.image(index)
         return (self.transform(image) if self.transform else image), self.targets[index]
+
+    def _kept_image(self, index: int) -> Image.Image:
+        kept: dict[int, Image.Image] = self.__dict__.setdefault("_kept", {})
+        if index not in kept:
+            image = self.image(index)
+            used = self.__dict__.get("_used", 0) + 3 * image.width * image.height
+            if used > self.keep_bytes:
+                return image
+            kept[index], self._used = image, used
+        return kept[index].copy()
 
 
 class LabelledImages(_Readable):
@@ -201,7 +214,7 @@ def _formats(folder: Path) -> str:
     """Say which other files a folder holds."""
     suffixes = sorted({path.suffix.lower() for path in folder.rglob("*.*") if not is_hidden(path.name)})
     found = f", but {', '.join(suffixes[:4])}" if suffixes else ""
-    return f"{found}: fill it, or take it away; pictures are {', '.join(PICTURE_SUFFIXES)}."
+    return f"{found}: fill it, or take it away."
 
 
 def require_known(strange: Sequence[str], classes: Sequence[str], source: str | Path) -> None:

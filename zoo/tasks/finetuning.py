@@ -26,7 +26,8 @@ from zoo.data.labelled_images import FolderImages, find_damaged
 from zoo.data.notices import Notice
 from zoo.factory import create_model
 from zoo.ffn.reparam import reparameterize
-from zoo.files import split_folder, whole
+from zoo.files import whole
+from zoo.pictures.folders import split_folder
 from zoo.record import ModelRecord, attach, record_of
 from zoo.tasks.checkpoints import read_training_checkpoint
 from zoo.tasks.classification import Classification
@@ -178,7 +179,7 @@ def finetune(
     data.interpolation = cfg["interpolation"]
     train = data._open("train", training=True)
     data.batch_size = batch_size or _batch_size(len(train))
-    data.eval_batch_size = 64
+    data.eval_batch_size, data.keep_bytes = 64, 2**29
     with tempfile.TemporaryDirectory(prefix="zoo-") as scratch, _quiet():
         best = ModelCheckpoint(scratch, "best", monitor="val/loss", mode="min", save_weights_only=True)
         seen = _Epochs(tell=tell)
