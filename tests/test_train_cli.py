@@ -15,7 +15,7 @@ from image_sets import image_folder
 
 import zoo
 from zoo.cli import main
-from zoo.cli.train import find_config
+from zoo.cli.train import find_config, reason
 from zoo.record import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,6 +162,13 @@ def test_resume_says_the_truth(
 
 def load(path: Path) -> dict[str, Any]:
     return torch.load(path, weights_only=True)
+
+
+def test_what_workers_raise_is_one_line() -> None:
+    error = ValueError(
+        "Caught PictureError in DataLoader worker process 0.\nTraceback\n  x\nzoo.E: a is b."
+    )
+    assert reason(error) == "a is b."
 
 
 def test_configs_by_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

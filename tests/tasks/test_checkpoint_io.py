@@ -105,3 +105,26 @@ def test_save_pretrained_needs_a_task_that_can(tmp_path: Path) -> None:
     trainer = Trainer(accelerator="cpu", logger=False, callbacks=[SavePretrained(str(tmp_path / "pipeline"))])
     with pytest.raises(TypeError, match="Line has no save_pretrained"):
         trainer.fit(Line(), DataLoader(torch.ones(2, 1)))
+
+
+def test_save_pretrained_replaces_its_own_folder_alone(tmp_path: Path) -> None:
+    class Saving(Line):
+        def save_pretrained(self, folder: Path) -> None:
+            folder.mkdir()
+            (folder / "weights").write_text("new")
+
+    def run(folder: Path) -> None:
+        trainer = Trainer(
+            accelerator="cpu", max_steps=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=False, callbacks=[SavePretrained(str(folder))],
+        )  # fmt: skip
+        trainer.fit(Saving(), DataLoader(torch.ones(2, 1)))
+
+    run(tmp_path / "own")
+    run(tmp_path / "own")
+    assert (tmp_path / "own" / "weights").read_text() == "new"
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1").write_text("all of it")
+    with pytest.raises(FileExistsError, match="thesis is not of SavePretrained's making"):
+        run(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter1").read_text() == "all of it"

@@ -80,11 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from zoo.tasks.command import run_lightning
 
-    previous = sys.argv
     try:
-        sys.argv = [previous[0], *_with_paths(given)]  # Lightning wants them there
         with warnings.catch_warnings():
-            run_lightning()
+            run_lightning(_with_paths(given))
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
@@ -93,8 +91,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {reason(error)}", file=sys.stderr)
         return 1
-    finally:
-        sys.argv = previous
     return 0
 
 

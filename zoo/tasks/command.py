@@ -48,9 +48,13 @@ def _name(class_path: str) -> str:
     return class_path.rpartition(".")[2]
 
 
-def run_lightning() -> None:
-    """Run the command line of the process; notices appear as one line each."""
+def run_lightning(arguments: list[str]) -> None:
+    """Run Lightning's command line; notices appear as one line each.
+
+    `sys.argv` stays as it is: Lightning starts further processes with it.
+    """
     warnings.simplefilter("always", Notice)
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     usual = warnings.showwarning
 
     def show(
@@ -63,4 +67,9 @@ def run_lightning() -> None:
             usual(message, category, filename, lineno, file, line)
 
     warnings.showwarning = show
-    TrainingCLI(subclass_mode_model=True, subclass_mode_data=True, save_config_kwargs={"overwrite": False})
+    TrainingCLI(
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_kwargs={"overwrite": False},
+        args=arguments,
+    )
