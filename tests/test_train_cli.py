@@ -165,9 +165,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def test_what_workers_raise_is_one_line() -> None:
-    error = ValueError(
-        "Caught PictureError in DataLoader worker process 0.\nTraceback\n  x\nzoo.E: a is b."
-    )
+    error = ValueError("Caught PictureError in DataLoader worker process 0.\nTraceback\n  x\nzoo.E: a is b.")
     assert reason(error) == "a is b."
 
 

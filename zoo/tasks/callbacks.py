@@ -228,9 +228,7 @@ class SavePretrained(Callback):
     def _require_own(self) -> None:
         folder = Path(self.folder)
         if folder.exists() and not (folder / _MARK).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise FileExistsError(
-                f"{folder} is not of SavePretrained's making and is not replaced: name another."
-            )
+            raise FileExistsError(f"{folder} is not of SavePretrained's making and is not replaced: name another.")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
