@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         enable_cache,
     )
     from zoo.factory import create_model, create_pipeline, list_models, model_info
+    from zoo.ffn.compressing import compress
     from zoo.ffn.reparam import reparameterize
     from zoo.moe import MoEConfig
     from zoo.pictures.restore import restore
@@ -40,6 +41,7 @@ _LAZY = {
     "cache_summary": "zoo.caching",
     "cached": "zoo.caching",
     "calibrate_cache": "zoo.caching",
+    "compress": "zoo.ffn.compressing",
     "create_model": "zoo.factory",
     "create_pipeline": "zoo.factory",
     "disable_cache": "zoo.caching",
@@ -51,7 +53,7 @@ _LAZY = {
     "tune_cache": "zoo.bench.tuning",
 }
 
-_LAZY_MODULES = ("moe",)
+_LAZY_MODULES = ("ffn", "moe")
 
 __all__ = [
     "BACConfig",
@@ -62,6 +64,7 @@ __all__ = [
     "cache_summary",
     "cached",
     "calibrate_cache",
+    "compress",
     "create_model",
     "create_pipeline",
     "disable_cache",

@@ -10,6 +10,7 @@ import torch
 from small_models import KINDS, batches, build, vit
 from torch import nn
 
+import zoo.backbones  # noqa: F401  registers repavit
 from zoo.ffn import depth, low_rank, prune, repa
 from zoo.ffn.depth import DepthConfig
 from zoo.ffn.low_rank import LowRankConfig
@@ -238,6 +239,14 @@ def test_wrapped_products_are_refused_by_name() -> None:
     model.blocks[1].mlp.fc1 = nn.Sequential(model.blocks[1].mlp.fc1)
     with pytest.raises(ValueError, match=r"blocks\.1\.mlp: its first product is a Sequential"):
         prune.apply(model, PruneConfig(scores="random", compensation="none"))
+
+
+def test_repa_layers_are_left_to_reparameterize() -> None:
+    model = timm.create_model(
+        "repavit_tiny", img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=2
+    )
+    with pytest.raises(ValueError, match=r"blocks\.0\.\w+ is a RePaFFN"):
+        prune.apply(model.eval(), PruneConfig(), batches("timm"))
 
 
 def test_bad_input_is_said_in_one_line() -> None:

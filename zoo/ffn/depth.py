@@ -27,6 +27,7 @@ from zoo.ffn.technique import (
     refuse_twice,
     replace_module,
 )
+from zoo.layers.ffn import RePaFFN
 from zoo.profiling import count_params
 
 __all__ = ["DepthConfig", "Nothing", "apply", "attention_removals", "removable", "restructure"]
@@ -94,7 +95,7 @@ def removable(model: nn.Module, units: Units = "ffn", pattern: str | None = None
     for name, module in model.named_modules():
         if pattern is not None and not re.search(pattern, name):
             continue
-        ffn = read_ffn(module)
+        ffn = None if isinstance(module, RePaFFN) else read_ffn(module)  # that one adds the residual itself
         if ffn is None or ffn.first_column:
             continue
         parent = name.rpartition(".")[0]

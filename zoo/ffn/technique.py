@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import DenseFFN, read_ffn
+from zoo.layers.ffn import RePaFFN
 from zoo.profiling import count_params
 
 __all__ = [
@@ -121,6 +122,10 @@ def ffn_layers(model: nn.Module, pattern: str | None = None) -> dict[str, DenseF
     for name, module in model.named_modules():
         if pattern is not None and not re.search(pattern, name):
             continue
+        if isinstance(module, RePaFFN):
+            raise ValueError(
+                f"{name} is a RePaFFN, whose idle channels zoo.reparameterize merges: techniques are for dense layers."
+            )
         ffn = read_ffn(module)
         if ffn is None:
             continue
@@ -135,7 +140,7 @@ def ffn_layers(model: nn.Module, pattern: str | None = None) -> dict[str, DenseF
         wanted = f" whose name matches {pattern!r}" if pattern else ""
         raise ValueError(
             f"{type(model).__name__} has no feed-forward layer{wanted} that is known: FeedForward and Flux's single "
-            "blocks of diffusers, Mlp, GluMlp and SwiGLU of timm, merged RePaFFN of zoo."
+            "blocks of diffusers, Mlp, GluMlp and SwiGLU of timm."
         )
     return found
 
