@@ -4,7 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lowest catalog clean
+.PHONY: demo test quick mutate lowest catalog check-catalog clean
+
+# Tests that need no large model: most of what goes wrong while one edits shows here.
+QUICK := tests/test_catalog.py tests/test_files.py tests/test_hub.py tests/test_weights.py tests/test_loading_mutants.py \
+	tests/test_docs.py tests/cards tests/pictures/test_pictures_mutants.py tests/data tests/evaluation/test_metrics.py \
+	tests/ffn tests/layers tests/moe/test_moe_mutants.py tests/moe/test_losses.py tests/caching/test_caching_mutants.py \
+	tests/caching/test_schedules.py tests/caching/test_taylor.py tests/caching/test_units.py tests/tasks/test_teachers.py
 
 demo: $(STAMP)
 	$(BIN)/zoo demo -o demo
@@ -15,6 +21,19 @@ test: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n auto
+
+# In 90 s on two quiet cores; types are checked beside the tests.
+quick: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy & types=$$!; \
+	$(BIN)/python -m pytest -m 'not slow' --durations=0 --durations-min=2 $(QUICK) && wait $$types
+
+# Seed 200 bugs of one line and tell which of them the tests let live; `make mutate COUNT=20 AREAS='hub data'`.
+COUNT ?= 200
+mutate: $(STAMP)
+	$(BIN)/python -m tests.mutate --count $(COUNT) $(AREAS)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,6 +51,10 @@ lowest:
 # Rewrite zoo/catalog.json, the facts behind `zoo list`, from the registry.
 catalog: $(STAMP)
 	$(BIN)/python -m zoo.cards.catalog_writer
+
+# Count every model anew and say whether zoo/catalog.json is out of date; `make test` counts one model a family.
+check-catalog: $(STAMP)
+	$(BIN)/python -m zoo.cards.catalog_writer --check
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

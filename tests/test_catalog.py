@@ -37,6 +37,7 @@ def test_every_registered_model_is_listed() -> None:
     assert ours == {name for name, facts in load().items() if facts["task"] not in catalog.PIPELINE_TASKS}
 
 
+@pytest.mark.slow
 def test_catalog_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
     """The facts are those of the registry and the cards, or `make catalog` has to be run.
 

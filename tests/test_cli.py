@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -67,20 +66,14 @@ def error_of(capsys: Captured, *argv: str | Path, code: int = 2) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("argv", [["--help"], ["list"], ["list", "--json"], ["info", next(iter(catalog.load()))]])
 def test_answers_at_once_without_torch(argv: list[str]) -> None:
-    """Within 0.5 s of processor time, the best of three; nothing heavy is imported."""
-    times = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "zoo", *argv], check=True, capture_output=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(times) < 0.5
+    """Nothing heavy is imported, and few modules in all: torch alone would be two thousand."""
     code = (
         "import sys; sys.argv[:] = ['zoo']\n"
         "from zoo.cli import main\n"
         f"try: main({argv!r})\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'timm', 'numpy', 'PIL', 'huggingface_hub', 'diffusers', 'yaml'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "assert not heavy, heavy\n"
+        "assert len(sys.modules) < 300, len(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

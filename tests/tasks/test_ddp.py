@@ -53,7 +53,7 @@ def fit(folder: Path, data: Path, *arguments: str) -> subprocess.CompletedProces
         "--data.init_args.data_dir", str(data), "--trainer.default_root_dir", str(folder), *arguments,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done
 
@@ -66,32 +66,40 @@ def checkpoint(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return {f"{kind}.{key}": value for kind in kinds for key, value in loaded[kind].items()}
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+PARALLEL = ("--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.init_args.batch_size", "2",
+            "--trainer.accumulate_grad_batches", "2")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("images"), train=8, val=2)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """Return the folder of a run of two processes."""
+    folder = tmp_path_factory.mktemp("parallel") / "two"
+    fit(folder, data, *PARALLEL)
+    return folder
+
+
+def test_two_processes_equal_one(tmp_path: Path, data: Path, two: Path) -> None:
     """2 processes x 2 images x 2 accumulated batches equal 1 process x 8 images; a resumed run equals a whole one."""
-    data = image_folder(tmp_path / "data", train=8, val=2)
     fit(tmp_path / "one", data, "--data.init_args.batch_size", "8")
-    one = checkpoint(tmp_path / "one", 4)
-
-    parallel = ("--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.init_args.batch_size", "2",
-                "--trainer.accumulate_grad_batches", "2")  # fmt: skip
-    fit(tmp_path / "two", data, *parallel)
-    two = checkpoint(tmp_path / "two", 4)
-    assert one.keys() == two.keys()
+    one, both = checkpoint(tmp_path / "one", 4), checkpoint(two, 4)
+    assert one.keys() == both.keys()
     for key, value in one.items():
-        assert torch.allclose(two[key], value, rtol=1e-5, atol=1e-6), key
+        assert torch.allclose(both[key], value, rtol=1e-5, atol=1e-6), key
 
-    (middle,) = (tmp_path / "two").rglob("step=3.ckpt")  # in the middle of the second epoch
-    fit(tmp_path / "resumed", data, *parallel, "--ckpt_path", str(middle))
+    (middle,) = two.rglob("step=3.ckpt")  # in the middle of the second epoch
+    fit(tmp_path / "resumed", data, *PARALLEL, "--ckpt_path", str(middle))
     resumed = checkpoint(tmp_path / "resumed", 4)
-    assert all(torch.equal(resumed[key], value) for key, value in two.items())
+    assert all(torch.equal(resumed[key], value) for key, value in both.items())
 
 
-def test_processes_draw_different_numbers(tmp_path: Path) -> None:
+def test_processes_draw_different_numbers(two: Path) -> None:
     """Noise, mixing and dropout of two processes are not the same."""
-    data = image_folder(tmp_path / "data", train=8, val=2)
-    fit(tmp_path / "two", data, "--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.max_epochs", "1",
-        "--data.init_args.batch_size", "4")  # fmt: skip
-    (path,) = (tmp_path / "two").rglob("step=1.ckpt")
+    (path,) = two.rglob("step=1.ckpt")
     first, second = torch.load(path, weights_only=False)["exact_resume"]["rng"]
     assert not torch.equal(first["torch"], second["torch"])
     assert first["python"] != second["python"]
