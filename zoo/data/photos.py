@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from zoo.data.degradations import Pixels, to_float
+from zoo.pictures.formats import readable_suffixes
 from zoo.pictures.read import open_picture
 
 __all__ = ["Pair", "find_images", "find_pairs", "pair_folders", "read_pair", "read_pixels", "to_tensor"]
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
 _CLEAN = ("hr", "gt", "target", "groundtruth", "gtmod12")  # names of folders of clean images, in small letters
 _DEGRADED = re.compile(r"(lr|input|blur|rainy|noisy).*", re.IGNORECASE)
 _VIEWS = ("inputl", "inputr")  # names of folders of the views of a dual-pixel sensor (DPDD), in small letters
@@ -39,7 +39,7 @@ class Pair:
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """Return all image files under a folder, sorted by path.
+    """Return all image files under a folder, sorted by path; hidden ones (".", "._") are left out.
 
     Raises:
         FileNotFoundError: There is no such folder, or no image in it.
@@ -47,9 +47,17 @@ def find_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"No folder {folder}.")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    known = readable_suffixes()
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in known
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
     if not files:
-        raise FileNotFoundError(f"No image ({', '.join(_SUFFIXES)}) under {folder}.")
+        others = sum(path.is_file() for path in folder.rglob("*"))
+        raise FileNotFoundError(f"No image (.png, .jpg, .tif, ...) under {folder}, which holds {others} other files.")
     return files
 
 
@@ -187,6 +195,9 @@ def read_pixels(path: Path, mode: str, deep: bool = False) -> Pixels:
     picture = open_picture(path)
     if picture.black is not None:
         raise ValueError(f"{path} is a CMYK image: expected RGB or gray.")
+    if picture.values is not None:
+        low, high, dtype = picture.values
+        raise ValueError(f"{path} has {dtype} values from {low:g} to {high:g}: expected 8 or 16 bits.")
     color: Pixels = picture.color
     if color.dtype == np.uint16:
         color = color / np.float32(65535) if deep else (color >> 8).astype(np.uint8)

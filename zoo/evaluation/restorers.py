@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,17 +126,33 @@ def evaluate(
         progress: Called with (images done, images in all).
 
     Raises:
-        ValueError: As `load_pair`, or an image is too small for its metric.
+        ValueError: As `load_pair`, or an image is too small for its metric; every error names the file.
+        RuntimeError: The network fails on an image.
     """
     scores = []
     for pair in pairs:
-        source, clean = load_pair(pair, protocol, scale=scale, sigma=sigma, channels=channels)
-        start = time.perf_counter()
-        with torch.inference_mode():
-            output = restorer(source).cpu()
-        seconds = time.perf_counter() - start
-        values = {name: float(value) for name, value in measure(protocol, output, clean, scale).items()}
+        with _naming(pair):
+            source, clean = load_pair(pair, protocol, scale=scale, sigma=sigma, channels=channels)
+            start = time.perf_counter()
+            with torch.inference_mode():
+                output = restorer(source).cpu()
+            seconds = time.perf_counter() - start
+            values = {name: float(value) for name, value in measure(protocol, output, clean, scale).items()}
         scores.append(Score(file=pair.clean, values=values, seconds=seconds))
         if progress is not None:
             progress(len(scores), len(pairs))
     return scores
+
+
+@contextmanager
+def _naming(pair: Pair) -> Iterator[None]:
+    """Put the name of the image before what an error says, where it is not there yet."""
+    try:
+        yield
+    except Exception as error:
+        said = str(error) or type(error).__name__
+        names = [str(pair.clean), *(str(path) for path in pair.degraded)]
+        if any(name in said for name in names):
+            raise
+        kind = ValueError if isinstance(error, ValueError) else RuntimeError
+        raise kind(f"{pair.clean}: {said}") from error

@@ -59,7 +59,7 @@ FORMATS = {
     "AVIF": Format(bits=12, side=65536, frames="animation", **_WEB),
     "HEIF": Format(bits=12, side=16384, frames="pages", **_WEB),
     "JXL": Format(bits=32, exif=True, xmp=True),
-    "JPEG2000": Format(bits=16, dpi=False),
+    "JPEG2000": Format(bits=16, comment=True),
     "GIF": Format(alpha="one", comment=True, side=65535, frames="animation"),
     "BMP": Format(alpha="full", dpi=True),
     "TGA": Format(side=65535),
@@ -143,6 +143,8 @@ def losses(kind: Kind, name: str) -> list[str]:
     most = min(holds.bits, holds.color_bits if kind.colors == "color" else holds.bits)
     if kind.bits > most and not (kind.frames > 1 and holds.frames == "animation"):
         said.append(f"{kind.bits} bits become {most}")
+    elif name in ("TIFF", "PNG") and (8 < kind.bits < 16 or (1 < kind.bits < 8 and kind.colors == "gray")):
+        said.append(f"{kind.bits} bits become {8 if kind.bits < 8 else 16}")
     if kind.frames > 1 and not holds.frames:
         said.append(f"only the first of {kind.frames} frames is written")
     elif kind.frames > 1 and kind.bits > 8 and holds.frames == "animation":

@@ -99,6 +99,8 @@ def from_info(image: Image.Image, text: Mapping[str, Any] | None = None) -> Meta
     if iptc is None and _IPTC_KEY in text:
         iptc = _from_hex(str(text[_IPTC_KEY]))
     comment = info.get("comment")
+    if image.format == "JPEG2000" and bytes(comment or b"").startswith(b"Created by OpenJPEG"):
+        comment = None
     return Metadata(
         icc_profile=info.get("icc_profile") or None,
         exif=exif.removeprefix(b"Exif\0\0") if exif else None,

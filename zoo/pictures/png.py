@@ -13,7 +13,7 @@ from PIL import PngImagePlugin
 from zoo.pictures.metadata import _XMP_KEY, Metadata, iptc_as_hex
 from zoo.pictures.picture import Array
 
-__all__ = ["chunks", "deepened", "info_of"]
+__all__ = ["chunks", "deepened", "info_of", "with_light"]
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -57,6 +57,14 @@ def deepened(small: bytes, pixels: Array) -> bytes:
     return _joined(parts)
 
 
+def with_light(data: bytes, metadata: Metadata) -> bytes:
+    """Put in the chunks that go with cICP, which Pillow does not write."""
+    if metadata.icc_profile is not None or metadata.cicp is None or not metadata.light:
+        return data
+    head, *others = chunks(data)
+    return _joined([head, *metadata.light, *others])
+
+
 def info_of(metadata: Metadata) -> PngImagePlugin.PngInfo:
     """Return the chunks that say what goes beside the pixels, but profile, EXIF and resolution."""
     info = PngImagePlugin.PngInfo()
@@ -64,8 +72,6 @@ def info_of(metadata: Metadata) -> PngImagePlugin.PngInfo:
         if metadata.cicp is not None:
             red, transfer, _, full = metadata.cicp
             info.add(b"cICP", bytes((red, transfer, 0, full)))
-            for name, content in metadata.light:
-                info.add(name, content)
         if metadata.gamma is not None:
             info.add(b"gAMA", struct.pack(">I", round(metadata.gamma * 100000)))
         if metadata.chromaticity is not None:

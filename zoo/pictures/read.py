@@ -16,7 +16,7 @@ import numpy as np
 import tifffile
 from PIL import Image, UnidentifiedImageError
 
-from zoo.pictures import png
+from zoo.pictures import containers, png
 from zoo.pictures.formats import RAW_SUFFIXES, Kind, load_plugins
 from zoo.pictures.metadata import from_info, upright
 from zoo.pictures.picture import Array, Picture, PictureError
@@ -217,6 +217,11 @@ def _read_pillow(name: str, file: Path | BinaryIO, data: bytes, every_frame: boo
             settings["lossless"] = True
         if kind == "PNG":
             _complete_png(image, _all(file))
+        elif kind == "JXL":
+            whole = _all(file)
+            for box, _, start, stop in containers.boxes(whole):
+                if box == b"xml ":
+                    image.info["xmp"] = whole[start:stop]
         picture = from_image(image, name) if deep is None else _deep_picture(image, deep, name)
     return dataclasses.replace(picture, format="JPEG" if kind == "MPO" else kind, settings=settings)
 
@@ -279,6 +284,8 @@ def _deep(image: Image.Image, file: Path | BinaryIO, head: bytes) -> tuple[Array
         array = imagecodecs.png_decode(data)
     elif image.format == "AVIF":
         array = imagecodecs.avif_decode(data)
+    elif image.format == "PPM":
+        array = _deep_ppm(data, image.size)
     elif image.format == "JPEG2000":
         array = imagecodecs.jpeg2k_decode(data)
     elif image.format == "HEIF":
@@ -299,6 +306,14 @@ def _deep(image: Image.Image, file: Path | BinaryIO, head: bytes) -> tuple[Array
     return (array, bits) if array.dtype in (np.uint16, np.float32, np.float16) else None
 
 
+def _deep_ppm(data: bytes, size: tuple[int, int]) -> Array:
+    """Samples of a colour PPM with 16 bits, which Pillow shortens to 8."""
+    peak = int(data[:_HEAD].split(b"#")[0].split()[3]) if b"#" not in data[:_HEAD] else 65535
+    count = size[0] * size[1] * 3
+    array = np.frombuffer(data[-2 * count :], ">u2").reshape(size[1], size[0], 3)
+    return np.round(array.astype(np.float64) * (65535 / peak)).astype(np.uint16)
+
+
 def _channels(array: Array) -> Array:
     return array[..., None] if array.ndim == 2 else array
 
@@ -310,6 +325,9 @@ def _bits(kind: str, head: bytes) -> int:
     if kind in ("AVIF", "HEIF"):
         place = head.find(b"pixi")
         return head[place + 9] if place >= 0 else 8
+    if kind == "PPM" and head[:2] == b"P6":
+        parts = [part for line in head.split(b"\n") for part in line.split(b"#")[0].split()]
+        return 16 if len(parts) > 3 and parts[3].isdigit() and int(parts[3]) > 255 else 8
     if kind == "JPEG2000":
         place = head.find(b"ihdr")
         if place >= 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import struct
+import warnings
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
@@ -207,7 +208,8 @@ def _exif(file: str | BinaryIO) -> bytes | None:
     try:
         if not isinstance(file, str):
             file.seek(0)
-        with Image.open(file) as image:
+        with warnings.catch_warnings(), Image.open(file) as image:
+            warnings.simplefilter("ignore")
             found = image.getexif()
             for tag in _TOLD:
                 if tag in found:
@@ -284,7 +286,7 @@ def _write_page(writer: tifffile.TiffWriter, picture: Picture, kind: int, qualit
     if kind == 7:
         options |= {"compression": "jpeg", "compressionargs": {"level": quality}}
         if options["photometric"] == "rgb":
-            options["photometric"], options["subsampling"] = "ycbcr", (1, 1)
+            options["subsampling"] = (1, 1)
     elif kind != 1:
         options["compression"] = kind
         if kind in (5, 8, 32946, 50000) and array.dtype in (np.uint8, np.uint16) and "colormap" not in options:
@@ -325,7 +327,8 @@ def _tags(metadata: Metadata, first: bool) -> list[tuple[int, str | int, int, An
                 tags.append((tag, 1, len(value), value, True))
             elif isinstance(value, int):
                 tags.append((tag, 3, 1, value & 0xFFFF, True))
-        tags += [(tag, 4, 1, 0, True) for tag in (_EXIF, _GPS) if exif.get_ifd(tag)]
+        # tifffile does not write these tags: their neighbours, which nothing uses, are renamed afterwards
+        tags += [(tag + 1, 4, 1, 0, True) for tag in (_EXIF, _GPS) if exif.get_ifd(tag)]
     return tags
 
 
@@ -341,7 +344,8 @@ def _with_exif(file: io.BytesIO, block: bytes | None, order: str, big: bool) -> 
         if not entries:
             continue
         with tifffile.TiffFile(io.BytesIO(file.getvalue())) as tiff:
-            place = tiff.pages[0].tags[tag].valueoffset  # type: ignore[union-attr]
+            entry: Any = tiff.pages[0].tags[tag + 1]  # type: ignore[union-attr]
+            code, place = entry.offset, entry.valueoffset
         offset = file.seek(0, io.SEEK_END)
         file.write(bytes(offset % 2))
         offset += offset % 2
@@ -354,6 +358,8 @@ def _with_exif(file: io.BytesIO, block: bytes | None, order: str, big: bool) -> 
         file.write(directory.tobytes(offset))
         file.seek(place)
         file.write(struct.pack(order + "I", offset))
+        file.seek(code)
+        file.write(struct.pack(order + "H", tag))
     return file.getvalue()
 
 

@@ -135,7 +135,9 @@ def _fitted(picture: Picture, name: str, holds: Format, said: list[str], animate
         picture = dataclasses.replace(picture, alpha=None)
     metadata = picture.metadata
     gray_profile = metadata.icc_profile is not None and metadata.icc_profile[16:20] == b"GRAY"
-    if (not holds.icc and (metadata.icc_profile or has_meaning(metadata))) or (
+    if name == "JXL" and picture.peak != 255 and containers.says_linear(metadata.icc_profile):
+        pass  # it is written as light
+    elif (not holds.icc and (metadata.icc_profile or has_meaning(metadata))) or (
         gray_profile and "gray" not in holds.colors
     ):
         picture, what = to_srgb(picture)
@@ -286,7 +288,8 @@ def _encode_png(pictures: list[Picture], name: str, quality: int, given: dict[st
     first = pictures[0]
     if first.peak == 65535:
         small = dataclasses.replace(first, color=first.color[:1, :1], alpha=None, mode="RGB")
-        return png.deepened(_saved(_shown(small, name), name, options | given), first.planes())
+        made = png.deepened(_saved(_shown(small, name), name, options | given), first.planes())
+        return png.with_light(made, metadata)
     images = [_shown(picture, name) for picture in pictures]
     if len(images) > 1:
         images = [image.convert("RGBA" if image.has_transparency_data else "RGB") for image in images]
@@ -295,7 +298,7 @@ def _encode_png(pictures: list[Picture], name: str, quality: int, given: dict[st
         if options["default_image"]:
             timing["duration"] = timing["duration"][1:]
         options |= timing
-    return _saved(images[0], name, options | given)
+    return png.with_light(_saved(images[0], name, options | given), metadata)
 
 
 def _encode_jpeg(pictures: list[Picture], name: str, quality: int, given: dict[str, Any]) -> bytes:
@@ -363,7 +366,8 @@ def _encode_jxl(pictures: list[Picture], name: str, quality: int, given: dict[st
 def _encode_jp2(pictures: list[Picture], name: str, quality: int, given: dict[str, Any]) -> bytes:
     first = pictures[0]
     if first.peak == 255:
-        return _saved(_shown(first, name), name, given)
+        options = {} if first.metadata.comment is None else {"comment": first.metadata.comment}
+        return _saved(_shown(first, name), name, options | given)
     array = first.planes()
     pixels = np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array)
     return bytes(imagecodecs.jpeg2k_encode(pixels, level=0, codecformat="j2k" if given.get("no_jp2") else "jp2"))
@@ -420,6 +424,10 @@ def _encode_bmp(pictures: list[Picture], name: str, quality: int, given: dict[st
     return _saved(_shown(pictures[0], name), name, options | given)
 
 
+def _encode_ico(pictures: list[Picture], name: str, quality: int, given: dict[str, Any]) -> bytes:
+    return _saved(_shown(pictures[0], name), name, {"sizes": [pictures[0].size[::-1]], **given})
+
+
 def _other(pictures: list[Picture], name: str, quality: int, given: dict[str, Any]) -> bytes:
     """Write by Pillow in the first mode that the format takes."""
     image = _shown(pictures[0], name)
@@ -443,4 +451,5 @@ _ENCODERS = {
     "PPM": _encode_ppm,
     "PFM": _encode_pfm,
     "BMP": _encode_bmp,
+    "ICO": _encode_ico,
 }
