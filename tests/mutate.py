@@ -36,7 +36,7 @@ AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "weights": (("weights",), ("test_loading_mutants.py", "test_weights.py")),
     "hub": (("hub",), ("test_loading_mutants.py", "test_hub.py")),
     "pictures": (
-        ("pictures.picture", "pictures.read", "pictures.write", "pictures.restore"),
+        ("pictures.picture", "pictures.image", "pictures.read", "pictures.write", "pictures.restore"),
         ("pictures/test_pictures_mutants.py", "pictures/test_restore.py"),
     ),
     "tiling": (("pictures.tiling",), ("pictures/test_pictures_mutants.py", "pictures/test_tiling.py")),

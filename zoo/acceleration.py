@@ -12,6 +12,7 @@ from torch import nn
 
 from zoo.ffn.reparam import reparameterize
 from zoo.kernels.dispatch import Backend, check_backend, get_backend, runs_kernel, set_backend
+from zoo.text import table_lines
 
 __all__ = ["AccelerationReport", "AccelerationStep", "CompileMode", "accelerate"]
 
@@ -52,8 +53,7 @@ class AccelerationReport:
 
     def __str__(self) -> str:
         rows = [(step.name, "done" if step.done else "left out", step.said) for step in self.steps]
-        widths = [max(len(row[column]) for row in rows) for column in range(2)]
-        return "\n".join(f"{name.ljust(widths[0])}  {done.ljust(widths[1])}  {said}" for name, done, said in rows)
+        return "\n".join(table_lines(rows))
 
 
 def accelerate(

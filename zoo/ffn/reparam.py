@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.profiling import count_params
+from zoo.text import table_lines
 
 __all__ = ["LayerReport", "ReparamReport", "Reparameterizable", "reparameterize"]
 
@@ -120,8 +121,7 @@ class ReparamReport:
         largest = "-" if self.difference is None else f"{self.difference:.1e}"
         macs = _change(self.macs_before, self.macs_after)
         rows.append(("whole model", f"{len(self.layers)} layers", total, macs, "", largest))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = table_lines(rows)
         rule = "-" * max(map(len, lines))
         text = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
         if self.unchanged:

@@ -23,6 +23,7 @@ from zoo.moe.blocks import MixtureOfBlocks
 from zoo.moe.experts import LinearPlusMoE, MoEFFN
 from zoo.moe.router import Gate
 from zoo.profiling import count_params
+from zoo.text import table_lines
 
 __all__ = [
     "MoEConfig",
@@ -169,8 +170,7 @@ class MoEReport:
             ("of feed-forward layers", f"{self.ffn_before / 1e6:,.2f} M", "", f"{self.ffn_activated / 1e6:,.2f} M"),
             ("their MACs a token", f"{self.macs_before / 1e6:,.2f} M", "", f"{self.macs_activated / 1e6:,.2f} M"),
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        lines = table_lines(rows, right=range(4))
         saved = 100 * (1 - self.ffn_activated / self.ffn_before)
         lines.append(f"{self.layers} feed-forward layers as {self.layout}: {saved:.1f} % fewer parameters activated")
         if self.stability is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.moe.dense2moe import expert_layers
+from zoo.text import table_lines
 
 __all__ = ["RouterLoad", "RoutingSummary", "record_routing"]
 
@@ -70,11 +71,7 @@ class RoutingSummary:
                 )
         if len(rows) == 1:
             return "No router ran: run the model inside the context."
-        widths = [max(len(row[column]) for row in rows) for column in range(6)]
-        return "\n".join(
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        )
+        return "\n".join(table_lines(rows, right=range(1, 6)))
 
     def plot(self, path: str | Path) -> Path:
         """Draw the load of every expert of every layer as a heat map: png, svg or pdf by the suffix.

@@ -1,0 +1,29 @@
+"""Tables as plain text, for reports that are printed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection, Sequence
+
+__all__ = ["table_lines"]
+
+
+def table_lines(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Return one line a row, with columns two spaces apart.
+
+    Args:
+        rows: Cells; each row has as many.
+        right: Numbers of the columns that end at one place; the others begin at one.
+    """
+    from rich.console import Console  # reports are printed rarely, zoo is imported often
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for index in range(len(rows[0])):
+        table.add_column(justify="right" if index in right else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    out = io.StringIO()
+    Console(file=out, width=10_000, color_system=None).print(table)
+    return [line.rstrip() for line in out.getvalue().splitlines()]
