@@ -172,8 +172,8 @@ class Job:
     def report(self) -> dict[str, Any]:
         """Return everything for programs."""
         args, parameter = self.args, next(self.model.parameters())
-        options = ("weights", "sigma", "budget", "tile", "overlap", "self_ensemble", "format", "template")
-        options += ("jpeg_quality", "strip", "width", "height", "max_side", "crop")
+        options = ["weights", "sigma", "budget", "tile", "overlap", "self_ensemble", "format", "template"]
+        options += ["jpeg_quality", "strip", "width", "height", "max_side", "crop"]
         report: dict[str, Any] = {"model": self.name, "task": self.task, "scale": self.size.scale or self.scale}
         report |= {"device": str(parameter.device), "dtype": str(parameter.dtype).removeprefix("torch.")}
         report["settings"] = {name: getattr(args, name) for name in options}
@@ -190,7 +190,9 @@ def _cropped(picture: Planes, crop: str | None) -> Planes:
         return picture
     left, top, right, bottom = crop_box(crop, picture.size)
     planes = {name: getattr(picture, name) for name in ("color", "black", "alpha")}
-    parts = {name: None if plane is None else plane[top:bottom, left:right] for name, plane in planes.items()}
+    parts: dict[str, Any] = {
+        name: None if plane is None else plane[top:bottom, left:right] for name, plane in planes.items()
+    }
     return dataclasses.replace(picture, frames=(), **parts)
 
 

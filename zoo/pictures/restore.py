@@ -150,6 +150,7 @@ class Networks:
     ) -> None:
         self.size, self._task, self._options = size, task, options
         self._loaded: dict[int, nn.Module] = {}
+        self._scales: tuple[int, ...]
         shipped = shipped_scales(task) if model is None and weights is None and options.get("sigma") is None else ()
         asked = size.scale
         self._by_scale = any(scale > 1 for scale in shipped)

@@ -1,0 +1,413 @@
+"""`zoo restore` on files as people have them: batches that never die, odd names, pipes, any size, early refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from image_sets import photo_folder
+from PIL import Image
+from test_cli import error_of, run
+from tiny_folders import restorer_folder
+
+from zoo.cli.inputs import find_pictures
+from zoo.data.photos import find_images
+from zoo.pictures import restore as inference
+from zoo.pictures.read import open_picture
+from zoo.pictures.restore import restore
+from zoo.pictures.sizes import chain, crop_box
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def upscaler(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(restorer_folder(tmp_path_factory.mktemp("models") / "restorer"))
+
+
+def picture(path: Path, size: tuple[int, int] = (12, 9), mode: str = "RGB", **options: Any) -> Path:
+    """Write a small picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), np.uint8)
+    Image.fromarray(values).convert(mode).save(path, **options)
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+# --- batches
+
+
+def test_a_batch_does_not_die(capsys: Captured, upscaler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever one picture raises, the others are done, it is named, and the exit code is 1."""
+    errors = [MemoryError(), struct.error("short"), RecursionError("deep"), SyntaxError("bad"), KeyError("tag")]
+    errors += [type("PanicException", (BaseException,), {})("a plugin panicked")]  # type: ignore[list-item]
+    for index in range(len(errors) + 1):
+        picture(tmp_path / "in" / f"{index}.png")
+    genuine = inference.restore_picture
+
+    def restore_picture(source: Any, *args: Any, **options: Any) -> Any:
+        index = int(Path(source.name).stem)
+        if index < len(errors):
+            raise errors[index]
+        return genuine(source, *args, **options)
+
+    monkeypatch.setattr(inference, "restore_picture", restore_picture)
+    code, out, _ = run(capsys, "restore", tmp_path / "in", "-o", tmp_path / "out", "--model", upscaler, "--json")
+    report = json.loads(out)
+    assert code == 1
+    assert [entry["error"] for entry in report["failed"]] == [
+        "Out of memory; a smaller --budget, or --crop, takes less.",
+        "error: short",
+        "RecursionError: deep",
+        "SyntaxError: bad",
+        "KeyError: 'tag'",
+        "PanicException: a plugin panicked",
+    ]
+    assert names(tmp_path / "out") == ["6.png"]
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inference, "restore_picture", interrupted)
+    assert run(capsys, "restore", tmp_path / "in", "-o", tmp_path / "out2", "--model", upscaler)[0] == 130
+
+
+def test_odd_names(capsys: Captured, upscaler: str, tmp_path: Path) -> None:
+    """Names that are not UTF-8, with brackets, of hidden files, and the same ones in several formats."""
+    folder = tmp_path / "photos [2024]"
+    for name in ("a[1].png", "b.png", "b.jpg", "b.webp", ".hidden.png", "._b.png", "c.JFIF", "d.tga"):
+        picture(folder / name, format="JPEG" if name == "c.JFIF" else None)
+    odd = os.fsdecode(os.fsencode(folder) + b"/\xff\xe9.png")
+    picture(folder / "x.png").rename(odd)
+    (folder / "notes.txt").touch()
+    command = ["restore", folder, "-o", tmp_path / "out", "--model", upscaler, "--report", tmp_path / "report.json"]
+    code, out, err = run(capsys, *command, "--compare", tmp_path / "page.html")
+    assert code == 0, err
+    assert "\\udcff" in out
+    assert len(json.loads((tmp_path / "report.json").read_text())["restored"]) == 7
+    made = [os.fsencode(name) for name in os.listdir(tmp_path / "out")]
+    assert sorted(made) == [b"a[1].png", b"b.jpg", b"b.png", b"b.webp", b"c.JFIF", b"d.tga", b"\xff\xe9.png"]
+    code, out, err = run(capsys, *command[:2], "-o", tmp_path / "png", "--model", upscaler, "--format", "png", "--json")
+    assert code == 0
+    assert {"b.png", "b_png.png", "b_webp.png"} <= set(os.listdir(tmp_path / "png"))
+    assert "has this name too; its result is called b_png.png" in json.dumps(json.loads(out)["restored"])
+    for pattern, count in (("*.png", 3), ("a[[]1].png", 1), ("a[1].png", 1), ("[ab]*.png", 2)):
+        assert len(find_pictures([str(folder / pattern)])) == count, pattern
+
+
+def test_results_within_the_inputs(capsys: Captured, upscaler: str, tmp_path: Path) -> None:
+    """The folder of results is not searched, so a second run does the same as the first."""
+    picture(tmp_path / "a.png")
+    command = ["restore", tmp_path, "-o", tmp_path / "out" / "x2", "--model", upscaler, "-q"]
+    for options in ([], ["--force"]):
+        code, out, _ = run(capsys, *command, *options)
+        assert (code, len(out.split())) == (0, 1)
+
+
+def test_nothing_to_do(capsys: Captured, upscaler: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    command = ["restore", tmp_path / "in", "-o", tmp_path / "out", "--model", upscaler]
+    assert "There is no picture in" in error_of(capsys, *command, code=1)
+    for name in ("a.txt", "b.pdf"):
+        (tmp_path / "in" / name).touch()
+    assert "in (2 other files)" in error_of(capsys, *command, code=1)
+    assert not (tmp_path / "out").exists()
+
+
+# --- what is said before anything is computed
+
+
+@pytest.fixture
+def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        pytest.fail("a picture was restored")
+
+    monkeypatch.setattr(inference, "restore_picture", fail)
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("x.webp", ["--width", "20000"], "20000x15000 pixels are too many for WEBP, which takes 16383 a side"),
+        ("x.jpg", ["--scale", "64", "--width", "1"], "more than one is given"),
+        ("x.jpg", ["--width", "70000"], "70000x52500 pixels are too many for JPEG, which takes 65500 a side"),
+        ("x.png", ["--crop", "5x5+20+0"], "lies outside 12x9 pixels"),
+        ("x.png", ["--max-pixels", "100"], "its 12x9 pixels are more than 100. Allow more by --max-pixels"),
+        ("x.png", ["--report", "x.png/report.json"], "x.png"),
+        ("x.txt", [], "is not an image"),
+        ("x.nef", [], "is a camera's raw file: develop it"),
+        ("gone.png", [], "is not there"),
+    ],
+)
+def test_known_faults(
+    capsys: Captured,
+    upscaler: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if name in ("x.txt", "x.nef"):
+        Path(name).write_text("nothing")
+    elif name != "gone.png":
+        picture(Path(name))
+    code, _, err = run(capsys, "restore", name, "-o", "out", "--model", upscaler, *options)
+    assert code in (1, 2)
+    assert message in err
+    assert not Path("out").exists()
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="the superuser writes everywhere")
+@pytest.mark.usefixtures("nothing_is_computed")
+def test_a_place_that_cannot_be_written_to(capsys: Captured, upscaler: str, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    command = ["restore", picture(tmp_path / "x.png"), "-o", tmp_path / "locked" / "out", "--model", upscaler]
+    assert "cannot be written to" in error_of(capsys, *command, code=1)
+
+
+def test_conversions_are_said_first(
+    capsys: Captured, upscaler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong suffix, and what a format cannot hold; once each; what cannot be done stops nothing."""
+    picture(tmp_path / "in" / "wrong.jpg", mode="RGBA", format="PNG")
+    picture(tmp_path / "in" / "cmyk.tif", mode="CMYK")
+    (tmp_path / "in" / "bad.png").write_text("no picture")
+    genuine, said = inference.restore_picture, []
+
+    def restore_picture(*args: Any, **options: Any) -> Any:
+        said.append(capsys.readouterr().err)
+        return genuine(*args, **options)
+
+    monkeypatch.setattr(inference, "restore_picture", restore_picture)
+    code, _, err = run(
+        capsys, "restore", tmp_path / "in", "-o", tmp_path / "out", "--model", upscaler, "--format", "webp"
+    )
+    assert code == 1
+    assert "wrong.jpg: this is a PNG file; the result is written as WEBP" in said[0]
+    assert "cmyk.tif: WEBP: CMYK becomes RGB" in said[0]
+    assert "1 of 3 cannot be done" in said[0]
+    assert "CMYK" not in err, "once is enough"
+    assert "bad.png is not an image" in err
+    assert names(tmp_path / "out") == ["cmyk.webp", "wrong.webp"]
+    code, _, err = run(capsys, "restore", tmp_path / "in" / "wrong.jpg", "-o", tmp_path / "kept", "--model", upscaler)
+    assert code == 0
+    with Image.open(tmp_path / "kept" / "wrong.jpg") as image:
+        assert image.format == "JPEG"
+
+
+def test_formats_of_results(capsys: Captured, upscaler: str, tmp_path: Path) -> None:
+    """The name of the result says the format; one that can only be read becomes the nearest; the umask holds."""
+    source = picture(tmp_path / "a.png", mode="RGBA")
+    for name, known in (("b.avif", "AVIF"), ("c.jxl", "JXL"), ("d.jfif", "JPEG"), ("e.jp2", "JPEG2000")):
+        kept = os.umask(0o027)
+        try:
+            assert run(capsys, "restore", source, "-o", tmp_path / name, "--model", upscaler)[0] == 0
+        finally:
+            os.umask(kept)
+        with Image.open(tmp_path / name) as image:
+            assert image.format == known
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o640
+    picture(tmp_path / "x.png").rename(tmp_path / "x.psd")
+    code, _, err = run(capsys, "restore", tmp_path / "x.psd", "-o", tmp_path / "out", "--model", upscaler)
+    assert (code, names(tmp_path / "out")) == (0, ["x.png"])
+    assert "x.psd: .psd cannot be written; the result is a .png" in err
+
+
+def test_strip_and_dates(capsys: Captured, upscaler: str, tmp_path: Path) -> None:
+    source = picture(tmp_path / "a.jpg", comment=b"(c) me", dpi=(300, 300))
+    os.utime(source, (1_000_000_000, 1_000_000_000))
+    for options, comment in (([], b"(c) me"), (["--strip"], None)):
+        run(capsys, "restore", source, "-o", tmp_path / "b.jpg", "--model", upscaler, "--force", *options)
+        found = open_picture(tmp_path / "b.jpg").metadata
+        assert (found.comment, found.dpi is None) == (comment, comment is None)
+        assert ((tmp_path / "b.jpg").stat().st_mtime == 1_000_000_000) == (comment is not None)
+
+
+# --- pipes
+
+
+class Pipe:
+    """Stands for a stream of the process."""
+
+    def __init__(self, data: bytes = b"") -> None:
+        self.buffer = io.BytesIO(data)
+
+    def write(self, text: str) -> int:
+        return self.buffer.write(text.encode())
+
+    def flush(self) -> None:
+        pass
+
+    def isatty(self) -> bool:
+        return False
+
+
+def test_pipes(capsys: Captured, upscaler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture comes through the input and goes through the output, and nothing else does."""
+    data = picture(tmp_path / "a.webp").read_bytes()
+    for options, known in (([], "WEBP"), (["--format", "png"], "PNG")):
+        monkeypatch.setattr(sys, "stdin", Pipe(data))
+        output = Pipe()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", output)
+            code = run(capsys, "restore", "-", "-o", "-", "--model", upscaler, *options)[0]
+        assert code == 0
+        with Image.open(io.BytesIO(output.buffer.getvalue())) as image:
+            assert (image.format, image.size) == (known, (24, 18))
+    monkeypatch.setattr(sys, "stdin", Pipe(b"nonsense"))
+    assert "The input of 8 bytes is not an image" in error_of(
+        capsys, "restore", "-", "-o", tmp_path, "--model", upscaler, code=1
+    )
+    picture(tmp_path / "in" / "a.png")
+    picture(tmp_path / "in" / "b.png")
+    assert "-o - takes one picture, got 2" in error_of(
+        capsys, "restore", tmp_path / "in", "-o", "-", "--model", upscaler
+    )
+    assert "--report writes a file" in error_of(capsys, "restore", "-", "-o", "-", "--json")
+
+
+# --- any size
+
+
+@pytest.mark.parametrize(
+    ("factor", "scales", "expected"),
+    [
+        (2, (2, 4), (2,)),
+        (2.5, (2, 4), (4,)),
+        (3, (2, 4), (4,)),
+        (3, (2, 3, 4), (3,)),
+        (4, (2, 4), (4,)),
+        (8, (2, 4), (4, 2)),
+        (6, (2, 3), (3, 2)),
+        (8, (2,), (2, 2, 2)),
+        (1, (2, 4), ()),
+        (0.3, (2,), ()),
+        (100, (2,), (2, 2, 2, 2)),
+    ],
+)
+def test_chains(factor: float, scales: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    assert chain(factor, scales) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        (["--scale", "2.5"], (30, 22)),
+        (["--scale", "x3"], (36, 27)),
+        (["--scale", "8"], (96, 72)),
+        (["--width", "50"], (50, 38)),
+        (["--height", "30"], (40, 30)),
+        (["--width", "50", "--height", "20"], (50, 20)),
+        (["--max-side", "6"], (6, 4)),
+        (["--crop", "6x4+1+2"], (12, 8)),
+        (["--crop", "6x4", "--scale", "3"], (18, 12)),
+    ],
+)
+def test_any_size(capsys: Captured, upscaler: str, tmp_path: Path, options: list[str], size: tuple[int, int]) -> None:
+    source = picture(tmp_path / "a.png", mode="RGBA")
+    code, _, err = run(capsys, "restore", source, "-o", tmp_path / "b.png", "--model", upscaler, *options)
+    assert code == 0
+    with Image.open(tmp_path / "b.png") as image:
+        assert (image.size, image.mode) == (size, "RGBA")
+    assert ("the result is smaller" in err) == (options[0] == "--max-side")
+
+
+def test_a_part_looks_as_in_the_whole(upscaler: str, tmp_path: Path) -> None:
+    """As far as the network sees, or 64 pixels, is computed around it."""
+    from zoo.factory import create_model
+
+    model = create_model(upscaler, pretrained=True).eval()
+    source = picture(tmp_path / "a.png", (150, 140))
+    whole = np.asarray(restore(source, model=model), int)
+    part = np.asarray(restore(source, model=model, crop=(70, 60, 100, 90)), int)
+    assert part.shape == (60, 60, 3)
+    assert np.abs(part - whole[120:180, 140:200]).max() <= 1
+    corner = np.asarray(restore(source, model=model, crop="30x20+0+0"), int)
+    assert np.abs(corner - whole[:40, :60]).max() <= 1
+    assert crop_box("30x20", (140, 150)) == (60, 60, 90, 80)
+    for wrong in ("30", "30x20+150+0", (5, 5, 5, 9)):
+        with pytest.raises(ValueError, match=r"A part is written|lies outside"):
+            crop_box(wrong, (140, 150))  # type: ignore[arg-type]
+
+
+def test_lanczos_keeps_light(upscaler: str) -> None:
+    """Fine black and white lines shrink to the gray that gives as much light, not to the middle of the numbers."""
+    from zoo.factory import create_model
+
+    model = create_model(upscaler, pretrained=True).eval()
+    lines = np.zeros((64, 64), np.uint8)
+    lines[:, ::2] = 255
+    shrunk = np.asarray(restore(lines, model=model, max_side=16), int)
+    assert shrunk.shape == (16, 16)
+    assert abs(shrunk[4:-4, 4:-4].mean() - 188) <= 2
+    flat = restore(np.full((9, 8, 3), 0.25, np.float32), model=model, width=20, height=11)
+    assert flat.shape == (11, 20, 3)
+
+
+def test_sizes_in_python(upscaler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shipped networks are chosen by the factor and follow each other; one of scale 1 is not enlarged by a scale."""
+    asked: list[int | None] = []
+
+    class Nearest(torch.nn.Module):
+        def __init__(self, scale: int) -> None:
+            super().__init__()
+            self.scale, self.one = scale, torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.repeat_interleave(self.scale, 2).repeat_interleave(self.scale, 3) * self.one
+
+    def load(task: str, scale: int | None = None, *_: Any, **__: Any) -> torch.nn.Module:
+        asked.append(scale)
+        return Nearest(1 if task == "denoise" else scale or 1)
+
+    monkeypatch.setattr(inference, "load_restorer", load)
+    monkeypatch.setattr(inference, "shipped_scales", lambda task: (2, 4) if task == "sr" else ())
+    image = np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)
+    for options, networks, size in (
+        ({"scale": 8}, [4, 2], (72, 96)),
+        ({"scale": 3}, [4], (27, 36)),
+        ({}, [2], (18, 24)),
+        ({"width": 30}, [2, 4], (22, 30)),
+    ):
+        asked.clear()
+        assert restore(image, **options).shape == (*size, 3)
+        assert asked == networks
+    with pytest.raises(ValueError, match="restores at scale 1, not 2"):
+        restore(image, task="denoise", scale=2)
+    assert restore(image, task="denoise", max_side=6).shape == (4, 6, 3)
+    with pytest.raises(ValueError, match="more than one is given"):
+        restore(image, scale=2, width=5)
+
+
+# --- evaluate
+
+
+def test_evaluate_names_the_file(capsys: Captured, tmp_path: Path) -> None:
+    """In every error; hidden files are no images of the set."""
+    photo_folder(tmp_path / "set", 2, (40, 36))
+    (tmp_path / "set" / "._photo0.png").write_bytes(b"resource fork")
+    (tmp_path / "set" / ".thumbnails").mkdir()
+    (tmp_path / "set" / ".thumbnails" / "x.png").write_bytes(b"")
+    assert [path.name for path in find_images(tmp_path / "set")] == ["photo0.png", "photo1.png"]
+    command = ["evaluate", "bicubic", "--scale", "2", "--data", tmp_path / "set", "-q"]
+    assert run(capsys, *command)[0] == 0
+    picture(tmp_path / "set" / "tiny.png", (9, 9))
+    assert "tiny.png: " in error_of(capsys, *command)
+    (tmp_path / "set" / "tiny.png").unlink()
+    picture(tmp_path / "set" / "cmyk.tif", (40, 36), "CMYK")
+    assert "cmyk.tif is a CMYK image" in error_of(capsys, *command)
