@@ -40,9 +40,18 @@ def read_training_checkpoint(path: str | Path, map_location: Any = "cpu", resume
                 "that this version has written."
             ) from error
         raise _damaged(path) from error
-    except OSError as error:
+    except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        AssertionError,
+    ) as error:
         raise _damaged(path) from error
     if not isinstance(loaded, dict) or (resume and not {"state_dict", "loops", "optimizer_states"} <= loaded.keys()):
         raise CheckpointError(f"{path} is no checkpoint of a training: it has no state to go on from.")

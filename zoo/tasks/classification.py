@@ -166,10 +166,11 @@ class Classification(TimmOptimModule):
         """Compare the classes of the data with those of the model."""
         check_classes(getattr(self.trainer, "datamodule", None), self.num_classes)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if isinstance(batch, (list, tuple)) and len(batch) == 2 and isinstance(batch[1], Tensor):
-            check_labels(batch[1], 0, self.num_classes - 1)
-        return batch
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        check_labels(batch[1], 0, self.num_classes - 1, wait=batch_idx == 0)
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        check_labels(batch[1], 0, self.num_classes - 1, wait=batch_idx == 0)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, num_classes) of normalised images (B, C, H, W)."""

@@ -170,10 +170,9 @@ class Detection(TimmOptimModule):
         """Compare the classes of the data with those of the model."""
         check_classes(getattr(self.trainer, "datamodule", None), self.num_classes)
 
-    def on_before_batch_transfer(self, batch: tuple[list[Tensor], list[Target]], dataloader_idx: int) -> Any:
+    def on_train_batch_start(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> None:
         for target in batch[1]:
-            check_labels(target["labels"], 1, self.num_classes)
-        return batch
+            check_labels(target["labels"], 1, self.num_classes, wait=batch_idx == 0)
 
     def forward(self, images: list[Tensor]) -> list[Target]:
         """Detect objects in images (3, H, W) in [0, 1]: boxes (x1, y1, x2, y2) in pixels, labels and scores of each."""

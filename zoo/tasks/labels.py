@@ -33,13 +33,19 @@ def check_classes(datamodule: Any, num_classes: int) -> None:
         notice(f"The data has {len(names)} classes ({some}), the model {num_classes}: the last ones stay unused.")
 
 
-def check_labels(labels: Tensor, first: int, last: int) -> None:
-    """Refuse labels outside `first` ... `last`; asked where the labels are on the CPU, so that no device waits.
+def check_labels(labels: Tensor, first: int, last: int, *, wait: bool) -> None:
+    """Refuse labels outside `first` ... `last`.
+
+    Args:
+        labels: Of a batch.
+        first: Least that the model knows.
+        last: Greatest.
+        wait: Ask also where labels are on a device, which then has to finish its work first.
 
     Raises:
         ValueError: There is one.
     """
-    if labels.device.type != "cpu" or not labels.numel() or labels.is_floating_point():
+    if (labels.device.type != "cpu" and not wait) or not labels.numel() or labels.is_floating_point():
         return
     low, high = int(labels.min()), int(labels.max())
     if low < first or high > last:
