@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from image_sets import picture
 from lightning.pytorch.cli import LightningCLI
+from PIL import Image
 
 from zoo.data.detection import CocoBoxes, CocoImages
+from zoo.data.notices import Notice
 from zoo.tasks.detection import Detection, PyramidBackbone, retinanet
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "detection" / "emov2_1m_retinanet_coco.yaml"
@@ -148,3 +152,66 @@ def test_bad_input(tmp_path: Path) -> None:
         Detection("emov2_1m", 2, out_indices=(2, 3, 4), freeze=["head"])
     with pytest.raises(FileNotFoundError, match="train2017"):
         CocoImages(str(tmp_path)).train_dataloader()
+
+
+def change(root: Path, split: str, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Edit an annotation file."""
+    path = root / "annotations" / f"instances_{split}.json"
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_category_means_the_same_in_both_files(tmp_path: Path) -> None:
+    """The name counts: ids may differ, categories may be absent, and strange ones are refused."""
+    root = coco_folder(tmp_path)
+
+    def renumber(content: dict[str, Any]) -> None:
+        new = {3: 9, 7: 1}
+        for entry in content["annotations"]:
+            entry["category_id"] = new[entry["category_id"]]
+        for entry in content["categories"]:
+            entry["id"] = new[entry["id"]]
+
+    before = [target["labels"].tolist() for _, target in CocoImages(str(root), num_workers=0)._open(train=False)]
+    change(root, "val2017", renumber)
+    data = CocoImages(str(root), num_workers=0)
+    assert [target["labels"].tolist() for _, target in data._open(train=False)] == before
+    assert data.class_names == ["disc", "square"]
+    change(root, "val2017", lambda content: content["categories"][0].update(name="dics"))
+    with pytest.raises(ValueError, match=r"val2017\.json has the class 'dics', which .* Did you mean 'disc'"):
+        CocoImages(str(root)).val_dataloader()
+
+
+def test_annotations_that_do_not_fit(tmp_path: Path) -> None:
+    """Each in one line, when the data is opened."""
+    root = coco_folder(tmp_path)
+    with pytest.raises(ValueError, match="batch_size 5 exceeds the 4 training images"):
+        CocoImages(str(root), batch_size=5).train_dataloader()
+    change(root, "train2017", lambda content: content["annotations"][0].update(category_id=5))
+    with pytest.raises(ValueError, match=r"annotation 0 has category 5, which is not listed; listed are 3 \(disc\), 7"):
+        CocoImages(str(root)).train_dataloader()
+    (root / "annotations" / "instances_train2017.json").write_text("{")
+    with pytest.raises(ValueError, match=r"train2017\.json is no annotation file of COCO's kind"):
+        CocoImages(str(root)).train_dataloader()
+    (root / "val2017" / "001.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"val2017\.json names 001\.png, which .*val2017 lacks"):
+        CocoBoxes(root / "val2017", root / "annotations" / "instances_val2017.json", train=False)
+
+
+def test_pictures_are_read_as_everywhere(tmp_path: Path) -> None:
+    """Upright, and of the size that the annotations state; damaged ones are named, or left out."""
+    root = coco_folder(tmp_path)
+    paths = root / "val2017", root / "annotations" / "instances_val2017.json"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(0, 0, 64).crop((0, 0, 64, 32)).save(root / "val2017" / "000.png", exif=exif)
+    with pytest.raises(ValueError, match=r"000\.png has 32x64 pixels upright, its annotations say 64x64"):
+        CocoBoxes(*paths, train=False)[0]
+    change(root, "val2017", lambda content: content["images"][0].update(width=32))
+    assert CocoBoxes(*paths, train=False)[0][0].shape == (3, 64, 32)
+    (root / "val2017" / "002.png").write_bytes(b"none")
+    with pytest.raises(ValueError, match=r"002\.png is not an image"):
+        CocoBoxes(*paths, train=False)[2]
+    with pytest.warns(Notice, match=r"(?s)1 of 6 images are left out:.*002\.png"):
+        assert len(CocoImages(str(root), damaged="skip")._open(train=False)) == 5
