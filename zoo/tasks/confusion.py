@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -51,7 +52,7 @@ def draw_confusion(classes: Sequence[str], counts: Sequence[Sequence[int]], path
     image.save(path)
 
 
-def _write_upwards(image: Image.Image, text: str, font: ImageFont.ImageFont, foot: tuple[int, int]) -> None:
+def _write_upwards(image: Image.Image, text: str, font: Any, foot: tuple[int, int]) -> None:
     """Write a text that runs upwards from `foot`."""
     _, _, right, lower = (round(side) for side in font.getbbox(text))
     line = Image.new("L", (right + 2, lower + 4))
