@@ -88,7 +88,8 @@ class SaveOwnModel(Callback):
 
     def _config(self, trainer: Trainer) -> Path | None:
         """Return the file that Lightning's command line has written."""
-        folders = [trainer.log_dir, *(getattr(logger, "log_dir", None) for logger in trainer.loggers)]
+        # trainer.log_dir would wait for the other processes
+        folders = [trainer.default_root_dir, *(getattr(logger, "log_dir", None) for logger in trainer.loggers)]
         files = (Path(folder) / "config.yaml" for folder in folders if folder)
         return next((file for file in files if file.is_file()), None)
 
