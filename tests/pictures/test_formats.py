@@ -567,8 +567,10 @@ def test_pages(tmp_path: Path, model: CFSR) -> None:
         assert [(page.shape, int(page.compression), page.bitspersample) for page in file.pages] == [
             ((36, 44), 4, 1)
         ] * 2
-    with pytest.warns(UserWarning, match="JPEG: only the first of 2 frames is written"):
+    with pytest.warns(UserWarning, match="JPEG: only the first of 2 pages is written"):
         restore(tmp_path / "fax.tif", model=model).save(tmp_path / "out.jpg")
+    restore(tmp_path / "in.tif", model=model).save(tmp_path / "first.png")
+    assert open_picture(tmp_path / "first.png", every_frame=True).frames == ()
 
 
 # --- images in Python
@@ -632,3 +634,54 @@ def test_whatever_a_library_raises_names_the_file(tmp_path: Path, monkeypatch: p
         monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load_prepare", fail)
         with pytest.raises(PictureError, match=r"x.png is damaged: "):
             open_picture(tmp_path / "x.png")
+
+
+def test_what_is_damaged_beside_the_pixels_loses_no_picture(tmp_path: Path, model: CFSR) -> None:
+    """EXIF that is nonsense, profiles that are, or are for other channels, or larger than Pillow allows."""
+    Image.fromarray(RGB).save(tmp_path / "exif.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff nonsense")
+    Image.fromarray(RGB).save(tmp_path / "icc.jpg", icc_profile=b"no profile" * 20)
+    Image.fromarray(GRAY).save(tmp_path / "gray.jpg", icc_profile=P3)
+    large = P3 + bytes(2**21)
+    Image.fromarray(RGB).save(tmp_path / "large.png", icc_profile=large)
+    for name in ("exif.jpg", "icc.jpg", "gray.jpg", "large.png"):
+        restored = restore(tmp_path / name, model=model)
+        for target in (f"out{Path(name).suffix}", "out.bmp"):
+            restored.save(tmp_path / target)
+            assert open_picture(tmp_path / target).size == (36, 44)
+
+
+def test_lab_becomes_rgb(tmp_path: Path, model: CFSR) -> None:
+    lab = ImageCms.profileToProfile(
+        Image.fromarray(RGB), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+    )
+    assert lab is not None
+    lab.save(tmp_path / "in.tif")
+    with pytest.warns(UserWarning, match=r"in.tif is in LAB; it becomes RGB"):
+        picture = open_picture(tmp_path / "in.tif")
+    assert np.abs(picture.color.astype(int) - RGB).mean() < 2
+    restore(tmp_path / "in.tif", model=model).save(tmp_path / "out.tif")
+    assert open_picture(tmp_path / "out.tif").size == (36, 44)
+
+
+def test_what_telephones_put_behind_a_picture(tmp_path: Path) -> None:
+    """The words of XMP that tell of a gain map or a video go with these; the first picture is restored."""
+    xmp = b'<x><r GCamera:MotionPhoto="1" hdrgm:Version="1.0" xmp:Rating="5"/>'
+    xmp += b"<Container:Directory><a/></Container:Directory></x>"
+    Image.fromarray(RGB).save(tmp_path / "x.jpg", "MPO", save_all=True, append_images=[Image.fromarray(GRAY)], xmp=xmp)
+    with pytest.warns(UserWarning, match="what a telephone put behind the picture .gain map, video. is left out"):
+        picture = open_picture(tmp_path / "x.jpg", every_frame=True)
+    assert (picture.format, picture.frames) == ("JPEG", ())
+    assert picture.metadata.xmp == b'<x><r xmp:Rating="5"/></x>'
+    Image.fromarray(RGB).save(tmp_path / "x.jpg", "MPO", save_all=True, append_images=[Image.fromarray(GRAY)])
+    with pytest.warns(UserWarning, match="holds 2 pictures; the first is used"):
+        open_picture(tmp_path / "x.jpg", every_frame=True)
+    assert Metadata(xmp=xmp).resized((1, 1)).xmp == b'<x><r xmp:Rating="5"/></x>'
+
+
+@pytest.mark.parametrize(
+    "suffix", ["jpg", "png", "webp", "avif", "tif", "jxl", "heic", "gif", "jp2", "bmp", "tga", "ico"]
+)
+def test_one_pixel(suffix: str, tmp_path: Path, model: CFSR) -> None:
+    Image.new("RGB", (1, 1), (90, 120, 200)).save(tmp_path / f"in.{suffix}")
+    restore(tmp_path / f"in.{suffix}", model=model).save(tmp_path / f"out.{suffix}")
+    assert open_picture(tmp_path / f"out.{suffix}").size == (2, 2)

@@ -22,6 +22,25 @@ FIELDS = ("stem", "suffix", "scale", "task", "model", "index")
 """What --template may name."""
 
 
+_EXTRA = (".heic", ".heif", ".hif", ".jxl")
+_NEVER_FOLDERS = (
+    *_EXTRA,
+    ".psd",
+    ".pdf",
+    ".svg",
+    ".eps",
+    ".dng",
+    ".nef",
+    ".cr2",
+    ".cr3",
+    ".arw",
+    ".exr",
+    ".hdr",
+    ".xcf",
+)
+_USUAL = {"JPEG": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2", "HEIF": ".heic", "PPM": ".ppm"}
+
+
 @dataclasses.dataclass(kw_only=True)
 class Plan:
     """What is to become of one picture.
@@ -53,6 +72,9 @@ def plan(pictures: list[Picture], args: argparse.Namespace, job: Job) -> list[Pl
         raise UsageError(f"{output} names one file for {len(pictures)} pictures: give a folder.")
     if not as_file and output.is_file():
         raise UsageError(f"{output} is a file, and its suffix names no format that can be written: give a folder.")
+    if not as_file and not output.is_dir() and output.suffix.lower() in _NEVER_FOLDERS:
+        extra = " (`pip install 'ffn-zoo[formats]'` for HEIC and JPEG XL)" if output.suffix.lower() in _EXTRA else ""
+        raise UsageError(f"{output.suffix} is no format that can be written here{extra}: png, jpg, webp, tif, ...")
     taken: dict[Path, Path] = {}
     plans = []
     for index, picture in enumerate(pictures):
@@ -89,13 +111,15 @@ def _look(each: Plan, args: argparse.Namespace) -> Kind | None:
 
 def _named(each: Plan, kind: Kind | None, args: argparse.Namespace, job: Job, index: int) -> Path:
     """Return where a result goes in the output folder."""
-    from zoo.pictures.formats import format_of
+    from zoo.pictures.formats import format_of, writable_suffixes
 
     target = each.target
     if args.format:
         target = target.with_suffix(f".{args.format.lstrip('.').lower()}")
     elif kind is not None and format_of(target) is None:
-        suffix = ".tif" if kind.colors == "cmyk" or kind.frames > 1 else ".png"
+        usual = _USUAL.get(kind.format, f".{kind.format.lower()}")
+        nearest = ".tif" if kind.colors == "cmyk" or kind.frames > 1 else ".png"
+        suffix = usual if usual in writable_suffixes() else nearest
         each.notes.append(f"{target.suffix or 'a file without suffix'} cannot be written; the result is a {suffix}")
         target = target.with_suffix(suffix)
     if args.template:
@@ -122,9 +146,14 @@ def _free(target: Path, picture: Picture, taken: dict[Path, Path]) -> Path:
 
 def _foresee(each: Plan, kind: Kind, args: argparse.Namespace, job: Job) -> None:
     """Say what the target's format cannot hold, and refuse what cannot be written."""
-    from zoo.pictures.formats import format_of, losses, too_large
+    import numpy as np
+
+    from zoo.pictures.formats import FORMATS, format_of, losses, too_large
+    from zoo.pictures.picture import Picture as Planes
+    from zoo.pictures.picture import PictureError
     from zoo.pictures.restore import Size
     from zoo.pictures.sizes import crop_box
+    from zoo.pictures.write import encode
 
     name = format_of(each.target)
     if name is None:
@@ -145,6 +174,12 @@ def _foresee(each: Plan, kind: Kind, args: argparse.Namespace, job: Job) -> None
     if reason is not None:
         each.error = reason[0].upper() + reason[1:] + "."
         return
+    if name not in FORMATS:
+        try:
+            encode(Planes(color=np.zeros((min(size[0], 64), min(size[1], 64), 3), np.uint8)), name, 95)
+        except PictureError as error:
+            each.error = one_line(error)
+            return
     parent = next((folder for folder in each.target.parents if folder.exists()), Path())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         each.error = f"The folder {each.target.parent} cannot be written to."

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from zoo.pictures.metadata import Metadata
-from zoo.pictures.picture import Array, Picture, PictureError
+from zoo.pictures.picture import Array, Picture
 
 __all__ = ["from_linear", "has_meaning", "profile_of", "to_linear", "to_srgb"]
 
@@ -84,8 +84,7 @@ def says_srgb(icc_profile: bytes) -> bool:
 def to_srgb(picture: Picture) -> tuple[Picture, str | None]:
     """Return a picture in sRGB without profile, and what was done, for a format that holds none.
 
-    Raises:
-        PictureError: The profile cannot be used.
+    A profile that cannot be used, because it is damaged or for other channels, is left out.
     """
     metadata = picture.metadata
     plain = dataclasses.replace(
@@ -104,7 +103,10 @@ def to_srgb(picture: Picture) -> tuple[Picture, str | None]:
         profile = profile_of(metadata, picture.color.shape[2] == 1)
     if profile is None or says_srgb(profile):
         return dataclasses.replace(picture, metadata=plain), None
-    color = _transform(picture.color, profile)
+    try:
+        color = _transform(picture.color, profile)
+    except (ValueError, RuntimeError, TypeError):
+        return dataclasses.replace(picture, metadata=plain), "the colour profile cannot be used and is left out"
     return dataclasses.replace(picture, color=color, metadata=plain), "colours become sRGB"
 
 
@@ -119,19 +121,16 @@ def _transform(color: Array, profile: bytes) -> Array:
         target = imagecodecs.cms_profile("gray", whitepoint=(0.3127, 0.329, 1.0), transferfunction=curve)
     else:
         target = imagecodecs.cms_profile("srgb")
-    try:
-        out = imagecodecs.cms_transform(
-            pixels,
-            profile,
-            target,
-            colorspace=space,
-            outcolorspace=space,
-            outdtype=pixels.dtype,
-            planar=False,
-            outplanar=False,
-        )
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise PictureError(f"The colour profile cannot be used: {error}") from error
+    out = imagecodecs.cms_transform(
+        pixels,
+        profile,
+        target,
+        colorspace=space,
+        outcolorspace=space,
+        outdtype=pixels.dtype,
+        planar=False,
+        outplanar=False,
+    )
     out = out.reshape(color.shape)
     return out.astype(np.float32) / 65535 if deep else out
 

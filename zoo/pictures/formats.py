@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -46,7 +47,7 @@ class Format:
     frames: str = ""
 
 
-_WEB = dict(icc=True, exif=True, xmp=True)
+_WEB: dict[str, Any] = {"icc": True, "exif": True, "xmp": True}
 FORMATS = {
     "PNG": Format(bits=16, iptc=True, dpi=True, text=True, frames="animation", **_WEB),
     "TIFF": Format(
@@ -141,12 +142,13 @@ def losses(kind: Kind, name: str) -> list[str]:
     elif kind.alpha and holds.alpha == "one" and kind.format != name:
         said.append("each pixel becomes transparent or not")
     most = min(holds.bits, holds.color_bits if kind.colors == "color" else holds.bits)
-    if kind.bits > most and not (kind.frames > 1 and holds.frames == "animation"):
+    if kind.bits > most:
         said.append(f"{kind.bits} bits become {most}")
     elif name in ("TIFF", "PNG") and (8 < kind.bits < 16 or (1 < kind.bits < 8 and kind.colors == "gray")):
         said.append(f"{kind.bits} bits become {8 if kind.bits < 8 else 16}")
-    if kind.frames > 1 and not holds.frames:
-        said.append(f"only the first of {kind.frames} frames is written")
+    pages = kind.format in ("TIFF", "HEIF", "")
+    if kind.frames > 1 and (not holds.frames or (pages and holds.frames == "animation")):
+        said.append(f"only the first of {kind.frames} {'pages' if pages else 'frames'} is written")
     elif kind.frames > 1 and kind.bits > 8 and holds.frames == "animation":
         said.append(f"{kind.bits} bits become 8")
     return said

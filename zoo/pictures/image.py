@@ -24,7 +24,7 @@ class RestoredImage(Image.Image):
     """
 
     picture: Picture | None = None
-    _seen: tuple[int, dict[str, Any]] | None = None
+    _seen: tuple[int, dict[Any, Any]] | None = None
     _place = 0
 
     @property
@@ -93,7 +93,7 @@ def as_image(picture: Picture) -> Image.Image:
     shown = plain_image(picture)
     image = RestoredImage()
     image.im, image._mode, image._size, image.palette = shown.im, shown.mode, shown.size, shown.palette
-    image.info = to_info(picture.metadata)
+    image.info.update(to_info(picture.metadata))
     if picture.duration is not None:
         image.info["duration"] = picture.duration
     if picture.loop is not None:

@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape
 
 from PIL import Image
 
-__all__ = ["Metadata", "from_info", "stripped", "to_info", "upright"]
+__all__ = ["Metadata", "exif_of", "from_info", "stripped", "to_info", "upright"]
 
 _ORIENTATION, _EXIF_IFD, _GPS_IFD, _INTEROP_IFD = 0x0112, 0x8769, 0x8825, 0xA005
 _SIZES = {0x0100: 0, 0x0101: 1, 0xA002: 0, 0xA003: 1}  # tags of width and height -> index into (width, height)
@@ -91,9 +91,14 @@ def from_info(image: Image.Image, text: Mapping[str, Any] | None = None) -> Meta
     info = image.info
     if text is None:
         known = image.format in ("PNG", None) or getattr(image, "picture", None) is not None
-        text = {key: value for key, value in info.items() if isinstance(value, str) and key not in _NOT_TEXT and known}
-    xmp = info.get("xmp") or text.get(_XMP_KEY)
-    exif = info.get("exif") or (image.getexif().tobytes() if image.getexif() else None)
+        text = {
+            str(key): value for key, value in info.items() if isinstance(value, str) and key not in _NOT_TEXT and known
+        }
+    xmp = info.get("xmp") or text.get(_XMP_KEY) or _from_hex(str(text.get("Raw profile type xmp", "")))
+    exif = info.get("exif")
+    if not exif:
+        found = exif_of(image)
+        exif = found.tobytes() if len(found) else None
     photoshop = info.get("photoshop")
     iptc = photoshop.get(0x0404) if isinstance(photoshop, dict) else None
     if iptc is None and _IPTC_KEY in text:
@@ -119,11 +124,19 @@ def from_info(image: Image.Image, text: Mapping[str, Any] | None = None) -> Meta
     )
 
 
+def exif_of(image: Image.Image) -> Image.Exif:
+    """Return what EXIF says of an image; nothing where it is damaged, which is no reason to lose the picture."""
+    try:
+        return image.getexif()
+    except Exception:  # Pillow's readers of EXIF raise what they like
+        return Image.Exif()
+
+
 def _dpi(image: Image.Image) -> tuple[float, float] | None:
     dpi = image.info.get("dpi")
     if not isinstance(dpi, tuple) or len(dpi) != 2:
         return None
-    if image.format == "JPEG" and not image.info.get("jfif_unit") and 0x011A not in image.getexif():
+    if image.format in ("JPEG", "MPO") and not image.info.get("jfif_unit") and 0x011A not in exif_of(image):
         return None  # Pillow's own 72, which is nowhere in the file
     across, down = (float(value) for value in dpi)
     return (across, down) if across > 1 and down > 1 else None  # 1 stands for an aspect alone
@@ -160,6 +173,8 @@ def iptc_as_hex(iptc: bytes) -> str:
 
 def _from_hex(text: str) -> bytes | None:
     parts = text.split()
+    if len(parts) < 3:
+        return None
     try:
         block = bytes.fromhex("".join(parts[2:]))
     except ValueError:
@@ -249,8 +264,13 @@ def _corrected_exif(block: bytes, size: tuple[int, int]) -> bytes | None:
 
 
 def _corrected_xmp(packet: bytes, size: tuple[int, int]) -> bytes:
-    """Set orientation and pixel sizes in an XMP packet, and drop its thumbnails."""
-    packet = re.sub(rb"<xmp:Thumbnails>.*?</xmp:Thumbnails>", b"", packet, flags=re.DOTALL)
+    """Set orientation and pixel sizes in an XMP packet; drop thumbnails, and what tells of gain maps and videos.
+
+    These stand behind the picture in the files of telephones, and are not written.
+    """
+    for element in (rb"xmp:Thumbnails", rb"Container:Directory"):
+        packet = re.sub(rb"<" + element + rb">.*?</" + element + rb">", b"", packet, flags=re.DOTALL)
+    packet = re.sub(rb"\s(?:hdrgm|G?Camera):(?:Version|MotionPhoto\w*|MicroVideo\w*)=([\"']).*?\1", b"", packet)
     values = {b"tiff:Orientation": 1}
     values |= {b"tiff:ImageWidth": size[0], b"exif:PixelXDimension": size[0]}
     values |= {b"tiff:ImageLength": size[1], b"exif:PixelYDimension": size[1]}

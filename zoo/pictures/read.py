@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import re
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +16,11 @@ from typing import Any, BinaryIO
 import imagecodecs
 import numpy as np
 import tifffile
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from zoo.pictures import containers, png
 from zoo.pictures.formats import RAW_SUFFIXES, Kind, load_plugins
-from zoo.pictures.metadata import from_info, upright
+from zoo.pictures.metadata import exif_of, from_info, upright
 from zoo.pictures.picture import Array, Picture, PictureError
 from zoo.pictures.tiff import is_tiff, pages_of, read_tiff, to_unit
 
@@ -43,6 +45,7 @@ _WORKING_MODES = {
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # formats whose further frames follow in time
 _PAGED = ("HEIF",)
 _TURNED = ("JXL", "TIFF", "HEIF")  # formats that come turned upright from their library
+_LONGEST_TEXT = 64 * 2**20  # bytes of text or a profile in a PNG; Pillow's own bound of 1 MB refuses real files
 _HEAD = 4096  # bytes in which marks of a format are looked for
 
 
@@ -102,7 +105,8 @@ def _guarded(name: str, file: Path | BinaryIO, every_frame: bool, max_pixels: in
 def _explained(name: str, file: Path | BinaryIO, max_pixels: int | None) -> Iterator[None]:
     """Turn whatever reading raises into a PictureError, and leave the bound on pixels to `_check_size`."""
     load_plugins()
-    kept = Image.MAX_IMAGE_PIXELS
+    kept, most = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
+    PngImagePlugin.MAX_TEXT_CHUNK = max(most, _LONGEST_TEXT)
     if max_pixels is not None:
         Image.MAX_IMAGE_PIXELS = None
     try:
@@ -115,14 +119,14 @@ def _explained(name: str, file: Path | BinaryIO, max_pixels: int | None) -> Iter
         ) from error
     except UnidentifiedImageError as error:
         raise PictureError(f"{name} is not an image, or of a format that {_readers(file)} cannot read.") from error
-    except (PictureError, MemoryError):
+    except (PictureError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
+    except PermissionError as error:
+        raise PictureError(f"{name} cannot be read: {error.strerror}.") from error
     except BaseException as error:  # plugins raise what they like; those written in Rust not even an Exception
         raise PictureError(f"{name} is damaged: {str(error).strip() or type(error).__name__}.") from error
     finally:
-        Image.MAX_IMAGE_PIXELS = kept
+        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = kept, most
 
 
 def _readers(file: Path | BinaryIO) -> str:
@@ -183,6 +187,8 @@ def _read_tiff(name: str, file: Path | BinaryIO, every_frame: bool, max_pixels: 
     turned = [_turned(picture, turn) for picture, turn in zip(pictures, turns, strict=False)]
     if len(pages) > 1 and not every_frame:
         _warn_frames(name, len(pages))
+    if turned[0].settings.get("place"):
+        warnings.warn(f"{name}: where it lies on the earth (GeoTIFF) is left out.", stacklevel=6)
     if dropped := turned[0].settings.get("dropped"):
         warnings.warn(f"{name}: {dropped} extra channels beside the picture are left out.", stacklevel=6)
     return dataclasses.replace(turned[0], frames=tuple(turned[1:]))
@@ -201,7 +207,9 @@ def _read_pillow(name: str, file: Path | BinaryIO, data: bytes, every_frame: boo
         kind = image.format or ""
         alike = kind in _ANIMATED or kind in _PAGED
         if count > 1 and not (every_frame and alike):
-            if kind == "MPO" or (every_frame and not alike):
+            if kind == "PSD":
+                pass  # layers, of which the whole picture is made
+            elif kind == "MPO" or (every_frame and not alike):
                 warnings.warn(
                     f"{name} holds {count} pictures; the first is used, the others (previews, gain maps, views) not.",
                     stacklevel=5,
@@ -213,8 +221,14 @@ def _read_pillow(name: str, file: Path | BinaryIO, data: bytes, every_frame: boo
         settings: dict[str, Any] = {}
         deep = None if count > 1 else _deep(image, file, data)
         image.load()
-        if kind == "WEBP" and b"VP8L" in data[:64]:
+        if kind == "WEBP" and _is_lossless_webp(_all(file)):
             settings["lossless"] = True
+        packet = image.info.get("xmp")
+        if isinstance(packet, bytes) and re.search(rb"hdrgm:Version|(MotionPhoto|MicroVideo)=.1", packet):
+            text = "what a telephone put behind the picture (gain map, video) is left out"
+            warnings.warn(f"{name}: {text}.", stacklevel=5)
+        if image.info.get("progressive"):
+            settings["progressive"] = True
         if kind == "PNG":
             _complete_png(image, _all(file))
         elif kind == "JXL":
@@ -224,6 +238,16 @@ def _read_pillow(name: str, file: Path | BinaryIO, data: bytes, every_frame: boo
                     image.info["xmp"] = whole[start:stop]
         picture = from_image(image, name) if deep is None else _deep_picture(image, deep, name)
     return dataclasses.replace(picture, format="JPEG" if kind == "MPO" else kind, settings=settings)
+
+
+def _is_lossless_webp(data: bytes) -> bool:
+    place = 12
+    while place + 8 <= len(data):
+        name, length = struct.unpack("<4sI", data[place : place + 8])
+        if name in (b"VP8L", b"VP8 "):
+            return bool(name == b"VP8L")
+        place += 8 + length + length % 2
+    return False
 
 
 def _complete_png(image: Image.Image, data: bytes) -> None:
@@ -367,7 +391,10 @@ def _deep_picture(image: Image.Image, deep: tuple[Array, int], name: str) -> Pic
 
 def _orientation(image: Image.Image) -> int:
     """What EXIF says of how the pixels lie, where they are not turned yet."""
-    return 1 if image.format in _TURNED else int(image.getexif().get(0x0112, 1) or 1)
+    if image.format in _TURNED:
+        return 1
+    found = exif_of(image).get(0x0112, 1)
+    return found if isinstance(found, int) else 1
 
 
 def _turned(picture: Picture, orientation: int) -> Picture:
@@ -403,6 +430,13 @@ def from_image(image: Image.Image, name: str) -> Picture:
     text = getattr(image, "text", None) if image.format == "PNG" else None
     common: dict[str, Any] = {"metadata": from_info(image, text), "name": name}
     mode = image.mode
+    if mode == "LAB":
+        warnings.warn(f"{name} is in LAB; it becomes RGB.", stacklevel=2)
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert converted is not None  # it is not done in place
+        plain = dataclasses.replace(common["metadata"], icc_profile=None)
+        return _turned(Picture(color=np.asarray(converted), name=name, metadata=plain), _orientation(image))
     if mode == "F" or mode.startswith("I"):
         picture = _deep_gray(np.array(image), mode, image.info.get("transparency"), common)
         return _turned(picture, _orientation(image))

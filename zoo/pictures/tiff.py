@@ -7,7 +7,7 @@ import io
 import struct
 import warnings
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import tifffile
@@ -66,7 +66,7 @@ def _read_page(page: Any, tiff: tifffile.TiffFile, name: str) -> Picture:
     if photometric in _NAMES or 50706 in page.tags:  # the version of a DNG
         kind = _NAMES.get(photometric, "undeveloped sensor data")
         if kind == "LAB":
-            raise PictureError(f"{name} has the colour mode LAB; known are gray, RGB, palette, CMYK and YCbCr.")
+            raise NotImplementedError(f"{name} is in LAB")  # Pillow reads it
         raise PictureError(f"{name} holds {kind}: develop it with a raw converter first.")
     array = np.asarray(page.asarray())
     axes = page.axes
@@ -80,6 +80,8 @@ def _read_page(page: Any, tiff: tifffile.TiffFile, name: str) -> Picture:
     values: tuple[float, float, str] | None = None
     settings: dict[str, Any] = {"compression": int(page.compression), "byteorder": tiff.byteorder}
     settings |= {"bigtiff": bool(tiff.is_bigtiff), "planar": axes == "SYX"}
+    if 33550 in page.tags or 34264 in page.tags:  # the scale or the transformation of a GeoTIFF
+        settings["place"] = True
     if page.is_tiled:
         settings["tile"] = (page.tilelength, page.tilewidth)
     number = int(page.photometric)
@@ -91,9 +93,9 @@ def _read_page(page: Any, tiff: tifffile.TiffFile, name: str) -> Picture:
     if array.dtype == bool:
         array = array.astype(np.uint8) * np.uint8(255)
     elif array.dtype in (np.uint8, np.uint16):
-        peak = 255 if array.dtype == np.uint8 else 65535
-        if (1 << bits) - 1 != peak:
-            array = np.round(array.astype(np.float64) * (peak / ((1 << bits) - 1))).astype(array.dtype)
+        most = 255 if array.dtype == np.uint8 else 65535
+        if (1 << bits) - 1 != most:
+            array = np.round(array.astype(np.float64) * (most / ((1 << bits) - 1))).astype(array.dtype)
     else:
         array, values = to_unit(array, name)
     own = {_SEPARATED: 4, _RGB: 3, _YCBCR: 3}.get(number, 1)
@@ -237,7 +239,7 @@ def encode_tiff(pictures: Sequence[Picture], quality: int, compression: str | No
     if kind in _FAX and all(picture.mode == "1" for picture in pictures):
         return _encode_fax(pictures, {2: "tiff_ccitt", 3: "group3", 4: "group4"}[kind])
     size = sum(picture.planes().nbytes for picture in pictures)
-    order = ">" if settings.get("byteorder") == ">" else "<"
+    order: Literal["<", ">"] = ">" if settings.get("byteorder") == ">" else "<"
     file = io.BytesIO()
     big = bool(settings.get("bigtiff")) or size > 2**32 - 2**25
     with tifffile.TiffWriter(file, bigtiff=big, byteorder=order) as writer:

@@ -71,8 +71,10 @@ def write_picture(picture: Picture, path: str | Path, quality: int = _QUALITY, *
             os.utime(path, ns=picture.metadata.times)
     except PictureError as error:
         raise PictureError(f"Cannot write {path}: {error}") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise PictureError(f"Cannot write {path}: {error}") from error
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # encoders raise what they like
+        raise PictureError(f"Cannot write {path}: {error or type(error).__name__}") from error
 
 
 def write_image(picture: Picture, fp: Any, name: str | None, params: Mapping[str, Any]) -> None:
@@ -111,7 +113,8 @@ def encode(picture: Picture, name: str, quality: int, options: Mapping[str, Any]
         raise PictureError(reason)
     said = losses(kind_of(picture), name)
     holds = FORMATS.get(name, Format(alpha="none"))
-    frames = [dataclasses.replace(picture, frames=()), *(picture.frames if holds.frames else ())]
+    kept = holds.frames == "pages" or (holds.frames == "animation" and picture.duration is not None)
+    frames = [dataclasses.replace(picture, frames=()), *(picture.frames if kept else ())]
     animated = len(frames) > 1 and holds.frames == "animation"
     fitted = [_fitted(frame, name, holds, said, animated) for frame in frames]
     metadata = _placed(fitted[0].metadata, name, holds, said)
@@ -158,11 +161,13 @@ def _fitted(picture: Picture, name: str, holds: Format, said: list[str], animate
         said.append(f"values from {low:g} to {high:g} fill the range of the format")
         picture = dataclasses.replace(picture, values=None)
     if picture.peak == 1 and most < 32:
-        deep = {name: _scaled(getattr(picture, name), 65535) for name in ("color", "black", "alpha")}
+        deep: dict[str, Any] = {name: _scaled(getattr(picture, name), 65535) for name in ("color", "black", "alpha")}
         mode = "I;16" if picture.mode == "F" else picture.mode
         picture = dataclasses.replace(picture, mode=mode, **deep)
     if picture.peak == 65535 and most == 8:
-        shallow = {part: None if (plane := getattr(picture, part)) is None else to_bytes(plane) for part in _PARTS}
+        shallow: dict[str, Any] = {
+            part: None if (plane := getattr(picture, part)) is None else to_bytes(plane) for part in _PARTS
+        }
         mode = "L" if picture.mode.startswith("I") else picture.mode
         picture = dataclasses.replace(picture, mode=mode, **shallow)
     if picture.mode == "array":
@@ -303,7 +308,9 @@ def _encode_png(pictures: list[Picture], name: str, quality: int, given: dict[st
 
 def _encode_jpeg(pictures: list[Picture], name: str, quality: int, given: dict[str, Any]) -> bytes:
     metadata = pictures[0].metadata
-    options = {"quality": quality, "subsampling": 0, **_beside(metadata)}
+    options: dict[str, Any] = {"quality": quality, "subsampling": 0, **_beside(metadata)}
+    if pictures[0].settings.get("progressive"):
+        options["progressive"] = True
     if metadata.dpi is not None:
         options["dpi"] = tuple(min(65535, round(value)) for value in metadata.dpi)
     if metadata.comment is not None:
