@@ -9,7 +9,7 @@ from denoisers import dit, pixel_dit
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, DiTPipeline
 from torch import Tensor, nn
 
-from zoo.caching.placement import placed_hooks
+from zoo.caching.hooks import placed_hooks
 from zoo.diffusion import PixelDiTPipeline
 
 

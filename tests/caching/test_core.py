@@ -32,7 +32,7 @@ from torch import nn
 
 import zoo
 from zoo.caching import cached, disable_cache, enable_cache, reset_cache
-from zoo.caching.placement import placed_hooks
+from zoo.caching.hooks import placed_hooks
 from zoo.diffusion import PixelDiT
 from zoo.diffusion.blocks import attention_modules, transformer_blocks
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from zoo.caching.blocks import Unit, model_units
 from zoo.caching.builtin import is_count, place, require, require_evaluation
+from zoo.caching.hooks import ContextStates
 from zoo.caching.runs import RunTracker
 from zoo.caching.schedules import (
     BACSchedule,
@@ -34,7 +35,6 @@ from zoo.caching.schedules import (
     top_errors,
     uniform_steps,
 )
-from zoo.caching.state import ContextStates
 from zoo.caching.units import Turn, place_units
 
 __all__ = ["BACConfig", "Calibration", "calibrate", "calibrate_cache", "uniform_schedule"]
@@ -307,7 +307,7 @@ class _RecordHook(ModelHook):
             output = self._unit.block.change(output, args, kwargs)
         parts = output if isinstance(output, tuple | list) else [output]
         flat = torch.cat([part.flatten(1) for part in parts if part is not None], dim=1)  # (B, elements)
-        context = self._record.shared.features.setdefault(self._states.context.name, {})
+        context = self._record.shared.features.setdefault(self._run.branch, {})
         calls = context.setdefault(self._unit.path, {}).setdefault(self._run.step, [])
         calls.append(flat.index_select(1, self._choose(len(calls), flat)).float().cpu())
 
@@ -328,10 +328,10 @@ class _FirstRecordHook(_RecordHook):
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self._run.step == 0:
-            shared, timesteps = self._record.shared, self._run.timesteps
-            if timesteps is not None:
+            shared, timesteps = self._record.shared, self._run.own_timesteps
+            if timesteps:
                 shared.scheduler = type(self._run.scheduler).__name__
-                shared.timesteps = tuple(torch.as_tensor(timesteps).tolist()[self._run.start :])
+                shared.timesteps = tuple(timesteps)
         return super().new_forward(module, *args, **kwargs)
 
     def reset_state(self, module: nn.Module) -> nn.Module:
@@ -387,29 +387,27 @@ class _Plan:
             for step in range(schedule.num_steps)
         ]
 
-    def __call__(self) -> Turn:
-        """Return what is done at the current step."""
+    def __call__(self, step: int) -> Turn:
+        """Return what is done at a step."""
         if self._checked is not self._run.log:
             self._check_run()
             self._checked = self._run.log
-        step = self._run.step + self._offset
-        if step >= len(self._turns):
-            raise ValueError(self._wrong_steps(f"{step + 1} or more"))
-        return self._turns[step]
+        at = step + self._offset
+        if at >= len(self._turns):
+            raise ValueError(self._wrong_steps(f"{at + 1} or more"))
+        return self._turns[at]
 
     def _check_run(self) -> None:
         schedule, run = self._schedule, self._run
-        timesteps = [] if run.timesteps is None else torch.as_tensor(run.timesteps).tolist()
+        timesteps = run.own_timesteps
         self._offset = 0
         wrong = None
         if run.num_steps is not None and run.num_steps != schedule.num_steps:
-            if len(timesteps) == schedule.num_steps:
+            if run.timesteps is not None and len(run.timesteps) == schedule.num_steps:
                 self._offset = run.start  # image-to-image: the end of the schedule's own timesteps
+                timesteps = run.timesteps
             else:
                 wrong = self._wrong_steps(str(run.num_steps))
-                timesteps = timesteps[run.start :]
-        elif timesteps:
-            timesteps = timesteps[run.start :]
         scheduler = type(run.scheduler).__name__
         if wrong is None and timesteps and schedule.timesteps:
             largest = max(map(abs, schedule.timesteps))

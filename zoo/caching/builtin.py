@@ -36,8 +36,8 @@ from diffusers.hooks.taylorseer_cache import _PROJ_OUT_IDENTIFIERS, _TRANSFORMER
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
+from zoo.caching.hooks import ContextStates
 from zoo.caching.runs import RunTracker
-from zoo.caching.state import ContextStates
 from zoo.diffusion.blocks import (
     as_patterns,
     attention_modules,
@@ -227,8 +227,9 @@ def _pyramid(config: PyramidAttentionBroadcastConfig, model: nn.Module, run: Run
 def _faster(config: FasterCacheConfig, model: nn.Module, run: RunTracker) -> None:
     for name in ("spatial_attention_block_skip_range", "unconditional_batch_skip_range"):
         require(is_count(getattr(config, name), 1), config, name, "a whole number from 1")
-    if config.current_timestep_callback is None:
-        config.current_timestep_callback = run.current_timestep
+    timestep = config.current_timestep_callback or run.current_timestep
+    # diffusers takes any timestep within its range for one with features stored, also that of a run's first step
+    config.current_timestep_callback = lambda: math.inf if run.begins_branch else timestep()
     if takes(model, "class_labels"):  # batched for guidance like the rest, but unknown to diffusers' list
         config._unconditional_conditional_input_kwargs_identifiers = (
             *config._unconditional_conditional_input_kwargs_identifiers,

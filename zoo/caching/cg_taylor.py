@@ -17,11 +17,9 @@ from torch import Tensor, nn
 
 from zoo.caching.blocks import PlacedBlock, block_stack
 from zoo.caching.builtin import is_count, is_threshold, place, require, require_evaluation
-from zoo.caching.compiling import outside_graphs
-from zoo.caching.runlog import GateError
+from zoo.caching.hooks import ContextStates, outside_graphs
 from zoo.caching.runs import RunTracker
-from zoo.caching.state import ContextStates
-from zoo.caching.summary import FIRST_BLOCK
+from zoo.caching.summary import FIRST_BLOCK, GateError
 from zoo.caching.taylor import TaylorFactors
 
 __all__ = ["CGTaylorConfig", "Forecast", "Gate", "relative_error"]
@@ -94,6 +92,7 @@ class Forecast(BaseState):
     def __init__(self, config: CGTaylorConfig) -> None:
         self.first = TaylorFactors(config.first_order, config.factors_dtype)
         self.last = TaylorFactors(config.last_order, config.factors_dtype)
+        self.updates = 0  # full steps
         self.skips_in_a_row = 0
 
     @property
@@ -110,6 +109,7 @@ class Forecast(BaseState):
         """Let go of everything."""
         self.first.factors, self.last.factors = [], []
         self.first.step = self.last.step = None
+        self.updates = 0
 
 
 class Gate:
@@ -125,7 +125,7 @@ class Gate:
         self.run = run
         self.states = ContextStates(Forecast, (config,))
         self.skips = False  # what is done with the current call
-        self._decided: tuple[int, bool] | None = None  # step and decision of the context that leads it
+        self._decided: tuple[int, bool, int | None] | None = None  # step, decision and anchor of the leading branch
         self.tokens: int | None = None  # length of the image stream, by which it is found in a joined sequence
         self._warned = False
 
@@ -145,9 +145,17 @@ class Gate:
         """Return whether another context has led this step; then take over its decision."""
         if self.config.cfg_gate == "own" or self._decided is None or self._decided[0] != self.run.step:
             return False
-        # without a history of its own, a context that starts late is computed although the leader skips
-        self.skips = self._decided[1] and self.states.get_state().last.ready
+        _, skips, anchor = self._decided
+        last = self.states.get_state().last
+        # a branch that starts late, or was not there at the leader's last full step, is computed nevertheless
+        up_to_date = last.step is not None and anchor is not None and last.step >= anchor
+        self.skips = skips and up_to_date and not self._is_young(self.config.last_order)
         return True
+
+    def _is_young(self, order: int) -> bool:
+        """Return whether a branch has stored nothing, or began within the run and lacks full steps for this order."""
+        state = self.states.get_state()
+        return not state.last.ready or (self.run.began > 0 and state.updates <= order)
 
     def decide(self, feature: Tensor) -> None:
         """Judge a step by the first block's output, and learn from it if the step is to be computed in full."""
@@ -155,14 +163,24 @@ class Gate:
         self.skips = False
         if state.first.ready and not state.first.fits(feature):
             state.reset()
-        if not self._forced(state):
+        judges = self._forced(state)
+        able = state.first.ready and not self._is_young(max(self.config.first_order, self.config.last_order))
+        if able and not judges:
             self.skips = self._holds(state, feature)
+            judges = True
+        if judges:  # a branch that is not able to leaves it to the next one
+            self._decided = step, self.skips, state.last.step
         if self.skips:
             state.skips_in_a_row += 1
         else:
             state.skips_in_a_row = 0
             state.first.update(feature, step)
-        self._decided = (step, self.skips)
+
+    def learn(self, feature: Tensor) -> None:
+        """Learn the first block's output of a full step in which another branch leads; of use if this one has led."""
+        state = self.states.get_state()
+        if state.first.ready:
+            state.first.update(feature, self.run.step)
 
     def _forced(self, state: Forecast) -> bool:
         config, run = self.config, self.run
@@ -177,7 +195,6 @@ class Gate:
         return (
             run.step < config.warmup_steps
             or (config.force_last and run.is_last)
-            or not (state.first.ready and state.last.ready)
             or (cap > 0 and state.skips_in_a_row >= cap)
         )
 
@@ -188,13 +205,15 @@ class Gate:
         samples = None
         if self.config.track_per_sample:
             samples = torch.stack([relative_error(*pair) for pair in zip(forecast, feature, strict=True)])
-        name = self.states.context.name
+        name = self.run.branch
         self.run.log.errors.append(GateError(name, self.run.step, error, skips, samples))
         return skips
 
     def keep(self, feature: Tensor) -> None:
         """Learn the last block's output of a step that was computed in full."""
-        self.states.get_state().last.update(feature, self.run.step)
+        state = self.states.get_state()
+        state.last.update(feature, self.run.step)
+        state.updates += 1
 
     def forecast(self) -> Tensor:
         """Return the last block's output as it is expected to be."""
@@ -202,7 +221,7 @@ class Gate:
 
     def note(self, unit: str) -> None:
         """Note what is done with a block."""
-        self.run.log.note(self.states.context.name, (unit,), self.run.step, skipped=self.skips)
+        self.run.log.note(self.run.branch, (unit,), self.run.step, skipped=self.skips)
 
 
 class _BlockHook(ModelHook):
@@ -237,7 +256,7 @@ class _FirstBlockHook(_BlockHook):
         """Return whether another context leads, and whether this block is left out."""
         follows = self.cache.follows()
         skips = follows and self.cache.skips
-        name = self.cache.states.context.name
+        name = self.cache.run.branch
         self.cache.run.log.note(name, (FIRST_BLOCK,), self.cache.run.step, skipped=skips)
         if skips:
             self.cache.note("other blocks")
@@ -247,7 +266,9 @@ class _FirstBlockHook(_BlockHook):
     def _end(self, output: Any, follows: bool) -> None:
         feature = self._block.image(output)
         self.cache.tokens = feature.shape[1] if feature.ndim > 1 else None
-        if not follows:
+        if follows:
+            self.cache.learn(feature)
+        else:
             self.cache.decide(feature)
         self.cache.note("other blocks")
 

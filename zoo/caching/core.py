@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,16 @@ from torch import nn
 
 from zoo.caching import bac, cg_taylor, taylorseer  # noqa: F401  they register their configurations with place
 from zoo.caching.builtin import place
-from zoo.caching.placement import PlacedHook, placed_hooks, refresh_contexts, remove_hooks, share_contexts
+from zoo.caching.hooks import (
+    PlacedHook,
+    PrivateStates,
+    placed_hooks,
+    refresh_contexts,
+    refuse_copy,
+    remove_hooks,
+    share_contexts,
+    tell_contexts,
+)
 from zoo.caching.runs import RunTracker
 from zoo.caching.saved import find_setting
 from zoo.caching.summary import CacheSummary, DenoiserSummary
@@ -24,6 +34,7 @@ __all__ = ["active_cache", "cache_summary", "cached", "denoisers", "disable_cach
 
 _ACTIVE = "_zoo_cache"
 _RESET = "_reset_stateful_cache"  # what pipelines call on each component at the end
+_DISABLE = "disable_cache"  # the model's own, which knows diffusers' caches only
 
 
 @dataclass
@@ -35,12 +46,11 @@ class _ActiveCache:
     run: RunTracker
     handles: tuple[torch.utils.hooks.RemovableHandle, ...]
 
-    def __reduce__(self) -> Any:
-        # reached through the model: a copy's hooks would run the weights of the original in silence
-        raise RuntimeError("A model with a cache cannot be copied or pickled: call zoo.disable_cache first.")
+    __reduce__ = refuse_copy
 
-    def reset(self) -> None:
-        """Forget everything stored, so that the next call begins a run."""
+    def reset(self, recurse: bool = True) -> None:
+        """Forget everything stored, so that the next call begins a run; `recurse` is what diffusers calls it with."""
+        self.run.private.reset()
         for placed in self.hooks:
             if placed.in_place and placed.hook._is_stateful:
                 placed.hook.reset_state(placed.module)
@@ -229,11 +239,9 @@ def denoisers(pipe_or_model: Any) -> tuple[DiffusionPipeline | None, list[nn.Mod
 
 def _active_config(model: nn.Module) -> Any:
     """Return the configuration of the cache that is on, ours or diffusers', or None."""
-    ours = model.__dict__.get(_ACTIVE)
     if isinstance(model, CacheMixin):
-        if ours is not None and model._cache_config is None:
-            _disable(model)  # somebody called the model's own disable_cache: only our remains are left
         return model._cache_config
+    ours = model.__dict__.get(_ACTIVE)
     return None if ours is None else ours.config
 
 
@@ -255,17 +263,18 @@ def _enable(model: nn.Module, config: Any, pipeline: DiffusionPipeline | None, t
     except BaseException:
         remove_hooks(model, new_hooks())
         raise
-    run.states = share_contexts(hooks)
+    run.states = share_contexts(hooks) or [tell_contexts(hooks)]
     run.observed = [states for states in run.states if states.unit]
+    run.private = PrivateStates(hooks)
     run.tuned_steps = tuned_steps
     active = _ActiveCache(config, hooks, run, run.attach(model))
     run.on_new_run = active.reset
     refresh_contexts(model)
     setattr(model, _ACTIVE, active)
+    setattr(model, _RESET, active.reset)
+    setattr(model, _DISABLE, functools.partial(_disable, model))
     if isinstance(model, CacheMixin):
         model._cache_config = config
-    else:
-        setattr(model, _RESET, active.reset)
 
 
 def _disable(model: nn.Module) -> None:
@@ -273,8 +282,7 @@ def _disable(model: nn.Module) -> None:
     remove_hooks(model, active.hooks)
     for handle in active.handles:
         handle.remove()
-    delattr(model, _ACTIVE)
+    for name in (_ACTIVE, _RESET, _DISABLE):
+        delattr(model, name)
     if isinstance(model, CacheMixin):
         model._cache_config = None
-    else:
-        delattr(model, _RESET)

@@ -3,68 +3,190 @@
 from __future__ import annotations
 
 import inspect
+import re
+import sys
+import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks.hooks import CacheContext
+from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
-from zoo.caching.compiling import outside_graphs
-from zoo.caching.runlog import Call, RunLog
-from zoo.caching.state import DEFAULT_CONTEXT, ContextStates
+from zoo.caching.branches import Branch, Branches, Conditioning, conditioning, is_repeated
+from zoo.caching.hooks import DEFAULT_CONTEXT, ContextStates, PrivateStates, outside_graphs, refuse_copy
+from zoo.caching.summary import Call, RunLog
 
 __all__ = ["RunTracker"]
 
-_TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t")
+_TIME = re.compile(r"(^|_)(t|timesteps?)$")
 _LIKENESS = 0.005  # of the training timesteps: a timestep may be rounded to bfloat16
+_CHANGES = 3  # branches that took the place of others before a run is warned about
+_DEPTH = 24  # frames between a pipeline and its denoiser: hooks, wrappers, decorators
+
+
+class _Inputs:
+    """What a call of the denoiser was given.
+
+    Args:
+        names: Of the arguments that it takes.
+        args: Given by position.
+        kwargs: Given by name.
+    """
+
+    def __init__(self, names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        time_name = next((name for name in arguments if _TIME.search(name)), None)
+        sample = next(
+            (name for name in (*names, *arguments) if name != time_name and _has_tensor(arguments.get(name))), None
+        )
+        self._given_time: Any = arguments.get(time_name or "")
+        self._time: float | None = None
+        self._timed = False
+        self.sample = list(_tensors(arguments.get(sample or "")))
+        self._versions = [_version(tensor) for tensor in self.sample]
+        self.form = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in self.sample)
+        self.conditioning: Conditioning = conditioning(arguments, sample)
+
+    @property
+    def time(self) -> float | None:
+        """The timestep as it was passed, the largest of all tokens; None where there is none."""
+        if not self._timed:
+            values = [float(tensor.max()) for tensor in _tensors(self._given_time) if tensor.numel()]
+            if isinstance(self._given_time, int | float):
+                values = [float(self._given_time)]
+            self._time, self._timed = max(values, default=None), True
+        return self._time
+
+    def has_same_sample(self, other: _Inputs) -> bool:
+        """Return whether an earlier call was given the same noisy images."""
+        return self.form == other.form and all(
+            _version(other_tensor) == version and (tensor is other_tensor or torch.equal(tensor, other_tensor))
+            for tensor, other_tensor, version in zip(self.sample, other.sample, other._versions, strict=True)
+        )
+
+    def has_same_time(self, other: _Inputs) -> bool:
+        """Return whether an earlier call was given the same timesteps, token by token."""
+        ours, theirs = list(_tensors(self._given_time)), list(_tensors(other._given_time))
+        return self.time == other.time and len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+class _Schedule:
+    """The timesteps that a pipeline goes through, and those of a run among them.
+
+    Args:
+        pipeline: With a scheduler that has timesteps.
+        model: The denoiser, of several perhaps.
+    """
+
+    def __init__(self, pipeline: Any, model: nn.Module) -> None:
+        self.scheduler = pipeline.scheduler
+        self.timesteps: Any = self.scheduler.timesteps
+        self.values: list[float] = torch.as_tensor(self.timesteps).flatten().tolist()
+        self._training = float(getattr(self.scheduler.config, "num_train_timesteps", None) or 1000)
+        ratio = getattr(getattr(pipeline, "config", None), "boundary_ratio", None)
+        self._bound = None if ratio is None else ratio * self._training
+        second = getattr(pipeline, "transformer_2", None)
+        self._is_second = second is not None and unwrap_module(second) is model
+        self.start = 0
+        self.own: list[float] = []
+
+    def begin(self, given: float | None) -> bool:
+        """Find where a run starts, and return whether its first timestep is of this schedule."""
+        found = self._find(given)
+        begin = getattr(self.scheduler, "begin_index", None)
+        self.start = int(begin) if begin else found or 0
+        rest = self.values[self.start :]
+        if self._bound is not None:  # Wan 2.2: one denoiser for much noise, another one for little
+            rest = [value for value in rest if (value < self._bound) == self._is_second]
+        self.own = rest
+        return found is not None
+
+    def _find(self, given: float | None) -> int | None:
+        """Return the position of a timestep, which may be passed as a share of the training timesteps."""
+        if given is None or not self.values:
+            return None
+        candidates = [given]
+        if -1e-6 <= given <= 1 + 1e-6:  # also as what is done rather than what is left to do
+            candidates += [given * self._training, (1 - given) * self._training]
+        tolerance = _LIKENESS * self._training
+        best: tuple[float, int] | None = None
+        for candidate in candidates:
+            distances = [abs(value - candidate) for value in self.values]
+            if distances[0] <= min(distances) + tolerance / 10:  # a run begins at the first one if it can
+                distances[0] = min(distances)
+            found = distances.index(min(distances)), min(distances)
+            if best is None or found[1] < best[0]:
+                best = found[1], found[0]
+        assert best is not None
+        return best[1] if best[0] <= tolerance else None
+
+    def repeats(self, step: int) -> bool:
+        """Return whether the timestep after a step of the run is the same again, as of a second-order scheduler."""
+        return step + 1 < len(self.own) and self.own[step] == self.own[step + 1]
 
 
 class RunTracker:
     """Watch the calls of a denoiser, call `on_new_run` before the first one of each run, and count steps.
 
-    `on_call` is called before each one, when its step and context are known.
+    `on_call` is called before each one, when its step and branch are known.
 
-    In a pipeline, a run begins where its scheduler has got new timesteps. A denoiser alone has begun a new run where
-    its timestep turns back, or comes to the first one again, within a cache context. A change of shape, type or device
-    of the images is always a new run, since nothing stored fits them.
+    In a pipeline, which is found as the caller, a run begins where its scheduler has got new timesteps. A denoiser that
+    another program calls has begun a new run where its timestep turns back, or comes to the first one again. A denoiser
+    in training mode begins one at every call, so that nothing is reused.
 
-    A step is what `CacheContext.step_index` says; without it, a new step begins where a context comes up again. So
-    a context that starts or ends within the run counts with the others.
+    A step is what `CacheContext.step_index` says. Without it, a new step begins where the timestep is another one, the
+    scheduler has made a step, or a branch comes up again with other images. Calls of one step are of different branches
+    of guidance: of different cache contexts, or told apart by what they are conditioned on. A call that fits no known
+    branch opens one, and has nothing stored. Where the form of the images changes, what its branch has stored is
+    dropped, and the count of steps goes on.
 
     It is a pair of forward hooks of PyTorch, not of diffusers: accelerate's offloading exchanges the forward of whole
     models and drops hooks of the latter kind from it.
 
     Args:
         model: The denoiser.
-        pipeline: The pipeline that calls it, if there is one.
+        pipeline: The pipeline that it was taken from, if there is one.
     """
 
+    __reduce__ = refuse_copy
+
     def __init__(self, model: nn.Module, pipeline: DiffusionPipeline | None = None) -> None:
-        names = list(inspect.signature(type(model).forward).parameters)[1:]
-        self._argument = next((name for name in _TIMESTEP_ARGUMENTS if name in names), None)
-        self._position = names.index(self._argument) if self._argument else None
-        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
-        self._timesteps: Tensor | None = None
-        self._scheduled = False
-        self._first: dict[str, float] = {}
-        self._last: dict[str, float] = {}
-        self._inputs: dict[str, tuple[Any, ...]] = {}
-        self._timestep: float | Tensor = 0.0
-        self._seen: set[str] = set()
-        self._begun = 0.0
+        self._names = list(inspect.signature(type(model).forward).parameters)[1:]
+        self._model = weakref.ref(model)
+        self._given = None if pipeline is None else weakref.ref(pipeline)
+        # of the run
+        self._pipeline: Callable[[], Any] = lambda: None
+        self._schedule: _Schedule | None = None
+        self._is_called_by_pipeline = False
+        self._branches: dict[str, Branches] = {}
+        self._first_time: float | None = None
+        self._direction = 0.0
         self._first_index: int | None = None
         self.step = -1
-        self.start = 0
         self.num_steps: int | None = None
-        self.context_name = DEFAULT_CONTEXT.name
+        # of the last call
+        self._last: _Inputs | None = None
+        self._index: int | None = None
+        self._scheduler_step: Any = None
+        self._begun = 0.0
+        self.branch = DEFAULT_CONTEXT.name
+        self.begins_branch = True
+        self.began = 0
+        # who calls
+        self._timesteps: Any = None
+        self._holder: dict[str, int] = {}
+        self._thread: int | None = None
+        self._ousted: dict[int, Any] = {}
         self.log = RunLog()
         self.states: list[ContextStates] = []
         self.observed: list[ContextStates] = []
+        self.private = PrivateStates(())
         self.tuned_steps: int | None = None
         self.on_new_run: Callable[[], None] = lambda: None
         self.on_call: Callable[[], None] = lambda: None
@@ -78,13 +200,23 @@ class RunTracker:
 
     @property
     def scheduler(self) -> Any:
-        """The pipeline's scheduler, or None."""
-        return getattr(self._pipeline() if self._pipeline else None, "scheduler", None)
+        """The scheduler of the pipeline that calls, or None."""
+        return getattr(self._pipeline(), "scheduler", None)
 
     @property
-    def timesteps(self) -> Tensor | None:
-        """All timesteps of the scheduler in this run, or None where it does not drive the run."""
-        return self._timesteps if self._scheduled else None
+    def start(self) -> int:
+        """Position of the run's first step among the timesteps of the scheduler."""
+        return self._schedule.start if self._schedule else 0
+
+    @property
+    def timesteps(self) -> list[float] | None:
+        """All timesteps of the scheduler, or None where it does not drive the run."""
+        return self._schedule.values if self._schedule else None
+
+    @property
+    def own_timesteps(self) -> list[float]:
+        """Timesteps of the denoiser in this run; empty where no scheduler drives it."""
+        return self._schedule.own if self._schedule else []
 
     @property
     def is_last(self) -> bool:
@@ -92,126 +224,301 @@ class RunTracker:
         return self.num_steps is not None and self.step >= self.num_steps - 1
 
     def current_timestep(self) -> float:
-        """Return the timestep of the current call, of the first sample."""
-        if isinstance(self._timestep, Tensor):
-            self._timestep = float(self._timestep.flatten()[0])
-        return self._timestep
+        """Return the timestep of the current call: that of the scheduler, or else the largest of all tokens."""
+        if self.step < len(self.own_timesteps):
+            return self.own_timesteps[self.step]
+        given = (self._last.time if self._last else None) or 0.0
+        # passed as a share of the training timesteps
+        is_share = self._first_time is not None and 0 <= self._first_time <= 1
+        return 1000 * given if is_share else given
 
     def forget(self) -> None:
         """Take the next call for the first one of a run."""
-        self._first.clear()
-        self._last.clear()
-        self._inputs.clear()
-        self._seen.clear()
-        self._scheduled = False
-        self._first_index = None
+        self._branches.clear()
+        self._schedule = self._last = None
+        self._first_time = self._first_index = self._index = None
+        self._direction = 0.0
+        self._replaced = 0
         self.step = -1
 
     @outside_graphs
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._timestep = self._read_timestep(args, kwargs)
+        if module is not self._model():
+            refuse_copy()
+        self._hold(module)
+        inputs = _Inputs(self._names, args, kwargs)
         context = self.states[0].context if self.states else DEFAULT_CONTEXT
-        name = self.context_name = context.name
-        inputs = _describe(args, kwargs)
-        timesteps = getattr(self.scheduler, "timesteps", None)
-        fresh = timesteps is not None and timesteps is not self._timesteps
-        over = self._scheduled and self.num_steps is not None and name in self._seen and self.is_last
-        if fresh or over or (not self._scheduled and self._turned_back(name)) or self._changed(name, inputs):
-            self.forget()
-            self.on_new_run()
-        if fresh:
-            self._timesteps, self._scheduled = timesteps, True
-        self._inputs[name] = inputs
-        if not self._scheduled:
-            self._last[name] = self.current_timestep()
-            self._first.setdefault(name, self._last[name])
-        self._count(context)
-        self.log.calls.append(Call(name, self.step))
+        if module.training:
+            self._is_called_by_pipeline = False
+            self._begin(None, inputs, context)
+        else:
+            self._follow(_find_pipeline(), inputs, context)
+        for states in self.states:
+            states.branch = self.branch
+        self.private.enter(self.branch)
+        self.log.calls.append(Call(self.branch, self.step))
         self.on_call()
         self._begun = time.perf_counter()
 
     @outside_graphs
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        inputs = self._inputs.get(self.context_name)
-        if inputs and inputs[-1].type == "cpu" and self.log.calls:
+        form = self._last.form if self._last else ()
+        if form and form[0][2].type == "cpu" and self.log.calls:
             self.log.calls[-1].seconds = time.perf_counter() - self._begun
         if self.observed:
             self._observe()
+        self._holder.pop("thread", None)
 
     def _observe(self) -> None:
         """Note what diffusers' caches did in this call."""
         for states in self.observed:
-            skipped = states.left_out(self.context_name)
+            skipped = states.left_out(self.branch)
             if skipped is not None:
-                self.log.note(self.context_name, (states.unit,), self.step, skipped=skipped)
+                self.log.note(self.branch, (states.unit,), self.step, skipped=skipped)
         if self.is_last:  # afterwards pipelines have everything dropped
             self.log.bytes_held = max(self.log.bytes_held, sum(states.nbytes for states in self.observed))
 
-    def _changed(self, context: str, inputs: tuple[Any, ...]) -> bool:
-        return self._inputs.get(context, inputs) != inputs
+    # who calls
 
-    def _count(self, context: CacheContext) -> None:
-        """Find the step of this call, and at the first one how many are to come."""
-        if self.step < 0:
-            self.start = self._find_start() if self._scheduled else 0
-            self.num_steps = None
-            if self._scheduled and self._timesteps is not None:
-                self.num_steps = len(self._timesteps) - self.start
-            self.log = RunLog()
-            if self.tuned_steps is not None and self.num_steps not in (None, self.tuned_steps):
+    def _hold(self, module: nn.Module) -> None:
+        """Refuse a call while one of another thread is under way."""
+        own = threading.get_ident()
+        other = self._holder.setdefault("thread", own)
+        if other != own:
+            if _is_calling(other, module):
+                self._refuse_thread(module)
+            self._holder["thread"] = own
+
+    def _refuse_thread(self, module: nn.Module) -> None:
+        raise RuntimeError(
+            f"Two threads run one {type(module).__name__} with a cache at the same time: give each thread a model of "
+            f"its own, or take turns by whole runs."
+        )
+
+    def _check_thread(self, timesteps: Any, begins: bool) -> None:
+        """Refuse a run that goes on after another thread has begun one, or in another thread."""
+        own, owner, module = threading.get_ident(), self._thread, self._model()
+        assert module is not None
+        goes_on = not begins or (timesteps is not None and self._ousted.get(own) is timesteps)
+        taken = own in self._ousted or (owner != own and owner in sys._current_frames())
+        if goes_on and taken:
+            self._holder.pop("thread", None)
+            self._refuse_thread(module)
+        self._ousted.pop(own, None)
+        if begins and owner is not None and owner != own and self.step >= 0:
+            self._ousted[owner] = self._timesteps if self._is_called_by_pipeline else None
+        self._thread = own
+
+    # which run, which step, which branch
+
+    def _follow(self, pipeline: Any, inputs: _Inputs, context: CacheContext) -> None:
+        """Find run, step and branch of a call; `pipeline` is the one that calls, if any."""
+        by_pipeline = pipeline is not None
+        if pipeline is None and self._given is not None:
+            pipeline = self._given()
+        timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
+        fresh = (
+            pipeline is not self._pipeline()
+            or by_pipeline != self._is_called_by_pipeline
+            or (timesteps is not None and timesteps is not self._timesteps)
+        )
+        place = "run" if fresh or self._last is None else self._place(self._last, inputs, context)
+        self._check_thread(timesteps if by_pipeline else None, place == "run")
+        if place == "run":
+            self._is_called_by_pipeline, self._timesteps = by_pipeline, timesteps
+            self._begin(pipeline, inputs, context)
+            return
+        assert self._last is not None
+        if place == "step":
+            self.step += 1
+            if not by_pipeline and self._direction == 0 and inputs.time is not None and self._last.time is not None:
+                self._direction = inputs.time - self._last.time
+        if context.step_index is not None and self._first_index is not None:
+            self.step = context.step_index - self._first_index
+        if self.num_steps is not None and self.step >= self.num_steps:
+            self.num_steps = self.log.num_steps = None  # there are more than the scheduler has
+        self._enter(inputs, context)
+
+    def _place(self, last: _Inputs, inputs: _Inputs, context: CacheContext) -> Literal["run", "step", "same"]:
+        """Return whether a call begins a run, begins a step, or is of the step of the call before."""
+        alone, index = not self._is_called_by_pipeline, context.step_index
+        if index is not None and self._index is not None:
+            if index < self._index or (index == self._index and alone and self._is_repeated(inputs, context)):
+                return "run"
+            return "step" if index > self._index else "same"
+        moved = self._has_scheduler_moved()
+        if moved is not None and not alone:
+            return "step" if moved else "same"
+        if inputs.time != last.time:
+            return "run" if self._has_turned_back(inputs) else "step"
+        if alone and self._is_repeated(inputs, context):
+            return "run"
+        if inputs.has_same_sample(last):
+            return "same"
+        if alone and inputs.form == last.form:
+            return "run" if inputs.time == self._first_time else "step"
+        branches = self._branches.get(context.name)
+        used = [branch for branch in branches.known if branch.step == self.step] if branches else []
+        if not used or branches is None or branches.find(inputs.conditioning, branches.unused(self.step)):
+            return "same"  # a branch that takes the images in another form
+        if context.name == DEFAULT_CONTEXT.name and not branches.find(inputs.conditioning, used):
+            return "same"
+        # a branch comes up again with other images: a scheduler of second order, or parts of one large image in turns
+        if alone and inputs.time == self._first_time:
+            return "run"
+        parts = not alone and self._schedule is not None and not self._schedule.repeats(self.step)
+        return "same" if parts and inputs.has_same_time(last) else "step"
+
+    def _has_scheduler_moved(self) -> bool | None:
+        """Return whether the scheduler has made a step since the last call, None where it does not tell."""
+        before, now = self._scheduler_step, self._read_scheduler_step()
+        return None if before is None or now is None else now != before
+
+    def _read_scheduler_step(self) -> int | None:
+        step = getattr(self.scheduler, "step_index", None)
+        return int(step) if step is not None else None
+
+    def _has_turned_back(self, inputs: _Inputs) -> bool:
+        """Return whether the timestep is the first one again, or went against the direction of the run."""
+        goes_on = self.num_steps is not None and self.step + 1 < self.num_steps
+        if self._last is None or inputs.time is None or (self._is_called_by_pipeline and goes_on):
+            return False
+        now, last = inputs.time, self._last.time
+        return now == self._first_time or (last is not None and (now - last) * self._direction < 0)
+
+    def _is_repeated(self, inputs: _Inputs, context: CacheContext) -> bool:
+        """Return whether a call repeats one of this step: at the first step, or with the very same arguments."""
+        branches = self._branches.get(context.name)
+        if branches is None or self._last is None or branches.find(inputs.conditioning, branches.unused(self.step)):
+            return False
+        used = [branch for branch in branches.known if branch.step == self.step]
+        branch = branches.find(inputs.conditioning, used)
+        if branch is None or not inputs.has_same_sample(self._last):
+            return False
+        return self.step == 0 or is_repeated(inputs.conditioning, branch.inputs)
+
+    def _begin(self, pipeline: Any, inputs: _Inputs, context: CacheContext) -> None:
+        """Begin a run with its first call."""
+        self.forget()
+        self.on_new_run()
+        self._pipeline = (lambda: None) if pipeline is None else weakref.ref(pipeline)
+        model = self._model()
+        if pipeline is not None and model is not None and self._timesteps is not None:
+            schedule = _Schedule(pipeline, model)
+            if schedule.begin(inputs.time) or self._is_called_by_pipeline:
+                self._schedule = schedule
+        self.step, self._first_time, self._first_index = 0, inputs.time, context.step_index
+        self.num_steps = len(self.own_timesteps) or None
+        if self.num_steps is None and context.num_inference_steps is not None:
+            self.num_steps = context.num_inference_steps - (context.step_index or 0)
+        self.log = RunLog(num_steps=self.num_steps)
+        planned = len(self.timesteps) - self.start if self.timesteps else self.num_steps
+        if self.tuned_steps is not None and planned not in (None, self.tuned_steps):
+            warnings.warn(
+                f"The cache was tuned for {self.tuned_steps} steps, this run has {planned}: `zoo tune-cache` finds a "
+                f"setting for them.",
+                stacklevel=2,
+            )
+            self.tuned_steps = None  # said once
+        self._enter(inputs, context)
+
+    def _enter(self, inputs: _Inputs, context: CacheContext) -> None:
+        """Find the branch of a call, or open one."""
+        branches = self._branches.get(context.name)
+        if branches is None:
+            branches = self._branches[context.name] = Branches(context.name)
+        branch = self._find_branch(branches, inputs, context)
+        if branch is None:
+            if self.step > 0:
+                self._drop_idle(branches)
+            branch = branches.open(inputs.conditioning, inputs.form, self.step)
+            self.begins_branch = True
+        else:
+            self.begins_branch = branch.form != inputs.form
+            if self.begins_branch:
+                self._drop(branch)
+        if self.begins_branch:
+            branch.began = self.step
+        branch.inputs, branch.form, branch.step = inputs.conditioning, inputs.form, self.step
+        self.branch, self.began = branch.name, branch.began
+        self._last, self._index, self._scheduler_step = inputs, context.step_index, self._read_scheduler_step()
+
+    def _find_branch(self, branches: Branches, inputs: _Inputs, context: CacheContext) -> Branch | None:
+        unused = branches.unused(self.step)
+        only = unused[0] if len(branches.known) == len(unused) == 1 else None
+        # a context that names a single branch needs no other proof, and a batch that changes is no other branch
+        if only and (context.name != DEFAULT_CONTEXT.name or only.form != inputs.form):
+            return only
+        return branches.find(inputs.conditioning, unused)
+
+    def _drop(self, branch: Branch) -> None:
+        """Let go of what is stored for a branch."""
+        for states in self.states:
+            states.drop(branch.name)
+        self.private.drop(branch.name)
+
+    def _drop_idle(self, branches: Branches) -> None:
+        """Let go of branches that were not called in this step or the one before: another one takes their place."""
+        idle = [branch for branch in branches.known if branch.step < self.step - 1]
+        for branch in idle:
+            self._drop(branch)
+            branches.known.remove(branch)
+        if idle:
+            self._replaced += 1
+            if self._replaced == _CHANGES:
                 warnings.warn(
-                    f"The cache was tuned for {self.tuned_steps} steps, this run has {self.num_steps}: "
-                    f"`zoo tune-cache` finds a setting for them.",
+                    f"What {type(self._model()).__name__} is conditioned on changes from step to step, so that nothing "
+                    f"is reused: call it in `model.cache_context(name)` to say which branch of guidance a call is of.",
                     stacklevel=2,
                 )
-                self.tuned_steps = None  # said once
-        index = context.step_index
-        if index is not None:
-            if self._first_index is None:
-                self._first_index = index
-            self.step = index - self._first_index
-            if context.num_inference_steps is not None:
-                self.num_steps = context.num_inference_steps - self._first_index
-        elif self.step < 0 or context.name in self._seen:
-            self.step += 1
-            self._seen.clear()
-        self._seen.add(context.name)
-        self.log.num_steps = self.num_steps
-
-    def _find_start(self) -> int:
-        """Return the position among the scheduler's timesteps that the run starts at: image-to-image, inside them."""
-        if begin := getattr(self.scheduler, "begin_index", None):
-            return int(begin)
-        timesteps: list[float] = [] if self._timesteps is None else torch.as_tensor(self._timesteps).tolist()
-        value = self.current_timestep()
-        if len(timesteps) < 2 or value <= 1:  # a share of the schedule rather than a timestep, if not its end
-            return 0
-        tolerance = _LIKENESS * float(getattr(self.scheduler.config, "num_train_timesteps", 1000))
-        distances = [abs(timestep - value) for timestep in timesteps]
-        closest = min(distances)
-        return 0 if distances[0] <= closest + tolerance or closest > tolerance else distances.index(closest)
-
-    def _read_timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | Tensor:
-        value = 0.0
-        if self._argument in kwargs:
-            value = kwargs[self._argument]
-        elif self._position is not None and self._position < len(args):
-            value = args[self._position]
-        return value if isinstance(value, Tensor) else float(value or 0.0)
-
-    def _turned_back(self, context: str) -> bool:
-        """Return whether the timestep is the first one again, or went against the direction of the run."""
-        if self._argument is None or context not in self._first:
-            return False
-        first, last, now = self._first[context], self._last[context], self.current_timestep()
-        return now == first or (now - last) * (last - first) < 0
 
 
-def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Return shape, type and device of the images, the first tensor or list of tensors among the arguments."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            return value.shape, value.dtype, value.device
-        if isinstance(value, list) and value and all(isinstance(each, Tensor) for each in value):
-            return tuple(each.shape for each in value), value[0].dtype, value[0].device
-    return ()
+def _has_tensor(value: Any) -> bool:
+    return next(_tensors(value), None) is not None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield a tensor, or those in a list."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was written to; 0 where PyTorch does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _find_pipeline() -> Any:
+    """Return the pipeline that calls the denoiser, None where another program does.
+
+    A denoiser may be shared by pipelines with schedulers of their own, and only the frame of the caller says which one
+    it is.
+    """
+    frame = sys._getframe(2)
+    for _ in range(_DEPTH):
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+        names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+        if not names or names[0] != "self" or frame.f_globals.get("__name__", "").startswith("torch."):
+            continue
+        if "components" in names:  # a block of a modular pipeline
+            found = frame.f_locals.get("components")
+            if hasattr(found, "scheduler"):
+                return found
+        elif isinstance(found := frame.f_locals.get("self"), DiffusionPipeline):
+            return found
+    return None
+
+
+def _is_calling(thread: int, model: nn.Module) -> bool:
+    """Return whether a thread is inside a call of a model."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model:
+            return True
+        frame = frame.f_back
+    return False

@@ -101,9 +101,9 @@ def _taylorseer(config: TaylorSeerConfig, model: nn.Module, run: RunTracker) -> 
             full_from=config.full_from,
         )
 
-    def turn() -> Turn:
+    def turn(step: int) -> Turn:
         # a forecast rests on the last full steps, one more than its order
-        of_use = any(not is_full(run.step + later) for later in range(1, config.max_order + 2))
-        return Turn(every if is_full(run.step) else none, every if of_use else none)
+        of_use = any(not is_full(step + later) for later in range(1, config.max_order + 2))
+        return Turn(every if is_full(step) else none, every if of_use else none)
 
     place_units(model, units, run, turn, config.max_order, config.factors_dtype)

@@ -11,9 +11,8 @@ from diffusers.hooks.hooks import BaseState
 from torch import Tensor, nn
 
 from zoo.caching.blocks import PlacedBlock, SummedBlock, Unit, summed_blocks
-from zoo.caching.compiling import outside_graphs
+from zoo.caching.hooks import ContextStates, outside_graphs
 from zoo.caching.runs import RunTracker
-from zoo.caching.state import ContextStates
 from zoo.caching.taylor import TaylorFactors
 
 __all__ = ["Turn", "UnitCache", "place_units"]
@@ -41,7 +40,8 @@ class _Stored(BaseState):
     """
 
     def __init__(self) -> None:
-        self.step = -1
+        self.step: int | None = None
+        self.updates = 0
         self.calls: dict[str, int] = {}
         self.outputs: dict[tuple[str, int], list[TaylorFactors | None]] = {}
         self.totals: dict[tuple[int, int, int], Tensor] = {}
@@ -67,7 +67,8 @@ class UnitCache:
 
     Args:
         run: Tells the step.
-        turn: Says what is done at the current step.
+        turn: Says what is done at a step.
+        units: Their names.
         blocks: Those that add the outputs of their units, in running order.
         max_order: Of the forecast; 0 repeats the last output.
         dtype: Type in which forecasts are stored and summed; None is the model's.
@@ -76,14 +77,16 @@ class UnitCache:
     def __init__(
         self,
         run: RunTracker,
-        turn: Callable[[], Turn],
+        turn: Callable[[int], Turn],
+        units: Sequence[str],
         blocks: Sequence[SummedBlock] = (),
         max_order: int = 0,
         dtype: torch.dtype | None = None,
     ) -> None:
         self.run = run
         self.states = ContextStates(_Stored)
-        self._next_turn = turn
+        self._turn_of = turn
+        self._every = frozenset(units)
         self._blocks = blocks
         self._max_order = max_order
         self._dtype = dtype
@@ -109,16 +112,29 @@ class UnitCache:
             self._computed = False
         state, step = self.states.get_state(), self.run.step
         if state.step != step:
+            self._turn = self._find_turn(state, step)
             state.step = step
             state.calls.clear()
         self._state = state
-        self._turn = self._next_turn()
         self._added = 0
         if self._blocks:
             computed = self._turn.computed
             if computed not in self._ends_by_computed:
                 self._ends_by_computed[computed] = self._find_ends(computed)
             self._ends = self._ends_by_computed[computed]
+
+    def _find_turn(self, state: _Stored, step: int) -> Turn:
+        """Return what is done in the first call of a step."""
+        turn = self._turn_of(step)
+        missed = range(step if state.step is None else state.step + 1, step)
+        if self.run.began > 0 and state.updates <= self._max_order:
+            # a branch that starts late gets as many full steps as its forecast needs
+            state.updates += 1
+            return Turn(self._every, self._every)
+        if missed:  # it makes up for what fell into the steps that it was not called at
+            computed = turn.computed.union(*(self._turn_of(other).computed for other in missed))
+            turn = Turn(computed, turn.kept | (computed - turn.computed))
+        return turn
 
     def _find_ends(self, computed: frozenset[str]) -> tuple[int, ...]:
         """Return for each block where the run of blocks ends that leave out all their units: itself if it does not."""
@@ -145,7 +161,7 @@ class UnitCache:
         state.calls[unit] = call + 1
         # a context that starts late has nothing stored, and computes although it is not its turn
         parts = None if unit in self._turn.computed else state.outputs.get((unit, call))
-        self.run.log.note(self.run.context_name, (unit,), step, skipped=parts is not None)
+        self.run.log.note(self.run.branch, (unit,), step, skipped=parts is not None)
         if parts is None:
             self._computed = True
             state.totals.clear()
@@ -174,7 +190,7 @@ class UnitCache:
         if total is None:
             return None
         self._state.calls.update(dict.fromkeys(units, call + 1))
-        self.run.log.note(self.run.context_name, units, self.run.step, skipped=True)
+        self.run.log.note(self.run.branch, units, self.run.step, skipped=True)
         self._added = end if end > index + 1 else 0
         return (total,)
 
@@ -287,7 +303,7 @@ def place_units(
     model: nn.Module,
     units: Sequence[Unit],
     run: RunTracker,
-    turn: Callable[[], Turn],
+    turn: Callable[[int], Turn],
     max_order: int = 0,
     dtype: torch.dtype | None = None,
 ) -> None:
@@ -297,12 +313,12 @@ def place_units(
         model: The denoiser.
         units: Its units to reuse, in running order.
         run: As for `UnitCache`, like the rest.
-        turn: Says what is done at the current step.
+        turn: Says what is done at a step.
         max_order: Of the forecast.
         dtype: Of forecasts.
     """
     blocks = summed_blocks(model, units)
-    cache = UnitCache(run, turn, blocks, max_order, dtype)
+    cache = UnitCache(run, turn, [unit.path for unit in units], blocks, max_order, dtype)
     run.on_call = cache.begin
     for unit in units:
         hook = (_FirstUnitHook if unit is units[0] else _UnitHook)(cache, unit)

@@ -7,6 +7,7 @@ measured on. Authors' code: https://github.com/real-stanford/diffusion_policy (M
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -377,7 +378,8 @@ class DiffusionPolicyPipeline(DiffusionPipeline):
             raise ValueError(f"latents must be {shape}, got {tuple(latents.shape)}.")
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
-        step_arguments: dict[str, Any] = {} if generator is None else {"generator": generator}
+        accepted = inspect.signature(self.scheduler.step).parameters  # not all schedulers draw noise
+        step_arguments: dict[str, Any] = {"generator": generator} if "generator" in accepted else {}
         try:
             with self.transformer.cache_context("cond"):  # one for the whole run: a step is a call
                 for timestep in self.progress_bar(self.scheduler.timesteps):

@@ -34,6 +34,8 @@ def balance_loss(logits: Tensor, index: Tensor, scale: Tensor | None = None) -> 
 def record_balance(model: nn.Module, free_weight: float = 0.75) -> Iterator[list[Tensor]]:
     """Collect the balance loss of every router that runs inside the context.
 
+    What gradient checkpointing runs again in the backward pass is not collected again.
+
     Args:
         model: Holds the routers.
         free_weight: Weight of experts without computation, tau of MoE++; less draws more tokens to them.
@@ -45,6 +47,8 @@ def record_balance(model: nn.Module, free_weight: float = 0.75) -> Iterator[list
 
     def keep(router: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
         assert isinstance(router, Router)
+        if torch._C._current_graph_task_id() != -1:  # within a backward pass, as torch.utils.checkpoint asks too
+            return
         _, index, logits = output
         scale = None
         if logits.shape[1] > router.experts:

@@ -177,7 +177,8 @@ def convert(
     """Return a copy of a model whose feed-forward layers are mixtures of experts, and what that brings.
 
     With all experts on the copy computes what the model does. A diffusers transformer becomes the class with "MoE" in
-    front, which is saved, loaded and put into pipelines as any other; of other models the layers are replaced.
+    front, which is saved, loaded and put into pipelines as any other; of other models the layers are replaced. Adapters
+    (LoRA) on attention are kept.
 
     Args:
         model: DiT, PixArt, SD3 or Flux transformer of diffusers, `PixelDiT`, or a network with feed-forward layers of
@@ -190,12 +191,18 @@ def convert(
 
     Raises:
         ValueError: A layer does not divide, the model has no known layer or has experts already, its class cannot be
-            saved with experts, or calibration is missing.
+            saved with experts, calibration is missing, or an adapter changes a feed-forward layer.
     """
     config = MoEConfig.from_layout(config) if isinstance(config, str) else config or MoEConfig()
     if isinstance(model, ModelMixin) and type(model) not in _CLASSES and not expert_layers(model):
         known = ", ".join(sorted(cls.__name__ for cls in _CLASSES))
         raise ValueError(f"{type(model).__name__} cannot be converted: known are {known}.")
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "base_layer") and "attn" not in name]
+    if adapted:
+        raise ValueError(
+            f"{type(model).__name__} has an adapter (LoRA) on {adapted[0]} and {len(adapted) - 1} more modules whose "
+            f"weights become experts: merge it first, pipe.fuse_lora() and pipe.unload_lora_weights()."
+        )
     converted = copy.deepcopy(model)
     report = to_experts(converted, config, calibration, loss)
     if isinstance(converted, ModelMixin):

@@ -1,0 +1,276 @@
+"""Steps, branches of guidance and times are told right in diffusers' own pipelines, however they call the denoiser."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pipelines
+import pytest
+import torch
+from diffusers import DDIMScheduler, FasterCacheConfig, FlowMatchHeunDiscreteScheduler, PyramidAttentionBroadcastConfig
+from diffusers.hooks.hooks import CacheContext, _set_cache_context
+from hooked import Count, assert_clean, class_pipeline, generate
+from pipelines import Subject
+from torch import Tensor, nn
+
+import zoo
+from zoo import BACConfig, CGTaylorConfig, TaylorSeerConfig
+from zoo.diffusion.blocks import attention_modules
+
+EVERYTHING = 1e6
+STEPS = 8
+SUBJECTS: dict[str, Callable[[], Subject]] = {
+    "chroma": pipelines.chroma_text_to_image,
+    "flux": pipelines.flux_text_to_image,
+    "flux_image": pipelines.flux_image_to_image,
+    "flux_kontext": pipelines.flux_kontext,
+    "hunyuan_video": pipelines.hunyuan_video_text_to_video,
+    "ltx_image": pipelines.ltx_image_to_video,
+    "lumina2": pipelines.lumina2_text_to_image,
+    "qwen": pipelines.qwen_text_to_image,
+    "sd3": pipelines.sd3_text_to_image,
+    "wan": pipelines.wan_text_to_video,
+}
+TWO_BRANCHES = {
+    "chroma": ("default", "default 2"),
+    "flux": ("cond", "uncond"),
+    "flux_image": ("default", "default 2"),
+    "flux_kontext": ("default", "default 2"),
+    "lumina2": ("default", "default 2"),
+    "qwen": ("cond", "uncond"),
+    "wan": ("cond", "uncond"),
+}
+
+
+@contextmanager
+def told_contexts(model: nn.Module) -> Iterator[None]:
+    """Enter contexts of two names in turns, as a pipeline with two calls a step should."""
+    calls: list[None] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        calls.append(None)
+        _set_cache_context(model, CacheContext(f"branch {len(calls) % 2}"))
+
+    handle = model.register_forward_pre_hook(enter, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+        _set_cache_context(model, None)
+
+
+def units_of(pipe: Any, index: int = 0) -> dict[tuple[str, str], tuple[int, ...]]:
+    return {(unit.context, unit.unit): unit.computed for unit in zoo.cache_summary(pipe).denoisers[index].units}
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_every_pipeline(name: str) -> None:
+    """Threshold 0 and interval 1 change nothing; each branch is counted on its own; again gives the same."""
+    pipe, run = SUBJECTS[name]()
+    steps = 6 if name == "flux_image" else STEPS
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        expected = run(STEPS)
+        for exact in (CGTaylorConfig(threshold=0), TaylorSeerConfig(interval=1)):
+            with zoo.cached(pipe, exact):
+                assert torch.equal(run(STEPS), expected)
+        zoo.enable_cache(pipe, CGTaylorConfig(threshold=EVERYTHING))
+        first = run(STEPS)
+        assert torch.equal(run(STEPS), first)
+    assert not torch.equal(first, expected)
+    branches = TWO_BRANCHES.get(name) or tuple({context for context, _ in units_of(pipe)})
+    assert zoo.cache_summary(pipe).denoisers[0].calls == dict.fromkeys(branches, steps)
+    assert {units_of(pipe)[branch, "other blocks"] for branch in branches} == {(0, 1, 2, steps - 1)}
+    zoo.disable_cache(pipe)
+    assert_clean(pipe.transformer)
+    assert torch.equal(run(STEPS), expected)
+
+
+@pytest.mark.parametrize("name", ["chroma", "flux_image", "flux_kontext", "lumina2"])
+def test_branches_without_contexts_do_not_mix(name: str) -> None:
+    """A pipeline that enters no contexts gets what it would get with them."""
+    pipe, run = SUBJECTS[name]()
+    for config in (TaylorSeerConfig(interval=3), CGTaylorConfig(threshold=0.2)):
+        with told_contexts(pipe.transformer), zoo.cached(pipe, config):
+            expected = run(STEPS)
+        with zoo.cached(pipe, config):
+            assert torch.equal(run(STEPS), expected)
+            assert zoo.cache_summary(pipe).denoisers[0].skipping_calls["default 2"] > 0
+
+
+@pytest.mark.parametrize("name", ["flux_image", "lumina2", "wan"])
+def test_calibration(name: str) -> None:
+    """The schedule has a step for each step, and the run that it is for gets along with it."""
+    pipe, run = SUBJECTS[name]()
+    steps = 6 if name == "flux_image" else STEPS
+    config = zoo.calibrate_cache(pipe, BACConfig(updates=3), lambda: run(STEPS))
+    assert (config.schedule.num_steps, len(config.schedule.timesteps)) == (steps, steps)
+    with zoo.cached(pipe, config):
+        run(STEPS)
+        calls = zoo.cache_summary(pipe).denoisers[0]
+        assert calls.calls == dict.fromkeys(TWO_BRANCHES[name], steps)
+        assert 0 < calls.computed_share < 1
+
+
+def test_guidance_of_skipped_layers() -> None:
+    """Stable Diffusion 3 calls its transformer again, with half of the batch, at some of the steps."""
+    pipe, run = SUBJECTS["sd3"]()
+    arguments = dict(skip_guidance_layers=[1], skip_layer_guidance_start=0.2, skip_layer_guidance_stop=0.9)
+    expected = run(12, **arguments)
+    with zoo.cached(pipe, TaylorSeerConfig(interval=1)):
+        assert torch.equal(run(12, **arguments), expected)
+    with zoo.cached(pipe, TaylorSeerConfig(interval=3)):
+        run(12, **arguments)
+        calls = zoo.cache_summary(pipe).denoisers[0].calls
+        assert calls["default"] == 12
+        assert 0 < calls["default 2"] < 12
+        units = units_of(pipe)
+    late = [steps for (context, unit), steps in units.items() if context == "default 2"]
+    assert all(steps[1] == steps[0] + 1 for steps in late)  # as many full steps as a line needs
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen", "ltx_image", "flux_image"])
+def test_pyramid_attention_broadcast(name: str) -> None:
+    """The time of a step is the scheduler's, also where the model is given t / 1000, or 0 for its first frame."""
+    pipe, run = SUBJECTS[name]()
+    count = Count(pipe.transformer.get_submodule(attention_modules(pipe.transformer)[0]))
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_block_identifiers=("transformer_blocks", "single_transformer_blocks"),
+    )
+    run(12)
+    uncached, count.calls = count.calls, 0
+    zoo.enable_cache(pipe, config)
+    first = run(12)
+    skipping = uncached - count.calls
+    in_range = sum(100 < timestep < 800 for timestep in pipe.scheduler.timesteps.tolist())
+    branches = 2 if name in TWO_BRANCHES else 1
+    assert branches * (in_range // 2 - 1) <= skipping <= branches * (in_range // 2 + 1)
+    assert torch.equal(run(12), first)
+    if branches == 2:
+        with told_contexts(pipe.transformer):
+            assert torch.equal(run(12), first)
+
+
+@pytest.mark.parametrize("name", ["flux", "flux_image"])
+def test_faster_cache(name: str) -> None:
+    """It computes the first step of a run, whatever its time."""
+    pipe, run = SUBJECTS[name]()
+    config = FasterCacheConfig(
+        spatial_attention_block_skip_range=2, attention_weight_callback=lambda module: 0.5, tensor_format="BFCHW",
+        is_guidance_distilled=True,
+    )  # fmt: skip
+    expected = run(12)
+    with zoo.cached(pipe, config):
+        first = run(12)
+        assert first.isfinite().all()
+        assert not torch.equal(first, expected)
+        assert torch.equal(run(12), first)
+
+
+def test_two_transformers_share_a_schedule() -> None:
+    """Wan 2.2: each transformer has warm-up, last step and calibration of its own steps."""
+    pipe, run = pipelines.wan_text_to_video(two=True)
+    expected = run(12)
+    with zoo.cached(pipe, CGTaylorConfig(threshold=0)):
+        assert torch.equal(run(12), expected)
+    with warnings.catch_warnings(), zoo.cached(pipe, CGTaylorConfig(threshold=EVERYTHING, warmup_steps=2)):
+        warnings.simplefilter("error", UserWarning)
+        run(12)
+        first, second = zoo.cache_summary(pipe).denoisers
+        steps = first.calls["cond"], second.calls["cond"]
+        assert sum(steps) == 12
+        for index, count in enumerate(steps):
+            assert units_of(pipe, index)["uncond", "other blocks"] == (0, 1, count - 1)
+    configs = [
+        zoo.calibrate_cache(model, BACConfig(updates=3), lambda: run(12))
+        for model in (pipe.transformer, pipe.transformer_2)
+    ]
+    assert tuple(config.schedule.num_steps for config in configs) == steps
+    zoo.enable_cache(pipe.transformer, configs[0])
+    zoo.enable_cache(pipe.transformer_2, configs[1])
+    run(12)
+    with pytest.raises(ValueError, match=f"is for {steps[0]} steps, this run has"):
+        run(9)
+    zoo.disable_cache(pipe)
+    with zoo.cached(pipe, CGTaylorConfig(threshold=EVERYTHING, warmup_steps=1)):
+        run(12, guidance_scale_2=1.0)
+        assert set(zoo.cache_summary(pipe).denoisers[1].calls) == {"cond"}
+
+
+def stop_at(step: int) -> Callable[..., dict[str, Any]]:
+    def callback(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if index == step:
+            raise KeyboardInterrupt
+        return {}
+
+    return callback
+
+
+def test_pipelines_that_share_a_transformer() -> None:
+    """With schedulers of their own: nothing of an aborted run of one reaches the other, whichever the cache knows."""
+    model = pipelines.flux_transformer()
+    (text, from_text), (image, from_image) = (
+        pipelines.flux_text_to_image(model),
+        pipelines.flux_image_to_image(model),
+    )
+    runs = (from_text, from_image)
+    config = CGTaylorConfig(threshold=0.2)
+    expected: list[Tensor] = []
+    for pipe, run in ((text, from_text), (image, from_image)):
+        with zoo.cached(pipe, config):
+            expected.append(run(STEPS))
+    for holder in (text, model):
+        with zoo.cached(holder, config):
+            for aborted in runs:
+                for run, right in zip(runs, expected, strict=True):
+                    with pytest.raises(KeyboardInterrupt):
+                        aborted(STEPS, callback_on_step_end=stop_at(3))
+                    assert torch.equal(run(STEPS), right)
+
+
+def test_interrupted_run() -> None:
+    pipe, run = SUBJECTS["flux"]()
+
+    def interrupt(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = index == 3
+        return {}
+
+    with zoo.cached(pipe, CGTaylorConfig(threshold=0.2)):
+        expected = run(STEPS)
+        run(STEPS, callback_on_step_end=interrupt)
+        assert torch.equal(run(STEPS), expected)
+
+
+def test_schedulers_of_second_order() -> None:
+    """A timestep that comes twice is two steps, and two branches are still two."""
+    for build in (pipelines.lumina2_text_to_image, pipelines.flux_text_to_image):
+        pipe, run = build()
+        pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+        try:
+            expected = run(6)
+        except (TypeError, ValueError):  # the pipeline gives its scheduler sigmas, which this one does not take
+            continue
+        with zoo.cached(pipe, TaylorSeerConfig(interval=1)):
+            assert torch.equal(run(6), expected)
+            assert set(zoo.cache_summary(pipe).denoisers[0].calls.values()) == {len(pipe.scheduler.timesteps)}
+
+
+def test_guidance_switched_off_in_mid_run() -> None:
+    """A batch that shrinks to half: what is stored is dropped, the steps are counted on."""
+    pipe = class_pipeline("dit")
+    assert isinstance(pipe.scheduler, DDIMScheduler)
+    model = pipe.transformer
+    sample, labels = torch.randn(4, 4, 8, 8), torch.tensor([0, 1, 1000, 1000])
+    with zoo.cached(model, TaylorSeerConfig(interval=4)), torch.no_grad():
+        for step in range(12):
+            batch = 4 if step < 6 else 2
+            times = torch.full((batch,), 900 - 50 * step)
+            model(sample[:batch] + step, timestep=times, class_labels=labels[:batch])
+        summary = zoo.cache_summary(model).denoisers[0]
+        assert summary.calls == {"default": 12}
+        assert set(units_of(model).values()) == {(0, 1, 2, 6, 7, 10)}
+    assert generate(pipe).isfinite().all()
