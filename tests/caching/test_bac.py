@@ -15,8 +15,9 @@ from hooked import Count, abort_after, assert_clean, class_pipeline, generate
 from torch import nn
 
 import zoo
-from zoo.caching.bac import BACConfig, calibrate, uniform_schedule
+from zoo.caching.bac import BACConfig, uniform_schedule
 from zoo.caching.blocks import model_units
+from zoo.caching.calibration import calibrate
 from zoo.caching.schedules import BACSchedule, anchor_steps, block_error, similarity
 
 STEPS = 6

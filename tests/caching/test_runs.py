@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
+from denoisers import denoise, dit, pixel_dit
+from diffusers import FirstBlockCacheConfig
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
+from hooked import assert_clean, class_pipeline, generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import zoo
-from zoo import TaylorSeerConfig
+from zoo import CGTaylorConfig, TaylorSeerConfig
 from zoo.caching import BlockList, ModelBlocks, register_blocks
 from zoo.caching.taylorseer import is_full_step
 
@@ -174,3 +180,213 @@ def test_any_sequence_of_calls(contexts: bool) -> None:
             play(model, original, plan, contexts, seed)
 
     check()
+
+
+def images(batch: int = 2, step: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return noisy images of a step, and the other arguments."""
+    noise = torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+    return noise, {"timestep": torch.full((batch,), 900.0 - 50 * step), "class_labels": torch.arange(batch)}
+
+
+@pytest.mark.parametrize(
+    "config", [CGTaylorConfig(threshold=1e6, warmup_steps=1), FirstBlockCacheConfig(threshold=1e6)]
+)
+def test_training_computes_in_full(config: Any) -> None:
+    """With a cache on, in training mode, also under gradient checkpointing: every call, and every gradient."""
+    model = pixel_dit()
+    plain = copy.deepcopy(model)
+    plain.train()
+    zoo.enable_cache(model, config)
+    with torch.no_grad():
+        for step in range(3):
+            sample, inputs = images(step=step)
+            model(sample, **inputs)
+    model.train()
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+            plain.enable_gradient_checkpointing()
+        for step in range(3):
+            sample, inputs = images(step=step)
+            torch.manual_seed(0)  # labels are dropped at random
+            found = model(sample, **inputs).sample
+            torch.manual_seed(0)
+            expected = plain(sample, **inputs).sample
+            assert torch.equal(found, expected)
+            model.zero_grad()
+            plain.zero_grad()
+            found.square().sum().backward()
+            expected.square().sum().backward()
+            for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+                assert (ours.grad is None and theirs.grad is None) or torch.equal(ours.grad, theirs.grad)
+    model.eval()
+    with torch.no_grad():
+        sample, inputs = images()
+        assert torch.equal(model(sample, **inputs).sample, plain.eval()(sample, **inputs).sample)
+
+
+@pytest.mark.parametrize("build", [pixel_dit, dit])
+@pytest.mark.parametrize("config", [CGTaylorConfig(), FirstBlockCacheConfig()])
+def test_the_models_own_disable_cache(build: Any, config: Any) -> None:
+    model = build()
+    zoo.enable_cache(model, config)
+    model.disable_cache()
+    assert_clean(model)
+    assert "disable_cache" not in model.__dict__
+    zoo.enable_cache(model, config)
+    zoo.disable_cache(model)
+    assert_clean(model)
+    pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("config", [CGTaylorConfig(), TaylorSeerConfig(), FirstBlockCacheConfig()])
+def test_copies_are_refused(config: Any, tmp_path: Any) -> None:
+    """A copy's hooks would run the weights of the original: one line says so, however the copy is made."""
+    model = pixel_dit()
+    zoo.enable_cache(model, config)
+    for copied in (
+        lambda: copy.deepcopy(model),
+        lambda: copy.deepcopy(model.transformer_blocks),
+        lambda: pickle.dumps(model),
+        lambda: torch.save(model, tmp_path / "model.pt"),
+        lambda: copy.copy(model)(images()[0], **images()[1]),  # as DataParallel makes its replicas
+        lambda: torch.optim.swa_utils.AveragedModel(model),
+    ):
+        with pytest.raises(RuntimeError, match=r"cannot be copied or pickled: call zoo.disable_cache first\.$"):
+            copied()
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    alone = torch.nn.DataParallel(model, device_ids=None)
+    assert torch.isfinite(alone(images()[0], **images()[1]).sample).all()
+
+
+def test_two_threads_are_refused() -> None:
+    """At the same time or in turns within runs: either a thread's result is right, or it is told."""
+    pipe = class_pipeline()
+    with zoo.cached(pipe, TaylorSeerConfig(interval=3)):
+        expected = generate(pipe)
+    model = pipe.transformer
+    zoo.enable_cache(model, TaylorSeerConfig(interval=3))
+    found: dict[int, Tensor | str] = {}
+    turns = threading.Barrier(2)
+
+    def work(number: int) -> None:
+        try:
+            turns.wait()
+            found[number] = denoise(model, contexts=("cond",))
+        except RuntimeError as error:
+            found[number] = str(error)
+
+    expected_alone = denoise(model, contexts=("cond",))
+    for _ in range(5):
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for result in found.values():
+            if isinstance(result, str):
+                assert result.startswith("Two threads run one PixelDiT with a cache at the same time: give each")
+            else:
+                assert torch.equal(result, expected_alone)
+        zoo.reset_cache(model)
+    assert torch.equal(generate(pipe), expected)  # one after the other is no fault
+    thread = threading.Thread(target=lambda: found.update({2: generate(pipe)}))
+    thread.start()
+    thread.join()
+    assert torch.equal(found[2], expected)  # type: ignore[arg-type]
+
+
+def test_threads_in_turns() -> None:
+    """A thread whose run another one has taken over is told at its next step, and may begin anew."""
+    model = pixel_dit()
+    zoo.enable_cache(model, TaylorSeerConfig(interval=3))
+    first, second = threading.Event(), threading.Event()
+    said: list[str] = []
+
+    def other() -> None:
+        with torch.no_grad():
+            first.wait(30)
+            sample, inputs = images(step=0)
+            model(sample + 1, **inputs)
+            second.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with torch.no_grad():
+        for step in range(3):
+            sample, inputs = images(step=step)
+            if step == 2:
+                first.set()
+                second.wait(30)
+                with pytest.raises(RuntimeError, match="Two threads") as info:
+                    model(sample, **inputs)
+                said.append(str(info.value))
+            else:
+                model(sample, **inputs)
+    thread.join()
+    assert said
+    zoo.reset_cache(model)
+    assert denoise(model).isfinite().all()
+
+
+def test_lone_call_of_another_branch_is_computed() -> None:
+    """No contexts, guidance at some steps: a lone call is never taken for a call of the other branch."""
+    model = pixel_dit()
+    plain = copy.deepcopy(model)
+    zoo.enable_cache(model, TaylorSeerConfig(interval=100, warmup_steps=2))
+    labels = {"cond": torch.tensor([0, 1]), "uncond": torch.tensor([4, 4])}
+    with torch.no_grad():
+        for step, branches in enumerate([["cond"], ["cond"], ["uncond"], ["uncond", "cond"], ["cond"], ["uncond"]]):
+            for name in branches:
+                sample, inputs = images(step=step)
+                found = model(sample, **{**inputs, "class_labels": labels[name].clone()}).sample
+                right = plain(sample, **{**inputs, "class_labels": labels[name]}).sample
+                assert torch.equal(found, right) == (step < 2 or (name == "uncond" and step in (2, 3)))
+    assert zoo.cache_summary(model).denoisers[0].calls == {"default": 4, "default 2": 3}
+
+
+def test_conditioning_that_always_changes() -> None:
+    """Nothing can be reused, which is said once."""
+    model = pixel_dit()
+    zoo.enable_cache(model, TaylorSeerConfig(interval=100, warmup_steps=1))
+
+    @torch.no_grad()
+    def run() -> None:
+        for step in range(12):
+            sample, inputs = images(step=step)
+            model(sample, **{**inputs, "class_labels": torch.full((2,), step % 5)})
+            assert len(model._zoo_cache.run.states[0]._state_cache) <= 3
+
+    with pytest.warns(UserWarning, match="changes from step to step"):
+        run()
+
+
+def test_time_is_that_of_the_noisiest_token() -> None:
+    """Also as a share of the training timesteps, and of a frame that has none."""
+    model = pixel_dit()
+    zoo.enable_cache(model, CGTaylorConfig())
+    run = model._zoo_cache.run
+    sample, inputs = images()
+    with torch.no_grad():
+        model(sample, **{**inputs, "timestep": torch.tensor([0.0, 640.0])})
+        assert run.current_timestep() == 640
+        zoo.reset_cache(model)
+        model(sample, **{**inputs, "timestep": torch.tensor([0.64, 0.64])})
+        assert run.current_timestep() == pytest.approx(640)
+
+
+@pytest.mark.parametrize("order", [("cond", "uncond"), ("uncond", "cond")])
+def test_index_of_the_last_step_in_two_contexts(order: tuple[str, str]) -> None:
+    """The second context of the last step is of the same run, and no third one."""
+    model = pixel_dit()
+    zoo.enable_cache(model, CGTaylorConfig(threshold=1e6))
+    with torch.no_grad():
+        for _ in range(2):
+            for step in range(6):
+                sample, inputs = images(step=step)
+                for name in order:
+                    with model.cache_context(name, step_index=step, num_inference_steps=6):
+                        model(sample, **inputs)
+            found = zoo.cache_summary(model).denoisers[0]
+            assert found.calls == {"cond": 6, "uncond": 6}
+            assert {unit.computed for unit in found.units if "other" in unit.unit} == {(0, 1, 2, 5)}

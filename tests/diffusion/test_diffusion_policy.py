@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from denoisers import denoise, diffusion_policy
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, FirstBlockCacheConfig
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FirstBlockCacheConfig,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -240,6 +247,19 @@ def test_plans_what_the_denoiser_knows(cls: type) -> None:
     assert (found.prediction - expected).abs().max() < 0.02
     assert torch.equal(found.actions, found.prediction[:, 1:5])
     torch.testing.assert_close(oracle.seen[0], torch.tensor([[[-1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]]))
+
+
+@pytest.mark.parametrize("cls", [UniPCMultistepScheduler, HeunDiscreteScheduler])
+def test_schedulers_without_noise_of_their_own(cls: type) -> None:
+    """Their `step` takes no generator; the plan starts from it all the same."""
+    pipe = pipeline()
+    pipe.register_modules(scheduler=cls.from_config(scheduler().config))
+    plans = [
+        pipe(torch.zeros(1, 2, 3), num_inference_steps=3, generator=torch.manual_seed(seed)).prediction
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(plans[0], plans[1])
+    assert not torch.equal(plans[0], plans[2])
 
 
 def test_ranges() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from zoo.moe.losses import balance_loss, feature_loss, feature_weights, record_balance
 from zoo.moe.router import Router
@@ -41,6 +42,25 @@ def test_record() -> None:
     assert [loss.item() for loss in losses] == [balance_loss(logits, index).item() for _, index, logits in results]
     routers[0](x, 2)
     assert len(losses) == 2  # and no hook is left
+
+
+def test_record_under_gradient_checkpointing() -> None:
+    """What the backward pass runs again is not recorded again, and the gradient is the same."""
+    torch.manual_seed(0)
+    router, tokens = Router(6, 4, 1), torch.randn(20, 6)
+    gradients = []
+    for checkpointing in (False, True):
+        router.zero_grad()
+        with record_balance(router) as losses:
+            if checkpointing:
+                _, _, logits = checkpoint(router, tokens, use_reentrant=False)
+            else:
+                _, _, logits = router(tokens)
+            (losses[0] + logits.square().sum()).backward()
+        assert len(losses) == 1
+        gradients.append([parameter.grad.clone() for parameter in router.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
 
 
 def test_feature_weights_give_every_layer_the_size_of_the_output_loss() -> None:

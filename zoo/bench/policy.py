@@ -12,7 +12,8 @@ from diffusers import DDIMScheduler
 import zoo
 from zoo.bench.report import Benchmark, Entry, Goal
 from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
-from zoo.caching.bac import BACConfig, calibrate, uniform_schedule
+from zoo.caching.bac import BACConfig, uniform_schedule
+from zoo.caching.calibration import calibrate
 from zoo.diffusion.diffusion_policy import DiffusionPolicyPipeline
 from zoo.environments import PointTask, PolicyResults, evaluate_policy
 from zoo.environments.evaluation import Environment, first_plans

@@ -1,7 +1,8 @@
 """Caches that save computation between the steps of a diffusion model."""
 
-from zoo.caching.bac import BACConfig, calibrate_cache
+from zoo.caching.bac import BACConfig
 from zoo.caching.blocks import BlockList, ModelBlocks, register_blocks
+from zoo.caching.calibration import calibrate_cache
 from zoo.caching.cg_taylor import CGTaylorConfig
 from zoo.caching.core import cache_summary, cached, disable_cache, enable_cache, reset_cache
 from zoo.caching.saved import SavedSetting

@@ -16,8 +16,8 @@ from diffusers.hooks.hooks import BaseState
 from torch import Tensor, nn
 
 from zoo.caching.blocks import PlacedBlock, block_stack
-from zoo.caching.builtin import is_count, is_threshold, place, require, require_evaluation
 from zoo.caching.hooks import ContextStates, outside_graphs
+from zoo.caching.registry import is_count, is_threshold, place, require, require_evaluation
 from zoo.caching.runs import RunTracker
 from zoo.caching.summary import FIRST_BLOCK, GateError
 from zoo.caching.taylor import TaylorFactors

@@ -14,8 +14,7 @@ from diffusers import CacheMixin, DiffusionPipeline
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
-from zoo.caching import bac, cg_taylor, taylorseer  # noqa: F401  they register their configurations with place
-from zoo.caching.builtin import place
+from zoo.caching import bac, builtin, cg_taylor, taylorseer  # noqa: F401  they register their configurations
 from zoo.caching.hooks import (
     PlacedHook,
     PrivateStates,
@@ -26,6 +25,7 @@ from zoo.caching.hooks import (
     share_contexts,
     tell_contexts,
 )
+from zoo.caching.registry import place
 from zoo.caching.runs import RunTracker
 from zoo.caching.saved import find_setting
 from zoo.caching.summary import CacheSummary, DenoiserSummary

@@ -13,7 +13,8 @@ from typing import Any
 from diffusers import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.hooks import MagCacheConfig, SeaCacheConfig, TaylorSeerCacheConfig, TextKVCacheConfig
 
-from zoo.caching.bac import BACConfig, Calibration, calibrate
+from zoo.caching.bac import BACConfig
+from zoo.caching.calibration import Calibration, calibrate
 from zoo.caching.cg_taylor import CGTaylorConfig
 from zoo.caching.core import cached
 from zoo.caching.taylorseer import TaylorSeerConfig

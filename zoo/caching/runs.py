@@ -317,16 +317,13 @@ class RunTracker:
         if pipeline is None and self._given is not None:
             pipeline = self._given()
         timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
-        fresh = (
-            pipeline is not self._pipeline()
-            or by_pipeline != self._is_called_by_pipeline
-            or (timesteps is not None and timesteps is not self._timesteps)
-        )
+        renewed = timesteps is not None and timesteps is not self._timesteps
+        fresh = pipeline is not self._pipeline() or by_pipeline != self._is_called_by_pipeline or renewed
         place = "run" if fresh or self._last is None else self._place(self._last, inputs, context)
         self._check_thread(timesteps if by_pipeline else None, place == "run")
         if place == "run":
             self._is_called_by_pipeline, self._timesteps = by_pipeline, timesteps
-            self._begin(pipeline, inputs, context)
+            self._begin(pipeline, inputs, context, drives=by_pipeline or renewed)
             return
         assert self._last is not None
         if place == "step":
@@ -397,15 +394,15 @@ class RunTracker:
             return False
         return self.step == 0 or is_repeated(inputs.conditioning, branch.inputs)
 
-    def _begin(self, pipeline: Any, inputs: _Inputs, context: CacheContext) -> None:
-        """Begin a run with its first call."""
+    def _begin(self, pipeline: Any, inputs: _Inputs, context: CacheContext, drives: bool = False) -> None:
+        """Begin a run with its first call; `drives` says that the scheduler is known to be its own."""
         self.forget()
         self.on_new_run()
         self._pipeline = (lambda: None) if pipeline is None else weakref.ref(pipeline)
         model = self._model()
         if pipeline is not None and model is not None and self._timesteps is not None:
             schedule = _Schedule(pipeline, model)
-            if schedule.begin(inputs.time) or self._is_called_by_pipeline:
+            if schedule.begin(inputs.time) or drives:
                 self._schedule = schedule
         self.step, self._first_time, self._first_index = 0, inputs.time, context.step_index
         self.num_steps = len(self.own_timesteps) or None

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import constants
 from torch import Tensor, nn
 
-from zoo.caching.builtin import place
+from zoo.caching.registry import place
 from zoo.caching.schedules import BACSchedule, keyed_name
 from zoo.files import whole
 from zoo.weights import cards_dir

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from zoo.caching.blocks import model_units
-from zoo.caching.builtin import is_count, place, require, require_evaluation
+from zoo.caching.registry import is_count, place, require, require_evaluation
 from zoo.caching.runs import RunTracker
 from zoo.caching.units import Turn, place_units
 from zoo.diffusion.blocks import as_patterns
