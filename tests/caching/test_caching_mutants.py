@@ -11,7 +11,8 @@ from denoisers import pixel_dit
 from torch import Tensor
 
 import zoo
-from zoo.caching.bac import BACConfig, calibrate
+from zoo.caching.bac import BACConfig
+from zoo.caching.calibration import calibrate
 from zoo.caching.cg_taylor import CGTaylorConfig
 from zoo.caching.runs import RunTracker
 from zoo.caching.schedules import BACSchedule, block_error, bubbling_union, similarity, uniform_steps
@@ -181,11 +182,11 @@ class Pipe:
         (100.0, None, 4),
         (600.0, None, 0),
         (500.0, 3, 3),
-        (0.5, None, 0),
+        (0.5, None, 2),  # a share of the training timesteps
     ],
 )
 def test_the_start_is_found_among_the_timesteps(first: float, begin: int | None, start: int) -> None:
-    """By the scheduler's own word, else by the first timestep where one is as near as rounding explains."""
+    """By the scheduler's own word, else by the timestep that is as near as rounding explains."""
     pipe: Any = Pipe(Scheduler(begin))
     model = pixel_dit()
     tracker = RunTracker(model, pipe)

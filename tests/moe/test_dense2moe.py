@@ -218,6 +218,17 @@ def test_lora_on_attention() -> None:
     assert torch.isfinite(call(moe, torch.float32)).all()
 
 
+@pytest.mark.parametrize("target", ["net.2", "proj_mlp"])
+def test_lora_on_feed_forward_is_refused(target: str) -> None:
+    """Its weights would not be among the experts."""
+    peft = pytest.importorskip("peft")
+    model = flux()
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=[target]))
+    with pytest.raises(ValueError, match=r"has an adapter \(LoRA\) on .* merge it first") as info:
+        convert(model, MoEConfig(experts=2, top_k=1, scores="random"))
+    assert "\n" not in str(info.value)
+
+
 def test_compile_has_no_data_dependent_break() -> None:
     _, moe = converted("dit", top_k=2)
     compiled = torch.compile(moe, backend="eager", fullgraph=True)

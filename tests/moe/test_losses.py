@@ -47,15 +47,15 @@ def test_record() -> None:
 def test_record_under_gradient_checkpointing() -> None:
     """What the backward pass runs again is not recorded again, and the gradient is the same."""
     torch.manual_seed(0)
-    router, tokens = Router(6, 4, 1), torch.randn(20, 6)
+    router, tokens = Router(6, 4), torch.randn(20, 6)
     gradients = []
     for checkpointing in (False, True):
         router.zero_grad()
         with record_balance(router) as losses:
             if checkpointing:
-                _, _, logits = checkpoint(router, tokens, use_reentrant=False)
+                _, _, logits = checkpoint(router, tokens, 1, use_reentrant=False)
             else:
-                _, _, logits = router(tokens)
+                _, _, logits = router(tokens, 1)
             (losses[0] + logits.square().sum()).backward()
         assert len(losses) == 1
         gradients.append([parameter.grad.clone() for parameter in router.parameters()])

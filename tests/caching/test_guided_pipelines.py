@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pipelines
 import pytest
+import tiny_pipelines as pipelines
 import torch
 from diffusers import DDIMScheduler, FasterCacheConfig, FlowMatchHeunDiscreteScheduler, PyramidAttentionBroadcastConfig
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from hooked import Count, assert_clean, class_pipeline, generate
-from pipelines import Subject
+from tiny_pipelines import Subject
 from torch import Tensor, nn
 
 import zoo
