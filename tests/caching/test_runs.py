@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo import CGTaylorConfig, TaylorSeerConfig
-from zoo.caching import BlockList, ModelBlocks, register_blocks
+from zoo.caching import BlockList, ModelBlocks, register_blocks, reset_cache
 from zoo.caching.taylorseer import is_full_step
 
 WIDTH = 3
@@ -175,7 +175,7 @@ def test_any_sequence_of_calls(contexts: bool) -> None:
     @given(st.lists(plans(contexts), min_size=1, max_size=3))
     @torch.no_grad()
     def check(runs: list[Plan]) -> None:
-        zoo.reset_cache(model)
+        reset_cache(model)
         for seed, plan in enumerate(runs):
             play(model, original, plan, contexts, seed)
 
@@ -288,7 +288,7 @@ def test_two_threads_are_refused() -> None:
                 assert result.startswith("Two threads run one PixelDiT with a cache at the same time: give each")
             else:
                 assert torch.equal(result, expected_alone)
-        zoo.reset_cache(model)
+        reset_cache(model)
     assert torch.equal(generate(pipe), expected)  # one after the other is no fault
     thread = threading.Thread(target=lambda: found.update({2: generate(pipe)}))
     thread.start()
@@ -325,7 +325,7 @@ def test_threads_in_turns() -> None:
                 model(sample, **inputs)
     thread.join()
     assert said
-    zoo.reset_cache(model)
+    reset_cache(model)
     assert denoise(model).isfinite().all()
 
 
@@ -370,7 +370,7 @@ def test_time_is_that_of_the_noisiest_token() -> None:
     with torch.no_grad():
         model(sample, **{**inputs, "timestep": torch.tensor([0.0, 640.0])})
         assert run.current_timestep() == 640
-        zoo.reset_cache(model)
+        reset_cache(model)
         model(sample, **{**inputs, "timestep": torch.tensor([0.64, 0.64])})
         assert run.current_timestep() == pytest.approx(640)
 

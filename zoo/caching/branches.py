@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ _CHANGING = re.compile(
 )
 
 
+@cache
+def _is_changing(name: str) -> bool:
+    return _CHANGING.search(name) is not None
+
+
 def conditioning(arguments: Mapping[str, Any], sample: str | None) -> Conditioning:
     """Return those arguments of a denoiser that tell one branch from another.
 
@@ -35,7 +41,7 @@ def conditioning(arguments: Mapping[str, Any], sample: str | None) -> Conditioni
     return {
         name: value
         for name, value in arguments.items()
-        if value is not None and name not in (sample, "return_dict") and not _CHANGING.search(name)
+        if value is not None and name not in (sample, "return_dict") and not _is_changing(name)
     }
 
 

@@ -73,9 +73,10 @@ def enable_cache(
     """Let a diffusion model leave out computation that an earlier step has done.
 
     Works on models with and without diffusers' `CacheMixin`, and whether or not their pipeline enters a
-    `cache_context`. A pipeline that calls its denoiser more than once a step must do so in contexts of different names;
-    without contexts, one call a step is taken for granted. What is stored is dropped at the start of each run, also
-    after a run that was aborted.
+    `cache_context`. Where it enters none and calls its denoiser more than once a step, the branches of guidance are
+    told apart by what they are conditioned on; a call that fits none of them is computed in full. What is stored is
+    dropped at the start of each run, also after a run that was aborted, and whichever pipeline makes it. In training
+    mode everything is computed. Two threads in one model at the same time are refused.
 
     Compile and offload first, enable the cache second. Disable it before copying or pickling the model, which is
     refused otherwise.
