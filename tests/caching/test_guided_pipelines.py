@@ -10,9 +10,17 @@ from typing import Any
 import pytest
 import tiny_pipelines as pipelines
 import torch
-from diffusers import DDIMScheduler, FasterCacheConfig, FlowMatchHeunDiscreteScheduler, PyramidAttentionBroadcastConfig
+from diffusers import (
+    DDIMScheduler,
+    FasterCacheConfig,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    PNDMScheduler,
+    PyramidAttentionBroadcastConfig,
+    UniPCMultistepScheduler,
+)
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
-from hooked import Count, assert_clean, class_pipeline, generate
+from hooked import Count, abort_after, assert_clean, class_pipeline, generate
 from tiny_pipelines import Subject
 from torch import Tensor, nn
 
@@ -245,18 +253,21 @@ def test_interrupted_run() -> None:
         assert torch.equal(run(STEPS), expected)
 
 
-def test_schedulers_of_second_order() -> None:
-    """A timestep that comes twice is two steps, and two branches are still two."""
-    for build in (pipelines.lumina2_text_to_image, pipelines.flux_text_to_image):
-        pipe, run = build()
-        pipe.scheduler = FlowMatchHeunDiscreteScheduler()
-        try:
-            expected = run(6)
-        except (TypeError, ValueError):  # the pipeline gives its scheduler sigmas, which this one does not take
-            continue
-        with zoo.cached(pipe, TaylorSeerConfig(interval=1)):
-            assert torch.equal(run(6), expected)
-            assert set(zoo.cache_summary(pipe).denoisers[0].calls.values()) == {len(pipe.scheduler.timesteps)}
+@pytest.mark.parametrize("cls", [HeunDiscreteScheduler, KDPM2DiscreteScheduler, UniPCMultistepScheduler, PNDMScheduler])
+def test_schedulers_of_second_order(cls: type) -> None:
+    """A timestep that comes twice is two steps, of which the last is known."""
+    pipe = class_pipeline()
+    pipe.scheduler = cls.from_config(pipe.scheduler.config)
+    expected = generate(pipe)
+    with zoo.cached(pipe, TaylorSeerConfig(interval=1)):
+        assert torch.equal(generate(pipe), expected)
+    with zoo.cached(pipe, CGTaylorConfig(threshold=EVERYTHING)):
+        first = generate(pipe)
+        calls = len(pipe.scheduler.timesteps)
+        assert zoo.cache_summary(pipe).denoisers[0].calls == {"cond_uncond": calls}
+        assert units_of(pipe)["cond_uncond", "other blocks"] == (0, 1, 2, calls - 1)
+        abort_after(pipe, 4)
+        assert torch.equal(generate(pipe), first)
 
 
 def test_guidance_switched_off_in_mid_run() -> None:

@@ -171,7 +171,7 @@ def test_any_sequence_of_calls(contexts: bool) -> None:
     model = copy.deepcopy(original)
     zoo.enable_cache(model, TaylorSeerConfig(**SCHEDULE))
 
-    @settings(max_examples=10, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=40, deadline=None, database=None, derandomize=True)
     @given(st.lists(plans(contexts), min_size=1, max_size=3))
     @torch.no_grad()
     def check(runs: list[Plan]) -> None:

@@ -43,10 +43,9 @@ class _Inputs:
 
     def __init__(self, names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        time_name = next(filter(_is_time, arguments), None)
-        sample = next(
-            (name for name in (*names, *arguments) if name != time_name and _has_tensor(arguments.get(name))), None
-        )
+        given = [name for name in (*names, *kwargs) if arguments.get(name) is not None]
+        time_name = next(filter(_is_time, given), None)
+        sample = next((name for name in given if name != time_name and _has_tensor(arguments[name])), None)
         self._given_time: Any = arguments.get(time_name or "")
         self._time: float | None = None
         self._timed = False
@@ -170,6 +169,7 @@ class RunTracker:
         self._pipeline: Callable[[], Any] = lambda: None
         self._schedule: _Schedule | None = None
         self._is_called_by_pipeline = False
+        self._trained = False
         self._branches: dict[str, Branches] = {}
         self._first_time: float | None = None
         self._direction = 0.0
@@ -255,7 +255,7 @@ class RunTracker:
         inputs = _Inputs(self._names, args, kwargs)
         context = self.states[0].context if self.states else DEFAULT_CONTEXT
         if module.training:
-            self._is_called_by_pipeline = False
+            self._is_called_by_pipeline, self._trained = False, True
             self._begin(None, inputs, context)
         else:
             self._follow(_find_pipeline(), inputs, context)
@@ -324,11 +324,12 @@ class RunTracker:
             pipeline = self._given()
         timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
         renewed = timesteps is not None and timesteps is not self._timesteps
-        fresh = pipeline is not self._pipeline() or by_pipeline != self._is_called_by_pipeline or renewed
+        fresh = renewed or self._trained or pipeline is not self._pipeline()
+        fresh = fresh or by_pipeline != self._is_called_by_pipeline
         place = "run" if fresh or self._last is None else self._place(self._last, inputs, context)
         self._check_thread(timesteps if by_pipeline else None, place == "run")
         if place == "run":
-            self._is_called_by_pipeline, self._timesteps = by_pipeline, timesteps
+            self._is_called_by_pipeline, self._timesteps, self._trained = by_pipeline, timesteps, False
             self._begin(pipeline, inputs, context, drives=by_pipeline or renewed)
             return
         assert self._last is not None
