@@ -125,13 +125,15 @@ def plans(draw: st.DrawFn, contexts: bool) -> Plan:
             chosen = draw(st.sets(st.sampled_from(["cond", "uncond", "skip"]), min_size=1))
         else:
             chosen = {"cond"} | draw(st.sets(st.sampled_from(["uncond"])))
-        steps.append(draw(st.permutations(sorted(chosen))))
+        # where timesteps come twice, only a branch that comes again tells the second time from the first
+        steps.append(sorted(chosen) if repeated else draw(st.permutations(sorted(chosen))))
     stop = None
     if draw(st.booleans()):
         at = draw(st.integers(0, count - 1))
         stop = at, draw(st.integers(1, len(steps[at])))
     batches = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
-    return Plan(steps, repeated, stop, batches, draw(st.integers(0, count)), draw(st.booleans()))
+    change = draw(st.integers(0, count))
+    return Plan(steps, repeated, stop, batches, change | repeated, draw(st.booleans()))
 
 
 def play(model: BranchedDenoiser, original: BranchedDenoiser, plan: Plan, contexts: bool, seed: int) -> None:

@@ -44,8 +44,9 @@ def test_record() -> None:
     assert len(losses) == 2  # and no hook is left
 
 
-def test_record_under_gradient_checkpointing() -> None:
-    """What the backward pass runs again is not recorded again, and the gradient is the same."""
+@pytest.mark.parametrize("inside", [True, False])
+def test_record_under_gradient_checkpointing(inside: bool) -> None:
+    """What the backward pass runs again, inside the context or after it, is not recorded again."""
     torch.manual_seed(0)
     router, tokens = Router(6, 4), torch.randn(20, 6)
     gradients = []
@@ -56,7 +57,11 @@ def test_record_under_gradient_checkpointing() -> None:
                 _, _, logits = checkpoint(router, tokens, 1, use_reentrant=False)
             else:
                 _, _, logits = router(tokens, 1)
-            (losses[0] + logits.square().sum()).backward()
+            total = losses[0] + logits.square().sum()
+            if inside:
+                total.backward()
+        if not inside:
+            total.backward()
         assert len(losses) == 1
         gradients.append([parameter.grad.clone() for parameter in router.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):

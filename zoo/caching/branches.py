@@ -55,6 +55,7 @@ class Branch:
         form: Shape, type and device of the images of its last call.
         step: Of its last call.
         began: Step at which it began to store.
+        call: All that its last call was given.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Branch:
     form: tuple[Any, ...]
     step: int
     began: int = 0
+    call: Any = None
 
 
 class Branches:

@@ -359,21 +359,29 @@ class RunTracker:
             return "run" if self._has_turned_back(inputs) else "step"
         if alone and self._is_repeated(inputs, context):
             return "run"
-        if inputs.has_same_sample(last):
-            return "same"
-        if alone and inputs.form == last.form:
-            return "run" if inputs.time == self._first_time else "step"
-        branches = self._branches.get(context.name)
-        used = [branch for branch in branches.known if branch.step == self.step] if branches else []
-        if not used or branches is None or branches.find(inputs.conditioning, branches.unused(self.step)):
-            return "same"  # a branch that takes the images in another form
-        if context.name == DEFAULT_CONTEXT.name and not branches.find(inputs.conditioning, used):
+        used = self._find_used(inputs, context)
+        if used is None:
+            # another branch, which may take the images in another form; without contexts they are the same ones
+            other = context.name == DEFAULT_CONTEXT.name and alone and inputs.form == last.form
+            other = other and not inputs.has_same_sample(last)
+            if not other:
+                return "same"
+        elif inputs.has_same_sample(used.call):
             return "same"
         # a branch comes up again with other images: a scheduler of second order, or parts of one large image in turns
-        if alone and inputs.time == self._first_time:
-            return "run"
-        parts = not alone and self._schedule is not None and not self._schedule.repeats(self.step)
+        if alone:
+            return "run" if inputs.time == self._first_time else "step"
+        parts = self._schedule is not None and not self._schedule.repeats(self.step)
         return "same" if parts and inputs.has_same_time(last) else "step"
+
+    def _find_used(self, inputs: _Inputs, context: CacheContext) -> Branch | None:
+        """Return the branch of a call if it was called in this step before, and is no other one of the same inputs."""
+        branches = self._branches.get(context.name)
+        if branches is None or branches.find(inputs.conditioning, branches.unused(self.step)):
+            return None
+        used = [branch for branch in branches.known if branch.step == self.step]
+        found = branches.find(inputs.conditioning, used)
+        return found or (used[-1] if used and context.name != DEFAULT_CONTEXT.name else None)
 
     def _has_scheduler_moved(self) -> bool | None:
         """Return whether the scheduler has made a step since the last call, None where it does not tell."""
@@ -394,14 +402,11 @@ class RunTracker:
 
     def _is_repeated(self, inputs: _Inputs, context: CacheContext) -> bool:
         """Return whether a call repeats one of this step: at the first step, or with the very same arguments."""
-        branches = self._branches.get(context.name)
-        if branches is None or self._last is None or branches.find(inputs.conditioning, branches.unused(self.step)):
+        used = self._find_used(inputs, context)
+        if used is None or not inputs.has_same_sample(used.call):
             return False
-        used = [branch for branch in branches.known if branch.step == self.step]
-        branch = branches.find(inputs.conditioning, used)
-        if branch is None or not inputs.has_same_sample(self._last):
-            return False
-        return self.step == 0 or is_repeated(inputs.conditioning, branch.inputs)
+        at_first = self.step == 0 and self._branches[context.name].find(inputs.conditioning, [used]) is not None
+        return at_first or is_repeated(inputs.conditioning, used.inputs)
 
     def _begin(self, pipeline: Any, inputs: _Inputs, context: CacheContext, drives: bool = False) -> None:
         """Begin a run with its first call; `drives` says that the scheduler is known to be its own."""
@@ -445,7 +450,7 @@ class RunTracker:
                 self._drop(branch)
         if self.begins_branch:
             branch.began = self.step
-        branch.inputs, branch.form, branch.step = inputs.conditioning, inputs.form, self.step
+        branch.inputs, branch.form, branch.step, branch.call = inputs.conditioning, inputs.form, self.step, inputs
         self.branch, self.began = branch.name, branch.began
         self._last, self._index, self._scheduler_step = inputs, context.step_index, self._read_scheduler_step()
 

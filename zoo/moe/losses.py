@@ -53,7 +53,9 @@ def record_balance(model: nn.Module, free_weight: float = 0.75) -> Iterator[list
         scale = None
         if logits.shape[1] > router.experts:
             scale = torch.where(torch.arange(logits.shape[1], device=logits.device) < router.experts, 1.0, free_weight)
-        losses.append(balance_loss(logits, index, scale))
+        # what the loss saves is none of what a checkpoint around the router saves and computes again
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            losses.append(balance_loss(logits, index, scale))
 
     with ExitStack() as hooks:
         for module in model.modules():
