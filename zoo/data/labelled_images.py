@@ -173,9 +173,8 @@ class FolderImages(_Readable, ImageFolder):
         if classes is None:
             for name in self.classes:
                 if name not in used:
-                    raise FileNotFoundError(
-                        f"The class folder {Path(root, name)} holds no picture{_formats(root, name)}"
-                    )
+                    folder = Path(root, name)
+                    raise FileNotFoundError(f"The class folder {folder} holds no picture{_formats(folder)}")
         tell_absent(classes, used, root)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
