@@ -342,7 +342,8 @@ def _config(task: Classification, data: ImageClassification, trainer: Trainer) -
             },
             "data": {
                 "class_path": "zoo.data.images.ImageClassification",
-                "init_args": {key: _listed(getattr(data, key)) for key in _DATA_ARGUMENTS},
+                "init_args": {key: _listed(getattr(data, key)) for key in _DATA_ARGUMENTS}
+                | {"data_dir": Path(data.data_dir).resolve().name},  # where it lies is nobody's business
             },
         }
     )
