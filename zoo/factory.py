@@ -5,12 +5,8 @@ Classifiers and restorers live in timm's registry, denoisers in diffusers folder
 
 from __future__ import annotations
 
-import importlib
 import json
-import pkgutil
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import timm
@@ -18,24 +14,24 @@ from timm.models import get_pretrained_cfg, is_model, split_model_name_tag
 from timm.models._registry import get_arch_pretrained_cfgs
 from torch import nn
 
-import zoo.backbones
-import zoo.restoration
 from zoo import catalog, hub
-from zoo.weights import CheckpointError, cards_dir, load_strict, read_checkpoint, verify_component
+from zoo.loading import (
+    FACTS,
+    build_timm,
+    families,
+    from_record,
+    load_file,
+    load_folder,
+    note_facts,
+    require_architecture,
+)
+from zoo.record import CONFIG_NAME, KEY, RecordError, described, note_build, read_config
+from zoo.sources import WEIGHT_FILES, CheckpointError, Source, find
+from zoo.weights import cards_dir, read_weights, verify_component
 
 __all__ = ["create_model", "create_pipeline", "families", "list_models", "model_info"]
 
-_WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors", ".bin", ".tar")
 _DENOISER_FILE = "diffusion_pytorch_model*.safetensors"  # how diffusers names the weights of its own models
-
-
-def families() -> Iterator[ModuleType]:
-    """Yield the module of every backbone and restorer family."""
-    for package in (zoo.backbones, zoo.restoration):
-        for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-            module = importlib.import_module(info.name)
-            if hasattr(module, "default_cfgs"):  # what else is in the package serves the families
-                yield module
 
 
 def list_models(
@@ -77,102 +73,105 @@ def model_info(name: str) -> dict[str, Any]:
 
 
 def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build a model by name, or load one from a weight file, a diffusers folder or a Hub id.
+    """Build a model by name, or load one from a weight file, a folder, a checkpoint or a Hub id.
+
+    A file or folder brings its own constructor arguments, label names, input size and normalisation: in a record that
+    zoo wrote, in a `config.json` or card beside it, or because it is a published file. Where none of them tells what
+    changes the numbers, the error says which arguments to give.
 
     Args:
         name: Registered name of ours or timm's, with or without weight tag ("repavit_large", "cfsr_x2.bsds"); shipped
-            denoiser ("pixeldit.cifar10"); path of a weight file, whose architecture is recognised; folder of a model
-            card or of `save_pretrained`; Hub id ("org/name", "org/name@revision").
+            denoiser ("pixeldit.cifar10"); weight file or training checkpoint (.safetensors, .ckpt, .pth, .pt, .bin);
+            folder of a model card, of a training or of `save_pretrained`; Hub id ("org/name", "org/name@revision",
+            "hf-hub:org/name").
         pretrained: Load the published weights of a registered name. Files and folders are always loaded.
-        **kwargs: Arguments of the model.
+        **kwargs: Arguments of the model. `num_classes` and `in_chans` other than those of the weights make a new
+            classifier and adapt the first layer, as in timm. Also facts that the record of a user's weights lacks or
+            has wrong: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`, `label_names`; for a file,
+            `architecture`.
 
     Returns:
-        The model, in evaluation mode where weights were loaded.
+        The model, in evaluation mode where weights were loaded. `zoo.record.record_of(model)` says what it is.
 
     Raises:
         ValueError: There is no such model; the message names the nearest.
-        CheckpointError: The weights do not exist, are damaged, or do not fit.
+        TypeError: The model has no such argument; the message names the nearest.
+        CheckpointError: The weights do not exist, are damaged, do not fit, or do not tell what changes the numbers.
     """
-    architecture, tag = split_model_name_tag(name)
-    path = Path(name)
-    if is_model(architecture):
-        try:
-            if tag:
-                get_pretrained_cfg(name)
-        except RuntimeError as error:
-            raise ValueError(_unknown(name)) from error
-        model = timm.create_model(name, pretrained=pretrained, **kwargs)
-        return model.eval() if pretrained else model
-    if path.suffix in _WEIGHT_SUFFIXES and not path.is_dir():
-        return _from_file(path, kwargs)
-    source, separator, target = name.partition(":")
-    if separator and source in ("hf-hub", "local-dir"):
-        return _from_folder(Path(target), kwargs) if source == "local-dir" else _from_hub(target, kwargs)
-    if path.is_dir():
-        return _from_folder(path, kwargs)
-    if "/" in name:
-        return _from_hub(name, kwargs)
-    folder = _denoiser_folder(name)
-    if not pretrained:
-        raise ValueError(f"{name!r} is a published denoiser: create it with pretrained=True, or build its class.")
-    return create_pipeline(str(folder), **kwargs).transformer
+    source = _find(name)
+    if source.kind == "model":
+        return _registered(source, pretrained, kwargs)
+    if source.kind == "pipeline":
+        if source.path is None and not pretrained:
+            raise ValueError(f"{name!r} is a published denoiser: create it with pretrained=True, or build its class.")
+        return create_pipeline(name if source.path is None else str(source.path), **kwargs).transformer
+    if source.kind == "hub":
+        return _from_hub(str(source.repo_id), kwargs)
+    kwargs.pop("cache_dir", None)
+    if source.kind == "folder":
+        return load_folder(source, **kwargs)
+    assert source.path is not None
+    return load_file(source.path, **kwargs)
 
 
-def _unknown(name: str) -> str:
-    """Return the message for a name that is neither ours nor timm's."""
-    architecture, tag = split_model_name_tag(name)
-    if is_model(architecture) and architecture not in catalog.load():
-        tags = ", ".join(get_arch_pretrained_cfgs(architecture)) or "none"
-        return f"timm's {architecture!r} has no weights called {tag!r}; there are: {tags}."
-    return catalog.unknown(name, timm.list_models())
+def _find(name: str) -> Source:
+    """Tell what a name stands for; names that a program registered with timm itself count, too."""
+    try:
+        return find(name)
+    except CheckpointError:
+        raise
+    except ValueError:
+        architecture, tag = split_model_name_tag(name)
+        if not is_model(architecture) or architecture in catalog.load():
+            raise
+        return Source(name=name, kind="model", architecture=architecture, tag=tag, task="classification")
 
 
-def _from_folder(folder: Path, kwargs: dict[str, Any]) -> nn.Module:
-    """Load a folder that holds a timm model (config.json) or a diffusers pipeline (model_index.json)."""
-    if (folder / "model_index.json").is_file():
-        return create_pipeline(str(folder), **kwargs).transformer
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} holds neither config.json (timm) nor model_index.json (diffusers).")
-    return _from_timm(f"local-dir:{folder}", folder / "config.json", kwargs)
+def _registered(source: Source, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """Build a model of timm's registry, with a record of its arguments."""
+    try:
+        if source.tag:
+            get_pretrained_cfg(source.name)
+    except RuntimeError as error:
+        tags = ", ".join(tag.partition(".")[2] for tag in get_arch_pretrained_cfgs(str(source.architecture))) or "none"
+        raise ValueError(f"{source.architecture!r} has no weights called {source.tag!r}; there are: {tags}.") from error
+    facts = {key: kwargs.pop(key) for key in FACTS if key in kwargs}
+    model = build_timm(source.name, pretrained=pretrained, **kwargs)
+    cfg: Any = getattr(model, "pretrained_cfg", None)
+    if not hasattr(model, KEY) and isinstance(cfg, dict) and not kwargs.get("features_only"):
+        note_build(model, described(cfg.get("architecture") or str(source.architecture), cfg, kwargs))
+    note_facts(model, facts)
+    return model.eval() if pretrained else model
 
 
 def _from_hub(repo_id: str, kwargs: dict[str, Any]) -> nn.Module:
     """Load a timm model or the denoiser of a diffusers pipeline from the Hub."""
+    cache_dir = kwargs.pop("cache_dir", None)
     try:
-        config = hub.download(repo_id, "config.json", cache_dir=kwargs.get("cache_dir"))
+        config = hub.download(repo_id, CONFIG_NAME, cache_dir=cache_dir)
     except hub.HubFileMissingError:
-        return create_pipeline(repo_id, **kwargs).transformer
-    return _from_timm(f"hf-hub:{repo_id}", config, kwargs)
-
-
-def _from_timm(name: str, config: Path, kwargs: dict[str, Any]) -> nn.Module:
+        return create_pipeline(repo_id, cache_dir=cache_dir, **kwargs).transformer
     try:
-        architecture = json.loads(config.read_text(encoding="utf-8"))["architecture"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{config} is no config of a timm model: it names no architecture.") from error
-    if not is_model(architecture):
-        raise CheckpointError(f"{config} asks for the architecture {architecture!r}. {_unknown(architecture)}")
-    return timm.create_model(name, pretrained=True, **kwargs).eval()
-
-
-def _from_file(path: Path, kwargs: dict[str, Any]) -> nn.Module:
-    state_dict = read_checkpoint(path)
-    for family in families():
-        found = family.detect(state_dict) if hasattr(family, "detect") else None
-        if found is not None:
-            name, arguments = found
-            model = timm.create_model(name, **{**arguments, **kwargs})
-            load_strict(model, state_dict, family.checkpoint_filter_fn, source=str(path))
-            return model.eval()
-    known = ", ".join(family.__name__.rsplit(".", 1)[-1] for family in families() if hasattr(family, "detect"))
-    raise CheckpointError(f"{path} is of no known architecture; known families are {known}.")
+        record = read_config(config)
+    except RecordError as error:
+        raise CheckpointError(str(error)) from error
+    require_architecture(record, repo_id)
+    for filename in WEIGHT_FILES:
+        try:
+            path = hub.download(repo_id, filename, cache_dir=cache_dir)
+        except hub.HubFileMissingError as error:
+            missing = error
+            continue
+        state_dict, _ = read_weights(path, hub.blob_digest(path))
+        return from_record(record, state_dict, f"{repo_id}/{filename}", **kwargs)
+    raise missing
 
 
 def _denoiser_folder(name: str) -> Path:
     """Return the shipped diffusers folder of `NAME` or `NAME.TAG`."""
     architecture, tag = split_model_name_tag(name)
     if architecture not in catalog.load() or (tag and tag not in catalog.load()[architecture]["weights"]):
-        raise ValueError(_unknown(name))
+        raise ValueError(catalog.unknown(name, timm.list_models()))
     entry = catalog.entry(name)
     if entry["task"] not in catalog.PIPELINE_TASKS:
         raise ValueError(f"{name!r} is a {entry['task']} model, not a diffusion pipeline.")

@@ -36,6 +36,7 @@ __all__ = [
     "RecordError",
     "attach",
     "described",
+    "kept_by_lightning",
     "note_build",
     "read_config",
     "read_record",
@@ -335,7 +336,8 @@ def record_of(model: Any) -> ModelRecord:
         record = dataclasses.replace(record, num_classes=classes, label_names=None)
     if record.label_names is not None and len(record.label_names) != record.num_classes:
         record = dataclasses.replace(record, label_names=None)
-    return record
+    changes = getattr(model, "ffn_changes", None)  # what techniques of zoo.ffn noted
+    return record if changes is None else dataclasses.replace(record, changes=tuple(changes))
 
 
 def record_in(checkpoint: Mapping[str, Any], source: str | Path = "The checkpoint") -> ModelRecord | None:
@@ -345,6 +347,20 @@ def record_in(checkpoint: Mapping[str, Any], source: str | Path = "The checkpoin
         RecordError: It is damaged.
     """
     return ModelRecord.from_config(checkpoint[KEY], source) if KEY in checkpoint else None
+
+
+def kept_by_lightning(checkpoint: Mapping[str, Any]) -> ModelRecord | None:
+    """Return what the hyper-parameters of a checkpoint without a record tell: name, arguments, number of classes."""
+    kept = checkpoint.get("hyper_parameters")
+    name = kept.get("model") if isinstance(kept, Mapping) else None
+    if not isinstance(kept, Mapping) or not isinstance(name, str) or not name.replace(".", "_").isidentifier():
+        return None
+    return ModelRecord(
+        architecture=name.partition(".")[0],
+        num_classes=int(kept.get("num_classes") or 0),
+        model_args=_tuples(dict(kept.get("model_args") or {})),
+        base=name,
+    )
 
 
 def read_config(path: str | Path) -> ModelRecord:

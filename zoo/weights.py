@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
+import logging
 import pickle
 import struct
 import warnings
@@ -16,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models import PretrainedCfg, adapt_input_conv, build_model_with_cfg
@@ -25,9 +26,11 @@ from timm.models._hub import check_cached_file, download_cached_file
 from torch import Tensor, nn
 
 from zoo import hub
+from zoo.catalog import nearest
 from zoo.cfg import ModelCfg, RestorationCfg
 from zoo.files import whole
-from zoo.record import KEY, ModelRecord, RecordError, described, note_build, read_record, record_in
+from zoo.record import KEY, ModelRecord, RecordError, described, kept_by_lightning, note_build, read_record, record_in
+from zoo.sources import CheckpointError, card_sha256, front_matter
 
 __all__ = [
     "CheckpointError",
@@ -38,13 +41,17 @@ __all__ = [
     "front_matter",
     "load_pretrained",
     "load_strict",
+    "pretrained_cfg_of",
     "read_checkpoint",
     "read_weights",
+    "require_known",
     "save_checkpoint",
     "sha256_of",
     "shipped",
     "verify_component",
 ]
+
+_log = logging.getLogger(__name__)
 
 FilterFn = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -80,10 +87,6 @@ _UNREADABLE = (
 )
 
 
-class CheckpointError(ValueError):
-    """A weight file that cannot be read, is not what it should be, or does not fit the model."""
-
-
 def cards_dir() -> Path:
     """Return the folder of the model cards: beside the package in a checkout, inside it in an installed wheel."""
     package = Path(__file__).resolve().parent
@@ -100,34 +103,6 @@ def sha256_of(path: str | Path) -> str:
     """Return the hexadecimal SHA-256 digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def front_matter(card: str | Path) -> dict[str, Any]:
-    """Return the YAML front matter of a model card.
-
-    Raises:
-        ValueError: There is none, or it is no YAML mapping.
-    """
-    head, fence, rest = Path(card).read_text(encoding="utf-8").partition("---\n")
-    block, closing, _ = rest.partition("\n---")
-    if head or not fence or not closing:
-        raise ValueError(f"{card} does not begin with front matter between two lines of '---'.")
-    try:
-        front = yaml.safe_load(block)
-    except yaml.YAMLError as error:
-        raise ValueError(f"The front matter of {card} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(front, dict):
-        raise ValueError(f"The front matter of {card} is not a mapping.")
-    return front
-
-
-def card_sha256(folder: Path, filename: str = WEIGHTS_NAME) -> str | None:
-    """Return the digest that the card in `folder` states for `filename`, or None without card or entry."""
-    card = folder / "README.md"
-    if not card.is_file() or not card.read_text(encoding="utf-8").startswith("---\n"):
-        return None
-    digests = front_matter(card).get("sha256")
-    return digests.get(filename) if isinstance(digests, dict) else None
 
 
 def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:
@@ -187,7 +162,7 @@ def read_weights(path: str | Path, sha256: str | None = None) -> tuple[dict[str,
     if bad:
         raise CheckpointError(f"{path} holds values that are not finite in {_some(bad)}.")
     try:
-        record = record_in(loaded, path) if KEY in loaded else read_record(path, beside=False)
+        record = record_in(loaded, path) or kept_by_lightning(loaded) or read_record(path, beside=False)
     except RecordError as error:
         raise CheckpointError(str(error)) from error
     return state_dict, record
@@ -373,7 +348,7 @@ def load_pretrained(
         CheckpointError: There are no weights, or they are damaged or do not fit.
     """
     if cfg.state_dict is not None:
-        state_dict, source = dict(cfg.state_dict), "The given state dict"
+        state_dict, source = dict(cfg.state_dict), cfg.file or "The given state dict"
     else:
         path = _locate(cfg, cache_dir)
         digest = getattr(cfg, "sha256", None) or card_sha256(path.parent, path.name) or hub.blob_digest(path)
@@ -385,6 +360,14 @@ def load_pretrained(
         heads = (cfg.classifier,) if isinstance(cfg.classifier, str) else tuple(cfg.classifier)
         allow_missing = [f"{head}.{leaf}" for head in heads for leaf in ("weight", "bias")]
         state_dict = {key: value for key, value in state_dict.items() if key not in allow_missing}
+        if getattr(model, "num_classes", 0):
+            _log.warning(
+                "%s: the weights are for %d classes, the model has %d: its classifier (%s) is new.",
+                source,
+                cfg.num_classes,
+                getattr(model, "num_classes", 0),
+                ", ".join(heads),
+            )
     own_chans, chans = cfg.input_size[0], getattr(model, "in_chans", cfg.input_size[0])
     if cfg.first_conv and chans != own_chans:
         for stem in (cfg.first_conv,) if isinstance(cfg.first_conv, str) else cfg.first_conv:
@@ -393,12 +376,41 @@ def load_pretrained(
     load_strict(model, state_dict, allow_missing=allow_missing, source=source)
 
 
-def _cfg_of(fields: dict[str, Any]) -> PretrainedCfg:
+def pretrained_cfg_of(fields: dict[str, Any]) -> PretrainedCfg:
     """Return the plainest kind of cfg that has all given fields."""
     for kind in (PretrainedCfg, ModelCfg):
         if fields.keys() <= {field.name for field in dataclasses.fields(kind)}:
             return kind(**fields)
     return RestorationCfg(**fields)  # names a field that is none
+
+
+BUILDER_ARGUMENTS = ("features_only", "out_indices", "feature_cls", "pretrained_strict", "pretrained_model_args")
+"""Arguments that timm's builder takes for every model; the rest go to the class."""
+
+
+def require_known(name: str, function: Callable[..., Any], given: Iterable[str], others: Iterable[str] = ()) -> None:
+    """Refuse arguments that a function does not take, naming the nearest that it does.
+
+    Args:
+        name: What is being built, for the message.
+        function: A function or class; one that takes any keyword is not checked.
+        given: Names of the arguments.
+        others: Further names that are right.
+
+    Raises:
+        TypeError: It does not take one of them.
+    """
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    known = [key for key in parameters if key not in ("self", "device", "dtype")]
+    for key in given:
+        if key not in (*known, *others, "device", "dtype"):
+            near = nearest(key, [*known, *others], 1)
+            raise TypeError(
+                f"{name} has no argument {key!r}. {f'Did you mean {near[0]!r}? ' if near else ''}"
+                f"It takes: {', '.join(known)}."
+            )
 
 
 def build_model(
@@ -433,15 +445,16 @@ def build_model(
 
     Raises:
         CheckpointError: Weights were asked for that do not exist or do not fit.
-        TypeError: The class does not know an argument.
+        TypeError: The class does not know an argument; the message names the nearest.
     """
     if isinstance(pretrained_cfg, dict):
-        pretrained_cfg = _cfg_of(pretrained_cfg)
+        pretrained_cfg = pretrained_cfg_of(pretrained_cfg)
     if isinstance(pretrained_cfg, PretrainedCfg):
         cfg = dataclasses.replace(pretrained_cfg, **{"architecture": variant, **(pretrained_cfg_overlay or {})})
     else:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     model_args = cfg.model_args if isinstance(cfg, ModelCfg) else {}
+    require_known(variant, model_cls, kwargs, BUILDER_ARGUMENTS)
 
     def construct(**arguments: Any) -> ModelT:
         model = model_cls(**arguments)

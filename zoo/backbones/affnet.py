@@ -26,7 +26,7 @@ from zoo.layers.conv_norm import ConvNorm, require_eval
 from zoo.layers.frequency_filter import AdaptiveFrequencyFilter
 from zoo.weights import build_model, shipped
 
-__all__ = ["AFFBlock", "AFFLayer", "AFFNet", "InvertedResidual", "checkpoint_filter_fn", "detect"]
+__all__ = ["AFFBlock", "AFFLayer", "AFFNet", "InvertedResidual", "checkpoint_filter_fn", "detect", "untold"]
 
 
 class ConvNormAct(ConvNorm):
@@ -540,8 +540,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     encoder = any(key.startswith("encoder.") for key in state_dict)
     converted = {_rename(key): value for key, value in state_dict.items() if not encoder or key.startswith("encoder.")}
     if encoder:
-        missing = {key: value for key, value in own.items() if key.startswith(("final_conv.", "head.fc."))}
-        converted = {**missing, **converted}
+        for part in ("final_conv.", "head.fc."):
+            if not any(key.startswith(part) for key in converted):
+                converted |= {key: value for key, value in own.items() if key.startswith(part)}
     if "stem.conv.weight" in converted and ("stem.conv.bias" in converted) != ("stem.conv.bias" in own):
         raise ValueError(
             "These weights are merged: build the model with merged=True, or merge it before loading."
@@ -578,6 +579,11 @@ def detect(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
         return None
     head = shapes.get("head.fc.weight")
     return name, dict(in_chans=stem[1], num_classes=0 if head is None else head[0], merged="stem.conv.bias" in shapes)
+
+
+def untold(state_dict: dict[str, Tensor]) -> dict[str, str]:
+    """Return the arguments that change the outputs and that no tensor tells, with what they may be."""
+    return dict(output_stride="32 as published, or 16", sparsity_threshold="0 or 0.01; the authors' files do not say")
 
 
 def _cfg(**kwargs: Any) -> ModelCfg:

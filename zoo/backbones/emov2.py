@@ -29,15 +29,7 @@ from zoo.layers.conv_norm import ConvNorm, fold_norm_into_linear, require_eval
 from zoo.layers.window import HybridAttention, Partition, plain_attention
 from zoo.weights import build_model, shipped
 
-__all__ = [
-    "PLAIN",
-    "EMOv2",
-    "InvertedBlock",
-    "Stem",
-    "checkpoint_filter_fn",
-    "detect",
-    "plain_block",
-]
+__all__ = ["PLAIN", "EMOv2", "InvertedBlock", "Stem", "checkpoint_filter_fn", "detect", "plain_block", "untold"]
 
 _PARTITIONS = ("both", "close", "remote")
 _EPS = 1e-6  # of all norms
@@ -540,6 +532,17 @@ def detect(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
                 merged=_is_merged(state_dict),
             )
     return None
+
+
+def untold(state_dict: dict[str, Tensor]) -> dict[str, str]:
+    """Return the arguments that change the outputs and that no tensor tells, with what they may be.
+
+    The authors published 1M and 2M with one window only.
+    """
+    authors = state_dict.get("stage0.0.conv.weight")
+    if authors is not None and 2 * authors.shape[0] == _VARIANTS["emov2_1m"]["dims"][0]:
+        return {}
+    return dict(window_size="7 as published for 224 pixels, 8 for 512; one, or one a stage")
 
 
 _FILES = "https://github.com/zhangzjn/EMOv2/raw/main/resources/Cls/"

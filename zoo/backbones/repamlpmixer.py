@@ -17,10 +17,10 @@ from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
 from zoo.cfg import ModelCfg
-from zoo.layers.ffn import RePaFFN, active_channels, convert_ffn_keys, ffn_facts, idle_ratio_of
+from zoo.layers.ffn import RePaFFN, active_channels, convert_ffn_keys, ffn_facts, idle_ratio_of, idle_untold
 from zoo.weights import build_model
 
-__all__ = ["RePaMixerBlock", "RePaMlpMixer", "checkpoint_filter_fn", "detect"]
+__all__ = ["RePaMixerBlock", "RePaMlpMixer", "checkpoint_filter_fn", "detect", "untold"]
 
 
 class RePaMixerBlock(nn.Module):
@@ -244,6 +244,11 @@ def detect(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
     if ratio is not None:
         kwargs["idle_ratio"] = ratio
     return name, kwargs
+
+
+def untold(state_dict: dict[str, Tensor]) -> dict[str, str]:
+    """Return the arguments that change the outputs and that no tensor tells, with what they may be."""
+    return idle_untold(state_dict)
 
 
 def _cfg(**kwargs: Any) -> ModelCfg:

@@ -19,10 +19,18 @@ from timm.models.metaformer import MetaFormer, MetaFormerStage, Pooling, Scale
 from torch import Tensor, nn
 
 from zoo.cfg import ModelCfg
-from zoo.layers.ffn import FeatureNorm, RePaFFN, active_channels, convert_ffn_keys, ffn_facts, idle_ratio_of
+from zoo.layers.ffn import (
+    FeatureNorm,
+    RePaFFN,
+    active_channels,
+    convert_ffn_keys,
+    ffn_facts,
+    idle_ratio_of,
+    idle_untold,
+)
 from zoo.weights import build_model
 
-__all__ = ["RePaPoolBlock", "RePaPoolFormer", "checkpoint_filter_fn", "detect"]
+__all__ = ["RePaPoolBlock", "RePaPoolFormer", "checkpoint_filter_fn", "detect", "untold"]
 
 
 class RePaPoolBlock(nn.Module):
@@ -278,6 +286,11 @@ def detect(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
     if ratio is not None:
         kwargs["idle_ratio"] = ratio
     return name, kwargs
+
+
+def untold(state_dict: dict[str, Tensor]) -> dict[str, str]:
+    """Return the arguments that change the outputs and that no tensor tells, with what they may be."""
+    return idle_untold(state_dict)
 
 
 def _cfg(**kwargs: Any) -> ModelCfg:

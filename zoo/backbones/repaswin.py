@@ -24,10 +24,10 @@ from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
 from zoo.cfg import ModelCfg
-from zoo.layers.ffn import RePaFFN, active_channels, convert_ffn_keys, ffn_facts, idle_ratio_of
+from zoo.layers.ffn import RePaFFN, active_channels, convert_ffn_keys, ffn_facts, idle_ratio_of, idle_untold
 from zoo.weights import build_model
 
-__all__ = ["RePaSwin", "RePaSwinBlock", "checkpoint_filter_fn", "detect"]
+__all__ = ["RePaSwin", "RePaSwinBlock", "checkpoint_filter_fn", "detect", "untold"]
 
 
 class RePaSwinBlock(SwinTransformerBlock):
@@ -304,6 +304,14 @@ def detect(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
     if ratio is not None:
         kwargs["idle_ratio"] = ratio
     return name, kwargs
+
+
+def untold(state_dict: dict[str, Tensor]) -> dict[str, str]:
+    """Return the arguments that change the outputs and that no tensor tells, with what they may be."""
+    return {
+        **idle_untold(state_dict),
+        "img_size": "pixels; windows and their shifts depend on it",
+    }
 
 
 _UNLISTED = (

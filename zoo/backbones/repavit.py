@@ -27,10 +27,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from zoo.cfg import CIFAR10, ModelCfg
-from zoo.layers.ffn import RePaFFN, active_channels, convert_ffn_keys, ffn_facts, idle_ratio_of
+from zoo.layers.ffn import RePaFFN, active_channels, convert_ffn_keys, ffn_facts, idle_ratio_of, idle_untold
 from zoo.weights import build_model, shipped
 
-__all__ = ["RePaBlock", "RePaViT", "checkpoint_filter_fn", "detect", "layer_idle_ratios"]
+__all__ = ["RePaBlock", "RePaViT", "checkpoint_filter_fn", "detect", "layer_idle_ratios", "untold"]
 
 
 def layer_idle_ratios(
@@ -320,6 +320,11 @@ def detect(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
     if len(active) == depth:
         kwargs |= _idle_arguments(active, 4 * size[0])
     return name, kwargs
+
+
+def untold(state_dict: dict[str, Tensor]) -> dict[str, str]:
+    """Return the arguments that change the outputs and that no tensor tells, with what they may be."""
+    return idle_untold(state_dict)
 
 
 def _idle_arguments(active: list[int], hidden_dim: int) -> dict[str, Any]:

@@ -46,6 +46,7 @@ from zoo.factory import create_pipeline, families
 from zoo.files import whole
 from zoo.profiling import count_params
 from zoo.record import record_of, write_config
+from zoo.sources import card_metrics
 from zoo.weights import (
     WEIGHTS_NAME,
     CheckpointError,
@@ -119,22 +120,7 @@ def card_facts(folder: str | Path) -> dict[str, Any]:
 
 
 def _metrics(front: Mapping[str, Any]) -> list[Metric]:
-    """Read the metrics from the Hub's `model-index`; entries without a protocol get an empty one."""
-    found = []
-    for model in front.get("model-index") or ():
-        for result in model.get("results") or ():
-            for metric in result.get("metrics") or ():
-                args = metric.get("args") or {}
-                found.append(
-                    Metric(
-                        name=str(metric.get("name", metric.get("type"))),
-                        value=metric.get("value"),
-                        unit=args.get("unit", ""),
-                        dataset=str((result.get("dataset") or {}).get("name", "")),
-                        protocol=str(args.get("protocol", "")),
-                    )
-                )
-    return found
+    return [Metric(**metric) for metric in card_metrics(front)]
 
 
 def make_card(

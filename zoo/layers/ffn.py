@@ -23,7 +23,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from zoo.kernels import repa_ffn
 from zoo.layers.conv_norm import require_eval
 
-__all__ = ["FFNFacts", "PlainRePaFFN", "RePaFFN", "active_channels", "convert_ffn_keys", "ffn_facts", "idle_ratio_of"]
+__all__ = [
+    "FFNFacts",
+    "PlainRePaFFN",
+    "RePaFFN",
+    "active_channels",
+    "convert_ffn_keys",
+    "ffn_facts",
+    "idle_ratio_of",
+    "idle_untold",
+]
 
 FeatureNorm = Literal["BatchNorm", "LayerNorm", "GroupNorm"]
 Form = Literal["training", "folded", "merged"]
@@ -299,6 +308,18 @@ def ffn_facts(state_dict: Mapping[str, Tensor], prefix: str) -> FFNFacts | None:
         feature_norm="LayerNorm" if layer_norm else "BatchNorm",
         active_dim=(0 if active is None else active.shape[0]) if known else None,
     )
+
+
+def idle_untold(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return that the idle ratio has to be given, where some layer is in the authors' training form.
+
+    Its hidden layer is not split, and so does not show how many channels are active.
+    """
+    ends = (".mlp.fc2.weight", ".mlp_channels.fc2.weight")
+    prefixes = {key.removesuffix("fc2.weight") for key in state_dict if key.endswith(ends)}
+    facts = [ffn_facts(state_dict, prefix) for prefix in sorted(prefixes)]
+    hidden = any(fact is not None and not fact.merged and fact.active_dim is None for fact in facts)
+    return {"idle_ratio": "share of the hidden channels, in the papers 0.5 or 0.75"} if hidden else {}
 
 
 def convert_ffn_keys(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

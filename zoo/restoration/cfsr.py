@@ -537,9 +537,17 @@ def _from_authors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fit_edges(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Fit edge branches to the model's form; a single one that is missing stays missing, for strict loading to name."""
     out = dict(state_dict)
+    trained = any(key.endswith((".edge_scale", ".edge_bias")) for key in out)  # no branches at all: merged weights
+    masked = any(key.endswith(".edge_masks") for key in out)  # no masks at all: as the authors publish them
     for name, module in model.named_modules():
         if not isinstance(module, EdgeFFN) or f"{name}.pos.weight" not in out:
+            continue
+        needed = [f"{name}.pos.bias"]
+        needed += [f"{name}.edge_scale", f"{name}.edge_bias"] if trained else []
+        needed += [f"{name}.edge_masks"] if masked else []
+        if any(key not in out for key in needed):
             continue
         weight, pos_bias = out[f"{name}.pos.weight"], out[f"{name}.pos.bias"]
         scale = out.pop(f"{name}.edge_scale", weight.new_zeros(len(_EDGES), len(weight)))

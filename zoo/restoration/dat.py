@@ -18,7 +18,7 @@ from zoo.layers.dual_aggregation import DualAggregationBlock, SpatialAttention, 
 from zoo.restoration.streaming import FeatureMap, Workspace
 from zoo.weights import build_model
 
-__all__ = ["DAT", "PLAIN", "checkpoint_filter_fn", "detect", "plain_dat"]
+__all__ = ["DAT", "PLAIN", "checkpoint_filter_fn", "detect", "plain_dat", "untold"]
 
 _SCALES = (1, 2, 3, 4, 8)
 _RGB_MEAN = (0.4488, 0.4371, 0.4040)
@@ -432,7 +432,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     own = {key: value for key, value in model.state_dict().items() if key.endswith(".window")}
     if not any(key.endswith(".window") for key in out) and "before_RG.1.weight" in out:
         out |= own
-    if "layers.0.blocks.0.attn.qkv.bias" not in out and "layers.0.blocks.0.attn.qkv.weight" in out:
+    if not any(key.endswith(".attn.qkv.bias") for key in out) and "layers.0.blocks.0.attn.qkv.weight" in out:
         weights = {key: value for key, value in out.items() if key.endswith(".attn.qkv.weight")}
         out |= {key.removesuffix("weight") + "bias": value.new_zeros(len(value)) for key, value in weights.items()}
     for key, value in own.items():
@@ -512,6 +512,20 @@ def detect(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
     if "layers.0.blocks.0.norm1.weight" not in state_dict:
         kwargs["merged"] = True
     return "_".join(part for part in ("dat", size, f"x{scale if scale in (2, 3, 4) else 2}") if part), kwargs
+
+
+def untold(state_dict: dict[str, Tensor]) -> dict[str, str]:
+    """Return the arguments that change the outputs and that no tensor tells, with what they may be.
+
+    Only files without the authors' offset tables, and of the sizes that differ in their windows alone.
+    """
+    prefix = "layers.0.blocks.0.attn.attns.0."
+    if prefix + "window" in state_dict or prefix + "rpe_biases" in state_dict:
+        return {}
+    first, hidden = state_dict["conv_first.weight"], state_dict["layers.0.blocks.0.ffn.fc1.weight"]
+    size = dict(embed_dim=first.shape[0], expansion=hidden.shape[0] / first.shape[0])
+    windows = {fixed["split_size"] for fixed in _SIZES.values() if size.items() <= fixed.items()}
+    return {} if len(windows) == 1 else dict(split_size="(8, 32) for DAT-2, (8, 16) for DAT-S")
 
 
 def _split_size(state_dict: dict[str, Tensor]) -> tuple[int, int]:
