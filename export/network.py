@@ -237,9 +237,11 @@ def _metadata(model: nn.Module, kind: Kind, name: str | None) -> dict[str, str]:
     if kind == "classifier":
         facts |= {
             "input": "RGB image in [0, 1], then (image - mean) / std",
+            "input_size": list(cfg["input_size"]) if "input_size" in cfg else None,
             "mean": list(cfg["mean"]) if "mean" in cfg else None,
             "std": list(cfg["std"]) if "std" in cfg else None,
             "crop_pct": cfg.get("crop_pct"),
+            "crop_mode": cfg.get("crop_mode"),
             "interpolation": cfg.get("interpolation"),
             "labels": _labels(model),
         }

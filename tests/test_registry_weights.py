@@ -112,10 +112,20 @@ def test_weights_of_another_family_are_refused(family: str, tmp_path: Path) -> N
         load_strict(blank(family), build(other).state_dict(), filter_of(family))
 
 
+_UNTOLD: dict[str, dict[str, Any]] = {
+    "affnet": {"output_stride": 32, "sparsity_threshold": 0.01},
+    "emov2": {"window_size": 7},
+    "repaswin": {"img_size": 224},
+}
+
+
 @pytest.mark.parametrize("name", [smallest(family) for family in FAMILIES])
 @torch.no_grad()
 def test_architecture_is_recognised(name: str, tmp_path: Path) -> None:
-    """`zoo.create_model(FILE)` finds family, variant and arguments of our own files, trained or merged."""
+    """`zoo.create_model(FILE)` finds family, variant and what tensors tell of our own files, trained or merged.
+
+    What tensors do not tell is asked for, not guessed.
+    """
     family = next(family for family, names in FAMILIES.items() if name in names)
     if not hasattr(sys.modules[model_entrypoint(name).__module__], "detect"):
         pytest.skip(f"{family} recognises no files")
@@ -126,7 +136,13 @@ def test_architecture_is_recognised(name: str, tmp_path: Path) -> None:
             zoo.reparameterize(model, measure=False)
         path = tmp_path / f"{form}.safetensors"
         save_checkpoint(model.state_dict(), path)
-        found = zoo.create_model(str(path))
+        untold = dict(_UNTOLD.get(family, {}))
+        if family in BACKBONES:
+            untold |= {key: model.pretrained_cfg[key] for key in ("input_size", "mean", "std")}
+            with pytest.raises(CheckpointError, match="do not tell") as caught:
+                zoo.create_model(str(path))
+            assert all(f"{key}=" in str(caught.value) for key in untold)
+        found = zoo.create_model(str(path), **untold)
         assert type(found) is type(model)
         assert found.state_dict().keys() == model.state_dict().keys()
         assert all(torch.equal(value, model.state_dict()[key]) for key, value in found.state_dict().items())

@@ -23,10 +23,11 @@ from zoo.loading import (
     load_file,
     load_folder,
     note_facts,
+    record_of_file,
     require_architecture,
 )
 from zoo.record import CONFIG_NAME, KEY, RecordError, described, note_build, read_config
-from zoo.sources import WEIGHT_FILES, CheckpointError, Source, find
+from zoo.sources import WEIGHT_FILES, CheckpointError, Source, describe, find, timm_names
 from zoo.weights import cards_dir, read_weights, verify_component
 
 __all__ = ["create_model", "create_pipeline", "families", "list_models", "model_info"]
@@ -63,13 +64,29 @@ def list_models(
 def model_info(name: str) -> dict[str, Any]:
     """Return what is known about a model: paper, licence, parameters, MACs, input, weights, metrics, parity.
 
+    Of a user's file, folder or Hub repository: architecture, arguments, classes, input, metrics of its card.
+
     Args:
-        name: Registered name, or `NAME.TAG`.
+        name: Registered name, `NAME.TAG`, weight file, checkpoint, folder or Hub id.
 
     Raises:
         ValueError: There is no such model or tag; the message names the nearest.
+        CheckpointError: The file or folder does not say what it is.
     """
-    return catalog.entry(name)
+    source = _find(name)
+    if source.kind == "hub":
+        record = read_config(hub.download(str(source.repo_id), CONFIG_NAME))
+        return describe(source, record)
+    if source.kind == "file" and source.path is not None:
+        return describe(source, source.record or record_of_file(source.path, {})[0])
+    if source.kind == "folder":
+        return describe(source)
+    if source.kind == "pipeline" and source.path is not None:
+        raise CheckpointError(f"{name} is a folder of diffusers: its model_index.json says what it holds.")
+    if source.architecture in catalog.load():
+        return catalog.entry(name)
+    cfg: Any = get_pretrained_cfg(name)
+    return describe(source, described(str(source.architecture), vars(cfg), {}))
 
 
 def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -122,7 +139,7 @@ def _find(name: str) -> Source:
         raise
     except ValueError:
         architecture, tag = split_model_name_tag(name)
-        if not is_model(architecture) or architecture in catalog.load():
+        if not is_model(architecture) or architecture in {*catalog.load(), *timm_names()}:
             raise
         return Source(name=name, kind="model", architecture=architecture, tag=tag, task="classification")
 

@@ -33,7 +33,7 @@ import zoo.restoration
 from zoo import catalog, hub
 from zoo.cfg import ModelCfg
 from zoo.ffn.technique import rebuild
-from zoo.record import ModelRecord, RecordError, attach, described, read_record, record_of
+from zoo.record import CONFIG_NAME, KEY, ModelRecord, RecordError, attach, described, read_record, record_of
 from zoo.sources import CheckpointError, Source, card_sha256, front_matter, timm_names, weight_file
 from zoo.weights import (
     FilterFn,
@@ -55,6 +55,7 @@ __all__ = [
     "load_folder",
     "note_facts",
     "published_record",
+    "record_of_file",
     "require_architecture",
 ]
 
@@ -85,6 +86,7 @@ def load_folder(source: Source, **kwargs: Any) -> nn.Module:
     """
     assert source.path is not None
     assert source.record is not None
+    require_architecture(source.record, str(source.path / CONFIG_NAME))
     path = weight_file(source.path)
     state_dict, _ = read_weights(path, card_sha256(source.path, path.name) or hub.blob_digest(path))
     return from_record(source.record, state_dict, str(path), **kwargs)
@@ -102,7 +104,14 @@ def load_file(path: Path, **kwargs: Any) -> nn.Module:
         CheckpointError: The file is damaged, of no known architecture, does not fit, or does not tell an argument that
             changes the numbers; the message says which to give.
     """
-    architecture = kwargs.pop("architecture", None)
+    record, state_dict = record_of_file(path, kwargs)
+    kwargs.pop("architecture", None)
+    return from_record(record, state_dict, str(path), **kwargs)
+
+
+def record_of_file(path: Path, kwargs: Mapping[str, Any]) -> tuple[ModelRecord, dict[str, Tensor]]:
+    """Return what a weight file is of, and its weights; arguments and errors as in `load_file`."""
+    architecture = kwargs.get("architecture")
     state_dict, record = read_weights(path, card_sha256(path.parent, path.name) or hub.blob_digest(path))
     if record is None and architecture is None:
         record = _beside(path, state_dict) or published_record(sha256_of(path))
@@ -112,7 +121,7 @@ def load_file(path: Path, **kwargs: Any) -> nn.Module:
         )
     elif architecture not in (None, record.architecture):
         raise CheckpointError(f"{path} holds {record.architecture}, not {architecture}.")
-    return from_record(record, state_dict, str(path), **kwargs)
+    return record, state_dict
 
 
 def from_record(record: ModelRecord, state_dict: dict[str, Tensor], source: str, **kwargs: Any) -> nn.Module:
@@ -279,8 +288,8 @@ def _recognised(state_dict: dict[str, Tensor], path: Path, kwargs: Mapping[str, 
     if found is None:
         known = ", ".join(family.__name__.rsplit(".", 1)[-1] for family in families() if hasattr(family, "detect"))
         raise CheckpointError(
-            f"{path} is of no known architecture, and no record, config.json or card says what it is; known families"
-            f" are {known}. Say architecture=NAME and the arguments that it was built with."
+            f"{path} is of no known architecture; known families are {known}. No record, config.json or card says what"
+            " it is: say architecture=NAME and the arguments that it was built with."
         )
     family, name, arguments = found
     cfg, known_args = _published(name, arguments, path)
@@ -354,7 +363,7 @@ def _complete(record: ModelRecord, facts: Mapping[str, Any], kwargs: Mapping[str
         CheckpointError: An argument or a fact that changes the numbers is not known.
     """
     missing = {name: "no plain data, so it was not recorded" for name in record.not_recorded if name not in kwargs}
-    if record.task == "classification" and record.num_classes:
+    if record.task == "classification" and record.num_classes and not record.pretrained_cfg:
         missing |= {key: "" for key in _NEEDED if key not in facts and record.pretrained_cfg.get(key) is None}
     if missing:
         raise CheckpointError(_ask(source, "does not tell", missing))
@@ -366,6 +375,8 @@ def _complete(record: ModelRecord, facts: Mapping[str, Any], kwargs: Mapping[str
         if not record.pretrained_cfg and isinstance(cfg, ModelCfg):  # what Lightning kept: name and arguments only
             record = record.updated(model_args={**cfg.model_args, **record.model_args}, task=cfg.task)
         record = record.updated(**own)
+    plain = PretrainedCfg()  # what a config.json leaves out has timm's default
+    record = record.updated(**{key: getattr(plain, key) for key in _NEEDED if record.pretrained_cfg.get(key) is None})
     return record.updated(**{key: value for key, value in facts.items() if key != "label_names"})
 
 
@@ -414,4 +425,5 @@ def _denoiser(record: ModelRecord, state_dict: dict[str, Tensor], source: str, k
         raise TypeError(f"{source} holds a denoiser, which takes no arguments: {', '.join(kwargs)}.")
     model: nn.Module = found.from_config(dict(record.model_args))
     load_strict(model, state_dict, source=source)
+    setattr(model, KEY, record)
     return model.eval()

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ __all__ = [
     "described",
     "kept_by_lightning",
     "note_build",
+    "note_merged",
     "read_config",
     "read_record",
     "record_in",
@@ -294,6 +296,13 @@ def note_build(model: Any, record: ModelRecord) -> None:
             cfg.pop("label_names", None)
 
 
+def note_merged(model: Any) -> None:
+    """Say in a model's record that it is in inference form, where its class has an argument for that."""
+    record = getattr(model, KEY, None)
+    if isinstance(record, ModelRecord) and "merged" in inspect.signature(type(model).__init__).parameters:
+        setattr(model, KEY, dataclasses.replace(record, model_args={**record.model_args, "merged": True}))
+
+
 def attach(model: Any, record: ModelRecord) -> None:
     """Make a record the model's own: `record_of` returns it, and timm's `model.pretrained_cfg` agrees with it.
 
@@ -372,7 +381,7 @@ def read_config(path: str | Path) -> ModelRecord:
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RecordError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise RecordError(f"{path} is not JSON and names no architecture: {str(error).splitlines()[0]}") from error
     return ModelRecord.from_config(config, path)
 
 

@@ -27,8 +27,10 @@ __all__ = [
     "Source",
     "card_metrics",
     "card_sha256",
+    "describe",
     "find",
     "front_matter",
+    "metrics_of",
     "timm_names",
     "weight_file",
 ]
@@ -46,6 +48,8 @@ _TIMM_NAME = re.compile(
     r"|^ +['\"](?P<name>\w+)(?:\.(?P<tag>\w+)\*?['\"] *:|['\"] *: *['\"]\w+(?:\.\w+)?['\"])",
     re.MULTILINE,
 )
+
+_DESCRIBED = ("mean", "std", "interpolation", "crop_pct", "scale", "sigma", "license")
 
 Kind = Literal["model", "pipeline", "folder", "file", "hub"]
 
@@ -176,6 +180,66 @@ def card_metrics(front: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def metrics_of(source: Source) -> list[dict[str, Any]]:
+    """Return the metrics of published weights, or of the card in a folder."""
+    if source.kind in ("model", "pipeline") and source.path is None:
+        facts = catalog.load().get(source.architecture or "", {})
+        found: list[dict[str, Any]] = facts.get("weights", {}).get(source.tag, {}).get("metrics", [])
+        return found
+    return card_metrics(_card_of(source))
+
+
+def describe(source: Source, record: ModelRecord | None = None) -> dict[str, Any]:
+    """Return what a user's file or folder says of itself: its record, and its card.
+
+    Args:
+        source: A folder, or a file.
+        record: What the file holds, where `source` does not know yet.
+
+    Raises:
+        CheckpointError: There is no record.
+    """
+    record = record or source.record
+    if record is None:
+        raise CheckpointError(f"{source.name} holds no record of what it is.")
+    front = _card_of(source)
+    facts = catalog.load().get(record.architecture, {})
+    size = record.input_size
+    known = {
+        "name": source.name,
+        "task": record.task,
+        "architecture": record.architecture,
+        "family": facts.get("family"),
+        "summary": facts.get("summary"),
+        "base": record.base,
+        "num_classes": record.num_classes,
+        "label_names": record.label_names,
+        "model_args": dict(record.model_args),
+        "input_size": None if size is None else list(size),
+        **{
+            key: getattr(record, key)
+            for key in ("mean", "std", "interpolation", "crop_pct", "scale", "sigma", "license")
+        },
+        "changes": [str(change.get("technique")) for change in record.changes] or None,
+        "params": front.get("parameters"),
+        "datasets": front.get("datasets"),
+        "metrics": card_metrics(front),
+        "config": front.get("config"),
+    }
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def _card_of(source: Source) -> dict[str, Any]:
+    """Return the front matter of the card in a folder; empty without one."""
+    card = source.path / "README.md" if source.path is not None and source.path.is_dir() else None
+    if card is None or not card.is_file():
+        return {}
+    try:
+        return front_matter(card)
+    except ValueError:
+        return {}
+
+
 def _file(name: str, path: Path) -> Source:
     if not path.is_file():
         raise CheckpointError(f"No weight file at {path}.{_siblings(path)}")
@@ -201,7 +265,6 @@ def _folder(name: str, folder: Path) -> Source:
     except RecordError as error:
         raise CheckpointError(str(error)) from error
     assert record is not None  # there is a config.json
-    weight_file(folder)
     return Source(
         name=name, kind="folder", path=folder, record=record, architecture=record.architecture, task=record.task
     )

@@ -17,6 +17,8 @@ from zoo.bench.report import Benchmark, Check, Entry, Goal
 from zoo.bench.timing import Progress, Settings, cast, compare, environment, now, require_close, torch_threads
 from zoo.ffn.reparam import reparameterize
 from zoo.profiling import count_macs, count_params, denoiser_inputs
+from zoo.record import record_of
+from zoo.sources import find, metrics_of
 
 __all__ = ["Subject", "compare_models"]
 
@@ -53,18 +55,18 @@ class Subject:
     @property
     def accuracy(self) -> dict[str, float]:
         """Top-1 accuracy in percent by data set: of these weights, or the authors'; empty where none is known."""
-        architecture, _, tag = self.source.partition(".")
-        facts = catalog.load().get(architecture, {})
-        if not tag:
+        source = find(self.source)
+        facts = catalog.load().get(source.architecture or "", {})
+        if source.kind == "model" and not source.tag:
             return {"top-1 on ImageNet-1k (%)": facts["top1"]} if facts.get("top1") else {}
-        metrics = facts.get("weights", {}).get(tag, {}).get("metrics", ())
+        metrics = metrics_of(source)
         found = [metric for metric in metrics if metric["name"] == "Top-1 accuracy"]
         return {f"top-1 on {metric['dataset']} (%)": metric["value"] for metric in found[:1]}
 
     @property
     def family(self) -> str:
         """Family of the model, "timm" for those of others."""
-        return catalog.load().get(self.source.partition(".")[0], {}).get("family", "timm")
+        return catalog.load().get(find(self.source).architecture or "", {}).get("family", "timm")
 
     @torch.no_grad()
     def macs(self) -> int:
@@ -97,7 +99,7 @@ def subject(
         BenchError: Merging changes the output.
     """
     torch.manual_seed(0)
-    is_denoiser = catalog.load().get(name.partition(".")[0], {}).get("task") in catalog.PIPELINE_TASKS
+    is_denoiser = find(name).kind == "pipeline"
     task, model, x, named = (_denoiser if is_denoiser else _network)(name, size)
     model = model.eval().requires_grad_(False)
     checks: tuple[Check, ...] = ()
@@ -136,15 +138,21 @@ Parts = tuple[str, nn.Module, Tensor, dict[str, Any]]
 def _denoiser(name: str, size: int | None) -> Parts:
     model = factory.create_model(name, pretrained=True)
     sample, named = denoiser_inputs(model, size)
-    return catalog.entry(name)["task"], model, sample, {**named, "return_dict": False}
+    return (
+        "policy" if "observation_dim" in cast(Any, model).config else "generation",
+        model,
+        sample,
+        {**named, "return_dict": False},
+    )
 
 
 def _network(name: str, size: int | None) -> Parts:
-    facts = catalog.load().get(name.partition(".")[0])  # None: timm's own
-    task = "classification" if facts is None else facts["task"]
-    # timm's classifiers get no size: not all take one
-    arguments: dict[str, Any] = {"img_size": size} if facts and size and task == "classification" else {}
+    source = find(name)
+    ours = source.kind == "model" and source.architecture in catalog.load()
+    # timm's classifiers get no size: not all take one; a user's model keeps the one that it was trained for
+    arguments: dict[str, Any] = {"img_size": size} if ours and size and source.task == "classification" else {}
     model: Any = factory.create_model(name, **arguments)
+    task = source.task or record_of(model).task
     if task != "classification":
         side = size or _RESTORER_SIZE
         return task, model, torch.rand(1, model.in_chans, side, side), {}

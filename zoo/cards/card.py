@@ -42,7 +42,7 @@ from timm.models import get_pretrained_cfg, is_model, model_entrypoint, split_mo
 from torch import Tensor
 
 from zoo.cfg import RestorationCfg
-from zoo.factory import create_pipeline, families
+from zoo.factory import create_model, create_pipeline, families
 from zoo.files import whole
 from zoo.profiling import count_params
 from zoo.record import record_of, write_config
@@ -402,7 +402,7 @@ def check_card(folder: str | Path) -> list[str]:
     folder = Path(folder)
     card = folder / "README.md"
     if not card.is_file():
-        return [f"There is no card at {card}."]
+        return [f"There is no card at {card}; `zoo finetune` and zoo.cards.write_own_model write one."]
     try:
         front = front_matter(card)
     except ValueError as error:
@@ -475,7 +475,7 @@ def _weight_problems(front: Mapping[str, Any], folder: Path) -> list[str]:
         if (folder / "model_index.json").is_file():
             model = create_pipeline(str(folder)).transformer
         elif (folder / "config.json").is_file():
-            model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+            model = create_model(f"local-dir:{folder}")
         else:
             return ["There is neither config.json nor model_index.json."]
     except (CheckpointError, OSError, RuntimeError, TypeError, KeyError, ValueError, ImportError) as error:

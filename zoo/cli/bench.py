@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.catalog import nearest
+from zoo.cli.models import find_model
 from zoo.cli.output import (
     UsageError,
     check_target,
@@ -54,7 +55,7 @@ def add_parser(subparsers: Any) -> None:
         "names",
         nargs="+",
         metavar="NAME",
-        help="models, ours or timm's; pipelines (with --count); named benchmarks, or all",
+        help="models by name, file, folder or Hub id; pipelines (with --count); named benchmarks, or all",
     )
     parser.add_argument(
         "--batch", type=int, metavar="N", help="inputs of one call (default: 4; or the benchmark's own)"
@@ -85,13 +86,7 @@ def run(args: argparse.Namespace) -> int:
     targets = _targets(args, suites)
     for target in targets:
         check_target(target, force=args.force)
-    try:
-        benchmarks = _measure(args, suites)
-    except ValueError as error:
-        near = [found for name in args.names for found in nearest(name, list(SUITES), 1) if found != name]
-        if not near or suites:
-            raise
-        raise UsageError(f"{error} A named benchmark is called {near[0]}.") from error
+    benchmarks = _measure(args, suites)
     if args.json:
         from zoo.bench.report import to_json
 
@@ -134,6 +129,12 @@ def _check(args: argparse.Namespace, suites: list[str]) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, got {value}.")
+    for name in [] if suites else args.names:
+        try:
+            find_model(name, weights=False)
+        except ValueError as error:
+            near = nearest(name, list(SUITES), 1)
+            raise UsageError(f"{error}{f' A named benchmark is called {near[0]}.' if near else ''}") from error
 
 
 def _targets(args: argparse.Namespace, suites: list[str]) -> list[Path]:

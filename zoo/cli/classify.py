@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from zoo import catalog
 from zoo.cli.inputs import add_device, find_pictures, one_line, report_failures
+from zoo.cli.models import add_model_args, find_model, model_args
 from zoo.cli.output import UsageError, hush, pick_device, print_json, print_table, progress, table
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="pictures, patterns or folders")
     parser.add_argument("--model", metavar="NAME.TAG", help="published weights, file, folder or Hub id")
+    add_model_args(parser)
     parser.add_argument("--topk", type=int, default=3, metavar="K", help="classes for each picture (default: 3)")
     add_device(parser)
 
@@ -46,7 +48,14 @@ def run(args: argparse.Namespace) -> int:
     if args.topk < 1:
         raise UsageError(f"--topk must be at least 1, got {args.topk}.")
     name = args.model or default_model("classification")
-    _check_task(name)
+    find_model(name, task="classification")
+    arguments = model_args(args)
+    pictures = find_pictures(args.files)
+    missing = [{"file": str(each.path), "error": "no such file"} for each in pictures if not each.path.exists()]
+    if len(missing) == len(pictures):
+        if args.json:
+            print_json({"model": name, "results": [], "failed": missing})
+        return report_failures(args, missing, len(missing))
     import torch
     from timm.data import create_transform, resolve_model_data_config
 
@@ -55,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
     hush(args)
     device = pick_device(args.device)
-    model = create_model(name, pretrained=True).eval()
+    model = create_model(name, pretrained=True, **arguments).eval()
     labels = _labels(model)
     reparameterize(model, measure=False)
     model.to(device, getattr(torch, args.dtype))
@@ -65,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     results: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     with progress(args) as bar, torch.inference_mode():
-        for picture in bar.track(find_pictures(args.files), description="classifying"):
+        for picture in bar.track(pictures, description="classifying"):
             try:
                 image = transform(_eight_bit(picture.path, mode))[None]
             except (OSError, ValueError) as error:
@@ -90,17 +99,6 @@ def run(args: argparse.Namespace) -> int:
                 rows.add_row("" if rank else result["file"], entry["label"], f"{100 * entry['probability']:.1f} %")
         print_table(rows)
     return report_failures(args, failed, len(results) + len(failed))
-
-
-def _check_task(name: str) -> None:
-    """Refuse a name of ours that does not classify; unknown names are left to the factory."""
-    facts = catalog.load().get(name.partition(".")[0])
-    if facts is None:
-        return
-    if facts["task"] != "classification":
-        raise UsageError(f"{name} is a model for {facts['task']}: it cannot classify.")
-    if "." not in name and not facts["weights"]:
-        raise UsageError(f"No weights are published for {name}.")
 
 
 def _eight_bit(path: Path, mode: Literal["RGB", "L"]) -> Image:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.cli.inputs import add_device
+from zoo.cli.models import find_model
 from zoo.cli.output import UsageError, print_json, print_table, progress, table
 from zoo.evaluation.protocols import PROTOCOLS, Protocol, protocol_of_task
+from zoo.sources import WEIGHT_SUFFIXES, find
 
 if TYPE_CHECKING:
     from zoo.data.photos import Pair
@@ -49,6 +51,12 @@ def run(args: argparse.Namespace) -> int:
     wanted = _sigmas(args.sigma)
     if args.limit is not None and args.limit < 1:
         raise UsageError(f"--limit must be at least 1, got {args.limit}.")
+    if args.model not in _BASELINES:
+        source = find_model(args.model, weights=args.weights is None)
+        if source.task == "classification" or source.kind == "pipeline":
+            raise UsageError(f"{args.model} is a model for {source.task or 'generation'}: it restores no images.")
+    if args.weights is not None and Path(args.weights).suffix in WEIGHT_SUFFIXES:
+        find(args.weights)  # says that there is no such file
     subjects = _Subjects(args, wanted)
     protocol, scale, channels = subjects.protocol, subjects.scale, subjects.channels
     if protocol.crop_scale and scale < 2:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zoo import catalog
+from zoo.cli.models import add_model_args, find_model, model_args
 from zoo.cli.output import UsageError, check_target, hush, note, print_json, print_table, progress, table
 
-_FORMATS = ("onnx", "torch-export")
+if TYPE_CHECKING:
+    from zoo.sources import Source
+
+_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -19,34 +23,46 @@ def add_parser(subparsers: Any) -> None:
         help="write a model for another runtime",
         description="Write a merged model for another runtime, then compare the file's outputs with the model's.",
     )
-    parser.add_argument("name", metavar="NAME[.TAG]", help="model; with a tag, or from a file or folder, with weights")
-    parser.add_argument("--format", choices=_FORMATS, required=True)
+    parser.add_argument(
+        "name", metavar="MODEL", help="NAME (random weights), NAME.TAG, file, checkpoint, folder or Hub id"
+    )
+    parser.add_argument("--format", choices=tuple(_SUFFIXES), required=True)
     parser.add_argument("-o", "--output", type=Path, help="file to write (default: NAME with the format's suffix)")
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images of a classifier")
     parser.add_argument("--fixed-size", action="store_true", help="one height and width only")
     parser.add_argument("--no-check", action="store_true", help="do not compare the file with the model")
+    add_model_args(parser)
     parser.add_argument("--force", action="store_true", help="replace an existing file")
+
+
+def _plain_name(source: Source) -> str:
+    """Return what a file is called after its model: mine/ gives mine, last.ckpt gives last, org/name gives name."""
+    if source.path is None:
+        return (source.repo_id or source.name).rpartition("/")[2].partition("@")[0]
+    return source.path.stem if source.kind == "file" else source.path.resolve().name
 
 
 def run(args: argparse.Namespace) -> int:
     """Export one model."""
+    source = find_model(args.name, weights="." in args.name)
+    denoiser = source.kind == "pipeline"
+    random = source.kind == "model" and not source.tag
+    if denoiser and source.path is None and not source.tag:
+        facts = catalog.load()[str(source.architecture)]
+        raise UsageError(
+            f"Say which weights: {' or '.join(f'{source.architecture}.{tag}' for tag in facts['weights'])}."
+        )
+    output = args.output or Path(_plain_name(source) + _SUFFIXES[args.format])
+    check_target(output, force=args.force)
+    arguments = model_args(args)
+    if args.image_size is not None:
+        arguments["img_size"] = args.image_size
     from zoo.export import target
     from zoo.factory import create_model
 
     writer = target(args.format)
-    output = args.output or Path(Path(args.name).name + writer.SUFFIX)
-    check_target(output, force=args.force)
-    architecture, _, tag = args.name.partition(".")
-    registered = catalog.load().get(architecture)
-    random, denoiser = False, (Path(args.name) / "model_index.json").is_file()
-    if registered is not None:
-        random, denoiser = not tag, registered["task"] in catalog.PIPELINE_TASKS
-        if random and denoiser:
-            names = " or ".join(f"{architecture}.{tag}" for tag in registered["weights"])
-            raise UsageError(f"Say which weights: {names}.")
     hush(args, diffusers=denoiser)
-    size = {} if args.image_size is None else {"img_size": args.image_size}
-    model = create_model(args.name, pretrained=not random, **size).eval()
+    model = create_model(args.name, pretrained=not random, **arguments).eval()
     options = {"image_size": args.image_size, "dynamic_size": not args.fixed_size}
     with progress(args) as bar:
         task = bar.add_task("exporting", total=None)

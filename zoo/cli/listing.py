@@ -8,6 +8,7 @@ from typing import Any
 
 from zoo import catalog
 from zoo.cli.output import FailureError, billions, change, joined, millions, number, print_json, print_table, table
+from zoo.sources import Source, describe, find
 
 _SORT = {
     "name": lambda name, facts: name,
@@ -35,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run_list)
 
     parser = subparsers.add_parser("info", help="show one model", description="Show what is known about a model.")
-    parser.add_argument("name", metavar="NAME[.TAG]", help="model, or one of its weights")
+    parser.add_argument("name", metavar="NAME[.TAG]", help="model, one of its weights, file, folder or Hub id")
     parser.set_defaults(run=run_info)
 
 
@@ -96,7 +97,10 @@ def _size(facts: dict[str, Any]) -> str:
 
 
 def run_info(args: argparse.Namespace) -> int:
-    """Print the facts of one model, or of one of its weights."""
+    """Print the facts of one model, of one of its weights, or of a user's file or folder."""
+    source = find(args.name)
+    if source.path is not None or source.kind == "hub" or source.architecture not in catalog.load():
+        return _run_own(args, source)
     facts = catalog.entry(args.name)
     if args.json:
         print_json(facts)
@@ -127,6 +131,45 @@ def run_info(args: argparse.Namespace) -> int:
         parts.append(rows)
     print_table(*parts)
     return 0
+
+
+def _run_own(args: argparse.Namespace, source: Source) -> int:
+    """Print what a file, folder or Hub repository says of itself; only files of PyTorch have to be read for it."""
+    if source.record is not None:
+        facts = describe(source)
+    else:
+        from zoo.factory import model_info
+
+        facts = model_info(args.name)
+    if args.json:
+        print_json(facts)
+        return 0
+    head = table("", "")
+    head.show_header = False
+    shown = {key: value for key, value in facts.items() if key not in ("name", "summary", "metrics", "mean", "std")}
+    if facts["task"] == "classification":
+        shown["normalisation"] = catalog.normalisation(facts)
+    for label, value in shown.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key}={entry}" for key, entry in value.items())
+        elif label == "input_size":
+            value = "x".join(map(str, value))
+        elif isinstance(value, list | tuple):
+            value = joined(list(value), "")
+        if value not in ("", None):
+            head.add_row(_LABELS.get(label, label.replace("_", " ")), str(value))
+    parts: list[Any] = [args.name if "summary" not in facts else f"{args.name}: {facts['summary']}", head]
+    if facts.get("metrics"):
+        rows = table("metric", "value", "data", "protocol", title="Metrics", right=("value",))
+        for metric in facts["metrics"]:
+            value = f"{metric['value']:g} {metric['unit']}".strip()
+            rows.add_row(metric["name"], value, metric["dataset"], metric["protocol"])
+        parts.append(rows)
+    print_table(*parts)
+    return 0
+
+
+_LABELS = {"base": "trained from", "num_classes": "classes", "label_names": "names of classes", "params": "parameters"}
 
 
 def _lines(facts: dict[str, Any], shown: dict[str, Any], tag: str | None) -> Iterator[tuple[str, str]]:

@@ -42,7 +42,9 @@ def _folder(name: str) -> Path:
     if name in known:
         return known[name]
     if Path(name).is_dir():
-        return Path(name)
+        return Path(name).resolve()  # "mine/" and "." have a name
+    if Path(name).is_file():
+        raise UsageError(f"{name} is a file: name the folder with config.json, weights and card that it lies in.")
     near = nearest(name, list(known))
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
     raise UsageError(f"There is no card of {name!r}. {hint}Cards: {', '.join(known) or 'none'}.")

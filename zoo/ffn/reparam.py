@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.profiling import count_params
+from zoo.record import note_merged
 from zoo.text import table_lines
 
 __all__ = ["LayerReport", "ReparamReport", "Reparameterizable", "reparameterize"]
@@ -194,6 +195,9 @@ def reparameterize(model: nn.Module, *, sample: Any = None, measure: bool = True
             reports[module] = report
         elif not any(other is not module and other in reports for other in module.modules()):
             unchanged.append(module)
+    if reports:
+        for module in names:
+            note_merged(module)
     return ReparamReport(
         layers=tuple(reports[module] for module in names if module in reports),
         unchanged=tuple(names[module] or "(model)" for module in names if module in unchanged),

@@ -1,0 +1,219 @@
+"""Tag, folder, file, copy, checkpoint: the same model, whatever way its weights come; and nothing is guessed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from registered import BACKBONES, TINY, build, images, smallest
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+import zoo
+from zoo.ffn import prune
+from zoo.record import KEY, attach, record_of, write_config
+from zoo.weights import CheckpointError, cards_dir, save_checkpoint, shipped
+
+NAMES = sorted(path.parent.name for path in cards_dir().glob("*/config.json"))
+VIT = dict(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=1)
+
+
+def own(model: nn.Module, **facts: Any) -> nn.Module:
+    """Make a model the user's: its classes, size and normalisation."""
+    size = tuple(images_of(model).shape[1:])
+    names = tuple(f"class {chr(97 + i)}" for i in range(int(model.num_classes)))  # type: ignore[call-overload]
+    record = (
+        record_of(model)
+        .of_own_weights("started.from")
+        .updated(
+            **{
+                "label_names": names,
+                "input_size": size,
+                "mean": (0.4,) * 3,
+                "std": (0.3,) * 3,
+                "crop_pct": 0.77,
+                **facts,
+            }
+        )
+    )
+    attach(model, record)
+    return model
+
+
+def images_of(model: nn.Module) -> Tensor:
+    cfg: Any = model.pretrained_cfg
+    return torch.randn(2, *cfg["input_size"], generator=torch.Generator().manual_seed(1))
+
+
+def checkpoint(model: nn.Module, path: Path, **others: Any) -> Path:
+    """Write what a training writes."""
+    state = {f"model.{key}": value for key, value in model.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 1, KEY: record_of(model).to_config(), **others}, path)
+    return path
+
+
+def facts_of(model: nn.Module) -> tuple[Any, ...]:
+    cfg: Any = model.pretrained_cfg
+    return resolve_model_data_config(model), cfg.get("label_names"), record_of(model).task
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_shipped_weights_are_the_same_every_way(name: str, tmp_path: Path) -> None:
+    model = zoo.create_model(name, pretrained=True)
+    copy = shutil.copy(shipped(name), tmp_path / "downloaded.safetensors")
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    write_config(tmp_path, record_of(model))
+    batch = images_of(model)[..., :64, :64]
+    expected = model(batch)
+    for source in (
+        cards_dir() / name,
+        shipped(name),
+        copy,
+        checkpoint(model, tmp_path / "last.ckpt"),
+        tmp_path / "bare.pth",
+    ):
+        found = zoo.create_model(str(source))
+        assert torch.equal(found(batch), expected), source
+        assert facts_of(found) == facts_of(model), source
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+@torch.no_grad()
+def test_own_models_of_all_families(family: str, tmp_path: Path) -> None:
+    model = build(family, num_classes=3)
+    batch = images(family)
+    own(model, input_size=tuple(batch.shape[1:]))
+    save_checkpoint(model.state_dict(), tmp_path / "own.safetensors", record=record_of(model))
+    for path in (checkpoint(model, tmp_path / "last.ckpt"), tmp_path / "own.safetensors"):
+        found = zoo.create_model(str(path))
+        assert torch.equal(found(batch), model(batch))
+        assert facts_of(found) == facts_of(model)
+        assert record_of(found) == record_of(model)
+    other = zoo.create_model(str(tmp_path / "last.ckpt"), num_classes=5, in_chans=1)
+    assert other(images(family, channels=1)).shape == (2, 5)
+    assert record_of(other).label_names is None
+    assert record_of(other).input_size[0] == 1
+    zoo.reparameterize(model, measure=False)
+    merged = zoo.create_model(str(checkpoint(model, tmp_path / "merged.ckpt")))
+    assert torch.equal(merged(batch), model(batch))
+
+
+@torch.no_grad()
+def test_own_timm_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """timm's own architectures too, strictly: timm itself loads a file with a hole when the classes differ."""
+    arguments = dict(embed_dim=16, depth=1, num_heads=1, img_size=32, patch_size=8, num_classes=3)
+    model = own(zoo.create_model("vit_tiny_patch16_224", **arguments).eval())
+    path = checkpoint(model, tmp_path / "last.ckpt")
+    found = zoo.create_model(str(path))
+    assert torch.equal(found(images_of(model)), model(images_of(model)))
+    assert facts_of(found) == facts_of(model)
+    other = zoo.create_model(str(path), num_classes=2, label_names=("x", "y"), mean=(0.5, 0.5, 0.5))
+    assert other.pretrained_cfg["label_names"] == ("x", "y")
+    assert resolve_model_data_config(other)["mean"] == (0.5, 0.5, 0.5)
+    assert "classifier (head) is new" in caplog.text
+    state = dict(model.state_dict())
+    del state["blocks.0.mlp.fc1.bias"]
+    save_checkpoint(state, tmp_path / "hole.safetensors", record=record_of(model))
+    with pytest.raises(CheckpointError, match=r"missing: blocks\.0\.mlp\.fc1\.bias"):
+        zoo.create_model(str(tmp_path / "hole.safetensors"), num_classes=2)
+
+
+@torch.no_grad()
+def test_changed_feed_forward_layers_are_rebuilt(tmp_path: Path) -> None:
+    model = own(zoo.create_model("vit_tiny_patch16_224", **VIT, num_classes=3).eval())
+    prune.apply(model, prune.PruneConfig(keep=0.5, round_to=1), DATA)
+    found = zoo.create_model(str(checkpoint(model, tmp_path / "last.ckpt")))
+    assert torch.equal(found(images_of(model)), model(images_of(model)))
+    assert record_of(found).changes == record_of(model).changes
+
+
+DATA = [torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+
+
+def test_what_tensors_do_not_tell_is_asked_for(tmp_path: Path) -> None:
+    """Windows, strides, normalisation: a bare file of a full-sized model with the user's classes."""
+    path = tmp_path / "emo.pth"
+    model = timm.create_model("emov2_1m", num_classes=3, window_size=4).eval()
+    torch.save(model.state_dict(), path)
+    with pytest.raises(CheckpointError, match=r"emov2_1m.*window_size.*input_size, mean, std") as caught:
+        zoo.create_model(str(path))
+    assert "--model-args window_size=... input_size=..." in str(caught.value)
+    assert "\n" not in str(caught.value)
+    facts = dict(input_size=(3, 64, 64), mean=(0.5,) * 3, std=(0.5,) * 3)
+    found = zoo.create_model(str(path), window_size=4, **facts)
+    batch = images_of(found)
+    with torch.no_grad():
+        assert torch.equal(found(batch), model(batch))
+    assert resolve_model_data_config(found)["input_size"] == (3, 64, 64)
+
+
+def test_authors_form_without_idle_ratio_is_asked_for() -> None:
+    from zoo.backbones.repavit import untold
+
+    layer = {"fc1.weight": torch.ones(8, 2), "fc2.weight": torch.ones(2, 8), "norm1.running_var": torch.ones(2)}
+    assert "idle_ratio" in untold({f"blocks.0.mlp.{key}": value for key, value in layer.items()})
+    assert untold(timm.create_model("repavit_tiny", **VIT).state_dict()) == {}
+
+
+@torch.no_grad()
+def test_small_models_need_their_architecture_named(tmp_path: Path) -> None:
+    model = timm.create_model("repavit_tiny", num_classes=1000, **VIT).eval()
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(CheckpointError, match=r"no known architecture.*architecture=NAME"):
+        zoo.create_model(str(tmp_path / "bare.pth"))
+    found = zoo.create_model(str(tmp_path / "bare.pth"), architecture="repavit_tiny", **VIT)
+    assert torch.equal(found(images_of(model)), model(images_of(model)))
+    three = timm.create_model("repavit_tiny", num_classes=3, **VIT)
+    torch.save(three.state_dict(), tmp_path / "three.pth")
+    with pytest.raises(CheckpointError, match="3 classes, and nothing tells input_size, mean, std"):
+        zoo.create_model(str(tmp_path / "three.pth"), architecture="repavit_tiny", **VIT)
+
+
+def test_checkpoint_of_an_older_training(tmp_path: Path) -> None:
+    """Lightning kept name and arguments; the normalisation has to be given."""
+    model = timm.create_model("emov2_1m.cifar10", num_classes=2)
+    state = {f"model.{key}": value for key, value in model.state_dict().items()}
+    kept = {"model": "emov2_1m.cifar10", "num_classes": 2, "model_args": None}
+    torch.save({"state_dict": state, "hyper_parameters": kept}, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match="does not tell input_size, mean, std"):
+        zoo.create_model(str(tmp_path / "last.ckpt"))
+    facts = dict(input_size=(3, 64, 64), mean=(0.5,) * 3, std=(0.5,) * 3)
+    record = record_of(zoo.create_model(str(tmp_path / "last.ckpt"), **facts))
+    assert record.model_args["window_size"] == (7, 7, 4, 2)
+    assert record.num_classes == 2
+
+
+def test_config_of_something_else_beside_a_file_is_not_taken(tmp_path: Path) -> None:
+    shutil.copy(shipped("emov2_1m.cifar10"), tmp_path / "a.safetensors")
+    write_config(tmp_path, record_of(timm.create_model("repavit_tiny")))
+    assert record_of(zoo.create_model(str(tmp_path / "a.safetensors"))).architecture == "emov2_1m"
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "near"),
+    [
+        ("repavit_tiny", "idel_ratio", "idle_ratio"),
+        ("vit_tiny_patch16_224", "img_sise", "img_size"),
+        ("cfsr_x2", "embed_dims", "embed_dim"),
+        *((smallest(family), "in_chan", "in_chans") for family in TINY if family in BACKBONES),
+    ],
+)
+def test_mistyped_arguments_get_the_nearest(name: str, argument: str, near: str) -> None:
+    with pytest.raises(TypeError, match=rf"no argument {argument!r}\. Did you mean {near!r}") as caught:
+        zoo.create_model(name, **{argument: 1})
+    assert "\n" not in str(caught.value)
+
+
+def test_info_of_files_and_folders(tmp_path: Path) -> None:
+    model = own(timm.create_model("repavit_tiny", num_classes=3, **VIT))
+    path = checkpoint(model, tmp_path / "last.ckpt")
+    facts = zoo.model_info(str(path))
+    assert (facts["architecture"], facts["num_classes"], facts["base"]) == ("repavit_tiny", 3, "started.from")
+    assert facts["label_names"] == ("class a", "class b", "class c")
+    assert zoo.model_info(str(cards_dir() / "emov2_1m.cifar10"))["metrics"][0]["value"] == 85.63
+    assert zoo.model_info("resnet18")["num_classes"] == 1000
