@@ -168,6 +168,8 @@ def from_record(record: ModelRecord, state_dict: dict[str, Tensor], source: str,
     load_pretrained(model, cfg, ours or _timm_filter(record.architecture, model, state_dict))
     now = described(record.architecture, fields, built)
     now = dataclasses.replace(now, task=record.task, base=record.base, changes=record.changes)
+    if given.get("img_size") is None:  # a network built for one size may have been trained for another
+        now = now.updated(input_size=(now.input_size[0], *record.input_size[1:]))
     model.pretrained_cfg.pop("file", None)
     attach(model, now.updated(label_names=facts["label_names"]) if "label_names" in facts else now)
     return model.eval()
