@@ -45,6 +45,7 @@ class HubServer(ThreadingHTTPServer):
         self.uploads: dict[str, bytes] = {}  # SHA-256 -> content, before and after it is committed
         self.requests: list[str] = []
         self.broken: set[str] = set()  # paths that answer 400
+        self.failing = 0  # status that everything is answered with, unless 0
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self.thread.start()
 
@@ -83,6 +84,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append(f"{self.command} {path}")
         body = self._body()
+        if self.server.failing:
+            return self._json({"error": "busy"}, self.server.failing)
         if path in self.server.broken:
             return self._json({"error": "out of order"}, 400)
         if path.startswith("/cdn/"):

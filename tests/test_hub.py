@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -156,3 +159,50 @@ def test_no_connection_names_the_host(tmp_path: Path, monkeypatch: pytest.Monkey
         hub.download("org/tiny", "config.json")
     with pytest.raises(hub.HubError, match="ConnectError"):
         hub.upload(tmp_path, "org/tiny", token="secret")
+
+
+def test_a_busy_hub_answers_soon(server: HubServer, folder: Path) -> None:
+    """Status, file, folder and variable within ten seconds; the cached file where there is one."""
+    hub.upload(folder, "org/tiny", token="secret")
+    kept = hub.download("org/tiny", "config.json")
+    for status in (429, 500):
+        server.failing = status
+        begun = time.monotonic()
+        with pytest.raises(hub.HubError, match=rf"answered {status} for org/tiny/README\.md.*HF_HUB_CACHE"):
+            hub.download("org/tiny", "README.md")
+        with pytest.raises(hub.HubError, match=f"answered {status} for org/tiny"):
+            hub.list_files("org/tiny")
+        assert hub.download("org/tiny", "config.json") == kept
+        assert time.monotonic() - begun < 30
+
+
+@pytest.mark.parametrize(
+    ("files", "taken"),
+    [
+        (["RePaViT-Tiny.pth", "RePaViT-Small.pth", "RePaSwin-Tiny.pth", "README.md"], "RePaViT-Tiny.pth"),
+        (["repa_deit_tiny_0.5.pth", "repa_deit_tiny_merged.pth", "repa_swin_tiny.pth"], "repa_deit_tiny_0.5.pth"),
+        (["weights/deit_t.pth.tar", "weights/swin_t.pth.tar"], "weights/deit_t.pth.tar"),
+        (["LV-ViT-S.pth", "deit_small.pth"], None),
+        (["repavit_tiny_a.pth", "repavit_tiny_b.pth"], None),
+    ],
+)
+def test_file_that_names_the_variant_is_taken(
+    server: HubServer, files: list[str], taken: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """RePaViT's repository is known, its file names are not: it is listed once, and what is taken must fit."""
+    arguments: dict[str, Any] = dict(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1)
+    model = timm.create_model("repavit_tiny", **arguments).eval()
+    content = io.BytesIO()
+    torch.save({"model": model.state_dict()}, content)
+    server.repositories["Ackesnal/RePaViT"] = Repository({file: content.getvalue() for file in files})
+    if taken is None:
+        with pytest.raises(CheckpointError, match=rf"Ackesnal/RePaViT .*name.* repavit_tiny.*{files[0]}"):
+            timm.create_model("repavit_tiny.in1k", pretrained=True, **arguments)
+        return
+    found = timm.create_model("repavit_tiny.in1k", pretrained=True, **arguments).eval()
+    x = torch.rand(1, 3, 16, 16)
+    assert torch.equal(found(x), model(x))
+    assert f"took {taken} of Ackesnal/RePaViT" in caplog.text
+    assert sum("api/models" in request for request in server.requests) == 1
+    with pytest.raises(CheckpointError, match="does not fit"):
+        timm.create_model("repavit_tiny.in1k", pretrained=True, **{**arguments, "depth": 2})

@@ -33,6 +33,8 @@ class ModelCfg(PretrainedCfg):
             for example `img_size`, `patch_size` or `idle_ratio`. Arguments of the caller win over them.
         top1: The authors' top-1 accuracy on ImageNet-1k at `input_size`, percent; not measured by us.
         parity: How closely the family's code agrees with the authors', and how that was measured.
+        hub_search: The authors' repository `hf_hub_id` is known, the name of the file in it is not: the one that names
+            the variant is taken, and checked by strict loading.
     """
 
     task: str = "classification"
@@ -40,6 +42,7 @@ class ModelCfg(PretrainedCfg):
     model_args: dict[str, Any] = field(default_factory=dict)
     top1: float | None = None
     parity: str | None = None
+    hub_search: bool = False
 
 
 @dataclass

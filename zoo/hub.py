@@ -6,11 +6,21 @@ Downloads go to the Hub client's own cache. `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     FileMetadataError,
     GatedRepoError,
@@ -23,7 +33,21 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-__all__ = ["HubError", "HubFileMissingError", "blob_digest", "download", "files_of", "is_offline", "upload"]
+__all__ = [
+    "HubError",
+    "HubFileMissingError",
+    "blob_digest",
+    "download",
+    "files_of",
+    "is_offline",
+    "list_files",
+    "upload",
+]
+
+AnswerT = TypeVar("AnswerT")
+
+_PATIENCE = 8.0  # seconds until a Hub that does not answer is said to be away; the client itself takes half a minute
+_WAITS = (0.5, 1.5)  # seconds between tries
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -51,7 +75,53 @@ def download(repo_id: str, filename: str, *, cache_dir: str | Path | None = None
     """
     repository, _, revision = repo_id.partition("@")
     with _explained(repository, filename):
+        if not is_offline():
+            url = hf_hub_url(repository, filename, revision=revision or None, endpoint=constants.ENDPOINT)
+            try:
+                _few_tries(lambda left: get_hf_file_metadata(url, timeout=left, endpoint=constants.ENDPOINT))
+            except (HTTPError, HfHubHTTPError) as error:  # the client itself would try on for half a minute
+                if isinstance(error, HfHubHTTPError) and not _is_passing(error):
+                    raise
+                cached = try_to_load_from_cache(repository, filename, cache_dir=cache_dir, revision=revision or None)
+                if isinstance(cached, str):
+                    return Path(cached)
+                raise
         return Path(hf_hub_download(repository, filename, revision=revision or None, cache_dir=cache_dir))
+
+
+def list_files(repo_id: str) -> list[str]:
+    """Return the paths of all files of a Hub repository, sorted.
+
+    Args:
+        repo_id: "org/name", or "org/name@revision".
+
+    Raises:
+        HubError: As in `download`.
+    """
+    repository, _, revision = repo_id.partition("@")
+    if is_offline():
+        raise HubError(f"HF_HUB_OFFLINE is set: the files of {repository} cannot be listed.")
+    with _explained(repository):
+        info = _few_tries(lambda left: HfApi().model_info(repository, revision=revision or None, timeout=left))
+    return sorted(sibling.rfilename for sibling in info.siblings or ())
+
+
+def _few_tries(ask: Callable[[float], AnswerT]) -> AnswerT:
+    """Ask again, twice, where the Hub is only busy for the moment; `ask` is given the seconds that are left."""
+    end = time.monotonic() + _PATIENCE
+    for seconds in _WAITS:
+        try:
+            return ask(end - time.monotonic())
+        except HfHubHTTPError as error:
+            if not _is_passing(error) or time.monotonic() + seconds + 1 > end:
+                raise
+            time.sleep(seconds)
+    return ask(max(1.0, end - time.monotonic()))
+
+
+def _is_passing(error: HfHubHTTPError) -> bool:
+    """Tell whether an error may pass by itself: too many requests, or the server's own fault."""
+    return error.response.status_code == 429 or error.response.status_code >= 500
 
 
 def is_offline() -> bool:
@@ -130,7 +200,7 @@ def _explained(repo_id: str, filename: str | None = None) -> Iterator[None]:
             cause = f"{_host()} cannot be reached"
         raise HubError(
             f"{file} is not in the download cache and {cause}; fetch it where there is a network with"
-            f" `hf download {repo_id} {filename}` and copy {constants.HF_HUB_CACHE} here."
+            f" `hf download {repo_id} {filename}` and copy {constants.HF_HUB_CACHE} (HF_HUB_CACHE) here."
         ) from error
     except HfHubHTTPError as error:
         code = error.response.status_code
@@ -138,10 +208,17 @@ def _explained(repo_id: str, filename: str | None = None) -> Iterator[None]:
             raise HubError(
                 f"{_host()} refused access to {repo_id} ({code}): log in with `hf auth login` or give a token that may."
             ) from error
-        raise HubError(f"{_host()} answered {code} for {file}: {_first_line(error)}") from error
+        kept = f" It is not in the download cache {constants.HF_HUB_CACHE} (HF_HUB_CACHE)." if filename else ""
+        raise HubError(f"{_host()} answered {code} for {file}: {_first_line(error)}.{kept} Try again later.") from error
     except ValueError as error:  # the Hub does not accept the front matter of README.md
         raise HubError(f"{repo_id}: {' '.join(str(error).split())}") from error
     except (HTTPError, OSError) as error:
+        if filename and isinstance(error, HTTPError):
+            raise HubError(
+                f"{file} is not in the download cache {constants.HF_HUB_CACHE} (HF_HUB_CACHE) and {_host()} cannot be"
+                f" reached ({type(error).__name__}); fetch it where there is a network with `hf download"
+                f" {repo_id} {filename}` and copy that folder here."
+            ) from error
         raise HubError(f"{file}: {type(error).__name__}: {_first_line(error)}") from error
 
 

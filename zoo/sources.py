@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from zoo import catalog
 from zoo.record import CONFIG_NAME, ModelRecord, RecordError, read_record
 
@@ -136,6 +134,8 @@ def front_matter(card: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: There is none, or it is no YAML mapping.
     """
+    import yaml  # lists and help do without
+
     head, fence, rest = Path(card).read_text(encoding="utf-8").partition("---\n")
     block, closing, _ = rest.partition("\n---")
     if head or not fence or not closing:

@@ -11,7 +11,9 @@ import hashlib
 import inspect
 import logging
 import pickle
+import re
 import struct
+import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models import PretrainedCfg, adapt_input_conv, build_model_with_cfg
 from timm.models._builder import resolve_pretrained_cfg
-from timm.models._hub import check_cached_file, download_cached_file
+from timm.models._hub import check_cached_file, download_cached_file, get_cache_dir
 from torch import Tensor, nn
 
 from zoo import hub
@@ -30,7 +32,7 @@ from zoo.catalog import nearest
 from zoo.cfg import ModelCfg, RestorationCfg
 from zoo.files import whole
 from zoo.record import KEY, ModelRecord, RecordError, described, kept_by_lightning, note_build, read_record, record_in
-from zoo.sources import CheckpointError, card_sha256, front_matter
+from zoo.sources import WEIGHT_SUFFIXES, CheckpointError, card_sha256, front_matter
 
 __all__ = [
     "CheckpointError",
@@ -50,6 +52,8 @@ __all__ = [
     "shipped",
     "verify_component",
 ]
+
+_TIMEOUT = 8.0  # seconds until a server that does not answer is said to be away
 
 _log = logging.getLogger(__name__)
 
@@ -311,6 +315,12 @@ def _locate(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
     if cfg.file:
         path = Path(cfg.file)
         return path / WEIGHTS_NAME if path.is_dir() else path
+    if cfg.hf_hub_id and getattr(cfg, "hub_search", False):
+        filename = _search(str(cfg.architecture), cfg.hf_hub_id)
+        _log.warning(
+            "%s: took %s of %s, the one weight file there that names this variant.", name, filename, cfg.hf_hub_id
+        )
+        return hub.download(cfg.hf_hub_id, filename, cache_dir=cache_dir)
     if cfg.hf_hub_id:
         return hub.download(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS_NAME, cache_dir=cache_dir)
     if cfg.url:
@@ -319,10 +329,57 @@ def _locate(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
     raise CheckpointError(f"No weights are published for {name}.{notes} Use pretrained=False for random weights.")
 
 
+_SIZES = {"tiny": ("tiny", "t", "ti"), "small": ("small", "s"), "base": ("base", "b"), "large": ("large", "l")}
+_SIZES |= {"huge": ("huge", "h")}
+_OTHER_FORMS = ("merged", "reparam", "reparameterized", "deploy", "inference", "optimizer")
+
+
+def _search(architecture: str, repo_id: str) -> str:
+    """Return the weight file of a repository that names a variant: family and size, in the training form.
+
+    Args:
+        architecture: Our name, FAMILY_SIZE. The authors may call the family by the network it was made from: RePaSwin
+            is their RePa-Swin, RePaViT their RePaViT or RePa-DeiT.
+        repo_id: "org/name".
+
+    Raises:
+        CheckpointError: No file names the variant, or several do.
+    """
+    family, _, size = architecture.partition("_")
+    kind = family.removeprefix("repa")
+    kinds = {"vit": ("vit", "deit")}.get(kind, (kind,))
+    files = [file for file in hub.list_files(repo_id) if file.endswith(WEIGHT_SUFFIXES)]
+
+    def names(file: str) -> bool:
+        words = re.findall(r"[a-z]+", file.lower())
+        named = any(word.endswith(kinds) and not word.endswith("lvvit") for word in words)
+        return named and any(word in _SIZES.get(size, (size,)) for word in words)
+
+    found = [file for file in files if names(file)]
+    plain = [file for file in found if not set(re.findall(r"[a-z]+", file.lower())) & set(_OTHER_FORMS)]
+    if len(plain) == 1:
+        return plain[0]
+    problem = (
+        f"several files name {architecture}: {_some(plain or found)}" if found else f"no file names {architecture}"
+    )
+    raise CheckpointError(
+        f"In {repo_id} {problem}; its weight files are {_some(files, 12) or 'none'}. Download the right one and pass"
+        " its path to zoo.create_model."
+    )
+
+
 def _fetch(url: str, cache_dir: str | Path | None) -> Path:
     """Return the local copy of a weight file that is published at an address outside the Hub."""
-    advice = f"Fetch {url} by other means and pass its path to zoo.create_model."
-    if hub.is_offline() and not check_cached_file(url, check_hash=False, cache_dir=cache_dir):
+    folder = cache_dir or get_cache_dir()
+    advice = f"Fetch {url} by other means into {folder} (TORCH_HOME), or pass its path to zoo.create_model."
+    cached = check_cached_file(url, check_hash=False, cache_dir=cache_dir)
+    if not cached and not hub.is_offline():
+        try:  # torch's download waits for an answer without end
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_TIMEOUT):
+                pass
+        except (OSError, ValueError) as error:
+            raise hub.HubError(f"The weights cannot be downloaded ({error}). {advice}") from error
+    if hub.is_offline() and not cached:
         raise hub.HubError(f"HF_HUB_OFFLINE is set and the weights are not in the download cache. {advice}")
     try:
         return Path(download_cached_file(url, cache_dir=cache_dir))

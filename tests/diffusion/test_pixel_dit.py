@@ -217,3 +217,9 @@ def test_condition_is_needed() -> None:
 def test_no_unconditional_label_without_dropping() -> None:
     with pytest.raises(ValueError, match="class_dropout_prob=0"):
         _ = pixel_dit(class_dropout_prob=0.0).null_label
+
+
+def test_unknown_configuration_is_an_error() -> None:
+    """diffusers warns and builds another network."""
+    with pytest.raises(CheckpointError, match="PixelDiT has no 'num_layer'. Did you mean 'num_layers'"):
+        PixelDiT.from_config({"num_layer": 2})

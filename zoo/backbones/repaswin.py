@@ -314,9 +314,9 @@ def untold(state_dict: dict[str, Tensor]) -> dict[str, str]:
     }
 
 
-_UNLISTED = (
-    "The authors' weights are at https://huggingface.co/Ackesnal/RePaViT; their file names are not known here."
-    " Download one and pass its path to zoo.create_model.",
+_NOTES = (
+    "The authors' weights are at https://huggingface.co/Ackesnal/RePaViT; their file names are not known here: the one"
+    " that names the variant is taken, and checked by strict loading.",
 )
 
 
@@ -338,16 +338,21 @@ def _cfg(**kwargs: Any) -> ModelCfg:
         paper_name="RePaViT: Scalable Vision Transformer Acceleration "
         "via Structural Reparameterization on Feedforward Network Layers",
         parity="Meets the authors' outputs to 4.2e-15 (relative, float64): logits, blocks and the merged form.",
-        notes=_UNLISTED,
+        notes=_NOTES,
     )
     return ModelCfg(**{**fields, **kwargs})
 
 
+def _authors(top1: float) -> ModelCfg:
+    """Return the cfg of the authors' weights of a variant."""
+    return _cfg(top1=top1, hf_hub_id="Ackesnal/RePaViT", hub_search=True)
+
+
 default_cfgs = generate_default_cfgs(
     {
-        "repaswin_tiny.in1k": _cfg(top1=78.4),
-        "repaswin_small.in1k": _cfg(top1=81.4),
-        "repaswin_base.in1k": _cfg(top1=82.6),
+        "repaswin_tiny.in1k": _authors(top1=78.4),
+        "repaswin_small.in1k": _authors(top1=81.4),
+        "repaswin_base.in1k": _authors(top1=82.6),
     }
 )
 

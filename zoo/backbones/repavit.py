@@ -339,9 +339,9 @@ def _idle_arguments(active: list[int], hidden_dim: int) -> dict[str, Any]:
     return {}
 
 
-_UNLISTED = (
-    "The authors' weights are at https://huggingface.co/Ackesnal/RePaViT; their file names are not known here."
-    " Download one and pass its path to zoo.create_model.",
+_NOTES = (
+    "The authors' weights are at https://huggingface.co/Ackesnal/RePaViT; their file names are not known here: the one"
+    " that names the variant is taken, and checked by strict loading.",
 )
 
 
@@ -362,9 +362,14 @@ def _cfg(**kwargs: Any) -> ModelCfg:
         paper_name="RePaViT: Scalable Vision Transformer Acceleration "
         "via Structural Reparameterization on Feedforward Network Layers",
         parity="Meets the authors' outputs to 4.2e-15 (relative, float64): logits, blocks and the merged form.",
-        notes=_UNLISTED,
+        notes=_NOTES,
     )
     return ModelCfg(**{**fields, **kwargs})
+
+
+def _authors(top1: float) -> ModelCfg:
+    """Return the cfg of the authors' weights of a variant."""
+    return _cfg(top1=top1, hf_hub_id="Ackesnal/RePaViT", hub_search=True)
 
 
 # A star makes a tag the default; it must come after a tag that has weights, or timm moves that one to the front.
@@ -385,11 +390,11 @@ default_cfgs = generate_default_cfgs(
                 dynamic_img_size=True,
             ),
         ),
-        "repavit_tiny.in1k*": _cfg(top1=69.4),
-        "repavit_small.in1k": _cfg(top1=78.9),
-        "repavit_base.in1k": _cfg(top1=81.3),
-        "repavit_large.in1k": _cfg(top1=82.0),
-        "repavit_huge.in1k": _cfg(top1=81.4),
+        "repavit_tiny.in1k*": _authors(top1=69.4),
+        "repavit_small.in1k": _authors(top1=78.9),
+        "repavit_base.in1k": _authors(top1=81.3),
+        "repavit_large.in1k": _authors(top1=82.0),
+        "repavit_huge.in1k": _authors(top1=81.4),
     }
 )
 

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import inspect
 from os import PathLike
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
 
+from zoo.catalog import nearest
 from zoo.weights import CheckpointError
 
 __all__ = ["StrictModelMixin"]
 
 
 class StrictModelMixin(ModelMixin):
-    """A diffusers model whose `from_pretrained` refuses weights that do not fit, of which diffusers only warns."""
+    """A diffusers model that refuses weights and configurations that do not fit, of which diffusers only warns."""
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the constructor's arguments in a configuration, as diffusers does, but refuse unknown keys.
+
+        Raises:
+            CheckpointError: There is a key that the class does not know; the message names the nearest.
+        """
+        known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+        for key in config_dict:
+            if key not in known and not key.startswith("_") and key != "quantization_config":
+                near = nearest(key, known, 1)
+                raise CheckpointError(
+                    f"The configuration of a {cls.__name__} has no {key!r}."
+                    f"{f' Did you mean {near[0]!r}?' if near else ''} It has: {', '.join(known)}."
+                )
+        return super().extract_init_dict(config_dict, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Any:

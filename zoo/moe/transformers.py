@@ -39,6 +39,7 @@ from zoo.moe.dense2moe import (
     to_experts,
 )
 from zoo.moe.modulation import share_modulation
+from zoo.weights import require_known
 
 # `DiffusionPipeline.from_pretrained` looks for the name ModelMixin here to learn how the classes are loaded.
 __all__ = [
@@ -83,6 +84,8 @@ class MoETransformerMixin(StrictModelMixin):
             **kwargs: Any,
         ) -> None:
             dense.__init__(self, *args, **kwargs)
+            require_known("The configuration under 'moe'", MoEConfig, moe or {})
+            require_known("The configuration under 'mob'", MoBConfig, mob or {})
             config = MoEConfig(**(moe or {}))
             build_experts(self, config)
             self.register_to_config(moe=asdict(config), mob=None, shared_modulation=False)
