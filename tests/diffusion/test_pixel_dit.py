@@ -221,5 +221,5 @@ def test_no_unconditional_label_without_dropping() -> None:
 
 def test_unknown_configuration_is_an_error() -> None:
     """diffusers warns and builds another network."""
-    with pytest.raises(CheckpointError, match="PixelDiT has no 'num_layer'. Did you mean 'num_layers'"):
+    with pytest.raises(CheckpointError, match=r"PixelDiT has no 'num_layer'\. Did you mean 'num_layers'"):
         PixelDiT.from_config({"num_layer": 2})
