@@ -123,7 +123,7 @@ def test_nothing_prints_help(capsys: Captured) -> None:
         (["info", "repavit_tinny"], "Did you mean repavit_tiny"),
         (["classify", "x.png", "--model", "repavit_tinny"], "Did you mean repavit_tiny"),
         (["classify", "x.png", "--model", "cfsr_x2"], "cannot classify"),
-        (["classify", "x.png", "--model", "repavit_huge"], "No weights are published"),
+        (["classify", "x.png", "--model", "repamlpmixer_s16"], "No weights are published"),
         (["classify", "x.png", "--topk", "0"], "--topk must be at least 1"),
         (["restore", "x.png", "-o", "out", "--model", "cfsr_x22"], "Did you mean cfsr_x2"),
         (["restore", "x.png", "-o", "out", "--device", "gpu"], "no device 'gpu'"),
