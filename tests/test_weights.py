@@ -290,7 +290,8 @@ def test_a_models_own_cfg_builds_it_again(weights: Path) -> None:
 
 
 def test_weights_that_nobody_published() -> None:
-    with pytest.raises(CheckpointError, match=r"No weights are published for repamlpmixer_s16\.untrained.*pretrained=False"):
+    said = r"No weights are published for repamlpmixer_s16\.untrained.*pretrained=False"
+    with pytest.raises(CheckpointError, match=said):
         timm.create_model("repamlpmixer_s16.untrained", pretrained=True, num_blocks=1)
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "Source",
     "card_metrics",
     "card_sha256",
+    "cards_dir",
     "describe",
     "find",
     "front_matter",
@@ -126,6 +127,13 @@ def weight_file(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise CheckpointError(f"{folder} holds no weight file; it should be called {WEIGHT_FILES[0]}.")
+
+
+def cards_dir() -> Path:
+    """Return the folder of the model cards: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).resolve().parent
+    inside = package / "model_cards"
+    return inside if inside.is_dir() else package.parent / "model_cards"
 
 
 def front_matter(card: str | Path) -> dict[str, Any]:

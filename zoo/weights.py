@@ -32,7 +32,7 @@ from zoo.catalog import nearest
 from zoo.cfg import ModelCfg, RestorationCfg
 from zoo.files import whole
 from zoo.record import KEY, ModelRecord, RecordError, described, kept_by_lightning, note_build, read_record, record_in
-from zoo.sources import WEIGHT_SUFFIXES, CheckpointError, card_sha256, front_matter
+from zoo.sources import WEIGHT_SUFFIXES, CheckpointError, card_sha256, cards_dir, front_matter
 
 __all__ = [
     "CheckpointError",
@@ -89,13 +89,6 @@ _UNREADABLE = (
     AssertionError,
     struct.error,
 )
-
-
-def cards_dir() -> Path:
-    """Return the folder of the model cards: beside the package in a checkout, inside it in an installed wheel."""
-    package = Path(__file__).resolve().parent
-    inside = package / "model_cards"
-    return inside if inside.is_dir() else package.parent / "model_cards"
 
 
 def shipped(name: str) -> str:

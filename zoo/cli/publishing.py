@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from zoo.catalog import nearest
 from zoo.cli.output import FailureError, UsageError, hush, note, print_json, print_table, progress, table
+from zoo.sources import cards_dir
 
 
 def add_parser(subparsers: Any) -> None:
@@ -35,10 +37,7 @@ def add_parser(subparsers: Any) -> None:
 
 def _folder(name: str) -> Path:
     """Return the card folder of a published name, or of a path."""
-    from zoo.cards.card import published
-    from zoo.catalog import nearest
-
-    known = {folder.name: folder for folder in published()}
+    known = {card.parent.name: card.parent for card in sorted(cards_dir().glob("[!.]*/README.md"))}
     if name in known:
         return known[name]
     if Path(name).is_dir():
@@ -52,11 +51,12 @@ def _folder(name: str) -> Path:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Check the cards; exit code 1 if one has a problem."""
-    from zoo.cards.card import check_card, published
-
     if bool(args.names) == args.all:
         raise UsageError("Give names, or --all." if not args.names else "Give names or --all, not both.")
-    folders = published() if args.all else [_folder(name) for name in args.names]
+    named = [_folder(name) for name in args.names]
+    from zoo.cards.card import check_card, published
+
+    folders = published() if args.all else named
     hush(args, diffusers=any((folder / "model_index.json").is_file() for folder in folders))
     found: dict[str, list[str]] = {}
     with progress(args) as bar:
@@ -79,10 +79,10 @@ def run_verify(args: argparse.Namespace) -> int:
 
 def run_publish(args: argparse.Namespace) -> int:
     """Check a card and upload it; exit code 1 if the card has a problem."""
+    folder = _folder(args.name)
     from zoo import hub
     from zoo.cards.card import check_card
 
-    folder = _folder(args.name)
     hush(args, diffusers=(folder / "model_index.json").is_file())
     with progress(args) as bar:
         bar.add_task("checking", total=None)
