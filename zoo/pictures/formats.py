@@ -14,6 +14,7 @@ __all__ = ["FORMATS", "Kind", "format_of", "load_plugins", "readable_suffixes", 
 
 # Formats of Pillow that are no pictures, or that Pillow reads only with another program.
 _NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF")
+_NOT_WRITTEN = (*_NO_PICTURES, "ICNS", "PALM")  # of sizes of their own, and of a palette that nothing reads back
 RAW_SUFFIXES = (".3fr", ".arw", ".cr2", ".cr3", ".dng", ".erf", ".iiq", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2")
 """Of cameras' raw files, which are to be developed first."""
 
@@ -62,12 +63,14 @@ FORMATS = {
     "JXL": Format(bits=32, exif=True, xmp=True),
     "JPEG2000": Format(bits=16, comment=True),
     "GIF": Format(alpha="one", comment=True, side=65535, frames="animation"),
-    "BMP": Format(alpha="full", dpi=True),
+    "BMP": Format(alpha="none", dpi=True),
     "TGA": Format(side=65535),
     "PPM": Format(bits=16, alpha="none"),
     "PFM": Format(colors=("gray",), bits=32, alpha="none"),
     "ICO": Format(colors=("color",), side=256),
     "QOI": Format(colors=("color",)),
+    "MSP": Format(colors=("gray",), bits=1, alpha="none"),
+    "XBM": Format(colors=("gray",), bits=1, alpha="none"),
     "PCX": Format(alpha="none", side=65535),
     "SGI": Format(side=65535),
 }
@@ -120,7 +123,7 @@ def writable_suffixes() -> frozenset[str]:
     """Return the suffixes, in small letters, of picture files that can be written here."""
     load_plugins()
     known = Image.registered_extensions().items()
-    return frozenset(suffix for suffix, name in known if name in Image.SAVE and name not in _NO_PICTURES)
+    return frozenset(suffix for suffix, name in known if name in Image.SAVE and name not in _NOT_WRITTEN)
 
 
 def format_of(path: str | Path) -> str | None:
@@ -137,6 +140,8 @@ def losses(kind: Kind, name: str) -> list[str]:
     holds, said = FORMATS.get(name, Format(alpha="none")), []
     if kind.colors == "cmyk" and "cmyk" not in holds.colors:
         said.append("CMYK becomes RGB")
+    elif kind.colors == "color" and "color" not in holds.colors:
+        said.append("colour becomes gray")
     if kind.alpha and holds.alpha == "none":
         said.append("transparency becomes white")
     elif kind.alpha and holds.alpha == "one" and kind.format != name:

@@ -134,8 +134,6 @@ def _fitted(picture: Picture, name: str, holds: Format, said: list[str], animate
     metadata = picture.metadata
     if picture.black is not None and "cmyk" not in holds.colors:
         picture, _ = to_srgb(picture)
-    elif picture.black is not None and name == "JPEG" and picture.alpha is not None:
-        picture = dataclasses.replace(picture, alpha=None)
     metadata = picture.metadata
     gray_profile = metadata.icc_profile is not None and metadata.icc_profile[16:20] == b"GRAY"
     if name == "JXL" and picture.peak != 255 and containers.says_linear(metadata.icc_profile):
@@ -189,12 +187,18 @@ def _on_white(picture: Picture) -> Picture:
     """Lay a picture on white, for a format without transparency."""
     assert picture.alpha is not None  # the caller looks
     shown = picture.alpha.astype(np.float64) / picture.peak
-    color = picture.color * shown + picture.peak * (1 - shown)
-    color = (color if picture.peak == 1 else np.round(color)).astype(picture.color.dtype)
-    mode = "L" if color.shape[2] == 1 else "RGB"
-    if color.shape[2] == 1 and picture.peak != 255:
+
+    def on_white(plane: Any) -> Any:
+        laid = plane * shown + picture.peak * (1 - shown)  # inks are inverted: none of them is white, too
+        return (laid if picture.peak == 1 else np.round(laid)).astype(plane.dtype)
+
+    color = on_white(picture.color)
+    black = None if picture.black is None else on_white(picture.black)
+    mode = "CMYK" if black is not None else "L" if color.shape[2] == 1 else "RGB"
+    if mode == "L" and picture.peak != 255:
         mode = "F" if picture.peak == 1 else "I;16"
-    return dataclasses.replace(picture, color=color, alpha=None, mode="P" if picture.mode == "P" else mode)
+    mode = "P" if picture.mode == "P" else mode
+    return dataclasses.replace(picture, color=color, black=black, alpha=None, mode=mode)
 
 
 def _placed(metadata: Metadata, name: str, holds: Format, said: list[str]) -> Metadata:
