@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from denoisers import denoise, dit, pixel_dit
-from diffusers import FirstBlockCacheConfig
+from diffusers import DDIMScheduler, FirstBlockCacheConfig
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from hooked import assert_clean, class_pipeline, generate
 from hypothesis import given, settings
@@ -392,3 +392,32 @@ def test_index_of_the_last_step_in_two_contexts(order: tuple[str, str]) -> None:
             found = zoo.cache_summary(model).denoisers[0]
             assert found.calls == {"cond": 6, "uncond": 6}
             assert {unit.computed for unit in found.units if "other" in unit.unit} == {(0, 1, 2, 5)}
+
+
+class Components:
+    """What a modular pipeline gives its blocks."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self.transformer, self.scheduler = transformer, DDIMScheduler()
+
+
+class DenoisingBlock:
+    """A block of a modular pipeline, which is given the components and owns none."""
+
+    @torch.no_grad()
+    def __call__(self, components: Components, steps: int) -> None:
+        components.scheduler.set_timesteps(steps)
+        for step, timestep in enumerate(components.scheduler.timesteps):
+            sample, inputs = images(step=step)
+            components.transformer(sample, **{**inputs, "timestep": timestep.expand(2)})
+
+
+def test_modular_pipelines() -> None:
+    """The scheduler is found among the components, although the cache knows the denoiser alone."""
+    components, block = Components(pixel_dit()), DenoisingBlock()
+    zoo.enable_cache(components.transformer, CGTaylorConfig(threshold=1e6))
+    for steps in (6, 8):
+        block(components, steps)
+        found = zoo.cache_summary(components.transformer).denoisers[0]
+        assert found.calls == {"default": steps}
+        assert found.units[1].computed == (0, 1, 2, steps - 1)
