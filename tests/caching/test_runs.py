@@ -120,13 +120,13 @@ def plans(draw: st.DrawFn, contexts: bool) -> Plan:
     count = draw(st.integers(1, 9))
     repeated = draw(st.booleans())
     steps = []
-    for _ in range(count):
-        if contexts and not repeated:
-            chosen = draw(st.sets(st.sampled_from(["cond", "uncond", "skip"]), min_size=1))
-        else:
-            chosen = {"cond"} | draw(st.sets(st.sampled_from(["uncond"])))
-        # where timesteps come twice, only a branch that comes again tells the second time from the first
-        steps.append(sorted(chosen) if repeated else draw(st.permutations(sorted(chosen))))
+    for step in range(count):
+        # a run that begins with another branch than an aborted one, or a timestep that comes twice with another branch
+        # than the first time, cannot be told from a further branch of one step
+        free = contexts and not repeated and step > 0
+        names = {"cond", "uncond", "skip"} if contexts and not repeated else {"cond", "uncond"}
+        chosen = draw(st.sets(st.sampled_from(sorted(names)), min_size=1)) | (set() if free else {"cond"})
+        steps.append(draw(st.permutations(sorted(chosen))) if free or not contexts else sorted(chosen))
     stop = None
     if draw(st.booleans()):
         at = draw(st.integers(0, count - 1))
