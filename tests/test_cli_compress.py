@@ -1,0 +1,92 @@
+"""`zoo compress` and `zoo inspect` on a user's own classifier."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import zoo
+from tests.image_sets import image_folder
+from zoo.cards import Metric
+from zoo.cards.own import write_own_model
+from zoo.cli import main
+from zoo.record import record_of
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small ViT of the user's own, and pictures of its two classes."""
+    place = tmp_path_factory.mktemp("own")
+    torch.manual_seed(0)
+    model = zoo.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=2
+    ).eval()
+    record = record_of(model).of_own_weights().updated(label_names=("circle", "square"), crop_pct=1.0)
+    metric = Metric(name="Top-1 accuracy", value=50.0, unit="%", dataset="shapes", protocol="made in a test")
+    write_own_model(place / "mine", model, record, metrics=[metric], training="Not trained.")
+    image_folder(place / "data", 12, 6, size=32)
+    return place
+
+
+@pytest.mark.parametrize("method", ["prune", "low-rank", "repa", "depth"])
+def test_a_compressed_folder_is_a_model_like_any_other(
+    method: str, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is rebuilt strictly, says what was done, and gives the accuracy that was measured."""
+    out = tmp_path / "small"
+    call = ["compress", str(own / "mine"), "--data", str(own / "data"), "--method", method, "-o", str(out), "--json"]
+    if method == "prune":
+        call += ["--budget", "macs<=0.8", "--recover", "1", "--batch", "8"]
+    assert main(call) == 0
+    result = json.loads(capsys.readouterr().out)
+    model = zoo.create_model(str(out))
+    assert [change["technique"] for change in record_of(model).changes] == [method.replace("-", "_")]
+    macs = result["report"]["macs"]
+    assert macs[1] < macs[0]
+    assert main(["classify", str(own / "data" / "val"), "--model", str(out), "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out)["results"]
+    right = sum(answer["top"][0]["label"] == Path(answer["file"]).parent.name for answer in answers)
+    assert right / len(answers) == pytest.approx(result["accuracy_after"])
+    assert main(call) == 2  # nothing is replaced without --force
+    assert "--force" in capsys.readouterr().err
+    assert main([*call, "--force"]) == 0
+
+
+def test_inspection_names_every_layer_and_draws_them(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "layers.png"
+    assert main(["inspect", str(own / "mine"), "--data", str(own / "data"), "--plot", str(picture), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [layer["name"] for layer in result["layers"]] == [f"blocks.{i}.mlp" for i in range(3)]
+    assert "can lose most" in result["advice"]
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--keep", "1.5"], "--keep is a share above 0 and below 1, got 1.5"),
+        (["--budget", "macs<=0.01"], "the nearest that can is macs<=0"),
+        (["--method", "repa", "--scores", "taylor"], "--scores ranks channels for --method prune"),
+        (["--method", "prun"], "Did you mean prune"),
+        (["--recover", "-1"], "--recover takes a number of epochs"),
+    ],
+)
+def test_a_wrong_call_is_one_line(
+    words: list[str], message: str, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["compress", str(own / "mine"), "--data", str(own / "data"), "-o", str(tmp_path / "x"), *words]
+    assert main(call) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_missing_data_is_said_before_the_model_is_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "nothing.safetensors", "--data", str(tmp_path / "no")]) == 2
+    assert "--data names no folder" in capsys.readouterr().err
