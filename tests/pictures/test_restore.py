@@ -23,6 +23,7 @@ from zoo.pictures.metadata import Metadata
 from zoo.pictures.picture import Picture, PictureError
 from zoo.pictures.read import open_picture
 from zoo.pictures.restore import load_restorer, restore, restore_picture
+from zoo.record import record_of
 from zoo.restoration.cfsr import CFSR
 from zoo.weights import CheckpointError, save_checkpoint
 
@@ -491,3 +492,13 @@ def test_names() -> None:
     """The module offers what the command line uses."""
     assert set(inference.__all__) <= set(vars(inference))
     assert get_pretrained_cfg("cfsr_x2.bsds").scale == 2
+
+
+@torch.no_grad()
+def test_a_trained_restorer_says_what_it_is(tmp_path: Path) -> None:
+    """No variant has these sizes: only the record in the file tells them."""
+    model = timm.create_model("cfsr_x3", embed_dim=8, depths=(1,)).eval()
+    save_checkpoint(model.state_dict(), tmp_path / "mine.safetensors", record=record_of(model))
+    found = load_restorer(weights=tmp_path / "mine.safetensors")
+    x = torch.rand(1, 3, 8, 8)
+    torch.testing.assert_close(found(x), model(x), rtol=1e-4, atol=1e-5)

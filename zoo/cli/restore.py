@@ -16,6 +16,7 @@ from zoo.cli.inputs import add_device, find_pictures, one_line, report_failures
 from zoo.cli.output import FailureError, UsageError, check_target, hush, note, number, pick_device, progress
 from zoo.cli.restoring import TASKS, Job, print_results
 from zoo.cli.targets import FIELDS, of_same_names, plan
+from zoo.sources import find
 
 if TYPE_CHECKING:
     from torch import nn
@@ -204,7 +205,7 @@ def _model(args: argparse.Namespace) -> Any:
 
     hush(args)
     model: Any = args.model
-    if model is not None and args.weights is None and ("/" in model or Path(model).exists()):
+    if model is not None and args.weights is None and find(model).kind in ("file", "folder", "hub"):
         model = create_model(model, pretrained=True)
         if not hasattr(model, "scale"):
             raise UsageError(f"{args.model} holds a {type(model).__name__}, which does not restore images.")

@@ -15,8 +15,9 @@ from torch import nn
 from zoo import catalog
 from zoo.cfg import RestorationCfg
 from zoo.ffn.reparam import reparameterize
+from zoo.loading import from_record
 from zoo.restoration import FAMILIES
-from zoo.weights import CheckpointError, load_strict, read_checkpoint
+from zoo.weights import CheckpointError, load_strict, read_weights
 
 __all__ = ["load_restorer", "shipped_scales"]
 
@@ -83,7 +84,11 @@ def _load(
         return timm.create_model(name, pretrained=True)
     if sigma is not None:
         raise ValueError(f"sigma chooses published weights; {weights} is one file, trained for its own noise.")
-    state_dict = read_checkpoint(Path(weights))
+    state_dict, record = read_weights(Path(weights))
+    if record is not None and record.architecture in _restorers():  # a file of ours says what it is
+        if name is not None and architecture != record.architecture:
+            raise CheckpointError(f"{weights} holds {record.architecture}, not {architecture}.")
+        return from_record(record, state_dict, str(weights))
     for family in FAMILIES:
         found = family.detect(state_dict)
         if found is None:
