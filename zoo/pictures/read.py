@@ -58,8 +58,8 @@ def open_picture(
     """Read a picture from a file, a Pillow image or a NumPy array, and turn it upright.
 
     Args:
-        source: File of any format of Pillow's, or of its plugins for HEIC and JPEG XL where they are installed, with 1
-            to 16 bits or floats: gray, RGB, CMYK or palette, with or without transparency. Pillow image of these modes.
+        source: File of any format of Pillow's, or of its plugins for HEIC and JPEG XL where they are installed, gray,
+            RGB, CMYK or palette, of 1 to 16 bits or floats, with or without transparency. Pillow image of these modes.
             Array (H, W) or (H, W, 1 to 4): uint8, uint16, bool, or floating point in [0, 1]; 2 and 4 channels end in
             alpha. Or a binary file that can seek.
         every_frame: Read all frames of an animation, or pages; otherwise the first alone.
