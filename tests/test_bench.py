@@ -291,8 +291,13 @@ def test_every_cache_is_tried(pipe: PixelDiTPipeline) -> None:
 
 
 @pytest.mark.slow
-def test_caching_suite() -> None:
-    """The shipped denoiser, judged on more images than are timed at once."""
+def test_caching_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipped denoiser, judged on more images than are timed at once; the mildest setting of every cache."""
+
+    def mildest(subject: Any) -> list[CacheSetting]:
+        return list({setting.method: setting for setting in reversed(cache_settings(subject))}.values())[::-1]
+
+    monkeypatch.setattr("zoo.bench.caching.cache_settings", mildest)
     (found,) = caching(Settings(batch=1, count=3, rounds=1, warmup=0, threads=1), steps=8)
     assert found.conditions["images"] == 3
     uncached, *others = found.entries

@@ -71,6 +71,8 @@ def test_command(
         (place / "runs" / "pixeldit_moe").symlink_to(ROOT / "model_cards" / "pixeldit_moe.cifar10")
     if program == "python":
         words += ["--trainer.fast_dev_run=1", "--data.init_args.batch_size=4", "--data.init_args.eval_batch_size=4"]
+        if "configs/diffusion" in command:  # pictures are sampled after the step
+            words += ["--model.init_args.sample_steps=2", "--model.init_args.grid_rows=1"]
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as end:
             runpy.run_path(words[0], run_name="__main__")

@@ -27,6 +27,8 @@ def test_luma() -> None:
     colors = torch.tensor([[0.0, 0, 0], [255, 255, 255], [255, 0, 0]]).view(3, 3, 1, 1)
     assert luma(colors).flatten().tolist() == pytest.approx([16, 235, 81.481], abs=1e-3)
     assert luma(colors, rounded=True).flatten().tolist() == [16, 235, 81]
+    half = torch.tensor([132.0, 4, 6]).view(1, 3, 1, 1)  # exactly 52.5, which 1000 * 65.481 in floats falls short of
+    assert luma(half, rounded=True).item() == 53
     gray = torch.rand(1, 1, 4, 4) * 255
     assert torch.allclose(luma(gray), luma(gray.expand(1, 3, 4, 4)))
     with pytest.raises(ValueError, match=r"\(B, 1, H, W\) or \(B, 3, H, W\), got \(1, 2, 4, 4\)"):
