@@ -33,15 +33,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # area -> modules, test files; those with the shortest tests first
 AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "weights": (("weights",), ("test_loading_mutants.py", "test_weights.py")),
+    "weights": (("weights", "record"), ("test_loading_mutants.py", "test_weights.py", "test_record.py")),
     "hub": (("hub",), ("test_loading_mutants.py", "test_hub.py")),
     "pictures": (
-        ("pictures.picture", "pictures.image", "pictures.read", "pictures.write", "pictures.restore"),
-        ("pictures/test_pictures_mutants.py", "pictures/test_restore.py"),
+        ("pictures.picture", "pictures.image", "pictures.read", "pictures.write", "pictures.restore", "pictures.color"),
+        ("pictures/test_pictures_mutants.py", "pictures/test_restore.py", "pictures/test_formats.py"),
     ),
     "tiling": (("pictures.tiling",), ("pictures/test_pictures_mutants.py", "pictures/test_tiling.py")),
     "data": (
-        ("data.degradations", "data.images", "data.paired_images", "data.photos", "data.resize", "data.samplers"),
+        ("data.degradations", "data.images", "data.labelled_images", "data.paired_images", "data.photos",
+         "data.resize", "data.samplers"),
         ("data",),
     ),
     "metrics": (("evaluation.metrics", "evaluation.protocols"), ("evaluation",)),
@@ -56,9 +57,11 @@ AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
          "moe/test_experts.py", "moe/test_distillation.py", "moe/test_dense2moe.py"),
     ),
     "tasks": (
-        ("tasks.classification", "tasks.optim", "tasks.restoration", "tasks.teachers", "tasks.callbacks"),
-        ("tasks/test_tasks_mutants.py", "tasks/test_teachers.py", "tasks/test_classification.py",
-         "tasks/test_restoration.py", "tasks/test_checkpoint_io.py", "tasks/test_resume.py"),
+        ("tasks.classification", "tasks.optim", "tasks.restoration", "tasks.teachers", "tasks.callbacks",
+         "tasks.freezing"),
+        ("tasks/test_tasks_mutants.py", "tasks/test_teachers.py", "tasks/test_freezing.py",
+         "tasks/test_classification.py", "tasks/test_restoration.py", "tasks/test_checkpoint_io.py",
+         "tasks/test_resume.py"),
     ),
 }  # fmt: skip
 
