@@ -155,4 +155,4 @@ def test_reading_a_record_does_not_import_torch(tmp_path: Path) -> None:
         f"assert read_record({str(tmp_path / 'model.safetensors')!r}).num_classes == 3;"
         "assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True)
