@@ -12,12 +12,15 @@ from PIL import Image
 
 from zoo.data.degradations import (
     BicubicDownscale,
+    CameraNoise,
     Chain,
     DefocusBlur,
     Degradation,
+    GaussianBlur,
     GaussianNoise,
     JpegCompression,
     MotionBlur,
+    RealPhoto,
     to_float,
 )
 
@@ -26,6 +29,9 @@ RANDOM: dict[str, Degradation] = {
     "jpeg": JpegCompression((10, 60)),
     "motion": MotionBlur((3, 9)),
     "defocus": DefocusBlur((0.5, 3)),
+    "gaussian": GaussianBlur((0.5, 2)),
+    "camera": CameraNoise((2, 10)),
+    "photo": RealPhoto(scale=1),
     "chain": Chain([MotionBlur(5), GaussianNoise(5), JpegCompression(60)]),
 }
 
@@ -61,7 +67,7 @@ def test_floats_are_taken_as_bytes_are(name: str) -> None:
     assert np.abs(found[0] - found[1]).max() < 1e-6
 
 
-@pytest.mark.parametrize("degradation", [MotionBlur((2, 9)), DefocusBlur((0.5, 4))])
+@pytest.mark.parametrize("degradation", [MotionBlur((2, 9)), DefocusBlur((0.5, 4)), GaussianBlur((0.3, 3))])
 def test_blurs_keep_brightness_and_place(degradation: Degradation) -> None:
     """A kernel sums to one and is centred, and reaches no further than the stated margin."""
     point = np.zeros((61, 61, 1), np.float32)
@@ -117,6 +123,43 @@ def test_a_chain_does_its_steps_in_order() -> None:
     assert (chain.scale, chain.random, chain.margin) == (2, True, steps[0].margin)
 
 
+def test_steps_after_a_smaller_picture_count_in_its_pixels() -> None:
+    """As the benchmarks of compressed super-resolution: shrunk, then compressed."""
+    image, chain = photo(), Chain([BicubicDownscale(2), DefocusBlur(1.5), JpegCompression(75)])
+    assert (chain.scale, chain.margin) == (2, 2 * chain.steps[1].margin)
+    assert chain(image, np.random.default_rng(0)).shape == (20, 16, 3)
+
+
+def test_camera_noise_grows_with_brightness_and_is_coarse() -> None:
+    gray = np.full((128, 128, 3), 0.5, np.float32)
+    noise = CameraNoise(8.0, spread=0.0, gray=0.0)(gray, np.random.default_rng(0)) - gray
+    assert noise.std() * 255 == pytest.approx(8.0, rel=0.05)
+    coarse = (CameraNoise(8.0, spread=0.8, gray=1.0)(gray, np.random.default_rng(0)) - gray)[..., 0]
+    assert coarse.std() * 255 == pytest.approx(8.0, rel=0.1)
+    assert np.corrcoef(coarse[:, 1:].ravel(), coarse[:, :-1].ravel())[0, 1] > 0.5
+    ramps = [
+        (CameraNoise(8.0, 0.0, 0.0)(np.full_like(gray, level), np.random.default_rng(3)) - level).std()
+        for level in (0.1, 0.8)
+    ]
+    assert ramps[0] < ramps[1]
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4])
+def test_a_real_photo_stays_in_place(scale: int) -> None:
+    """Whatever is drawn, the result is 8 bits, has the scale, and lies where the plainly shrunk picture lies."""
+    y, x = np.mgrid[:96, :64]
+    image = np.stack([127 + 90 * np.sin(x / 20 + k) * np.cos(y / 25) for k in range(3)], -1).round().astype(np.uint8)
+    shrunk = to_float(image if scale == 1 else BicubicDownscale(scale)(image, np.random.default_rng(0)))
+    degradation = RealPhoto(scale, noise=(0.0, 2.0))
+    mean = np.mean([to_float(degradation(image, np.random.default_rng(seed))) for seed in range(24)], 0)
+    assert mean.shape == shrunk.shape
+    inner = slice(2, -2)
+    assert np.abs(mean - shrunk)[inner, inner].max() < 0.04
+    tested = RealPhoto(scale, test_quality=75).evaluate(image, np.random.default_rng(0))
+    plain = image if scale == 1 else BicubicDownscale(scale)(image, np.random.default_rng(0))
+    assert np.array_equal(tested, JpegCompression(75)(plain, np.random.default_rng(1)))
+
+
 def test_refusals() -> None:
     for wrong in (0, 101, (60, 10)):
         with pytest.raises(ValueError, match="quality must be at least 1 and at most 100, a pair in rising order"):
@@ -127,6 +170,9 @@ def test_refusals() -> None:
         MotionBlur(bend=-1)
     with pytest.raises(ValueError, match=r"radius must be at least 0\.01"):
         DefocusBlur(0)
-    for steps in ([], [BicubicDownscale(2), GaussianNoise(5)]):
-        with pytest.raises(ValueError, match="only the last may shrink"):
-            Chain(steps)
+    with pytest.raises(ValueError, match="at least one degradation, got none"):
+        Chain([])
+    with pytest.raises(ValueError, match="scale must be at least 1, got 0"):
+        RealPhoto(0)
+    with pytest.raises(ValueError, match="plain must be at least 0 and at most 1"):
+        RealPhoto(2, plain=1.5)

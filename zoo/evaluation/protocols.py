@@ -106,7 +106,14 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 """Every named protocol."""
 
-_OF_TASK = {"sr": "y-crop", "denoise": "rgb", "derain": "derain", "deblur": "deblur", "defocus": "dpdd"}
+_OF_TASK = {
+    "sr": "y-crop",
+    "denoise": "rgb",
+    "derain": "derain",
+    "deblur": "deblur",
+    "defocus": "dpdd",
+    "restore": "rgb",
+}
 
 
 def find_protocol(name: str) -> Protocol:

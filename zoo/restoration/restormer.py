@@ -564,6 +564,9 @@ default_cfgs = generate_default_cfgs(
         "restormer_tiny_denoise_color.bsds": _cfg(
             "denoise", file=shipped("restormer_tiny_denoise_color.bsds"), sigma=(0.0, 50.0), license="apache-2.0"
         ),
+        "restormer_tiny_restore_color.real": _cfg(
+            "restore", file=shipped("restormer_tiny_restore_color.real"), license="apache-2.0"
+        ),
     }
 )
 
@@ -589,6 +592,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "restormer_defocus": {},
     "restormer_defocus_dual": dict(in_chans=6, dual_pixel=True),
     "restormer_tiny_denoise_color": _TINY,
+    "restormer_tiny_restore_color": _TINY,
 }
 
 
@@ -644,3 +648,9 @@ def restormer_defocus_dual(pretrained: bool = False, **kwargs: Any) -> Restormer
 def restormer_tiny_denoise_color(pretrained: bool = False, **kwargs: Any) -> Restormer:
     """A small Restormer for Gaussian noise in colour, trained on a CPU."""
     return _create_restormer("restormer_tiny_denoise_color", pretrained, **kwargs)
+
+
+@register_model
+def restormer_tiny_restore_color(pretrained: bool = False, **kwargs: Any) -> Restormer:
+    """The small Restormer for photos as they are: JPEG compression, camera noise, slight blur; trained on a CPU."""
+    return _create_restormer("restormer_tiny_restore_color", pretrained, **kwargs)
