@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.evaluation.metrics import psnr
-from zoo.pictures import tiling
+from zoo.pictures import plans
 from zoo.pictures.tiling import parse_bytes, plan_tiles, restore_tensor
 from zoo.restoration.cfsr import CFSR
 
@@ -117,7 +118,7 @@ def test_tiles_equal_the_whole(name: str, size: tuple[int, int]) -> None:
     whole = restore_tensor(model, x)
     assert whole.shape == (1, 3, model.scale * size[0], model.scale * size[1])
     calls: list[tuple[int, int]] = []
-    tiled = restore_tensor(model, x, tile=40, progress=lambda done, count: calls.append((done, count)))
+    tiled = restore_tensor(model, x, tile=40, exact=True, progress=lambda done, count: calls.append((done, count)))
     assert (tiled - whole).abs().max() < 1e-6
     assert calls == [(i + 1, len(calls)) for i in range(len(calls))]
     assert (len(calls) > 1) == (max(size) > 40)
@@ -195,8 +196,8 @@ def test_sizes_that_are_none(wrong: str | float) -> None:
 def test_budget_chooses_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A smaller budget makes more tiles of the same result; one that fits nothing says what would."""
     model, x = Toy(bytes_per_pixel=1000, receptive_field=4), torch.rand(1, 3, 128, 128)
-    monkeypatch.setattr(tiling, "_held_bytes", lambda device: 0)
-    monkeypatch.setattr(tiling, "_RUNTIME_BYTES", 0)
+    monkeypatch.setattr(plans, "held_bytes", lambda device: 0)
+    monkeypatch.setattr(plans, "_RUNTIME_BYTES", 0)
     held = 3 * 256 * 256 * 8
     results = []
     for budget, fewest, most in (
@@ -216,8 +217,63 @@ def test_budget_chooses_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tile_smaller_than_its_overlap() -> None:
-    with pytest.raises(ValueError, match="tile must be at least 27, more than twice the overlap 13; got 26"):
-        restore_tensor(small(), torch.rand(1, 3, 64, 64), tile=26)
+    for options in ({"exact": True}, {"overlap": 13}):
+        with pytest.raises(ValueError, match="tile must be at least 27, more than twice the overlap 13; got 26"):
+            restore_tensor(small(), torch.rand(1, 3, 64, 64), tile=26, **options)
+    with pytest.raises(ValueError, match="tile must be at least 3; got 2"):
+        restore_tensor(small(), torch.rand(1, 3, 64, 64), tile=2)
+
+
+def test_named_tiles_are_no_folly(caplog: pytest.LogCaptureFixture) -> None:
+    """A tile hardly larger than twice a large receptive field: a handful of blended tiles, said, not thousands."""
+    model, x, said = Toy(receptive_field=63), torch.rand(1, 3, 241, 321), []
+    found = restore_tensor(model, x, tile=128, inform=said.append)
+    assert len(model.sizes) < 20
+    assert sum(shape[2] * shape[3] for shape in model.sizes) < 2 * 241 * 321
+    assert "tiles, blended over 16 pixels; exact ones would be" in said[0]
+    assert torch.allclose(found, F.interpolate(x, scale_factor=2), atol=1e-6)
+    with caplog.at_level(logging.WARNING):
+        restore_tensor(model, x, tile=128)
+    assert "blended over 16 pixels" in caplog.text
+    model.sizes.clear()
+    restore_tensor(model, x, tile=60)  # no exact tile has that side
+    assert len(model.sizes) < 60
+    restore_tensor(model, x[..., :3, :130], tile=128, exact=True, inform=said.append)
+    assert "exact" in said[-1]
+
+
+def test_what_exact_tiles_cost_is_said_first() -> None:
+    model, x, said = Toy(receptive_field=20), torch.rand(1, 3, 90, 90), []
+    restore_tensor(model, x, tile=60, exact=True, inform=lambda words: said.append((words, len(model.sizes))))
+    assert said[0][1] == 0
+    assert re.fullmatch(r"25 tiles, exact, \d\.\d times the work of the whole picture", said[0][0])
+    with pytest.raises(ValueError, match="Toy looks at the whole picture, so that tiles of 60 pixels cannot be exact"):
+        restore_tensor(Toy(), x, tile=60, exact=True)
+    with pytest.raises(ValueError, match="An overlap of 4 is not exact for Toy: give at least 20"):
+        restore_tensor(model, x, tile=60, overlap=4, exact=True)
+
+
+def test_a_budget_makes_no_folly_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "held_bytes", lambda device: 0)
+    monkeypatch.setattr(plans, "_RUNTIME_BYTES", 0)
+    model, x, said = Toy(bytes_per_pixel=1000, receptive_field=63), torch.rand(1, 3, 400, 400), []
+    budget = 3 * 800 * 800 * 8 + 1000 * 200 * 200
+    restore_tensor(model, x, budget=budget, inform=said.append)
+    assert sum(shape[2] * shape[3] for shape in model.sizes) < 2 * 400 * 400
+    assert "blended over 25 pixels" in said[0]
+    model.sizes.clear()
+    restore_tensor(model, x, budget=budget, exact=True, inform=said.append)
+    assert "exact" in said[1]
+    assert all(shape[2] * shape[3] <= 200 * 200 for shape in model.sizes)
+
+
+def test_tiling_hints_of_a_network() -> None:
+    """ "internal" is never cut; "discouraged" is, with more overlap, and that is said."""
+    x, said = torch.rand(1, 3, 200, 200), []
+    for hint in ("internal", "discouraged"):
+        restore_tensor(Toy(tiling=hint, name="Net"), x, tile=160, inform=said.append)
+    assert said[0] == "whole"
+    assert "tiles are discouraged for Net" in said[1]
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 3, 0, 8)])
@@ -307,7 +363,7 @@ def test_self_ensemble() -> None:
     turned = restore_tensor(model, torch.rot90(x, 1, (2, 3)), self_ensemble=True)
     assert (torch.rot90(result, 1, (2, 3)) - turned).abs().max() < 1e-6
     assert (result - restore_tensor(model, x)).abs().max() > 1e-4
-    tiled = restore_tensor(model, x, self_ensemble=True, tile=29)
+    tiled = restore_tensor(model, x, self_ensemble=True, tile=29, exact=True)
     assert (tiled - result).abs().max() < 1e-6
 
 
@@ -376,7 +432,7 @@ def test_tiles_of_the_shipped_denoiser_have_no_seams(photo: str) -> None:
     noisy = clean + 25 / 255 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     whole, said = restore_tensor(model, noisy), []
     tiled = restore_tensor(model, noisy, tile=128, inform=said.append)
-    assert said[0].endswith("tiles, blended")
+    assert "tiles, blended" in said[0]
     assert psnr(tiled, whole, space="rgb") > 45
     strips = zip(tiled.split(8, 2), whole.split(8, 2), strict=True)
     assert min(float(psnr(ours, theirs, space="rgb")) for ours, theirs in strips) > 45
