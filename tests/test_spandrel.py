@@ -14,6 +14,7 @@ import spandrel
 import timm
 import torch
 from parity import protocol
+from PIL import Image
 from registered import RESTORERS, build, images, randomize, relative
 from safetensors.torch import save_file
 from spandrel import ArchRegistry, ArchSupport, ModelLoader
@@ -237,3 +238,99 @@ def test_kinds_of_dat_that_spandrel_reads(variant: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = network(images("dat", 1))
     assert relative(restored("dat", weights, tmp_path / "file.pth"), expected) < 1e-5
+
+
+def _others() -> dict[str, Callable[[], torch.nn.Module]]:
+    """Return builders of small networks of other people, by the names that spandrel gives them."""
+    from spandrel.architectures.ESRGAN import ESRGAN
+    from spandrel.architectures.NAFNet import NAFNet
+    from spandrel.architectures.PLKSR import RealPLKSR
+    from spandrel.architectures.SAFMN import SAFMN
+    from spandrel.architectures.SCUNet import SCUNet
+    from spandrel.architectures.SPAN import SPAN
+    from spandrel.architectures.SwinIR import SwinIR
+
+    return {
+        "ESRGAN": lambda: ESRGAN(num_filters=8, num_blocks=1, scale=4),
+        "SwinIR": lambda: SwinIR(
+            img_size=16,
+            window_size=8,
+            depths=[2],
+            embed_dim=12,
+            num_heads=[2],
+            mlp_ratio=2.0,
+            upscale=2,
+            upsampler="pixelshuffle",
+        ),
+        "SPAN": lambda: SPAN(num_in_ch=3, num_out_ch=3, feature_channels=8, upscale=2),
+        "RealPLKSR": lambda: RealPLKSR(dim=16, n_blocks=2, upscaling_factor=2, kernel_size=5),
+        "NAFNet": lambda: NAFNet(width=8, middle_blk_num=1, enc_blk_nums=[1], dec_blk_nums=[1]),
+        "SCUNet": lambda: SCUNet(config=[1, 1, 1, 1, 1, 1, 1], dim=64),
+        "SAFMN": lambda: SAFMN(dim=8, n_blocks=2, upscaling_factor=2),
+    }
+
+
+@pytest.mark.parametrize("name", ["ESRGAN", "SwinIR", "SPAN", "RealPLKSR", "NAFNet", "SCUNet", "SAFMN"])
+def test_restorers_of_others(name: str, tmp_path: Path) -> None:
+    """Any file that spandrel knows restores pictures: the same numbers as by spandrel, on sizes that it pads."""
+    torch.manual_seed(0)
+    network = _others()[name]().eval()
+    wrapped = {"params_ema": {f"_orig_mod.{key}": value for key, value in network.state_dict().items()}}
+    torch.save(wrapped, tmp_path / "x.pth")
+    model = load_restorer(weights=tmp_path / "x.pth")
+    x = torch.rand(1, 3, 45, 61)
+    expected = ModelLoader().load_from_state_dict(network.state_dict()).eval()(x)
+    found = zoo.pictures.restore.restore_tensor(model, x)
+    assert found.shape == expected.shape
+    assert (found.clamp(0, 1) - expected).abs().max() < 2e-3 + (0.02 if model.multiple_of > 1 else 0)
+    picture = Image.new("RGBA", (61, 45), (200, 90, 30, 128))
+    result = zoo.restore(picture, weights=tmp_path / "x.pth", tile=48, budget="4GB")
+    assert (result.size, result.mode) == ((61 * model.scale, 45 * model.scale), "RGBA")
+    assert isinstance(zoo.create_model(str(tmp_path / "x.pth")), zoo.spandrel.Foreign)
+
+
+def test_what_spandrel_says_is_kept() -> None:
+    others = _others()
+    models = {name: zoo.spandrel.foreign(others[name]().state_dict()) for name in ("SwinIR", "SCUNet", "SAFMN")}
+    with pytest.raises(ValueError, match="SwinIR does not run in float16; take float32"):
+        load_restorer(model=models["SwinIR"], dtype="float16")
+    said: list[str] = []
+    zoo.pictures.restore.restore_tensor(models["SCUNet"], torch.rand(1, 3, 24, 120), tile=96, inform=said.append)
+    assert "tiles are discouraged for SCUNet" in said[0]
+    assert models["SAFMN"].multiple_of == 8
+    assert models["SwinIR"].bytes_per_pixel > models["SAFMN"].bytes_per_pixel >= 1024
+    weights = others["SAFMN"]().state_dict()
+    broken = {key: value[..., :1] if value.ndim == 4 else value for key, value in weights.items()}
+    with pytest.raises(CheckpointError, match="looks like SAFMN and does not load as that"):
+        zoo.spandrel.foreign(broken)
+
+
+def test_gray_and_opaque_networks() -> None:
+    """One channel: each channel apart; four: the picture is opaque."""
+    from spandrel.architectures.ESRGAN import ESRGAN
+
+    for channels in (1, 4):
+        made = ESRGAN(in_nc=channels, out_nc=channels, num_filters=8, num_blocks=1, scale=2)
+        model = zoo.spandrel.foreign(made.state_dict())
+        assert model is not None
+        assert model.in_chans == channels
+        assert zoo.restore(Image.new("RGB", (20, 16)), model=model).size == (40, 32)
+        assert zoo.restore(Image.new("L", (20, 16)), model=model).mode == "L"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "empty"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"\n <HTML>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "a Git LFS pointer"),
+        (b"\x08\x07\x12\x07pytorch\x1a", "an ONNX model"),
+        (b'{"a": 1}', "JSON text"),
+    ],
+)
+def test_what_is_no_weight_file(content: bytes, words: str, tmp_path: Path) -> None:
+    for name in ("x.pth", "x.safetensors"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"is no weight file: it is {words}"):
+            load_restorer(weights=tmp_path / name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import pkgutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -104,9 +105,48 @@ def load_file(path: Path, **kwargs: Any) -> nn.Module:
         CheckpointError: The file is damaged, of no known architecture, does not fit, or does not tell an argument that
             changes the numbers; the message says which to give.
     """
-    record, state_dict = record_of_file(path, kwargs)
+    try:
+        record, state_dict = record_of_file(path, kwargs)
+    except UnknownArchitectureError as error:
+        other = foreign_restorer(error.state_dict, path)
+        if other is None:
+            raise
+        return other
     kwargs.pop("architecture", None)
     return from_record(record, state_dict, str(path), **kwargs)
+
+
+class UnknownArchitectureError(CheckpointError):
+    """Weights that no family of ours recognises.
+
+    Args:
+        message: What is wrong.
+        state_dict: The weights.
+    """
+
+    def __init__(self, message: str, state_dict: dict[str, Tensor]) -> None:
+        super().__init__(message)
+        self.state_dict = state_dict
+
+
+def foreign_restorer(state_dict: dict[str, Tensor], source: str | Path) -> nn.Module | None:
+    """Return a restorer of one of spandrel's architectures in evaluation mode, or None where it knows none.
+
+    Raises:
+        CheckpointError: An architecture is recognised and does not load.
+    """
+    if importlib.util.find_spec("spandrel") is None:
+        return None
+    from zoo.spandrel import foreign  # needs a second to import
+
+    found = foreign(state_dict, source)
+    return None if found is None else found.eval()
+
+
+def foreign_hint() -> str:
+    """Return what a message adds where more restorers would be recognised."""
+    missing = importlib.util.find_spec("spandrel") is None
+    return "; `pip install 'ffn-zoo[spandrel]'` adds those of spandrel" if missing else ", and those of spandrel"
 
 
 def record_of_file(path: Path, kwargs: Mapping[str, Any]) -> tuple[ModelRecord, dict[str, Tensor]]:
@@ -289,9 +329,10 @@ def _recognised(state_dict: dict[str, Tensor], path: Path, kwargs: Mapping[str, 
     found = _detect(state_dict)
     if found is None:
         known = ", ".join(family.__name__.rsplit(".", 1)[-1] for family in families() if hasattr(family, "detect"))
-        raise CheckpointError(
-            f"{path} is of no known architecture; known families are {known}. No record, config.json or card says what"
-            " it is: say architecture=NAME and the arguments that it was built with."
+        raise UnknownArchitectureError(
+            f"{path} is of no known architecture; known families are {known}{foreign_hint()}. No record, config.json or card says what"
+            " it is: say architecture=NAME and the arguments that it was built with.",
+            state_dict,
         )
     family, name, arguments = found
     cfg, known_args = _published(name, arguments, path)

@@ -1,4 +1,7 @@
-"""Our restorers as spandrel architectures, so that programs built on spandrel load their weights.
+"""Both ways between spandrel and us: its architectures run as our restorers, and ours are some of its architectures.
+
+`zoo restore --weights FILE` and `zoo.create_model(FILE)` take every restorer that spandrel knows (`foreign`), and
+programs built on spandrel load our weights:
 
 import spandrel, zoo.spandrel
 
@@ -8,15 +11,18 @@ upscaler = spandrel.ModelLoader().load_from_file("cfsr_x2.safetensors")
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from zoo.ffn.reparam import reparameterize
 from zoo.restoration import FAMILIES
-from zoo.weights import load_strict
+from zoo.weights import CheckpointError, load_strict
 
 try:
     from spandrel import (
@@ -27,15 +33,104 @@ try:
         ArchSupport,
         ImageModelDescriptor,
         SizeRequirements,
+        UnsupportedModelError,
     )
 except ImportError as error:
     raise ImportError("zoo.spandrel needs spandrel, which is missing: pip install 'ffn-zoo[spandrel]'.") from error
 
-__all__ = ["Restorer", "install"]
+__all__ = ["Foreign", "Restorer", "foreign", "install"]
 
 _HALF = ("CFSR",)  # in float16 72 dB to float32 with the authors' weights; sums of the others may overflow
 # named as the modules' first words; spandrel has a "DAT" too, and a "Restormer" in another package
 _FAMILIES = {str(family.__doc__).split(maxsplit=1)[0].rstrip(":,"): family for family in FAMILIES}
+
+
+class Foreign(nn.Module):
+    """A network of spandrel as a restorer of ours, with its size requirements, tiling hints and precisions.
+
+    Args:
+        descriptor: What spandrel says of the network.
+
+    Shape:
+        (B, in_chans, H, W) in [0, 1] -> (B, out_chans, scale * H, scale * W) in [0, 1]; any H and W.
+    """
+
+    def __init__(self, descriptor: ImageModelDescriptor[nn.Module]) -> None:
+        super().__init__()
+        self.network, self._descriptor = descriptor.model, descriptor.eval()
+        self.name = descriptor.architecture.name
+        self.scale, self.in_chans, self.out_chans = (
+            descriptor.scale,
+            descriptor.input_channels,
+            descriptor.output_channels,
+        )
+        self.multiple_of, self.tiling = descriptor.size_requirements.multiple_of, descriptor.tiling.name.lower()
+        self.pretrained_cfg = {"architecture": self.name, "task": "sr" if self.scale > 1 else "restore"}
+        self._bytes: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        # one picture at a time, as spandrel promises; it pads and cuts; copies leave its inference mode
+        return torch.cat([self._descriptor(part).clone() for part in x.split(1)])
+
+    def require_dtype(self, dtype: torch.dtype | None) -> None:
+        """Raise a ValueError where the authors' code does not run in a precision."""
+        wrong = (dtype == torch.float16 and not self._descriptor.supports_half) or (
+            dtype == torch.bfloat16 and not self._descriptor.supports_bfloat16
+        )
+        if wrong:
+            raise ValueError(f"{self.name} does not run in {str(dtype).removeprefix('torch.')}; take float32.")
+
+    @property
+    def bytes_per_pixel(self) -> int:
+        """Working memory in bytes per input pixel in float32: three times what its largest layer reads and writes."""
+        if self._bytes is None:
+            needs, most = self._descriptor.size_requirements, 0
+
+            def look(module: nn.Module, given: Any, output: Any) -> None:
+                nonlocal most
+                tensors = [value for value in (*given, output) if isinstance(value, Tensor)]
+                most = max(most, sum(tensor.numel() for tensor in tensors))
+
+            leaves = [module for module in self.network.modules() if not any(module.children())]
+            hooks = [module.register_forward_hook(look) for module in leaves]
+            parameter = next(self.parameters())
+            side = math.ceil(max(32, needs.minimum) / needs.multiple_of) * needs.multiple_of
+            try:
+                self(torch.zeros(1, self.in_chans, side, side, device=parameter.device, dtype=parameter.dtype))
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            self._bytes = max(1024, 3 * 4 * most // side**2)
+        return self._bytes
+
+
+def foreign(state_dict: dict[str, Tensor], source: str | Path = "The state dict") -> Foreign | None:
+    """Return a restorer of spandrel's architectures with these weights, or None where spandrel knows none.
+
+    Args:
+        state_dict: From `zoo.weights.read_checkpoint`.
+        source: Name for messages.
+
+    Raises:
+        CheckpointError: An architecture is recognised but does not load, or fills in masked parts of pictures.
+    """
+    for prefix in ("", "model."):  # a prefix that all keys have may belong to the architecture
+        weights = {prefix + key: value for key, value in state_dict.items()}
+        try:
+            descriptor = MAIN_REGISTRY.load(weights)
+        except UnsupportedModelError:
+            continue
+        except Exception as error:  # whatever the authors' code raises on tensors that do not fit
+            known = [
+                each.architecture.name for each in MAIN_REGISTRY.architectures("detection") if each.detect(weights)
+            ]
+            reason = (str(error).strip() or type(error).__name__).splitlines()
+            said = " ".join(line.strip() for line in reason[:2])
+            raise CheckpointError(f"{source} looks like {known[0]} and does not load as that: {said}") from error
+        if not isinstance(descriptor, ImageModelDescriptor):
+            raise CheckpointError(f"{source} holds {descriptor.architecture.name}, which fills in masked parts.")
+        return Foreign(descriptor)
+    return None
 
 
 class Restorer(Architecture[nn.Module]):

@@ -74,7 +74,7 @@ _WRAPPERS = (
     "net_E",
     "net",
 )
-
+_PREFIXES = ("module.", "model.", "netG.", "_orig_mod.")
 
 # what safetensors and the unpickler raise on files that are damaged or something else altogether
 _UNREADABLE = (
@@ -135,6 +135,8 @@ def read_weights(path: str | Path, sha256: str | None = None) -> tuple[dict[str,
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"No weight file at {path}.")
+    if (other := _something_else(path)) is not None:
+        raise CheckpointError(f"{path} is no weight file: it is {other}.")
     if sha256 is not None and (found := sha256_of(path)) != sha256.lower():
         raise CheckpointError(
             f"{path} has sha256 {found[:12]}..., expected {sha256[:12]}...: it is damaged or not the published file."
@@ -165,6 +167,33 @@ def read_weights(path: str | Path, sha256: str | None = None) -> tuple[dict[str,
     return state_dict, record
 
 
+_OTHERS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"),
+    (b"<!doctype", "a web page (HTML): the download went to the page about the file"),
+    (b"<html", "a web page (HTML): the download went to the page about the file"),
+    (b"{", "JSON text"),
+    (b"\x89png", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"%pdf", "a PDF document"),
+    (b"gguf", "GGUF, weights of a language model"),
+    (b"tfl3", "a TensorFlow Lite model"),
+)
+
+
+def _something_else(path: Path) -> str | None:
+    """Return in words what a file is that begins as no weight file does, or None."""
+    if path.stat().st_size == 0:
+        return "empty"
+    with open(path, "rb") as file:
+        head = file.read(512)
+    plain = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if path.suffix.lower() == ".onnx" or (head[:1] == b"\x08" and (b"onnx" in plain or b"pytorch" in plain)):
+        return "an ONNX model, which holds a program and not a state dict: give the PyTorch file it was made of"
+    if head[8:9] == b"{":  # safetensors: eight bytes of length, then JSON
+        return None
+    return next((words for start, words in _OTHERS if plain.startswith(start)), None)
+
+
 def _reason(error: Exception) -> str:
     """Return the first line of an error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -191,9 +220,8 @@ def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
     state_dict = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
     if not state_dict:
         raise CheckpointError(f"{path} holds no tensors; its entries are {_some(map(str, loaded))}.")
-    for prefix in ("module.", "model.", "netG.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in state_dict):
-            state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
+    while prefix := next((prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in state_dict)), None):
+        state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
     return state_dict
 
 

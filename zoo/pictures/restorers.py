@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import timm
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from zoo import catalog
 from zoo.cfg import RestorationCfg
 from zoo.ffn.reparam import reparameterize
-from zoo.loading import from_record
+from zoo.loading import foreign_hint, foreign_restorer, from_record
 from zoo.restoration import FAMILIES
 from zoo.weights import CheckpointError, load_strict, read_weights
 
@@ -42,6 +42,8 @@ def load_restorer(
         CheckpointError: The weights do not exist, are damaged, or do not fit.
     """
     precision = _dtype(dtype)
+    if isinstance(model, nn.Module) and hasattr(model, "require_dtype"):
+        cast(Any, model).require_dtype(precision)
     if isinstance(model, nn.Module):
         if weights is not None:
             raise ValueError("weights go with the name of a model; a restorer that is given has its own.")
@@ -54,7 +56,10 @@ def load_restorer(
             restorer = copy.deepcopy(model).to(place, precision or parameter.dtype)
     else:
         restorer = _load(task, scale, model, weights, sigma).eval()
-        reparameterize(restorer, measure=False)
+        if hasattr(restorer, "require_dtype"):  # spandrel's networks
+            cast(Any, restorer).require_dtype(precision)
+        else:
+            reparameterize(restorer, measure=False)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         restorer = restorer.to(place, precision)
     own = int(getattr(restorer, "scale", 1))
@@ -99,8 +104,10 @@ def _load(
         model = timm.create_model(known, **arguments)
         load_strict(model, state_dict, family.checkpoint_filter_fn, source=str(weights))
         return model
+    if name is None and (other := foreign_restorer(state_dict, weights)) is not None:
+        return other
     families = ", ".join(family.__name__.rpartition(".")[2] for family in FAMILIES)
-    raise CheckpointError(f"{weights} is of no known restorer; known families are {families}.")
+    raise CheckpointError(f"{weights} is of no known restorer; known families are {families}{foreign_hint()}.")
 
 
 def _require_restorer(name: str) -> None:

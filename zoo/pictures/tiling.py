@@ -269,6 +269,8 @@ def _run_channels(model: nn.Module, x: Tensor, call: Call) -> Tensor:
         return call(x)
     if wanted == 1:
         return call(x.flatten(0, 1).unsqueeze(1)).unflatten(0, (x.shape[0], given)).squeeze(2)
-    if given == 1 and wanted == 3:
-        return call(x.expand(-1, wanted, -1, -1)).mean(1, keepdim=True)
+    if given == 1 and wanted in (3, 4):
+        return _run_channels(model, x.expand(-1, 3, -1, -1), call).mean(1, keepdim=True)
+    if given == 3 and wanted == 4:  # colour and opacity: the picture is opaque here
+        return call(torch.cat([x, torch.ones_like(x[:, :1])], 1))[:, :3]
     raise ValueError(f"{type(model).__name__} restores {wanted} channels, the map has {given}.")

@@ -249,9 +249,9 @@ def _add_by_strips(x: Tensor, norm: nn.Module, branch: ConvMixer | EdgeFFN, scal
     done = 0
     for first in range(0, height, rows):
         last = min(first + rows, height)
-        ready = min(last + halo, height)
+        ready = last + halo
         maps = branch.ahead(norm(x[:, done:ready]))
-        above, below = (0 if kept else halo), last + halo - ready
+        above, below = (0 if kept else halo), ready - done - maps[0].shape[1]
         if above or below:  # the zeros that the convolution sees beyond the map
             maps = tuple(F.pad(new, (0, 0, 0, 0, above, below)) for new in maps)
         if kept:
