@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.ndimage import correlate1d
 from skimage.metrics import structural_similarity
 
-from zoo.data.degradations import noisy
+from zoo.data.degradations import JpegCompression, noisy
+from zoo.data.photos import Pair
+from zoo.data.resize import imresize
 from zoo.evaluation.metrics import luma, mae, measure, psnr, ssim
 from zoo.evaluation.protocols import PROTOCOLS, find_protocol, protocol_of_task
 from zoo.evaluation.realblur import align
+from zoo.evaluation.restorers import load_pair
 
 
 def images(size: tuple[int, int] = (40, 33), channels: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,11 +180,28 @@ def test_images_that_cannot_be_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tasks_have_protocols() -> None:
-    names = [protocol_of_task(task).name for task in ("sr", "denoise", "derain", "deblur", "defocus")]
-    assert names == ["y-crop", "rgb", "derain", "deblur", "dpdd"]
+    names = [protocol_of_task(task).name for task in ("sr", "denoise", "derain", "deblur", "defocus", "restore")]
+    assert names == ["y-crop", "rgb", "derain", "deblur", "dpdd", "jpeg"]
     with pytest.raises(ValueError, match=r"No protocol is called 'y'; there are y-crop"):
         find_protocol("y")
     with pytest.raises(ValueError, match="No protocol is customary for the task 'colour'"):
         protocol_of_task("colour")
     with pytest.raises(ValueError, match="window must be one of gaussian, volume, uniform"):
         ssim(*images(), space="rgb", window="box")  # type: ignore[arg-type]
+
+
+def test_photos_are_made_the_same_each_time(tmp_path: Path) -> None:
+    """JPEG after shrinking, and the random ways of real photos by the place of an image in its set."""
+    clean = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)
+    Image.fromarray(clean).save(tmp_path / "a.png")
+    pair = Pair(tmp_path / "a.png")
+    source, target = load_pair(pair, PROTOCOLS["jpeg"], scale=2, quality=75)
+    expected = JpegCompression(75)(imresize(clean, 0.5), np.random.default_rng(0))
+    assert np.array_equal((source[0] * 255).round().permute(1, 2, 0).numpy(), expected)
+    assert target.shape == (1, 3, 24, 32)
+    assert load_pair(pair, PROTOCOLS["jpeg"], quality=40)[0].shape == (1, 3, 24, 32)
+    first, again, other = (load_pair(pair, PROTOCOLS["photo"], scale=2, index=i)[0] for i in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    with pytest.raises(ValueError, match="needs degraded images as files"):
+        load_pair(pair, PROTOCOLS["jpeg"], scale=2)

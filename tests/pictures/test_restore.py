@@ -13,16 +13,18 @@ import torch
 from image_sets import photo_folder
 from PIL import Image, ImageCms, ImageOps
 from registered import build
+from skimage import data
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch import nn
 
 import zoo
+from zoo.data import degradations, resize
 from zoo.pictures import restore as inference
 from zoo.pictures import restorers
 from zoo.pictures.metadata import Metadata
 from zoo.pictures.picture import Picture, PictureError
 from zoo.pictures.read import open_picture
-from zoo.pictures.restore import load_restorer, restore, restore_picture
+from zoo.pictures.restore import Networks, Size, load_restorer, restore, restore_picture
 from zoo.record import record_of
 from zoo.restoration.cfsr import CFSR
 from zoo.weights import CheckpointError, save_checkpoint
@@ -373,12 +375,39 @@ def test_shipped_weights_are_found(shipped: Path) -> None:
     assert load_restorer("sr").scale == 2
 
 
-def test_the_best_shipped_weights_are_taken(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What counts is the PSNR on the cards, not the size of the network."""
+def test_a_quality_takes_the_fastest_or_the_best(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fast is the least work; balanced the highest PSNR on the cards; best that one over flips and turns."""
     monkeypatch.setattr(get_pretrained_cfg_of("ffnetsr_light_x2.div2k"), "file", str(shipped))
     for best in ("cfsr_x2.bsds", "ffnetsr_light_x2.div2k"):
         monkeypatch.setattr(restorers, "_measured", lambda name, best=best: 36.0 + (name == best))
-        assert restorers._shipped("sr", 2, None) == best
+        found = restorers.offers("sr", 2)
+        assert (found["fast"].name, found["fast"].work) == ("cfsr_x2.bsds", 1)
+        assert (found["balanced"].name, found["best"].name, found["best"].self_ensemble) == (best, best, True)
+        assert found["best"].work == pytest.approx(8 * found["balanced"].work)
+    assert found["balanced"].work == pytest.approx(406.69 / 65.06, rel=1e-3)
+    assert load_restorer("sr", 2, device="cpu").pretrained_cfg["architecture"] == "cfsr_x2"
+    averaged = zoo.restore(photo(), quality="best", model=load_restorer("sr", 2))
+    assert np.array_equal(averaged, zoo.restore(photo(), self_ensemble=True, model=load_restorer("sr", 2)))
+
+
+def test_real_photos_get_weights_of_their_own(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JPEG blocks and noise are seen; what is named is kept; networks that follow get clean pictures."""
+    monkeypatch.setattr(get_pretrained_cfg_of("cfsr_x2.real"), "file", str(shipped))
+    clean = resize.imresize(data.coffee()[:160, :160], 0.5)
+    coded = degradations.JpegCompression(50)(clean, np.random.default_rng(0))
+    networks = Networks(Size(scale=4), device="cpu")
+    for pixels, kind, tag in ((clean, "clean", "bsds"), (coded, "real", "real")):
+        picture = open_picture(pixels)
+        first, second = networks.reaching(picture.size, picture)
+        assert networks.name == f"cfsr_x2.{tag}"
+        assert networks.reason.startswith("JPEG blocks") == (kind == "real")
+        assert first.pretrained_cfg["tag"] == tag
+        assert second.pretrained_cfg["tag"] == "bsds"
+        asked = Networks(Size(), kind=kind, device="cpu")
+        asked.reaching(picture.size, picture)
+        assert (asked.name, asked.reason) == (f"cfsr_x2.{tag}", f"{kind} weights are asked for")
+    named = Networks(Size(), model="cfsr_x2.bsds", device="cpu")
+    assert named.reaching(picture.size, picture) == [named.first]
 
 
 @pytest.mark.parametrize(
@@ -475,7 +504,7 @@ def test_everything_goes_through(model: CFSR) -> None:
     """Tiles, ensemble and progress reach the network; a file is as good as an image."""
     calls: list[tuple[int, int]] = []
     image = photo(size=(90, 40))
-    options = dict(tile=40, self_ensemble=True, progress=lambda done, count: calls.append((done, count)))
+    options = dict(tile=40, exact=True, self_ensemble=True, progress=lambda done, count: calls.append((done, count)))
     found = np.asarray(restore(image, model=model, **options), int)
     assert len(calls) > 1
     assert np.abs(found - np.asarray(restore(image, model=model), int)).mean() < 1

@@ -40,6 +40,7 @@ PARAMS = {
     "restormer_defocus": 26_126_644,
     "restormer_defocus_dual": 26_132_548,
     "restormer_tiny_denoise_color": 949_494,
+    "restormer_tiny_restore_color": 949_494,
 }
 KINDS = {"bias-free": dict(bias_free=True), "with bias": {}, "dual pixel": dict(in_chans=6, dual_pixel=True)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--protocol", choices=tuple(PROTOCOLS), help="default: the customary one of the model's task")
     parser.add_argument("--scale", type=int, help="of bicubic; of a model, checked")
     parser.add_argument("--sigma", metavar="15,25,50", help="noise to add, of 255 (default: the model's own, or these)")
+    parser.add_argument(
+        "--jpeg-quality", metavar="75,50", help="of the protocol jpeg (default: 75 and 50, at scale 1 40)"
+    )
     parser.add_argument("--self-ensemble", action="store_true", help="average 8 flips and turns (papers' '+')")
     parser.add_argument("--budget", default="4GB", help="memory the process may hold: 800MB, 4GB, none (default: 4GB)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images of each set")
@@ -59,11 +63,12 @@ def run(args: argparse.Namespace) -> int:
         find(args.weights)  # says that there is no such file
     subjects = _Subjects(args, wanted)
     protocol, scale, channels = subjects.protocol, subjects.scale, subjects.channels
-    if protocol.crop_scale and scale < 2:
+    if protocol.degradation == "bicubic" and scale < 2:
         raise UsageError(f"The protocol {protocol.name!r} is for super-resolution; {args.model} does not enlarge.")
     sigmas: list[float | None] = list(subjects.sigmas) if protocol.degradation == "noise" else [None]
     if wanted and sigmas == [None]:
         raise UsageError(f"--sigma is for a protocol that adds noise; {protocol.name!r} does not.")
+    qualities = _qualities(args.jpeg_quality, protocol, scale)
 
     from zoo.data.photos import find_pairs
     from zoo.evaluation.restorers import evaluate
@@ -72,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
     chosen = {name: pairs[: args.limit] for name, pairs in found.items()}
     results: list[dict[str, Any]] = []
     with progress(args) as bar:
-        task = bar.add_task("evaluating", total=len(sigmas) * sum(map(len, chosen.values())))
-        for sigma in sigmas:
+        task = bar.add_task("evaluating", total=len(sigmas) * len(qualities) * sum(map(len, chosen.values())))
+        for sigma, quality in itertools.product(sigmas, qualities):
             restorer = subjects.restorer(sigma)
             for name, pairs in chosen.items():
                 scores = evaluate(
@@ -82,10 +87,11 @@ def run(args: argparse.Namespace) -> int:
                     protocol,
                     scale=scale,
                     sigma=sigma,
+                    quality=quality,
                     channels=channels,
                     progress=lambda done, total: bar.advance(task),
                 )
-                results.append(_summary(name, pairs, len(found[name]), sigma, protocol, scores))
+                results.append(_summary(name, pairs, len(found[name]), (sigma, quality), protocol, scores))
     if args.json:
         report = {"model": args.model, "weights": args.weights, "scale": scale, "protocol": protocol.name}
         report |= {"protocol_summary": protocol.summary, "self_ensemble": args.self_ensemble}
@@ -93,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
         print_json(report)
     elif args.quiet:
         for result in results:
-            words = [result["set"], *([] if result["sigma"] is None else [f"{result['sigma']:g}"])]
+            made = (result["sigma"], result["jpeg_quality"])
+            words = [result["set"], *(f"{value:g}" for value in made if value is not None)]
             print("\t".join(words + [f"{result[key]:.{_DIGITS[key]}f}" for key in protocol.metrics]))
     else:
         _print(args, protocol, scale, subjects.device, results)
@@ -175,8 +182,28 @@ def _sigmas(text: str | None) -> list[float]:
     return sigmas
 
 
+def _qualities(text: str | None, protocol: Protocol, scale: int) -> list[int | None]:
+    """Read the qualities of a protocol that compresses; [None] of any other."""
+    if protocol.degradation != "jpeg":
+        if text:
+            raise UsageError(f"--jpeg-quality is for the protocol jpeg; {protocol.name!r} does not compress.")
+        return [None]
+    try:
+        found = [int(part) for part in text.split(",")] if text else [75, 50] if scale > 1 else [40]
+    except ValueError:
+        found = [0]
+    if not all(1 <= quality <= 100 for quality in found):
+        raise UsageError(f"--jpeg-quality takes whole numbers from 1 to 100 separated by commas, got {text!r}.")
+    return list(found)
+
+
 def _summary(
-    name: str, pairs: list[Pair], available: int, sigma: float | None, protocol: Protocol, scores: list[Score]
+    name: str,
+    pairs: list[Pair],
+    available: int,
+    made: tuple[float | None, int | None],
+    protocol: Protocol,
+    scores: list[Score],
 ) -> dict[str, Any]:
     """Return the means of a set and the values of its images."""
     count = len(scores)
@@ -186,7 +213,8 @@ def _summary(
         "images": count,
         "available": available,
         "made": sum(not pair.degraded for pair in pairs),
-        "sigma": sigma,
+        "sigma": made[0],
+        "jpeg_quality": made[1],
         **means,
         "seconds_per_image": sum(score.seconds for score in scores) / count,
         "per_image": [{"file": score.file.name, **score.values, "seconds": score.seconds} for score in scores],
@@ -196,14 +224,20 @@ def _summary(
 def _print(
     args: argparse.Namespace, protocol: Protocol, scale: int, device: str, results: list[dict[str, Any]]
 ) -> None:
-    noisy = any(result["sigma"] is not None for result in results)
-    columns = ["set", "images", *(["sigma"] if noisy else []), *(_HEADINGS[key] for key in protocol.metrics), "s/image"]
+    made_by = [key for key in ("sigma", "jpeg_quality") if any(result[key] is not None for result in results)]
+    columns = [
+        "set",
+        "images",
+        *(key.replace("_", " ") for key in made_by),
+        *(_HEADINGS[key] for key in protocol.metrics),
+        "s/image",
+    ]
     name = args.model + (f" with {args.weights}" if args.weights else "") + (f", x{scale}" if scale > 1 else "")
     rows = table(*columns, title=name + (", self-ensemble" if args.self_ensemble else ""), right=columns[1:])
     for result in results:
         whole = result["images"] == result["available"]
         cells = [result["set"], str(result["images"]) + ("" if whole else f" of {result['available']}")]
-        cells += [f"{result['sigma']:g}"] if noisy else []
+        cells += [f"{result[key]:g}" for key in made_by]
         cells += [f"{result[key]:.{_DIGITS[key]}f}" for key in protocol.metrics]
         rows.add_row(*cells, f"{result['seconds_per_image']:.2f}")
     made = sorted({result["set"] for result in results if result["made"]})

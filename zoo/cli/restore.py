@@ -57,7 +57,19 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--budget", default="4GB", help="memory the process may hold: 800MB, 4GB, none (default: 4GB)")
     parser.add_argument("--tile", type=int, metavar="PIXELS", help="side of tiles, in place of a choice by --budget")
     parser.add_argument("--overlap", type=int, metavar="PIXELS", help="of tiles (default: no seam can appear)")
+    parser.add_argument("--exact", action="store_true", help="exact tiles, also where they more than double the work")
     parser.add_argument("--self-ensemble", action="store_true", help="average 8 flips and turns: slower, a bit better")
+    parser.add_argument(
+        "--quality",
+        choices=("fast", "balanced", "best"),
+        help="least work; highest PSNR; that averaged over flips and turns (default: fast on a CPU, else balanced)",
+    )
+    parser.add_argument(
+        "--kind",
+        choices=("auto", "clean", "real"),
+        default="auto",
+        help="shipped weights for clean pictures, or real photos with JPEG blocks and noise (default: looks)",
+    )
     parser.add_argument("--format", metavar="SUFFIX", help="file format of the results: png, jpg, ... (default: same)")
     parser.add_argument(
         "--jpeg-quality", type=int, default=95, metavar="Q", help="of JPEG, WebP, AVIF, ..., 1 to 100 (default: 95)"
@@ -148,8 +160,9 @@ def _run(args: argparse.Namespace) -> int:
     if job.failed and todo:
         note(args, f"{len(job.failed)} of {len(plans)} cannot be done, see the end; restoring the others.")
     with progress(args) as bar:
-        tiles = bar.add_task("parts", visible=len(todo) == 1)
+        tiles = bar.add_task("parts of the picture")
         job.tell = lambda done, total: bar.update(tiles, completed=done, total=total)
+        job.alone = len(todo) == 1
         for each in bar.track(todo, description="restoring"):
             job.do(each, skip=args.skip_existing and each.target in existing)
     print_results(args, job)
@@ -187,7 +200,25 @@ def _networks(args: argparse.Namespace) -> Networks:
     except ValueError as error:
         raise UsageError(str(error)) from error
     options: dict[str, Any] = {"sigma": args.sigma, "device": pick_device(args.device), "dtype": args.dtype}
-    return Networks(size, task, _model(args), args.weights, **options)
+    networks = Networks(size, task, _model(args), args.weights, kind=args.kind, quality=args.quality, **options)
+    if args.model is None and args.weights is None:
+        _say_cost(args, task, networks)
+    return networks
+
+
+def _say_cost(args: argparse.Namespace, task: str, networks: Networks) -> None:
+    """Say which quality is taken on a CPU where none was asked for, and what the others would cost."""
+    from zoo.pictures.restorers import offers, usual_quality
+
+    device = next(networks.first.parameters()).device
+    if args.quality is not None or usual_quality(device) != "fast":
+        return
+    scale = int(getattr(networks.first, "scale", 1))
+    found = offers(task, scale, args.sigma, "real" if args.kind == "real" else "clean")
+    others = [f"{name} ({found[name].name}) {found[name].work:.0f}" for name in ("balanced", "best")]
+    if found["balanced"].name == found["fast"].name:
+        others = others[1:]
+    note(args, f"--quality fast, the default on a CPU; {' and '.join(others)} times its work.")
 
 
 def _require_weights(args: argparse.Namespace, task: str) -> None:

@@ -31,6 +31,7 @@ TASKS = {
     "deblur": "motion blur",
     "derain": "rain",
     "defocus": "a lens out of focus",
+    "restore": "JPEG blocks and noise",
 }
 """What `--task` takes, and what each task mends."""
 
@@ -56,6 +57,7 @@ class Job:
         self.skipped: list[dict[str, Any]] = []
         self.failed: list[dict[str, str]] = []
         self.tell: Any = None
+        self.alone = False
         self.comparison: Comparison | None = None
         if args.compare is not None:
             from zoo.cli.compare import Comparison
@@ -117,15 +119,28 @@ class Job:
         start = time.perf_counter()
         if self.args.strip:
             source = dataclasses.replace(source, metadata=stripped(source.metadata))
+        networks = self.networks.reaching(source.size, source)
+        chosen = self.args.model is None and self.args.weights is None and bool(networks)
+        if chosen:
+            entry["model"], entry["because"] = self.networks.name, self.networks.reason
+        if chosen and self.alone:
+            note(self.args, f"{self.networks.name}: {self.networks.reason}.")
+
+        def hear(words: str) -> None:
+            how.append(words)
+            if "times the work" in words or "blended over" in words:
+                note(self.args, f"{words}{'' if self.args.exact else ' (--exact insists on exact ones)'}.")
+
         result = restore_picture(
             source,
-            self.networks.reaching(source.size),
+            networks,
             budget=None if self.args.budget.lower() == "none" else self.args.budget,
             tile=self.args.tile,
             overlap=self.args.overlap,
-            self_ensemble=self.args.self_ensemble,
+            exact=self.args.exact,
+            self_ensemble=self.args.self_ensemble or self.args.quality == "best",
             progress=self.tell,
-            inform=how.append,
+            inform=hear,
             size=self.size,
             crop=self.args.crop,
         )
@@ -172,8 +187,8 @@ class Job:
     def report(self) -> dict[str, Any]:
         """Return everything for programs."""
         args, parameter = self.args, next(self.model.parameters())
-        options = ["weights", "sigma", "budget", "tile", "overlap", "self_ensemble", "format", "template"]
-        options += ["jpeg_quality", "strip", "width", "height", "max_side", "crop"]
+        options = ["weights", "sigma", "budget", "tile", "overlap", "exact", "self_ensemble", "quality", "kind"]
+        options += ["format", "template", "jpeg_quality", "strip", "width", "height", "max_side", "crop"]
         report: dict[str, Any] = {"model": self.name, "task": self.task, "scale": self.size.scale or self.scale}
         report |= {"device": str(parameter.device), "dtype": str(parameter.dtype).removeprefix("torch.")}
         report["settings"] = {name: getattr(args, name) for name in options}
@@ -272,6 +287,11 @@ def print_results(args: argparse.Namespace, job: Job) -> None:
         rows.add_row(entry["file"], sizes[0], entry["output"], sizes[1], f"{entry['seconds']:.2f}", *values)
     if job.restored and not args.piped:
         print_table(rows)
+    if not job.alone:
+        for model in sorted({entry["model"] for entry in job.restored if "model" in entry}):
+            used = [entry for entry in job.restored if entry.get("model") == model]
+            reason = f"{used[0]['file']}: {used[0]['because']}"
+            note(args, f"{model} restored {len(used)} of {len(job.restored)}, for one {reason}.")
     if job.means and not args.piped:
         count = sum("metrics" in entry for entry in (*job.restored, *job.skipped))
         means = ", ".join(_number(name, value) for name, value in job.means.items())

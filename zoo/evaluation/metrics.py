@@ -173,7 +173,7 @@ def measure(protocol: Protocol, output: Tensor, target: Tensor, scale: int = 1) 
     """
     if protocol.aligned:
         return _measure_aligned(output, target)
-    crop = scale if protocol.crop_scale else 0
+    crop = scale if protocol.crop_scale and scale > 1 else 0
     space, quantize, rounded = protocol.space, protocol.quantize, protocol.rounded_luma
     found = {
         "psnr": psnr(output, target, space=space, crop=crop, quantize=quantize, rounded_luma=rounded),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PROTOCOLS", "Protocol", "ProtocolName", "find_protocol", "protocol_of_task"]
 
-ProtocolName = Literal["y-crop", "rgb", "derain", "deblur", "realblur", "dpdd", "sidd"]
+ProtocolName = Literal["y-crop", "rgb", "derain", "deblur", "realblur", "dpdd", "sidd", "jpeg", "photo"]
 SsimWindow = Literal["gaussian", "volume", "uniform"]
 
 
@@ -25,13 +25,14 @@ class Protocol:
         name: What it is called.
         space: "y" compares BT.601 luma, "rgb" all channels.
         rounded_luma: Luma is rounded to whole numbers, as MATLAB does for 8-bit images.
-        crop_scale: Leave out as many border pixels on each side as the scale is.
+        crop_scale: Leave out as many border pixels on each side as the scale is, none at scale 1.
         quantize: Round to 8 bits first; otherwise floats are compared.
         window: Of SSIM; see `zoo.evaluation.metrics.ssim`.
         mae: Report the mean absolute error too.
         aligned: Lay the restored image onto the truth first, and leave out what has no counterpart; see
             `zoo.evaluation.realblur`.
-        degradation: What makes the input of a clean image: "bicubic", "noise", or None where it is given as a file.
+        degradation: What makes the input of a clean image: "bicubic", "noise", "jpeg", "photo", or None where it is
+            given as a file.
         summary: One line for tables and cards.
     """
 
@@ -43,7 +44,7 @@ class Protocol:
     window: SsimWindow = "gaussian"
     mae: bool = False
     aligned: bool = False
-    degradation: Literal["bicubic", "noise"] | None = None
+    degradation: Literal["bicubic", "noise", "jpeg", "photo"] | None = None
     summary: str
 
     @property
@@ -102,6 +103,23 @@ PROTOCOLS: dict[str, Protocol] = {
             window="volume",
             summary="SIDD validation blocks: unrounded RGB, no crop, MATLAB's SSIM of the image as a volume",
         ),
+        Protocol(
+            name="jpeg",
+            space="y",
+            crop_scale=True,
+            degradation="jpeg",
+            summary="compressed photos: MATLAB bicubic LR (none at scale 1), Pillow's JPEG with colour at half "
+            "resolution (--jpeg-quality), 8-bit output, unrounded BT.601 luma, as many border pixels cropped as the scale is",
+        ),
+        Protocol(
+            name="photo",
+            space="y",
+            crop_scale=True,
+            degradation="photo",
+            summary="real photos as zoo.data.degradations.RealPhoto makes them (blur, resizing, camera noise, JPEG, in "
+            "random order, with the generator (0, i) for image i), 8-bit output, unrounded BT.601 luma, as many border "
+            "pixels cropped as the scale is",
+        ),
     )
 }
 """Every named protocol."""
@@ -128,7 +146,7 @@ def find_protocol(name: str) -> Protocol:
 
 
 def protocol_of_task(task: str) -> Protocol:
-    """Return the protocol that is customary for a task: "sr", "denoise", "derain", "deblur" or "defocus".
+    """Return the protocol that is customary for a task: "sr", "denoise", "derain", "deblur", "defocus" or "restore".
 
     Raises:
         ValueError: There is none for this task.

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zoo.data.degradations import noisy, to_float
+from zoo.data.degradations import JpegCompression, RealPhoto, noisy, to_float
 from zoo.data.photos import Pair, read_pair, to_tensor
 from zoo.data.resize import imresize
 from zoo.evaluation.metrics import measure
@@ -70,7 +72,14 @@ def unchanged(x: Tensor) -> Tensor:
 
 
 def load_pair(
-    pair: Pair, protocol: Protocol, *, scale: int = 1, sigma: float | None = None, channels: int = 3
+    pair: Pair,
+    protocol: Protocol,
+    *,
+    scale: int = 1,
+    sigma: float | None = None,
+    quality: int | None = None,
+    channels: int = 3,
+    index: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Read a clean image and read or make its degraded version, as a protocol says.
 
@@ -80,6 +89,8 @@ def load_pair(
         protocol: Says how a degraded version is made that is no file.
         scale: Clean pixels per degraded pixel; the clean image is cut from the top left to fit.
         sigma: Of the noise where the protocol adds it, in units of 1/255.
+        quality: Of the JPEG compression where the protocol compresses.
+        index: Of the image in its set, which decides what is random.
         channels: 3, where gray images count three times, or 1, where colour is turned to gray as Pillow does (OpenCV
             may differ by one level).
 
@@ -96,6 +107,10 @@ def load_pair(
         source = imresize(clean, 1 / scale)
     elif protocol.degradation == "noise" and sigma is not None:
         source = noisy(to_float(clean), sigma)
+    elif protocol.degradation == "jpeg" and quality is not None:
+        source = JpegCompression.compress(clean if scale == 1 else imresize(clean, 1 / scale), quality)
+    elif protocol.degradation == "photo":
+        source = RealPhoto(scale).evaluate(clean, np.random.default_rng((0, index)))
     else:
         raise ValueError(
             f"The protocol {protocol.name!r} needs degraded images as files, and there is none for {pair.clean}: give "
@@ -111,6 +126,7 @@ def evaluate(
     *,
     scale: int = 1,
     sigma: float | None = None,
+    quality: int | None = None,
     channels: int = 3,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Score]:
@@ -122,6 +138,7 @@ def evaluate(
         protocol: How; from `zoo.evaluation.protocols`.
         scale: Of the restorer.
         sigma: Of the noise where the protocol adds it, in units of 1/255.
+        quality: Of the JPEG compression where the protocol compresses.
         channels: 3, or 1 for a gray restorer.
         progress: Called with (images done, images in all).
 
@@ -130,9 +147,10 @@ def evaluate(
         RuntimeError: The network fails on an image.
     """
     scores = []
-    for pair in pairs:
+    for index, pair in enumerate(pairs):
         with _naming(pair):
-            source, clean = load_pair(pair, protocol, scale=scale, sigma=sigma, channels=channels)
+            how: dict[str, Any] = dict(scale=scale, sigma=sigma, quality=quality, channels=channels, index=index)
+            source, clean = load_pair(pair, protocol, **how)
             start = time.perf_counter()
             with torch.inference_mode():
                 output = restorer(source).cpu()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Judgement", "blockiness", "judge", "noise_level"]
+__all__ = ["Judgement", "Kind", "blockiness", "judge", "noise_level"]
 
 Kind = Literal["clean", "real"]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,10 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
+from zoo.pictures.judging import Kind, judge
 from zoo.pictures.metadata import stripped
 from zoo.pictures.picture import Picture, PictureError, pair_views
 from zoo.pictures.read import open_picture
-from zoo.pictures.restorers import load_restorer, shipped_scales
+from zoo.pictures.restorers import Quality, load_restorer, shipped_scales
 from zoo.pictures.sizes import Size, chain, crop_box, resize
 from zoo.pictures.tiling import Progress, restore_tensor
 
@@ -35,6 +37,8 @@ __all__ = [
     "restore_picture",
     "restore_tensor",
 ]
+
+_log = logging.getLogger(__name__)
 
 _MARGIN = 64  # most pixels around a part that its networks see
 
@@ -62,6 +66,9 @@ def restore(
     crop: str | tuple[int, int, int, int] | None = None,
     max_pixels: int | None = None,
     strip: bool = False,
+    exact: bool = False,
+    quality: Quality | None = None,
+    kind: Literal["auto", "clean", "real"] = "auto",
 ) -> Any:
     """Restore a picture of any kind and size.
 
@@ -80,7 +87,8 @@ def restore(
         budget: Memory the whole process (or the device) may hold, without the program files that the system shares:
             bytes, or like "4GB"; None is no limit.
         tile: Side of tiles with their overlap, input pixels, instead of a choice by `budget`.
-        overlap: Of tiles, input pixels; None takes the receptive field, where the result is that of the whole picture.
+        overlap: Of tiles, input pixels; None takes the receptive field, where the result is that of the whole picture,
+            or less where that more than doubles the work.
         device: Where to run; None takes a given restorer's place, else CUDA where it is, else the CPU.
         dtype: Precision of the network, for example "bfloat16"; None is float32.
         self_ensemble: Average over eight flips and turns: better by about 0.1 dB, eight times as slow.
@@ -93,6 +101,10 @@ def restore(
             looks as it does in the whole.
         max_pixels: Most pixels of a file that are read; None is 179 million.
         strip: Leave out all metadata but what colours depend on.
+        exact: Insist on tiles that give the result of the whole picture, whatever they cost.
+        quality: "fast" takes the shipped network of the least work, "balanced" the one of the highest PSNR, "best"
+            averages that over flips and turns. None is "fast" on a CPU, else "balanced".
+        kind: Shipped weights for "clean" pictures, or for "real" photos with JPEG blocks and noise; "auto" looks.
 
     Returns:
         A Pillow image, or an array where an array was given.
@@ -110,14 +122,16 @@ def restore(
     picture = pair_views(*pictures) if len(pictures) == 2 else pictures[0]
     if strip:
         picture = dataclasses.replace(picture, metadata=stripped(picture.metadata))
-    networks = Networks(size, task, model, weights, sigma=sigma, device=device, dtype=dtype)
+    options: dict[str, Any] = dict(sigma=sigma, device=device, dtype=dtype, quality=quality)
+    networks = Networks(size, task, model, weights, kind=kind, **options)
     restored = restore_picture(
         picture,
-        networks.reaching(picture.size),
+        networks.reaching(picture.size, picture),
         budget=budget,
         tile=tile,
         overlap=overlap,
-        self_ensemble=self_ensemble,
+        exact=exact,
+        self_ensemble=self_ensemble or quality == "best",
         progress=progress,
         size=size,
         crop=crop,
@@ -133,7 +147,13 @@ class Networks:
         task: As in `restore`.
         model: As in `restore`.
         weights: As in `restore`.
+        kind: As in `restore`.
         **options: Further ones of `load_restorer`.
+
+    Attributes:
+        first: The network that a clean picture of the usual size gets first.
+        name: `NAME.TAG` of the first network of the last picture, where it was chosen for it.
+        reason: Why.
 
     Raises:
         ValueError: There is no such restorer, nothing shipped fits, or it cannot reach the scale.
@@ -146,10 +166,14 @@ class Networks:
         task: str = "sr",
         model: str | nn.Module | None = None,
         weights: str | os.PathLike[str] | None = None,
+        kind: Literal["auto", "clean", "real"] = "auto",
         **options: Any,
     ) -> None:
-        self.size, self._task, self._options = size, task, options
-        self._loaded: dict[int, nn.Module] = {}
+        self.size, self._task, self._options, self._kind = size, task, options, kind
+        self._loaded: dict[tuple[int, Kind], nn.Module] = {}
+        self._is_named = model is not None or weights is not None
+        self.name = self.reason = ""
+        known: Kind = "real" if kind == "real" else "clean"
         self._scales: tuple[int, ...]
         shipped = shipped_scales(task) if model is None and weights is None and options.get("sigma") is None else ()
         asked = size.scale
@@ -165,31 +189,51 @@ class Networks:
             first = 2 if 2 in shipped else min(scale for scale in shipped if scale > 1)
         else:
             whole = asked is not None and asked == int(asked) and model is None and weights is None
-            self.first = load_restorer(task, int(asked) if whole and asked else None, model, weights, **options)
+            scale = int(asked) if whole and asked else None
+            self.first = load_restorer(task, scale, model, weights, kind=known, **options)
             own = int(getattr(self.first, "scale", 1))
             if own == 1 and asked not in (None, 1):
                 raise ValueError(f"This {type(self.first).__name__} restores at scale 1, not {asked:g}.")
-            self._loaded[own], self._scales = self.first, (own,)
+            self._loaded[own, known], self._scales = self.first, (own,)
             return
-        self.first = load_restorer(task, first, **options)
-        self._loaded[first], self._scales = self.first, shipped
+        self.first = load_restorer(task, first, kind=known, **options)
+        self._loaded[first, known], self._scales = self.first, shipped
 
-    def reaching(self, size: tuple[int, int]) -> list[nn.Module]:
+    def reaching(self, size: tuple[int, int], picture: Picture | None = None) -> list[nn.Module]:
         """Return the networks for a picture of a height and width, in their order; none where it is to become smaller.
 
-        Where the network is for scale 1, it is alone.
+        Where the network is for scale 1, it is alone. Where nothing is named, the first one is for clean or for real
+        photos, as the picture looks.
         """
+        kind: Kind = "real" if self._kind == "real" else "clean"
+        self.reason = "" if self._kind == "auto" else f"{self._kind} weights are asked for"
+        if self._kind == "auto" and not self._is_named and picture is not None:
+            seen = judge(picture.color, picture.peak)
+            kind, self.reason = seen.kind, seen.words
+        found = [self._of(scale, kind if step == 0 else "clean") for step, scale in enumerate(self._scales_for(size))]
+        cfg: Any = getattr(found[0], "pretrained_cfg", None) if found else None
+        self.name = ".".join(str(cfg.get(key)) for key in ("architecture", "tag") if cfg.get(key)) if cfg else ""
+        if picture is not None and not self._is_named and found:
+            _log.info("%s: %s.", self.name, self.reason)
+        return found
+
+    def _of(self, scale: int, kind: Kind) -> nn.Module:
+        """Return the network for a scale, loaded once."""
+        if self._is_named:
+            kind = "real" if self._kind == "real" else "clean"
+        if (scale, kind) not in self._loaded:
+            self._loaded[scale, kind] = load_restorer(self._task, scale, kind=kind, **self._options)
+        return self._loaded[scale, kind]
+
+    def _scales_for(self, size: tuple[int, int]) -> tuple[int, ...]:
+        own = int(getattr(self.first, "scale", 1))
         if self._scales == (1,) or (self.size.scale is None and not self.size.in_pixels):
-            return [self.first]
-        wanted = self.size.of(size, int(getattr(self.first, "scale", 1)))
+            return (own,)
+        wanted = self.size.of(size, own)
         factor = max(new / old for new, old in zip(wanted, size, strict=True))
         if self.size.scale is not None:
             factor = self.size.scale
-        found = chain(factor, self._scales)
-        for scale in found:
-            if scale not in self._loaded:
-                self._loaded[scale] = load_restorer(self._task, scale, **self._options)
-        return [self._loaded[scale] for scale in found]
+        return tuple(chain(factor, self._scales))
 
 
 def restore_picture(
@@ -199,6 +243,7 @@ def restore_picture(
     budget: int | float | str | None = "4GB",
     tile: int | None = None,
     overlap: int | None = None,
+    exact: bool = False,
     self_ensemble: bool = False,
     progress: Progress | None = None,
     inform: Callable[[str], object] | None = None,
@@ -213,6 +258,7 @@ def restore_picture(
         budget: Memory limit.
         tile: Side of tiles.
         overlap: Of tiles.
+        exact: Insist on exact tiles.
         self_ensemble: Average over eight flips and turns.
         progress: Called with (parts done, parts in all); black ink is not counted.
         inform: Told in words how the picture is run, see `restore_tensor`.
@@ -225,7 +271,8 @@ def restore_picture(
         RuntimeError: The network's output is not finite.
     """
     models = [model] if isinstance(model, nn.Module) else list(model)
-    run = partial(restore_tensor, budget=budget, tile=tile, overlap=overlap, self_ensemble=self_ensemble)
+    options: dict[str, Any] = dict(budget=budget, tile=tile, overlap=overlap, exact=exact, self_ensemble=self_ensemble)
+    run = partial(restore_tensor, **options)
     pages = [dataclasses.replace(picture, frames=()), *picture.frames]
     done = []
     for index, page in enumerate(pages):

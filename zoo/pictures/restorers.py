@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -16,10 +17,32 @@ from zoo import catalog
 from zoo.cfg import RestorationCfg
 from zoo.ffn.reparam import reparameterize
 from zoo.loading import foreign_hint, foreign_restorer, from_record
+from zoo.pictures.judging import Kind
 from zoo.restoration import FAMILIES
 from zoo.weights import CheckpointError, load_strict, read_weights
 
-__all__ = ["load_restorer", "shipped_scales"]
+__all__ = ["Offer", "Quality", "load_restorer", "offers", "shipped_scales", "usual_quality"]
+
+Quality = Literal["fast", "balanced", "best"]
+"""The shipped network of the least work; the one of the highest PSNR; that one, averaged over flips and turns."""
+
+_REAL = "real"  # tag of weights for compressed and noisy photos
+_ENSEMBLE = 8  # times the work
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A network that a quality takes, and what it costs.
+
+    Args:
+        name: `NAME.TAG`.
+        self_ensemble: Averaged over flips and turns.
+        work: Multiply-accumulates over those of the fastest.
+    """
+
+    name: str
+    self_ensemble: bool
+    work: float
 
 
 def load_restorer(
@@ -31,11 +54,13 @@ def load_restorer(
     sigma: float | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    quality: Quality | None = None,
+    kind: Kind = "clean",
 ) -> nn.Module:
     """Find, load and prepare a restorer: evaluation mode, re-parameterised, on its device; arguments as in `restore`.
 
     A restorer that is given as a module is used as it is, or copied where `device` or `dtype` ask for another place or
-    precision.
+    precision. Where nothing is named, `kind` chooses between shipped weights for clean and for real photos.
 
     Raises:
         ValueError: There is no such restorer, nothing shipped fits, or the scale or the noise is not the model's.
@@ -55,12 +80,12 @@ def load_restorer(
         if (place, precision or parameter.dtype) != (parameter.device, parameter.dtype):
             restorer = copy.deepcopy(model).to(place, precision or parameter.dtype)
     else:
-        restorer = _load(task, scale, model, weights, sigma).eval()
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        restorer = _load(task, scale, model, weights, sigma, quality or usual_quality(place), kind).eval()
         if hasattr(restorer, "require_dtype"):  # spandrel's networks
             cast(Any, restorer).require_dtype(precision)
         else:
             reparameterize(restorer, measure=False)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         restorer = restorer.to(place, precision)
     own = int(getattr(restorer, "scale", 1))
     if scale is not None and scale != own:
@@ -75,8 +100,19 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     raise ValueError(f'dtype must be a floating-point type such as "float32" or "bfloat16", got {dtype!r}.')
 
 
+def usual_quality(device: torch.device) -> Quality:
+    """Return the quality that is taken where none is asked for."""
+    return "fast" if device.type == "cpu" else "balanced"
+
+
 def _load(
-    task: str, scale: int | None, name: str | None, weights: str | os.PathLike[str] | None, sigma: float | None
+    task: str,
+    scale: int | None,
+    name: str | None,
+    weights: str | os.PathLike[str] | None,
+    sigma: float | None,
+    quality: Quality,
+    kind: Kind,
 ) -> nn.Module:
     """Build a restorer and load its weights: published ones by name or by task, or those of a file."""
     if name is not None:
@@ -85,7 +121,7 @@ def _load(
         if weights is not None and f"{architecture}.{weights}" in get_arch_pretrained_cfgs(architecture):
             name, weights = f"{architecture}.{weights}", None
     if weights is None:
-        name = _shipped(task, scale, sigma) if name is None else _for_noise(name, sigma)
+        name = _shipped(task, scale, sigma, quality, kind) if name is None else _for_noise(name, sigma)
         return timm.create_model(name, pretrained=True)
     if sigma is not None:
         raise ValueError(f"sigma chooses published weights; {weights} is one file, trained for its own noise.")
@@ -177,9 +213,19 @@ def _measured(name: str) -> float:
     return max((metric["value"] for metric in metrics[:1] if metric["name"].startswith("PSNR")), default=0.0)
 
 
-def _shipped(task: str, scale: int | None, sigma: float | None) -> str:
-    """Return NAME.TAG of the shipped weights for a task, scale and noise: of several, those of the highest PSNR."""
-    fitting: list[tuple[float, float, str]] = []
+def offers(task: str, scale: int | None = None, sigma: float | None = None, kind: Kind = "clean") -> dict[str, Offer]:
+    """Return what each quality takes of the shipped weights for a task, scale and noise.
+
+    Args:
+        task: "sr", "denoise", ...
+        scale: None is 2 for "sr", else 1.
+        sigma: Of the noise, of 255.
+        kind: Weights trained for clean or for real photos; of the other kind where there are none.
+
+    Raises:
+        ValueError: There are none.
+    """
+    fitting: list[tuple[bool, float, str]] = []
     others: list[str] = []
     wanted = scale or (2 if task == "sr" else 1)
     for architecture in _restorers():
@@ -189,7 +235,7 @@ def _shipped(task: str, scale: int | None, sigma: float | None) -> str:
                 continue
             error = _noise_error(cfg, sigma)
             if (cfg.task, cfg.scale) == (task, wanted) and error is not None:
-                fitting.append((-error, _measured(name), name))
+                fitting.append(((cfg.tag == _REAL) == (kind == "real"), -error, name))
             noise = "" if cfg.sigma is None else f", {_noise_words(cfg.sigma)}"
             others.append(f"{name} ({cfg.task}, x{cfg.scale}{noise})")
     if not fitting:
@@ -198,4 +244,24 @@ def _shipped(task: str, scale: int | None, sigma: float | None) -> str:
             f"No weights for the task {task!r} at scale {wanted}{noise} are shipped; shipped are "
             f"{', '.join(others) or 'none'}. Give a weight file, or the name of a model with published weights."
         )
-    return max(fitting)[2]
+    best = max(fitting)[:2]
+    names = [name for *fit, name in fitting if tuple(fit) == best]
+    fast, balanced = min(names, key=lambda name: (_work(name), -_measured(name))), max(names, key=_measured)
+    work = _work(balanced) / _work(fast)
+    return {
+        "fast": Offer(fast, False, 1.0),
+        "balanced": Offer(balanced, False, work),
+        "best": Offer(balanced, True, _ENSEMBLE * work),
+    }
+
+
+def _work(name: str) -> int:
+    """Return the multiply-accumulates of a network, all for one input size a task and scale; 1 where unknown."""
+    return int(catalog.load().get(split_model_name_tag(name)[0], {}).get("macs", 1))
+
+
+def _shipped(
+    task: str, scale: int | None, sigma: float | None, quality: Quality = "balanced", kind: Kind = "clean"
+) -> str:
+    """Return NAME.TAG of the shipped weights for a task, scale and noise."""
+    return offers(task, scale, sigma, kind)[quality].name
