@@ -109,7 +109,8 @@ PROTOCOLS: dict[str, Protocol] = {
             crop_scale=True,
             degradation="jpeg",
             summary="compressed photos: MATLAB bicubic LR (none at scale 1), Pillow's JPEG with colour at half "
-            "resolution (--jpeg-quality), 8-bit output, unrounded BT.601 luma, as many border pixels cropped as the scale is",
+            "resolution (--jpeg-quality), 8-bit output, unrounded BT.601 luma, as many border "
+            "pixels cropped as the scale is",
         ),
         Protocol(
             name="photo",
