@@ -330,8 +330,8 @@ def _recognised(state_dict: dict[str, Tensor], path: Path, kwargs: Mapping[str, 
     if found is None:
         known = ", ".join(family.__name__.rsplit(".", 1)[-1] for family in families() if hasattr(family, "detect"))
         raise UnknownArchitectureError(
-            f"{path} is of no known architecture; known families are {known}{foreign_hint()}. No record, config.json or card"
-            " says what it is: say architecture=NAME and the arguments that it was built with.",
+            f"{path} is of no known architecture; known families are {known}{foreign_hint()}. No record, config.json or"
+            " card says what it is: say architecture=NAME and the arguments that it was built with.",
             state_dict,
         )
     family, name, arguments = found
