@@ -92,11 +92,11 @@ def test_error_of_nothing_is_no_number() -> None:
 
 
 def middle_and_last(model: nn.Module) -> list[Count]:
-    return [Count(block.module) for block in block_stack(model, "test")]
+    return [Count(block.module) for block in block_stack(model, "test").blocks]
 
 
 def uncount(model: nn.Module) -> None:
-    for block in block_stack(model, "test"):
+    for block in block_stack(model, "test").blocks:
         del block.module.forward
 
 

@@ -30,6 +30,7 @@ from zoo.caching.schedules import (
     similarity,
     top_errors,
 )
+from zoo.caching.streams import UnitOutput
 
 __all__ = ["Calibration", "calibrate", "calibrate_cache"]
 
@@ -156,7 +157,7 @@ class _Record:
             scheduler=sums.scheduler,
             timesteps=sums.timesteps,
             metric=self.config.metric,
-            kinds=sums.kinds,
+            kinds={unit: kind for unit, kind in sums.kinds.items() if unit in sums.matrices},
             matrices={unit: total / sums.count for unit, total in sums.matrices.items()},
             errors={unit: total / sums.count for unit, total in sums.errors.items()},
             sizes={unit: total / sums.count for unit, total in sums.sizes.items()},
@@ -208,27 +209,32 @@ class _RecordHook(ModelHook):
 
     def __init__(self, unit: Unit, record: _Record, run: RunTracker, states: ContextStates) -> None:
         super().__init__()
-        self._unit = unit
+        self._path = unit.path
+        self._output = UnitOutput(unit.block, copies=True)
         self._record = record
         self._run = run
         self._states = states
         self._chosen: dict[tuple[int, int], Tensor] = {}  # by call and size
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        before = self._output.before(args, kwargs)
         output = self.fn_ref.original_forward(*args, **kwargs)
-        self._look(output, args, kwargs)
+        self._look(output, args, kwargs, before)
         return output
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _look(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._unit.block is not None:
-            output = self._unit.block.change(output, args, kwargs)
-        parts = output if isinstance(output, tuple | list) else [output]
-        flat = torch.cat([part.flatten(1) for part in parts if part is not None], dim=1)  # (B, elements)
+    def _look(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: Any) -> None:
         context = self._record.shared.features.setdefault(self._run.branch, {})
-        calls = context.setdefault(self._unit.path, {}).setdefault(self._run.step, [])
-        calls.append(flat.index_select(1, self._choose(len(calls), flat)).float().cpu())
+        seen = len(context.get(self._path, {}).get(self._run.step, ()))
+        parts = [part for part in self._output.parts(output, seen, args, kwargs, before) if part is not None]
+        if not parts:
+            return
+        if len({len(part) for part in parts}) > 1:
+            parts = [part.flatten().unsqueeze(0) for part in parts]  # one sequence of tokens, without samples
+        flat = torch.cat([part.flatten(1) for part in parts], dim=1)  # (B, elements)
+        calls = context.setdefault(self._path, {}).setdefault(self._run.step, [])
+        calls.append(flat.index_select(1, self._choose(seen, flat)).float().cpu())
 
     def _choose(self, call: int, flat: Tensor) -> Tensor:
         key = call, flat.shape[1]

@@ -15,16 +15,19 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState
 from torch import Tensor, nn
 
-from zoo.caching.blocks import PlacedBlock, block_stack
+from zoo.caching.blocks import block_stack
 from zoo.caching.hooks import ContextStates, outside_graphs
 from zoo.caching.registry import is_count, is_threshold, place, require, require_evaluation
 from zoo.caching.runs import RunTracker
+from zoo.caching.stack import BlockStack, Role
+from zoo.caching.streams import PlacedBlock
 from zoo.caching.summary import FIRST_BLOCK, GateError
 from zoo.caching.taylor import TaylorFactors
 
 __all__ = ["CGTaylorConfig", "Forecast", "Gate", "relative_error"]
 
 _HOOK = "zoo_cg_taylor"
+_OTHER_BLOCKS = "other blocks"
 
 
 @dataclass(kw_only=True)
@@ -157,13 +160,18 @@ class Gate:
         state = self.states.get_state()
         return not state.last.ready or (self.run.began > 0 and state.updates <= order)
 
-    def decide(self, feature: Tensor) -> None:
-        """Judge a step by the first block's output, and learn from it if the step is to be computed in full."""
+    def decide(self, feature: Tensor, *, computed: bool = False) -> None:
+        """Judge a step by the first block's output, and learn from it if the step is to be computed in full.
+
+        Args:
+            feature: The output.
+            computed: The step has been computed in full already.
+        """
         step, state = self.run.step, self.states.get_state()
         self.skips = False
         if state.first.ready and not state.first.fits(feature):
             state.reset()
-        judges = self._forced(state)
+        judges = computed or self._forced(state)
         able = state.first.ready and not self._is_young(max(self.config.first_order, self.config.last_order))
         if able and not judges:
             self.skips = self._holds(state, feature)
@@ -219,98 +227,105 @@ class Gate:
         """Return the last block's output as it is expected to be."""
         return self.states.get_state().last.predict(self.run.step)
 
-    def note(self, unit: str) -> None:
-        """Note what is done with a block."""
-        self.run.log.note(self.run.branch, (unit,), self.run.step, skipped=self.skips)
+    def take_in(self, first: Tensor, last: Tensor) -> None:
+        """Take in a step that was computed before anything was known of the blocks."""
+        if self.follows():
+            self.learn(first)
+        else:
+            self.decide(first, computed=True)
+        self.skips = False
+        self.tokens = first.shape[1] if first.ndim > 1 else None
+        self.note(FIRST_BLOCK)
+        self.note(_OTHER_BLOCKS)
+        self.keep(last)
+
+    def note(self, unit: str, skipped: bool | None = None) -> None:
+        """Note what is done with blocks; None is what the gate has decided."""
+        skipped = self.skips if skipped is None else skipped
+        self.run.log.note(self.run.branch, (unit,), self.run.step, skipped=skipped)
 
 
 class _BlockHook(ModelHook):
-    """Leave the block out where the gate says so."""
+    """Leave the block out where the gate says so, and put the forecast in place of the last one's output."""
 
-    def __init__(self, gate: Gate, block: PlacedBlock) -> None:
+    def __init__(self, gate: Gate, stack: BlockStack, block: PlacedBlock) -> None:
         super().__init__()
         self.cache = gate
+        self._stack = stack
         self._block = block
+        self._role: Role = "beside"
 
     @outside_graphs
-    def _skipped(self) -> bool:
-        return self.cache.skips
+    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
+        """Return whether the block is left out, and what it returns then."""
+        role = self._role = self._stack.enter(self._block)
+        if role == "passed":
+            return True, self._stack.replayed(self._block, args, kwargs)
+        if role in ("watched", "beside"):
+            return False, None
+        if role == "first":
+            self._stack.follows = self.cache.follows()
+            skips = self._stack.follows and self.cache.skips
+            self.cache.note(FIRST_BLOCK, skips)
+            if skips:
+                self.cache.note(_OTHER_BLOCKS)
+            return skips, self._block.passed(args, kwargs) if skips else None
+        if not self.cache.skips:
+            return False, None
+        if role == "middle":
+            return True, self._block.passed(args, kwargs)
+        return True, self._stack.replaced(self._block, self.cache.forecast(), args, kwargs)
+
+    @outside_graphs
+    def _after(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._role == "watched":
+            self._stack.watch(self._block, args, kwargs, output)
+        elif self._role == "first":
+            feature = self._stack.first_feature(self._block, output)
+            self.cache.tokens = feature.shape[1] if feature.ndim > 1 else None
+            if self._stack.follows:
+                self.cache.learn(feature)
+            else:
+                self.cache.decide(feature)
+            self.cache.note(_OTHER_BLOCKS)
+        elif self._role == "last":
+            self.cache.keep(self._stack.last_feature(self._block, output, self.cache.tokens))
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self._skipped():
-            return self._block.passed(args, kwargs)
-        return self.fn_ref.original_forward(*args, **kwargs)
+        is_left_out, output = self._before(args, kwargs)
+        if is_left_out:
+            return output
+        output = self.fn_ref.original_forward(*args, **kwargs)
+        self._after(args, kwargs, output)
+        return output
 
 
-class _FirstBlockHook(_BlockHook):
-    """Compute the first block and have the gate judge by it; leave it out too where another context decides."""
+class _ContextHook(_BlockHook):
+    """The hook through which contexts and resets reach the gate: one is enough."""
 
     _is_stateful = True
 
-    def __init__(self, gate: Gate, block: PlacedBlock) -> None:
-        super().__init__(gate, block)
+    def __init__(self, gate: Gate, stack: BlockStack, block: PlacedBlock) -> None:
+        super().__init__(gate, stack, block)
         self._states = gate.states  # diffusers looks for it here to say which context is entered
-
-    @outside_graphs
-    def _begin(self) -> tuple[bool, bool]:
-        """Return whether another context leads, and whether this block is left out."""
-        follows = self.cache.follows()
-        skips = follows and self.cache.skips
-        name = self.cache.run.branch
-        self.cache.run.log.note(name, (FIRST_BLOCK,), self.cache.run.step, skipped=skips)
-        if skips:
-            self.cache.note("other blocks")
-        return follows, skips
-
-    @outside_graphs
-    def _end(self, output: Any, follows: bool) -> None:
-        feature = self._block.image(output)
-        self.cache.tokens = feature.shape[1] if feature.ndim > 1 else None
-        if follows:
-            self.cache.learn(feature)
-        else:
-            self.cache.decide(feature)
-        self.cache.note("other blocks")
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        follows, skips = self._begin()
-        if skips:
-            return self._block.passed(args, kwargs)
-        output = self.fn_ref.original_forward(*args, **kwargs)
-        self._end(output, follows)
-        return output
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         self.cache.reset()
         self.cache.run.forget()
         return module
 
-
-class _LastBlockHook(_BlockHook):
-    """Put the forecast in place of the last block's output, or learn from it."""
-
-    @outside_graphs
-    def _end(self, output: Any) -> None:
-        self.cache.keep(self._block.image(output, self.cache.tokens))
-
-    @outside_graphs
-    def _forecast(self) -> Tensor:
-        return self.cache.forecast()
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self._skipped():
-            return self._block.replaced(self._forecast(), args, kwargs)
-        output = self.fn_ref.original_forward(*args, **kwargs)
-        self._end(output)
-        return output
+    def deinitalize_hook(self, module: nn.Module) -> nn.Module:
+        self._stack.remove()
+        return module
 
 
 @place.register
 def _cg_taylor(config: CGTaylorConfig, model: nn.Module, run: RunTracker) -> None:
     config.check()
     require_evaluation(config, model)
-    blocks = block_stack(model, "CGTaylorConfig")
-    gate = Gate(config, run)
-    for block in blocks:
-        kind = _FirstBlockHook if block is blocks[0] else _LastBlockHook if block is blocks[-1] else _BlockHook
-        HookRegistry.check_if_exists_or_initialize(block.module).register_hook(kind(gate, block), _HOOK)
+    stack, gate = block_stack(model, "CGTaylorConfig"), Gate(config, run)
+    stack.learn = gate.take_in
+    stack.attach()
+    for block in stack.blocks:
+        hook = (_ContextHook if block is stack.blocks[0] else _BlockHook)(gate, stack, block)
+        HookRegistry.check_if_exists_or_initialize(block.module).register_hook(hook, _HOOK)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zoo.caching.blocks import PlacedBlock, SummedBlock, Unit, summed_blocks
 from zoo.caching.hooks import ContextStates, outside_graphs
 from zoo.caching.runs import RunTracker
+from zoo.caching.streams import UnitOutput, version
 from zoo.caching.taylor import TaylorFactors
 
 __all__ = ["Turn", "UnitCache", "place_units"]
@@ -44,6 +45,7 @@ class _Stored(BaseState):
         self.updates = 0
         self.calls: dict[str, int] = {}
         self.outputs: dict[tuple[str, int], list[TaylorFactors | None]] = {}
+        self.versions: dict[tuple[str, int], list[tuple[Tensor, int | None]]] = {}
         self.totals: dict[tuple[int, int, int], Tensor] = {}
 
     @property
@@ -55,6 +57,7 @@ class _Stored(BaseState):
     def reset(self, *args: Any, **kwargs: Any) -> None:
         """Let go of everything."""
         self.outputs.clear()
+        self.versions.clear()
         self.totals.clear()
 
 
@@ -97,8 +100,9 @@ class UnitCache:
         self._turn = Turn(frozenset(), frozenset())
         self._ends: tuple[int, ...] = tuple(range(len(blocks)))
         self._added = 0  # blocks before this one have been added already
-        self._call = 0
+        self.call = 0  # of the current unit, in this step
         self._computed = False
+        self._copied: set[str] = set()  # units whose output the model changes in place
 
     @property
     def nbytes(self) -> int:
@@ -157,16 +161,27 @@ class UnitCache:
     def reuse(self, unit: str) -> list[Tensor | None] | None:
         """Return the parts of the output to use in place of a computation, or None to compute."""
         state, step = self._state, self.run.step
-        call = self._call = state.calls.get(unit, 0)
+        call = self.call = state.calls.get(unit, 0)
         state.calls[unit] = call + 1
         # a context that starts late has nothing stored, and computes although it is not its turn
-        parts = None if unit in self._turn.computed else state.outputs.get((unit, call))
+        parts = None if unit in self._turn.computed or not self._intact(unit) else state.outputs.get((unit, call))
         self.run.log.note(self.run.branch, (unit,), step, skipped=parts is not None)
         if parts is None:
             self._computed = True
             state.totals.clear()
             return None
-        return [None if factors is None else factors.predict(step) for factors in parts]
+        forecast = [None if factors is None else factors.predict(step) for factors in parts]
+        return [None if part is None else part.clone() for part in forecast] if unit in self._copied else forecast
+
+    def _intact(self, unit: str) -> bool:
+        """Return whether what is stored of a unit is as it was; if not, it is dropped, and copied from now on."""
+        key = unit, self.call
+        if all(version(tensor) == was for tensor, was in self._state.versions.get(key, ())):
+            return True
+        self._copied.add(unit)
+        self._state.outputs.pop(key, None)
+        self._state.versions.pop(key, None)
+        return False
 
     def reuse_blocks(self, index: int) -> tuple[Tensor, ...] | None:
         """Return what to add in place of a block and those after it that are left out as a whole, or None to compute.
@@ -212,12 +227,24 @@ class UnitCache:
         """Return whether to store an output that was computed; if not, what was stored before is dropped."""
         if unit in self._turn.kept:
             return True
-        self._state.outputs.pop((unit, self._call), None)
+        self._state.outputs.pop((unit, self.call), None)
+        self._state.versions.pop((unit, self.call), None)
         return False
 
     def keep(self, unit: str, parts: Sequence[Tensor | None]) -> None:
-        """Store the parts of an output that was computed; a unit is not called within itself."""
-        outputs, key = self._state.outputs, (unit, self._call)
+        """Store the parts of an output that was computed; a unit is not called within itself.
+
+        Without parts, nothing is stored, and the unit is computed again at the next step.
+        """
+        outputs, key = self._state.outputs, (unit, self.call)
+        self._intact(unit)
+        if not any(part is not None for part in parts):
+            outputs.pop(key, None)
+            self._state.versions.pop(key, None)
+            return
+        if unit in self._copied or any(part is not None and part.is_inference() for part in parts):
+            self._copied.add(unit)
+            parts = [None if part is None else part.clone() for part in parts]
         stored = outputs.get(key)
         if stored is None or len(stored) != len(parts):
             stored = [None if part is None else TaylorFactors(self._max_order, self._dtype) for part in parts]
@@ -225,6 +252,7 @@ class UnitCache:
         for factors, part in zip(stored, parts, strict=True):
             if factors is not None and part is not None:
                 factors.update(part, self.run.step)
+        self._state.versions[key] = [(part, version(part)) for part in parts if part is not None]
 
 
 class _BlockHook(ModelHook):
@@ -253,34 +281,28 @@ class _UnitHook(ModelHook):
     def __init__(self, cache: UnitCache, unit: Unit) -> None:
         super().__init__()
         self.cache = cache
-        self._unit = unit
-        self._is_tuple = False
+        self._path = unit.path
+        self._output = UnitOutput(unit.block)
 
     @outside_graphs
-    def _reuse(self) -> list[Tensor | None] | None:
-        return self.cache.reuse(self._unit.path)
+    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
+        """Return whether the unit is left out; then what it returns, and else what its inputs are."""
+        parts = self.cache.reuse(self._path)
+        if parts is None:
+            return False, self._output.before(args, kwargs)
+        return True, self._output.assembled(parts, self.cache.call, args, kwargs)
 
     @outside_graphs
-    def _keep(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.cache.wants(self._unit.path):
-            return
-        if self._unit.block is not None:
-            output = self._unit.block.change(output, args, kwargs)
-        self._is_tuple = isinstance(output, tuple | list)
-        self.cache.keep(self._unit.path, output if self._is_tuple else [output])
-
-    @outside_graphs
-    def _assemble(self, parts: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._unit.block is not None:
-            return self._unit.block.changed(parts, args, kwargs)
-        return tuple(parts) if self._is_tuple else parts[0]
+    def _after(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: Any) -> None:
+        if self.cache.wants(self._path):
+            self.cache.keep(self._path, self._output.parts(output, self.cache.call, args, kwargs, before))
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        parts = self._reuse()
-        if parts is not None:
-            return self._assemble(parts, args, kwargs)
+        is_left_out, found = self._before(args, kwargs)
+        if is_left_out:
+            return found
         output = self.fn_ref.original_forward(*args, **kwargs)
-        self._keep(output, args, kwargs)
+        self._after(output, args, kwargs, found)
         return output
 
 
