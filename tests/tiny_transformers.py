@@ -8,13 +8,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from denoisers import SKIPPABLE, UNIT_ONLY, _call, condition, ltx2, randomize
+from denoisers import SKIPPABLE, UNIT_ONLY, _call, condition, randomize
 from diffusers import ModelMixin
 from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Spec(NamedTuple):
 
     config: dict[str, Any]
     inputs: Callable[[Noise], Inputs]
-    time: dict[str, float] = {"timestep": 1.0}
+    time: Mapping[str, float] = MappingProxyType({"timestep": 1.0})
     shape: tuple[int, ...] = (2,)
 
 
@@ -167,7 +168,6 @@ SPECS: dict[str, Spec] = {
             cross_attention_dim=12, use_linear_projection=True,
         ),
         _picture,
-        {},
     ),
     "EasyAnimateTransformer3DModel": Spec(
         dict(
@@ -328,9 +328,9 @@ SPECS: dict[str, Spec] = {
     "Krea2Transformer2DModel": Spec(
         dict(
             in_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=2, num_key_value_heads=1,
-            intermediate_size=16, timestep_embed_dim=8, text_hidden_dim=12, num_text_layers=2, text_num_attention_heads=1,
-            text_num_key_value_heads=1, text_intermediate_size=12, num_layerwise_text_blocks=1, num_refiner_text_blocks=1,
-            axes_dims_rope=(4, 6, 6),
+            intermediate_size=16, timestep_embed_dim=8, text_hidden_dim=12, num_text_layers=2,
+            text_num_attention_heads=1, text_num_key_value_heads=1, text_intermediate_size=12,
+            num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 6, 6),
         ),
         lambda n: {
             "hidden_states": n(16, 4),
@@ -349,6 +349,23 @@ SPECS: dict[str, Spec] = {
         {"timestep": 1000.0},
     ),
     "LongCatImageTransformer2DModel": Spec({**FLUX, "pooled_projection_dim": 12}, _flux, {"timestep": 1000.0}),
+    "LTX2VideoTransformer3DModel": Spec(
+        dict(
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+            audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=4,
+            audio_cross_attention_dim=8, num_layers=3, caption_channels=12,
+        ),
+        lambda n: {
+            "hidden_states": n(16, 4),
+            "encoder_hidden_states": n(TEXT, 12),
+            "audio_hidden_states": n(5, 4),
+            "audio_encoder_hidden_states": n(TEXT, 12),
+            "num_frames": 1,
+            "height": 4,
+            "width": 4,
+            "audio_num_frames": 5,
+        },
+    ),
     "LuminaNextDiT2DModel": Spec(
         dict(
             sample_size=8, in_channels=4, hidden_size=24, num_layers=3, num_attention_heads=2, num_kv_heads=1,
@@ -364,9 +381,9 @@ SPECS: dict[str, Spec] = {
     ),
     "MiniMaxH3Transformer3DModel": Spec(
         dict(
-            num_attention_heads=1, attention_head_dim=16, hidden_size=16, num_layers=3, num_refiner_layers=1, ffn_dim=16,
-            in_channels=4, audio_in_channels=4, text_dim=12, freq_dim=8, time_embed_hidden_dim=16, time_embed_dim=8,
-            rope_freq_dim=2,
+            num_attention_heads=1, attention_head_dim=16, hidden_size=16, num_layers=3, num_refiner_layers=1,
+            ffn_dim=16, in_channels=4, audio_in_channels=4, text_dim=12, freq_dim=8,
+            time_embed_hidden_dim=16, time_embed_dim=8, rope_freq_dim=2,
         ),
         lambda n: {
             "hidden_states": n(16, 16)[:1],
@@ -446,8 +463,8 @@ SPECS: dict[str, Spec] = {
     ),
     "QwenImage21Transformer2DModel": Spec(
         dict(
-            in_channels=4, out_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=1, context_in_dim=12,
-            mlp_ratio=1, axes_dims_rope=(4, 6, 6),
+            in_channels=4, out_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=1,
+            context_in_dim=12, mlp_ratio=1, axes_dims_rope=(4, 6, 6),
         ),
         lambda n: {
             "hidden_states": n(16, 4),
@@ -493,6 +510,7 @@ SPECS: dict[str, Spec] = {
             "encoder_hidden_states": n(1, TEXT, 12),
             "encoder_attention_mask": torch.ones(2, TEXT),
         },
+        shape=(2, 1, 2),
     ),
     "SanaWMLTX2RefinerTransformer3DModel": Spec(
         dict(
@@ -527,12 +545,10 @@ SPECS: dict[str, Spec] = {
         dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=3, norm_num_groups=2,
              cross_attention_dim=12),
         _picture,
-        {},
     ),
     "TransformerTemporalModel": Spec(
         dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=3, norm_num_groups=2),
         lambda n: {"hidden_states": n(4, 4, 4), "num_frames": 2},
-        {},
     ),
     "WanAnimateTransformer3DModel": Spec(
         {
@@ -576,13 +592,13 @@ def all_transformers() -> dict[str, type[nn.Module]]:
     package = diffusers.models.transformers
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         for name, cls in vars(importlib.import_module(module.name)).items():
-            if inspect.isclass(cls) and issubclass(cls, ModelMixin) and cls.__module__ == module.name:
-                if "ModuleList" in inspect.getsource(cls):
-                    found[name] = cls
+            own = inspect.isclass(cls) and issubclass(cls, ModelMixin) and cls.__module__ == module.name
+            if own and "ModuleList" in inspect.getsource(cls):
+                found[name] = cls
     return dict(sorted(found.items()))
 
 
-_FAMILIES = {**SKIPPABLE, **UNIT_ONLY, "ltx2": ltx2}
+_FAMILIES = {**SKIPPABLE, **UNIT_ONLY}
 
 
 @cache
@@ -631,9 +647,9 @@ def steps(model: nn.Module, name: str, count: int = 5) -> list[Tensor]:
             if moved[0]:
                 return first
             moved[0] = True  # the image
-            return first + 0.02 * at * torch.randn(2, *shape, generator=source)
+            return first + 0.01 * at * torch.randn(2, *shape, generator=source)
 
-        time = 900.0 - 20.0 * step
+        time = 900.0 - 0.2 * step
         if name in SPECS:
             spec = SPECS[name]
             inputs = spec.inputs(noise)
@@ -645,6 +661,6 @@ def steps(model: nn.Module, name: str, count: int = 5) -> list[Tensor]:
         else:
             sample, inputs = condition(model, 2)
             other, _ = condition(model, 2, seed=1)
-            output = _call(model, sample + 0.02 * step * other, torch.full((2,), time), inputs)
+            output = _call(model, sample + 0.01 * step * other, torch.full((2,), time), inputs)
         found.append(torch.cat([each.flatten().float() for each in _leaves(output)]))
     return found

@@ -1,4 +1,4 @@
-"""The table of blocks: it agrees with the models, and grows."""
+"""The blocks of a model and their units are found; what cannot be found can be registered."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from denoisers import SKIPPABLE, UNIT_ONLY, denoise, hunyuan_video, ltx2, sd3
+from denoisers import SKIPPABLE, UNIT_ONLY, denoise, flux2, hunyuan_video, ltx2, sd3
 from hooked import assert_clean
 from torch import Tensor, nn
 
 import zoo
 from zoo.caching import BlockList, CGTaylorConfig, ModelBlocks, TaylorSeerConfig, register_blocks
 from zoo.caching.blocks import _TABLE, PlacedBlock, block_stack, model_units
+from zoo.caching.streams import Slot, View
 
 
 @pytest.mark.parametrize("family", SKIPPABLE)
-def test_blocks_run_in_the_order_of_the_table(family: str) -> None:
-    """Blocks and units are called in the order in which they are listed, and none is passed over."""
+def test_blocks_run_in_the_order_in_which_they_are_found(family: str) -> None:
+    """And none is passed over."""
     model, seen = SKIPPABLE[family](), []
-    blocks = [block.module for block in block_stack(model, "test")]
+    blocks = [block.module for block in block_stack(model, "test").blocks]
     handles = [
         block.register_forward_hook(lambda module, args, output, at=at: seen.append(at))
         for at, block in enumerate(blocks)
@@ -45,11 +46,11 @@ def test_every_block_has_units(family: str) -> None:
     assert {unit.kind for unit in units} == {"attention", "feed_forward"}
 
 
-@pytest.mark.parametrize("family", SKIPPABLE)
+@pytest.mark.parametrize("family", ["dit", "sd3", "flux", "flux2", "cogvideox", "z_image"])
 def test_a_block_taken_apart_and_put_together(family: str) -> None:
     """Replacing the image by itself gives the output back; so does adding the change to the inputs."""
     model = SKIPPABLE[family]()
-    placed, seen = block_stack(model, "test"), {}
+    placed, seen = block_stack(model, "test").blocks, {}
 
     def look(at: int) -> Any:
         return lambda module, args, kwargs, output: seen.update({at: (args, kwargs, output)})
@@ -57,18 +58,19 @@ def test_a_block_taken_apart_and_put_together(family: str) -> None:
     for at, block in enumerate(placed):
         block.module.register_forward_hook(look(at), with_kwargs=True)
     denoise(model, steps=1)
-    tokens = placed[0].image(seen[0][2]).shape[1]
     for at, block in enumerate(placed):
         args, kwargs, output = seen[at]
-        image = block.image(output, tokens)
-        rebuilt = block.replaced(image, args, kwargs)
-        assert torch.equal(block.image(rebuilt, tokens), image)
+        block.learn(args, kwargs, output)
+        assert block.unmapped is None
+        view = View((block.order()[0],))
+        image = block.feature(output, view)
+        rebuilt = block.replaced(image, view, args, kwargs)
+        assert torch.equal(block.feature(rebuilt, view), image)
         assert type(rebuilt) is type(output)
         passed = block.passed(args, kwargs)
-        assert torch.equal(block.image(passed, None), block._inputs(args, kwargs)[0])
-        if all(stream is not None for stream in block.streams(output)):
-            changed = block.changed(block.change(output, args, kwargs), args, kwargs)
-            torch.testing.assert_close(block.image(changed), block.image(output), rtol=1e-5, atol=1e-5)
+        assert torch.equal(block.feature(passed, view), block.inputs(args, kwargs)[view.slots[0]])
+        changed = block.changed(block.change(output, block.inputs(args, kwargs)), args, kwargs)
+        torch.testing.assert_close(block.feature(changed, view), image, rtol=1e-5, atol=1e-5)
 
 
 def test_last_block_that_drops_the_text() -> None:
@@ -79,15 +81,24 @@ def test_last_block_that_drops_the_text() -> None:
 
 
 def test_positional_arguments() -> None:
-    """HunyuanVideo calls its blocks without names."""
-    block = block_stack(hunyuan_video(), "test")[0]
+    """HunyuanVideo calls its blocks without names; what is learned from one kind of call holds for the other."""
+    block = block_stack(hunyuan_video(), "test").blocks[0]
     image, text = torch.ones(1, 4, 16), torch.zeros(1, 3, 16)
+    block.learn((image, text, None), {}, (image + 1, text + 1))
+    assert block.slots == [Slot((0,), ("hidden_states",)), Slot((1,), ("encoder_hidden_states",))]
     assert block.passed((image, text, None), {}) == (image, text)
     assert block.passed((image,), {"encoder_hidden_states": text}) == (image, text)
 
 
-def test_sound_keeps_its_units() -> None:
-    assert {unit.path.rsplit(".", 1)[-1] for unit in model_units(ltx2(), "test")} == {"attn1", "attn2", "ff"}
+def test_sound_has_units_too() -> None:
+    names = {unit.path.rsplit(".", 1)[-1] for unit in model_units(ltx2(), "test")}
+    assert {"attn1", "attn2", "ff", "audio_attn1", "audio_ff", "audio_to_video_attn"} <= names
+
+
+def test_parallel_attention_counts_as_feed_forward() -> None:
+    """It is both: one module of a single block of Flux 2."""
+    kinds = {unit.path: unit.kind for unit in model_units(flux2(), "test")}
+    assert kinds["single_transformer_blocks.0.attn"] == "feed_forward"
 
 
 class Block(nn.Module):
@@ -102,7 +113,7 @@ class Block(nn.Module):
 
 
 class Own(nn.Module):
-    """A denoiser that the table does not know."""
+    """A denoiser that nobody has registered."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,23 +130,25 @@ def run(model: nn.Module) -> list[Tensor]:
     return [model(torch.ones(1, 2, 4), torch.tensor(9.0 - step)) for step in range(6)]
 
 
-def test_register_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_models_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registering says what looking does not tell: here, which of the blocks to leave alone."""
     monkeypatch.setattr("zoo.caching.blocks._TABLE", dict(_TABLE))
     model = Own().eval()
-    with pytest.raises(
-        ValueError, match=r"The blocks of Own are unknown\. Known are .* with zoo.caching.register_blocks"
-    ):
-        zoo.enable_cache(model, CGTaylorConfig())
-    blocks = BlockList(name="body", units={"mlp": "feed_forward"}, image="z")
-    register_blocks(Own, ModelBlocks(lists=(blocks,)))
+    blocks = BlockList(name="body", returns="image", units={"mlp": "feed_forward"}, image="z")
     expected = run(model)
-    for config in (CGTaylorConfig(threshold=0), TaylorSeerConfig(interval=1)):
-        with zoo.cached(model, config):
-            assert all(map(torch.equal, run(model), expected))
-    with zoo.cached(model, CGTaylorConfig(threshold=9.0)):
-        run(model)
-        assert zoo.cache_summary(model).denoisers[0].units[1].computed == (0, 1, 2)
-    assert_clean(model)
+    for known in (None, blocks):
+        if known is not None:
+            register_blocks(Own, ModelBlocks(lists=(known,)))
+        for config in (CGTaylorConfig(threshold=0), TaylorSeerConfig(interval=1)):
+            with zoo.cached(model, config):
+                assert all(map(torch.equal, run(model), expected))
+        with zoo.cached(model, CGTaylorConfig(threshold=9.0)):
+            run(model)
+            assert zoo.cache_summary(model).denoisers[0].units[1].computed == (0, 1, 2)
+        assert_clean(model)
+    register_blocks(Own, ModelBlocks(no_skipping="they are too few"))
+    with pytest.raises(ValueError, match=r"cannot skip blocks of Own: they are too few\. TaylorSeerConfig and BAC"):
+        zoo.enable_cache(model, CGTaylorConfig())
 
 
 def test_wrong_entries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +156,7 @@ def test_wrong_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Own().eval()
     for blocks, message in (
         (BlockList(name="layers", units={}), "Own has no list of blocks called layers"),
-        (BlockList(name="body", units={}), "Blocks of class Block take no hidden_states"),
+        (BlockList(name="body", returns="image", units={}), "Blocks of class Block take no hidden_states"),
     ):
         register_blocks("Own", ModelBlocks(lists=(blocks,)))
         with pytest.raises(ValueError, match=message):
@@ -153,16 +166,19 @@ def test_wrong_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_clean(model)
 
 
-def test_near_names() -> None:
-    class FluxTransformer3DModel(nn.Module):
-        pass
-
-    with pytest.raises(ValueError, match="Did you mean FluxTransformer2DModel"):
-        zoo.enable_cache(FluxTransformer3DModel().eval(), CGTaylorConfig())
+def test_models_without_blocks() -> None:
+    for config in (CGTaylorConfig(), TaylorSeerConfig()):
+        with pytest.raises(ValueError, match="Linear has no list of blocks with attention or feed-forward modules"):
+            zoo.enable_cache(nn.Linear(2, 2).eval(), config)
 
 
-def test_placed_block_reads_joined_streams() -> None:
-    placed = PlacedBlock("x", Block(), BlockList(name="body", returns="joined", units={}, image="z"))
-    whole = torch.arange(10.0).view(1, 5, 2)
-    assert torch.equal(placed.image(whole, 2), whole[:, -2:])
-    assert torch.equal(placed.replaced(torch.zeros(1, 2, 2), (whole,), {})[:, :3], whole[:, :3])
+@pytest.mark.parametrize(("part", "rest"), [("last", slice(0, 3)), ("first", slice(2, 5))])
+def test_image_in_one_sequence_with_text(part: str, rest: slice) -> None:
+    placed = PlacedBlock("x", Block())
+    whole, view = torch.arange(10.0).view(1, 5, 2), View((0,), part)
+    placed.learn((whole,), {}, whole + 1)
+    feature = placed.feature(whole, view, 2)
+    assert torch.equal(feature, whole[:, -2:] if part == "last" else whole[:, :2])
+    replaced = placed.replaced(torch.zeros(1, 2, 2), view, (whole,), {})
+    assert torch.equal(replaced[:, rest], whole[:, rest])
+    assert replaced.count_nonzero() == whole[:, rest].count_nonzero()

@@ -277,6 +277,7 @@ class _BlockHook(ModelHook):
         return True, self._stack.replaced(self._block, self.cache.forecast(), args, kwargs)
 
     @outside_graphs
+    @torch.no_grad()
     def _after(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._role == "watched":
             self._stack.watch(self._block, args, kwargs, output)

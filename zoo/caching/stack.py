@@ -90,6 +90,7 @@ class BlockStack:
         self._first_number = 0
         self._entered: dict[int, list[Any]] = {}  # streams that came into calls of the replay
         self._tries = 0
+        self._random: dict[torch.device, Tensor] = {}  # states of the generators before the call
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._model = model
         self._handles: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
@@ -114,6 +115,8 @@ class BlockStack:
         self._plan = self._plans.get(self._key)
         self.watches = self._plan is None and not model.training
         self._calls, self._ends = [], {}
+        if self.watches:
+            self._random = _random_states(args, kwargs)
 
     @outside_graphs
     def enter(self, block: PlacedBlock) -> Role:
@@ -129,10 +132,12 @@ class BlockStack:
         return "first" if self._number == plan.first else "last" if self._number == plan.last else "middle"
 
     @outside_graphs
+    @torch.no_grad()
     def watch(self, block: PlacedBlock, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Look at a call of a block that was computed."""
         block.learn(args, kwargs, output)
-        held = _Held(self._number, block, _copied(output) if self.copies or _is_inference(output) else output)
+        self.copies = self.copies or _is_inference(output)  # what changes in place is not counted there
+        held = _Held(self._number, block, _copied(output) if self.copies else output)
         held.versions = _versions(held.output)
         self._calls.append(block)
         first, _ = self._ends.get(block.group, (held, held))
@@ -258,20 +263,23 @@ class BlockStack:
         judged = [at for at in first.block.order() if seen[at] is not None]
         if not present or not judged:
             return []
-        names = [(last.block.slots or [])[present[0]].taken == slot.taken for slot in first.block.slots or []]
-        start = names.index(True) if any(names) and len(names) > 1 and names.index(True) in judged else judged[0]
-        one, own = View((start,)), seen[start]
-        found: list[View] = []
+        own = {slot.taken: at for at, slot in enumerate(first.block.slots or []) if at in judged}
+
+        def beside(at: int) -> View:
+            """Return the stream of the first block that goes by the name of one of the last."""
+            return View((own.get((last.block.slots or [])[at].taken, judged[0]) if len(judged) > 1 else judged[0],))
+
+        image = seen[beside(present[0]).slots[0]]
+        views: list[tuple[View, View]] = []
         whole = streams[present[0]]
         if (
-            whole.ndim == own.ndim == 3
+            whole.ndim == image.ndim == 3
             and len(present) == 1 < len(judged)
-            and whole.shape[1] > own.shape[1]
-            and whole.shape[2] == own.shape[2]
+            and whole.shape[1] > image.shape[1]
+            and whole.shape[2] == image.shape[2]
         ):
-            found += [View((present[0],), "last"), View((present[0],), "first")]
-        found += [View((at,)) for at in present]
-        views = [(one, view) for view in found]
+            views += [(beside(present[0]), View((present[0],), part)) for part in ("last", "first")]
+        views += [(beside(at), View((at,))) for at in present]
         if len(present) > 1:
             views.append((View(tuple(sorted(judged))), View(tuple(sorted(present)))))
         return views
@@ -320,14 +328,24 @@ class BlockStack:
         feature = last.block.feature(last.output, plan.last_view, tokens.shape[1] if tokens.ndim > 1 else None)
         self._first_number, self._number, self._entered = plan.first, -1, {}
         self._replay = ((feature.clone(), plan.last_view), plan.last)
-        try:
-            return model.forward(*args, **kwargs)
-        finally:
-            self._replay = None
+        with torch.random.fork_rng([device for device in self._random if device.type == "cuda"]):
+            for device, state in self._random.items():
+                torch.set_rng_state(state) if device.type == "cpu" else torch.cuda.set_rng_state(state, device)
+            try:
+                return model.forward(*args, **kwargs)
+            finally:
+                self._replay = None
 
 
 def _is_inference(output: Any) -> bool:
     return any(tensor.is_inference() for _, tensor in tensors(output))
+
+
+def _random_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[torch.device, Tensor]:
+    """Return the states of the generators that a call may draw from."""
+    devices = {tensor.device for _, tensor in tensors((args, kwargs)) if tensor.device.type == "cuda"}
+    states = {device: torch.cuda.get_rng_state(device) for device in devices}
+    return {torch.device("cpu"): torch.get_rng_state(), **states}
 
 
 def _comparable(value: Any) -> Any:
