@@ -655,9 +655,10 @@ def steps(model: nn.Module, name: str, count: int = 5) -> list[Tensor]:
             inputs = spec.inputs(noise)
             for argument, scale in spec.time.items():
                 inputs[argument] = torch.full(spec.shape, time / scale)
-            if "return_dict" in inspect.signature(type(model).forward).parameters:
+            names = inspect.signature(type(model).forward).parameters
+            if "return_dict" in names:
                 inputs["return_dict"] = False
-            output = model(**inputs)
+            output = model(**{argument: inputs[argument] for argument in names if argument in inputs})
         else:
             sample, inputs = condition(model, 2)
             other, _ = condition(model, 2, seed=1)

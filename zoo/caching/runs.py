@@ -490,7 +490,7 @@ def _is_time(name: str) -> bool:
 
 
 def _has_tensor(value: Any) -> bool:
-    return next(_tensors(value), None) is not None
+    return any(tensor.is_floating_point() for tensor in _tensors(value))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
