@@ -26,7 +26,7 @@ from zoo.caching.summary import Call, RunLog
 
 __all__ = ["RunTracker"]
 
-_TIME = re.compile(r"(^|_)(t|timesteps?)$")
+_TIME = re.compile(r"(^|_)(t|time|timesteps?)$")
 _LIKENESS = 0.005  # of the training timesteps: a timestep may be rounded to bfloat16
 _CHANGES = 3  # branches that took the place of others before a run is warned about
 _DEPTH = 24  # frames between a pipeline and its denoiser: hooks, wrappers, decorators
@@ -45,7 +45,7 @@ class _Inputs:
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         given = [name for name in (*names, *kwargs) if arguments.get(name) is not None]
         time_name = next(filter(_is_time, given), None)
-        sample = next((name for name in given if name != time_name and _has_tensor(arguments[name])), None)
+        sample = next((name for name in given if name != time_name and _is_sample(arguments[name])), None)
         self._given_time: Any = arguments.get(time_name or "")
         self._time: float | None = None
         self._timed = False
@@ -489,8 +489,10 @@ def _is_time(name: str) -> bool:
     return _TIME.search(name) is not None
 
 
-def _has_tensor(value: Any) -> bool:
-    return any(tensor.is_floating_point() for tensor in _tensors(value))
+def _is_sample(value: Any) -> bool:
+    """Return whether it may be the noisy images: a tensor of real numbers, or a list of them."""
+    parts = value if isinstance(value, list | tuple) and value else [value]
+    return all(isinstance(part, Tensor) and part.is_floating_point() for part in parts)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
