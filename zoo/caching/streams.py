@@ -60,9 +60,9 @@ def rebuilt(value: Any, new: Mapping[Path, Any], path: Path = ()) -> Any:
         path: Keys that lead to `value` itself.
     """
     if isinstance(value, Mapping):
-        changed = copy.copy(value)
+        changed: Any = copy.copy(value)
         for key, each in value.items():
-            changed[key] = rebuilt(each, new, (*path, key))  # type: ignore[index]
+            changed[key] = rebuilt(each, new, (*path, key))
         return changed
     if isinstance(value, tuple | list):
         parts = [rebuilt(each, new, (*path, index)) for index, each in enumerate(value)]
@@ -77,7 +77,7 @@ def rebuilt(value: Any, new: Mapping[Path, Any], path: Path = ()) -> Any:
 
 
 @lru_cache(maxsize=512)
-def _returned_names(cls: type[nn.Module]) -> tuple[str | None, ...]:
+def _returned_names(cls: Any) -> tuple[str | None, ...]:
     """Return the names in the last `return` of a forward: of the one value, or of each of a tuple."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls.forward)))
