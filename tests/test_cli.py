@@ -20,6 +20,7 @@ from zoo.cli import main
 from zoo.cli.inputs import find_pictures
 from zoo.cli.output import UsageError, change, millions, number, replacing
 
+ROOT = Path(__file__).parents[1]
 Captured = pytest.CaptureFixture[str]
 
 
@@ -68,14 +69,40 @@ def error_of(capsys: Captured, *argv: str | Path, code: int = 2) -> str:
 def test_answers_at_once_without_torch(argv: list[str]) -> None:
     """Nothing heavy is imported, and few modules in all: torch alone would be two thousand."""
     code = (
-        "import sys; sys.argv[:] = ['zoo']\n"
-        "from zoo.cli import main\n"
-        f"try: main({argv!r})\nexcept SystemExit: pass\n"
+        f"import sys; sys.argv[1:] = {argv!r}\n"
+        "from zoo_command import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'timm', 'numpy', 'PIL', 'huggingface_hub', 'diffusers', 'yaml'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert len(sys.modules) < 300, len(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_scripts_of_any_name_get_the_models(tmp_path: Path) -> None:
+    """Importing zoo registers, whatever the script is called; nothing is hooked into imports."""
+    script = tmp_path / "zoo"
+    script.write_text(
+        "import sys, zoo, timm\n"
+        "assert timm.is_model('repavit_tiny')\n"
+        "assert 'diffusers' not in sys.modules\n"
+        "assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith('zoo.')]\n"
+        "assert callable(zoo.spandrel.install)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_registers_before_it_works() -> None:
+    """What `zoo_command` puts off is done for every command that needs it."""
+    code = (
+        "import sys; sys.argv[1:] = ['classify', 'missing.png', '--model', 'repavit_tiny.cifar10']\n"
+        "from zoo_command import main\n"
+        "main()\n"
+        "import zoo; assert callable(zoo.create_model)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

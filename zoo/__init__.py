@@ -1,17 +1,17 @@
 """zoo: vision and diffusion models whose feed-forward networks are made fast.
 
-Importing zoo registers its backbones and restorers with timm, and its pipelines with diffusers once that is imported.
-It does nothing else: no download, no device query, no global setting. All other names are imported when first used.
+Importing zoo registers its backbones and restorers with timm, and nothing else: no download, no device query, no global
+setting. All other names are imported when first used. `import zoo.diffusion` makes its pipelines known to diffusers.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+import zoo.backbones
+import zoo.restoration  # noqa: F401  imported for what it registers
+from zoo.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from zoo.acceleration import accelerate
@@ -53,7 +53,7 @@ _LAZY = {
     "tune_cache": "zoo.bench.tuning",
 }
 
-_LAZY_MODULES = ("ffn", "moe")
+_LAZY_MODULES = ("diffusion", "ffn", "moe", "spandrel")
 
 __all__ = [
     "BACConfig",
@@ -89,17 +89,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_LAZY, *_LAZY_MODULES])
-
-
-def _is_command() -> bool:
-    """True in the `zoo` command, whose `--help` and `list` answer without importing torch; its other parts register."""
-    if sys.orig_argv[1:3] == ["-m", "zoo"]:
-        return True
-    program = os.path.basename(sys.argv[0]).removesuffix(".exe") if sys.argv else ""
-    return program == "zoo"
-
-
-if not _is_command():
-    import zoo.backbones
-    import zoo.diffusion
-    import zoo.restoration  # noqa: F401

@@ -213,7 +213,7 @@ def create_pipeline(name: str, **kwargs: Any) -> Any:
     try:
         from diffusers import DiffusionPipeline
 
-        import zoo.diffusion
+        import zoo.diffusion  # noqa: F401  makes our classes known to diffusers
     except ImportError as error:
         raise ImportError(
             f"Diffusion pipelines need {error.name}, which is missing: pip install 'ffn-zoo[diffusion]'."
@@ -231,8 +231,6 @@ def create_pipeline(name: str, **kwargs: Any) -> Any:
     components = [name for name in names if any((path / name).glob(_DENOISER_FILE))]
     for component in components:
         verify_component(path, component)
-    if any("zoo.moe.transformers" in component for component in names.values() if isinstance(component, list)):
-        import zoo.moe.transformers  # noqa: F401  diffusers loads only classes of modules that have been imported
     try:
         pipeline = DiffusionPipeline.from_pretrained(path, **{"use_safetensors": True, **kwargs})
     except (OSError, RuntimeError, ValueError, TypeError) as error:

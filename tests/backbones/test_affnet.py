@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import zoo
-from zoo.backbones.affnet import PLAIN, AFFBlock, AFFNet, InvertedResidual, checkpoint_filter_fn, detect, plain_filter
+from zoo.backbones.affnet import AFFBlock, AFFNet, InvertedResidual, checkpoint_filter_fn, detect
+from zoo.bench.plain_backbones import PLAIN, plain_filter
 from zoo.kernels.dft import separable_dft, separable_kept
 from zoo.layers.frequency_filter import AdaptiveFrequencyFilter, dense_dft
 from zoo.weights import CheckpointError, load_strict
@@ -58,8 +59,8 @@ def make_filter(dim: int = 24, sparsity_threshold: float = 0.0) -> AdaptiveFrequ
 def plain_copy(model: nn.Module) -> nn.Module:
     rival = copy.deepcopy(model)
     for module in rival.modules():
-        if type(module) in PLAIN:
-            module.forward = MethodType(PLAIN[type(module)], module)
+        if type(module) in PLAIN["affnet"]:
+            module.forward = MethodType(PLAIN["affnet"][type(module)], module)
     return rival
 
 

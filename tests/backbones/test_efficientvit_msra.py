@@ -17,9 +17,10 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 import zoo
-from zoo.backbones.efficientvit_msra import PLAIN, checkpoint_filter_fn, detect
-from zoo.layers.cascaded_attention import CascadedGroupAttention, WindowAttention, plain_attention
-from zoo.layers.residual import ResidualConv, plain_residual
+from zoo.backbones.efficientvit_msra import checkpoint_filter_fn, detect
+from zoo.bench.plain_backbones import PLAIN, plain_cascaded_attention, plain_residual
+from zoo.layers.cascaded_attention import CascadedGroupAttention, WindowAttention
+from zoo.layers.residual import ResidualConv
 from zoo.weights import CheckpointError, load_strict
 
 RECORDS = Path(__file__).parents[1] / "parity" / "efficientvit_m"
@@ -176,14 +177,14 @@ def test_attention_equals_the_plain_formulation(merged: bool, batch: int, resolu
     weights = torch.randn_like(x)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         results = []
-        for run in (attn, MethodType(plain_attention, attn)):
+        for run in (attn, MethodType(plain_cascaded_attention, attn)):
             given = x.to(memory_format=memory_format).requires_grad_()
             out = run(given)
             results.append((out, *torch.autograd.grad((out * weights).sum(), (given, *attn.parameters()))))
         for found, expected in zip(*results, strict=True):
             assert relative(found, expected) < 1e-10
     with torch.inference_mode():
-        assert relative(attn.eval()(x), plain_attention(attn, x)) < 1e-10
+        assert relative(attn.eval()(x), plain_cascaded_attention(attn, x)) < 1e-10
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["training form", "merged"])
@@ -207,11 +208,11 @@ def test_plain_blocks_give_the_same_network() -> None:
     zoo.reparameterize(model, measure=False)
     plain = copy.deepcopy(model)
     for module in plain.modules():
-        if type(module) in PLAIN:
-            module.forward = MethodType(PLAIN[type(module)], module)
+        if type(module) in PLAIN["efficientvit_msra"]:
+            module.forward = MethodType(PLAIN["efficientvit_msra"][type(module)], module)
     for found in (model(x), plain(x), plain(x)):
         assert relative(found, expected) < 1e-10
-    assert model.patch_embed(x).is_contiguous(memory_format=torch.channels_last)
+    assert model._embed(x).is_contiguous(memory_format=torch.channels_last)
     assert plain.patch_embed(x).is_contiguous()
 
 

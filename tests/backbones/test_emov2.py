@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.backbones.emov2 import (
-    PLAIN,
     EMOv2,
     InvertedBlock,
     checkpoint_filter_fn,
     detect,
 )
-from zoo.layers.window import HybridAttention, plain_attention
+from zoo.bench.plain_backbones import PLAIN, plain_hybrid_attention
+from zoo.layers.window import HybridAttention
 from zoo.weights import CheckpointError, load_strict, read_checkpoint
 
 RECORDS = Path(__file__).parents[1] / "parity" / "emov2"
@@ -101,7 +101,7 @@ def test_attention_equals_the_plain_form(partition: Any, batch: int, size: tuple
     layer = HybridAttention(16, 40, 4, window, partition, dtype=torch.float64)
     x = torch.randn(batch, 16, *size, dtype=torch.float64, requires_grad=True)
     weights = (x, layer.qkv.weight, layer.qkv.bias)
-    fast, plain = layer(x), plain_attention(layer, x)
+    fast, plain = layer(x), plain_hybrid_attention(layer, x)
     assert fast.shape == (batch, 40, *size)
     assert relative(fast.detach(), plain.detach()) < 1e-12
     target = torch.randn_like(fast)
@@ -138,8 +138,8 @@ def test_blocks_equal_the_plain_form(fused: bool) -> None:
         zoo.reparameterize(model, measure=False)
     plain = copy.deepcopy(model)
     for module in plain.modules():
-        if type(module) in PLAIN:
-            module.forward = PLAIN[type(module)].__get__(module)
+        if type(module) in PLAIN["emov2"]:
+            module.forward = PLAIN["emov2"][type(module)].__get__(module)
     assert relative(plain(x), expected) < 1e-11
     assert relative(model(x), expected) < 1e-11
 

@@ -15,7 +15,8 @@ from registered import randomize
 from torch import Tensor, nn
 
 import zoo
-from zoo.backbones.ffnet import _VARIANTS, PLAIN, FFNet, checkpoint_filter_fn, detect
+from zoo.backbones.ffnet import _VARIANTS, FFNet, checkpoint_filter_fn, detect
+from zoo.bench.plain_backbones import PLAIN
 from zoo.weights import load_strict, save_checkpoint
 
 RECORD = Path(__file__).parents[1] / "parity" / "ffnet" / "ffnet_1_256"
@@ -106,8 +107,8 @@ def test_fast_forms_equal_plain_ones(batch: int, size: tuple[int, int], kwargs: 
             assert not [key for key in model.state_dict() if "bn" in key or "scale" in key or key.startswith("norm")]
         rival = copy.deepcopy(model)
         for module in rival.modules():
-            if type(module) in PLAIN:
-                module.forward = MethodType(PLAIN[type(module)], module)
+            if type(module) in PLAIN["ffnet"]:
+                module.forward = MethodType(PLAIN["ffnet"][type(module)], module)
         assert torch.allclose(model(x), expected, rtol=1e-9, atol=1e-9)
         assert torch.allclose(rival(x), expected, rtol=1e-9, atol=1e-9)
 

@@ -15,7 +15,8 @@ from registered import randomize
 from torch import Tensor, nn
 
 import zoo
-from zoo.backbones.lsnet import PLAIN, ConvAttention, LSNet, checkpoint_filter_fn, detect
+from zoo.backbones.lsnet import ConvAttention, LSNet, checkpoint_filter_fn, detect
+from zoo.bench.plain_backbones import PLAIN
 from zoo.weights import CheckpointError, load_strict, save_checkpoint
 
 RECORDS = Path(__file__).parents[1] / "parity" / "lsnet"
@@ -119,8 +120,8 @@ def test_fast_forms_equal_plain_ones(batch: int, size: tuple[int, int]) -> None:
             zoo.reparameterize(model, measure=False)
         rival = copy.deepcopy(model)
         for module in rival.modules():
-            if type(module) in PLAIN:
-                module.forward = MethodType(PLAIN[type(module)], module)
+            if type(module) in PLAIN["lsnet"]:
+                module.forward = MethodType(PLAIN["lsnet"][type(module)], module)
         assert torch.allclose(model(x), expected, rtol=1e-9, atol=1e-9)
         assert torch.allclose(rival(x), expected, rtol=1e-9, atol=1e-9)
 

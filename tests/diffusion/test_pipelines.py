@@ -225,14 +225,19 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["zoo", "diffusers"])
+@pytest.mark.parametrize("first", ["zoo", "diffusers", "moe"])
 def test_diffusers_finds_the_class_in_a_new_process(tmp_path: Path, first: str) -> None:
     """Whichever is imported first; and importing zoo does not import diffusers."""
     pipeline().save_pretrained(tmp_path)
     imports = {
-        "zoo": "import sys, zoo; assert 'diffusers' not in sys.modules; import diffusers",
-        "diffusers": "from diffusers import DiffusionPipeline; import diffusers, zoo",
+        "zoo": "import sys, zoo; assert 'diffusers' not in sys.modules; import zoo.diffusion, diffusers",
+        "diffusers": "from diffusers import DiffusionPipeline; import diffusers, zoo.diffusion",
+        "moe": "import zoo.moe, zoo.diffusion, diffusers",
     }[first]
-    program = f"{imports}; print(type(diffusers.DiffusionPipeline.from_pretrained({str(tmp_path)!r})))"
+    shipped = Path(__file__).parents[2] / "model_cards" / "pixeldit_moe.cifar10"
+    program = (
+        f"{imports}; load = diffusers.DiffusionPipeline.from_pretrained; print(type(load({str(tmp_path)!r})));"
+        f"assert type(load({str(shipped)!r}).transformer).__name__ == 'MoEPixelDiT'"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "<class 'zoo.diffusion.pipelines.PixelDiTPipeline'>" in done.stdout, done.stderr

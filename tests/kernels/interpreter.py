@@ -7,19 +7,18 @@ import torch
 from kernel_cases import CASES, ODD, channels_last, check_kernel, strided
 
 from zoo import kernels
+from zoo.bench.plain_backbones import plain_ska
 from zoo.bench.published_ska import published_ska
 from zoo.kernels import (
     launch,
-    reference,
     triton_adaln,
     triton_frequency,
     triton_gated,
-    triton_narrow_ffn,
     triton_repa,
     triton_ska,
 )
+from zoo.kernels.adaln import modulate_formula
 from zoo.layers.frequency_filter import AdaptiveFrequencyFilter
-from zoo.layers.ska import plain_ska
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -62,9 +61,9 @@ def test_channels_last(name: str) -> None:
     check_kernel(CASES[name], torch.float32, "interpret", layout=channels_last)
 
 
-@pytest.mark.parametrize("name", ["ska", "dwconv_gate", "repa_ffn", "narrow_ffn", "frequency_filter"])
+@pytest.mark.parametrize("name", ["ska", "dwconv_gate", "repa_ffn", "frequency_filter"])
 def test_offsets_of_64_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (triton_frequency, triton_gated, triton_narrow_ffn, triton_repa, triton_ska):
+    for module in (triton_frequency, triton_gated, triton_repa, triton_ska):
         monkeypatch.setattr(module, "exceeds_int32", lambda *tensors: True)
     check_kernel(CASES[name], torch.float32, "interpret")
 
@@ -94,7 +93,7 @@ def test_compiled_functions_follow_the_backend(monkeypatch: pytest.MonkeyPatch) 
     compiled = torch.compile(kernels.modulate, backend="eager", fullgraph=True)
     for backend, launches in (("torch", 0), ("interpret", 1), ("torch", 1)):
         with kernels.use_backend(backend):
-            torch.testing.assert_close(compiled(*inputs), reference.modulate(*inputs, 1e-6))
+            torch.testing.assert_close(compiled(*inputs), modulate_formula(*inputs, 1e-6))
         assert len(calls) == launches
 
 
@@ -111,7 +110,7 @@ def test_affnet_filter_runs_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("name", ["repa_ffn", "narrow_ffn", "frequency_filter", "ska", "dwconv_gate", "modulate"])
+@pytest.mark.parametrize("name", ["repa_ffn", "frequency_filter", "ska", "dwconv_gate", "modulate"])
 def test_any_tiles_give_the_same(name: str) -> None:
     inputs = [tensor.float() for tensor in CASES[name].inputs()]
     with kernels.use_backend("interpret"), launch.asked_for() as asked:

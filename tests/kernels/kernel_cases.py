@@ -61,25 +61,6 @@ def repa(rows: int, inputs: int, active: int, outputs: int) -> list[Tensor]:
     return [x, fc1_weight / wide, fc1_bias, fc2_weight / narrow, weight / wide, bias]
 
 
-def narrow(rows: int, inputs: int, hidden: int, outputs: int) -> list[Tensor]:
-    """Return the inputs of `narrow_ffn` with a residual."""
-    shapes = (rows, inputs), (hidden, inputs), (hidden,), (outputs, hidden), (outputs,), (rows, outputs)
-    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual = _numbers(*shapes)
-    wide, narrow = max(inputs, 1) ** 0.5, max(hidden, 1) ** 0.5
-    return [x, fc1_weight / wide, fc1_bias, fc2_weight / narrow, fc2_bias, residual]
-
-
-def _narrow_call(*inputs: Tensor, activation: str) -> Tensor:
-    return kernels.narrow_ffn(*inputs, activation=activation)
-
-
-def narrow_case(activation: str, *sizes: int) -> Case:
-    """Return a case of `narrow_ffn` with these sizes of `narrow`."""
-    return Case(
-        function=partial(_narrow_call, activation=activation), inputs=partial(narrow, *sizes), settings=(activation,)
-    )
-
-
 def frequencies(batch: int, groups: int, size: int, height: int, width: int) -> list[Tensor]:
     """Return x, w1, b1, w2 and b2 of `frequency_filter`."""
     matrix, vector = (2, groups, size, size), (2, groups, size)
@@ -138,7 +119,6 @@ CASES: dict[str, Case] = {
     "dwconv_gate": Case(function=kernels.dwconv_gate, inputs=partial(gate, 2, 5, 6, 7)),
     "repa_ffn": Case(function=kernels.repa_ffn, inputs=partial(repa, 70, 40, 24, 48)),
     "routed_experts": experts_case("gelu", False, tokens=17, dim=24, hidden=20, outputs=18, free=1),
-    "narrow_ffn": narrow_case("gelu", 70, 24, 40, 20),
     "frequency_filter": frequency_case(0.2, 2, 2, 5, 6, 7),
 }
 """Name of the operator -> a call with ragged sizes."""
@@ -158,10 +138,6 @@ ODD: dict[str, Case] = {
     "routed_experts, one token": experts_case("relu", False, tokens=1, dim=8, hidden=8, outputs=8),
     "routed_experts, no token": experts_case("relu", False, tokens=0, dim=8, hidden=8, outputs=8),
     "routed_experts, only free": experts_case("silu", True, tokens=3, dim=8, hidden=8, outputs=8, number=1, free=1),
-    "narrow_ffn, one row": narrow_case("gelu_tanh", 1, 3, 1, 2),
-    "narrow_ffn, no row": narrow_case("gelu", 0, 16, 16, 16),
-    "narrow_ffn, 192 channels": narrow_case("gelu", 17, 192, 70, 192),
-    "narrow_ffn, too wide": narrow_case("silu", 3, 257, 8, 4),
     "frequency_filter, one pixel": frequency_case(0.0, 1, 3, 1, 1, 1),
     "frequency_filter, one row": frequency_case(0.0, 2, 1, 9, 1, 40),
     "frequency_filter, one column": frequency_case(0.0, 1, 1, 2, 17, 1),

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 from diffusers.models.normalization import AdaLayerNormZero
-from kernel_cases import CASES, adaln, experts, frequencies, gate, narrow, repa
-from timm.layers import Mlp
+from kernel_cases import CASES, adaln, experts, frequencies, gate, repa
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo import kernels
-from zoo.kernels import reference
+from zoo.bench.plain_backbones import plain_ska
+from zoo.kernels import gated
 from zoo.kernels.frequency import frequency_filter
 from zoo.layers.ffn import RePaFFN
 from zoo.layers.frequency_filter import AdaptiveFrequencyFilter
 from zoo.layers.gated_ffn import GatedFFN
-from zoo.layers.ska import plain_ska
 from zoo.moe.experts import MoEFFN, masked_experts
 
 NAMES = list(CASES)
 # Name -> how many inputs the backward pass takes.
 BACKWARD = {"ska": 2, "dwconv_gate": 2, "modulate": 2, "gate_modulate": 5, "frequency_filter": 5}
+
+
+def formula(name: str) -> Any:
+    """Return what an operator computes where its kernel does not run."""
+    return getattr(sys.modules[getattr(kernels, name).__module__], f"{name}_formula")
 
 
 def operator(name: str) -> Any:
@@ -79,11 +84,11 @@ def test_dwconv_gate_is_the_middle_of_the_layer() -> None:
 @torch.no_grad()
 def test_dwconv_gate_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU computes maps that are channels first a few channels at a time."""
-    monkeypatch.setattr(reference, "_PART_BYTES", 1)
+    monkeypatch.setattr(gated, "_PART_BYTES", 1)
     x, weight = gate(2, 35, 5, 4)
     last = x.contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(kernels.dwconv_gate(x, weight), kernels.dwconv_gate(last, weight))
-    inner = reference.dwconv_gate_by_parts(x, weight, (0, 1))  # rows without their neighbours are left out
+    inner = gated.dwconv_gate_by_parts(x, weight, (0, 1))  # rows without their neighbours are left out
     torch.testing.assert_close(inner, kernels.dwconv_gate(last, weight)[:, :, 1:-1])
 
 
@@ -97,15 +102,6 @@ def test_repa_ffn_is_the_merged_layer() -> None:
     for parameter, value in zip((*parameters, layer.linear.weight, layer.linear.bias), weights, strict=True):
         parameter.data = value
     torch.testing.assert_close(kernels.repa_ffn(x, *weights), layer(x))
-
-
-def test_narrow_ffn_is_the_layer_of_timm() -> None:
-    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual = inputs = narrow(7, 6, 12, 6)
-    layer = Mlp(6, 12).double()
-    layer.fc1.weight.data, layer.fc1.bias.data = fc1_weight, fc1_bias
-    layer.fc2.weight.data, layer.fc2.bias.data = fc2_weight, fc2_bias
-    torch.testing.assert_close(kernels.narrow_ffn(*inputs), residual + layer(x))
-    torch.testing.assert_close(torch.ops.zoo.narrow_ffn(*inputs[:5], None, "gelu"), layer(x))
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.2])
@@ -156,7 +152,7 @@ def test_gradients(name: str) -> None:
     inputs = arguments(name, torch.float64, grad=True)
     wanted = [tensor for tensor in inputs if isinstance(tensor, Tensor) and tensor.requires_grad]
     slopes = []
-    for function in (operator(name), getattr(reference, name)):
+    for function in (operator(name), formula(name)):
         results = function(*inputs)
         results = results if isinstance(results, tuple) else (results,)
         slopes.append(torch.autograd.grad(sum(out.sin().sum() for out in results), wanted))
@@ -210,7 +206,7 @@ def test_operators_compile(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_flops_are_those_of_the_formula(name: str) -> None:
     counts = []
-    for function in (operator(name), getattr(reference, name)):
+    for function in (operator(name), formula(name)):
         with FlopCounterMode(display=False) as counter:
             function(*arguments(name))
         counts.append(counter.get_total_flops())
@@ -225,7 +221,7 @@ def test_autocast(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out = CASES[name].function(*inputs)
     out = out[0] if isinstance(out, tuple) else out
-    casts = name in ("dwconv_gate", "narrow_ffn", "repa_ffn", "routed_experts")  # like convolutions and matrix products
+    casts = name in ("dwconv_gate", "repa_ffn", "routed_experts")  # like convolutions and matrix products
     assert out.dtype == (torch.bfloat16 if casts else torch.float32)
 
 
@@ -242,8 +238,6 @@ def test_autocast(name: str) -> None:
         ("dwconv_gate", 1, (10, 1, 5, 5), r"weight must be \(10, 1, 3, 3\), got \(10, 1, 5, 5\)"),
         ("repa_ffn", 0, (2, 70, 40), r"x must be rows \(M, C\), got \(2, 70, 40\)"),
         ("repa_ffn", 3, (48, 25), r"fc2_weight must be \(48, 24\), got \(48, 25\)"),
-        ("narrow_ffn", 1, (40, 23), r"fc1_weight must be \(40, 24\), got \(40, 23\)"),
-        ("narrow_ffn", 5, (70, 21), r"residual must be \(70, 20\), got \(70, 21\)"),
         ("frequency_filter", 0, (2, 10, 0, 7), r"at least one pixel, got \(2, 10, 0, 7\)"),
         ("frequency_filter", 1, (2, 2, 4, 4), r"w1 must be \(2, g, C / g, C / g\) with C = 10, got \(2, 2, 4, 4\)"),
         ("frequency_filter", 4, (2, 2, 4), r"b2 must be \(2, 2, 5\), got \(2, 2, 4\)"),
@@ -283,7 +277,6 @@ def test_operators_do_not_broadcast(name: str, number: int, message: str) -> Non
         ("modulate", 2, "shift must be torch.float64 like scale, got torch.float32"),
         ("dwconv_gate", 1, "weight must be torch.float64 like x, got torch.float32"),
         ("repa_ffn", 4, "weight must be torch.float64 like x, got torch.float32"),
-        ("narrow_ffn", 3, "fc2_weight must be torch.float64 like x, got torch.float32"),
         ("routed_experts", 5, "down must be torch.float64 like x, got torch.float32"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 import zoo
 from zoo import kernels
 from zoo.diffusion.adaln import adopt_kernels
-from zoo.kernels import triton_adaln, triton_experts, triton_gated, triton_repa, triton_ska
+from zoo.kernels import triton_adaln, triton_experts, triton_frequency, triton_gated, triton_repa, triton_ska
 from zoo.moe.experts import MoEFFN
 
 _KERNELS = {
     "adaln": triton_adaln,
     "experts": triton_experts,
+    "frequency": triton_frequency,
     "gated": triton_gated,
     "repa": triton_repa,
     "ska": triton_ska,
@@ -75,9 +77,23 @@ def test_lsnet(merged: bool, launches: Counter[str]) -> None:
     assert set(launches) == {"ska"}
 
 
+@torch.no_grad()
+def test_affnet(launches: Counter[str]) -> None:
+    model = build("affnet")
+    assert run_both(model, lambda: model(images("affnet", 1, size=(32, 32)))) < 1e-5
+    assert set(launches) == {"frequency"}
+
+
+def test_every_kernel_is_reached_from_a_model() -> None:
+    """A kernel file without a test of a model above would be one that no layer calls."""
+    files = {path.stem.removeprefix("triton_") for path in Path(triton_ska.__file__).parent.glob("triton_*.py")}
+    assert files == _KERNELS.keys()
+
+
 def test_restormer(launches: Counter[str]) -> None:
-    """Gradients are on: without them a CPU runs by strips, which are no calls of the operator."""
+    """Merged, as training form calls its modules. Gradients are on: without them a CPU runs by strips."""
     model = build("restormer")
+    zoo.reparameterize(model, measure=False)
     assert run_both(model, lambda: model(images("restormer", 1))) < 1e-5
     assert launches == {"gated": 8}
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from zoo.layers.ffn import PlainRePaFFN, RePaFFN, active_channels, convert_ffn_keys, ffn_facts, idle_ratio_of
+from zoo.bench.plain_backbones import PlainRePaFFN
+from zoo.layers.ffn import RePaFFN, active_channels, convert_ffn_keys, ffn_facts, idle_ratio_of
 
 
 def filled(layer: RePaFFN) -> RePaFFN:

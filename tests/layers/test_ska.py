@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zoo.kernels import reference, ska
-from zoo.layers.ska import LSConv, plain_ls_conv, plain_ska
+from zoo.bench.plain_backbones import plain_ls_conv, plain_ska
+from zoo.kernels import ska
+from zoo.kernels.ska import ska_formula
+from zoo.layers.ska import LSConv
 
 SHAPES = [  # batch, channels, sets, side of the kernels, height, width
     (1, 8, 1, 3, 5, 7),
@@ -37,7 +39,7 @@ def test_equals_the_plain_form(shape: tuple[int, ...], layout: torch.memory_form
         torch.autograd.grad(found, (x, weight), seed), torch.autograd.grad(expected, (x, weight), seed), strict=True
     ):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
-    started = reference.ska(x.detach(), weight.detach(), torch.ones_like(found))
+    started = ska_formula(x.detach(), weight.detach(), torch.ones_like(found))
     assert torch.allclose(started, expected + 1, rtol=1e-12, atol=1e-12)
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
-from zoo.restoration.ffnetsr import FFNetSR, checkpoint_filter_fn, detect, plain_ffnetsr
+from zoo.bench.plain_restorers import plain_ffnetsr
+from zoo.restoration.ffnetsr import FFNetSR, checkpoint_filter_fn, detect
 from zoo.weights import CheckpointError, load_strict
 
 RECORDS = Path(__file__).parents[1] / "parity" / "ffnetsr"

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from zoo.layers.strips import RowWindow, add_product, depthwise_strip, linear_strip
-from zoo.restoration.streaming import FeatureMap, Workspace, strips
+from zoo.streaming.maps import FeatureMap, Workspace
+from zoo.streaming.strips import RowWindow, add_product, depthwise_strip, linear_strip, strips
 
 
 @pytest.mark.parametrize(("height", "rows"), [(1, 1), (7, 3), (6, 3), (2, 9)])

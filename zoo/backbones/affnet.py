@@ -8,8 +8,8 @@ without results or weights, are left out.
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from zoo.cfg import CIFAR10, ModelCfg
 from zoo.ffn.reparam import reparameterize
-from zoo.kernels.dispatch import no_autocast
 from zoo.layers.cache_blocking import run_in_parts
-from zoo.layers.conv_norm import ConvNorm, require_eval
+from zoo.layers.conv_norm import ConvNorm
 from zoo.layers.frequency_filter import AdaptiveFrequencyFilter
+from zoo.layers.own import require_mergeable
 from zoo.weights import build_model, shipped
 
 __all__ = ["AFFBlock", "AFFLayer", "AFFNet", "InvertedResidual", "checkpoint_filter_fn", "detect", "untold"]
@@ -71,11 +71,11 @@ class InvertedResidual(nn.Module):
         expand_ratio: float = 2.0,
         dilation: int = 1,
         *,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         hidden_dim = make_divisible(round(in_dim * expand_ratio), 8)
         self.residual = stride == 1 and in_dim == dim
         self.hidden_dim = hidden_dim
@@ -117,11 +117,11 @@ class AFFLayer(nn.Module):
         sparsity_threshold: float = 0.0,
         drop_path: float = 0.0,
         *,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.norm1 = GroupNorm1(dim, **dd)
         self.mlp = InvertedResidual(dim, dim, expand_ratio=2.0, **dd)
         self.norm2 = GroupNorm1(dim, **dd)
@@ -157,11 +157,11 @@ class AFFBlock(nn.Module):
         sparsity_threshold: float = 0.0,
         drop_path: Sequence[float] = (),
         *,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.dim = dim
         self.layers = nn.Sequential(
             *(AFFLayer(dim, sparsity_threshold, drop_path[i] if drop_path else 0.0, **dd) for i in range(depth))
@@ -190,6 +190,7 @@ class AFFBlock(nn.Module):
         """
         if self.proj is None:
             return ()
+        require_mergeable(self)
         self.proj.reparameterize()
         self.fusion.reparameterize()
         fusion, proj, norm = self.fusion.conv, self.proj.conv, self.norm
@@ -203,61 +204,6 @@ class AFFBlock(nn.Module):
         norm.weight, norm.bias, norm.affine = None, None, False  # type: ignore[assignment]
         self.proj = None
         return ("projection", "norm weights")
-
-
-def plain_filter(module: AdaptiveFrequencyFilter, x: Tensor) -> Tensor:
-    """Compute `AdaptiveFrequencyFilter` as the paper's code does, by FFT and einsums.
-
-    Oracle of tests, rival in benchmarks. Right on a CPU only: the spectrum handed to `irfft2` is not Hermitian.
-
-    Args:
-        module: Holds the weights.
-        x: (B, C, H, W).
-    """
-    z = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    with no_autocast(z):
-        w1, b1, w2, b2 = (value.to(z.dtype) for value in (module.w1, module.b1, module.w2, module.b2))
-        spectrum = torch.fft.rfft2(z, norm="ortho")
-        grouped = spectrum.reshape(len(z), module.groups, -1, *spectrum.shape[-2:])
-
-        def layer(re: Tensor, im: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-            def product(values: Tensor, part: Tensor) -> Tensor:
-                return torch.einsum("bkihw,kio->bkohw", values, part)
-
-            bias = bias[..., None, None]
-            return (
-                product(re, weight[0]) - product(im, weight[1]) + bias[0],
-                product(im, weight[0]) + product(re, weight[1]) + bias[1],
-            )
-
-        re, im = layer(grouped.real, grouped.imag, w1, b1)
-        re, im = layer(F.silu(re), F.silu(im), w2, b2)
-        mask = torch.stack((re, im), -1)
-        if module.sparsity_threshold:
-            mask = F.softshrink(mask, module.sparsity_threshold)
-        filtered = (torch.view_as_complex(mask) * grouped).reshape(spectrum.shape)
-        out = torch.fft.irfft2(filtered, s=z.shape[-2:], norm="ortho") + z
-    return out.to(x.dtype)
-
-
-def plain_activation(module: ConvNormAct, x: Tensor) -> Tensor:
-    """Compute `ConvNormAct` as the paper's code does, with the activation out of place."""
-    x = module.conv(x)
-    return F.silu(x if module.bn is None else module.bn(x))
-
-
-def plain_residual(module: InvertedResidual, x: Tensor) -> Tensor:
-    """Compute `InvertedResidual` as the paper's code does, all images at once."""
-    expand, depthwise, project = cast(tuple[ConvNormAct, ConvNormAct, ConvNorm], tuple(module.block))
-    out = project(plain_activation(depthwise, plain_activation(expand, x)))
-    return x + out if module.residual else out
-
-
-PLAIN: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
-    AdaptiveFrequencyFilter: plain_filter,
-    ConvNormAct: plain_activation,
-    InvertedResidual: plain_residual,
-}
 
 
 class AFFNet(nn.Module):
@@ -317,7 +263,7 @@ class AFFNet(nn.Module):
         _require_pool(num_classes, global_pool)
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
-        self.grad_checkpointing = False
+        self.grad_checkpointing = self.merged = False
 
         stem_dim = 16
         self.stem = ConvNormAct(in_chans, stem_dim, 3, 2, **dd)
@@ -426,7 +372,7 @@ class AFFNet(nn.Module):
         assert output_fmt == "NCHW", "Output shape must be NCHW."
         take, last = feature_take_indices(len(self.stages), indices)
         intermediates = []
-        x = self.stem(x)
+        x = self.stem(self._arrange(x))
         stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[: last + 1]
         for i, stage in enumerate(stages):
             if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -460,8 +406,11 @@ class AFFNet(nn.Module):
             self.reset_classifier(0, "")
         return take
 
+    def _arrange(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if self.merged else x
+
     def forward_features(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
+        x = self.stem(self._arrange(x))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             for stage in self.stages:
                 x = checkpoint_seq(stage, x)
@@ -477,13 +426,14 @@ class AFFNet(nn.Module):
 
     @torch.no_grad()
     def reparameterize(self) -> tuple[str, ...]:
-        """Store weights channels-last, which CPUs convolve faster; nothing is folded here.
+        """Keep maps channels-last from now on, which CPUs convolve faster; nothing is folded here.
 
         Raises:
             RuntimeError: The model is in training mode.
         """
-        require_eval(self)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if not self.merged:
+            require_mergeable(self)
+            self.merged = True
         return ()
 
 

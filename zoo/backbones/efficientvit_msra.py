@@ -9,7 +9,7 @@ efficientvit_m0 ... m5, so that weights move both ways unchanged.
 # no postponed annotations: torch.fx gives TorchScript the annotations of `forward`, which must then be types
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -27,13 +27,13 @@ from zoo.cfg import CIFAR10, ModelCfg
 from zoo.ffn.reparam import reparameterize
 from zoo.layers.attention_bias import resize_attention_biases
 from zoo.layers.cache_blocking import run_in_parts
-from zoo.layers.cascaded_attention import CascadedGroupAttention, WindowAttention, plain_attention
-from zoo.layers.conv_norm import ConvNorm, NormLinear, average_heads, require_eval
-from zoo.layers.residual import Residual, ResidualConv, plain_residual
+from zoo.layers.cascaded_attention import CascadedGroupAttention, WindowAttention
+from zoo.layers.conv_norm import ConvNorm, NormLinear, average_heads
+from zoo.layers.own import require_mergeable
+from zoo.layers.residual import Residual, ResidualConv
 from zoo.weights import build_model, shipped
 
 __all__ = [
-    "PLAIN",
     "ConvMlp",
     "EfficientViTBlock",
     "EfficientViTMSRA",
@@ -41,7 +41,6 @@ __all__ = [
     "PatchMerging",
     "checkpoint_filter_fn",
     "detect",
-    "plain_forward",
 ]
 
 
@@ -58,7 +57,9 @@ class ConvMlp(nn.Module):
         (B, C, H, W) -> the same.
     """
 
-    def __init__(self, dim: int, hidden_dim: int, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, dim: int, hidden_dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.pw1 = ConvNorm(dim, hidden_dim, device=device, dtype=dtype)
         self.act = nn.ReLU()
@@ -96,8 +97,8 @@ class EfficientViTBlock(nn.Module):
         kernels: Sequence[int],
         *,
         drop_path: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
@@ -125,7 +126,9 @@ class PatchMerging(nn.Module):
         (B, C, H, W) -> (B, out_dim, ceil(H / 2), ceil(W / 2)).
     """
 
-    def __init__(self, dim: int, out_dim: int, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, dim: int, out_dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         hidden_dim = 4 * dim
@@ -133,6 +136,7 @@ class PatchMerging(nn.Module):
         self.act = nn.ReLU()
         self.conv2 = ConvNorm(hidden_dim, hidden_dim, 3, 2, groups=hidden_dim, **dd)
         self.se = SqueezeExcite(hidden_dim, 0.25, **dd)
+        self.se.act = nn.ReLU()  # timm's writes over what a hook has seen
         self.conv3 = ConvNorm(hidden_dim, out_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,8 +177,8 @@ class EfficientViTStage(nn.Module):
         window_size: int,
         kernels: Sequence[int],
         drop_path: Sequence[float],
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
@@ -276,6 +280,7 @@ class EfficientViTMSRA(nn.Module):
             raise ValueError(f"window_size must be at least 1, got {windows}.")
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.distillation = distillation
+        self.merged = False
 
         first = embed_dim[0]
         dims = (in_chans, first // 8, first // 4, first // 2, first)
@@ -321,15 +326,17 @@ class EfficientViTMSRA(nn.Module):
         if num_classes > 0 and not global_pool:
             raise ValueError("global_pool='' gives a map, which has no classes: set num_classes=0 too.")
         self.num_classes = num_classes
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        self.global_pool = pool.train(self.training)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         dd = get_device_dtype(self)
         self.head: nn.Module = nn.Identity()
         self.head_dist: nn.Module | None = None
         if num_classes > 0:
-            self.head = NormLinear(self.head_hidden_size, num_classes, self.drop_rate, **dd)
+            size = self.head_hidden_size
+            self.head = NormLinear(size, num_classes, self.drop_rate, **dd).train(self.training)
             if self.distillation:
-                self.head_dist = NormLinear(self.head_hidden_size, num_classes, self.drop_rate, **dd)
+                self.head_dist = NormLinear(size, num_classes, self.drop_rate, **dd).train(self.training)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Fit the windows to another input size, in place; tables of biases are resized with them.
@@ -379,7 +386,6 @@ class EfficientViTMSRA(nn.Module):
             ValueError: Classes were asked for without pooling.
         """
         self._build_head(num_classes, self.global_pool.pool_type if global_pool is None else global_pool)
-        self.train(self.training)
 
     def forward_intermediates(
         self,
@@ -403,7 +409,7 @@ class EfficientViTMSRA(nn.Module):
         assert output_fmt == "NCHW", "Output shape must be NCHW."
         take, last = feature_take_indices(len(self.stages), indices)
         intermediates = []
-        x = self.patch_embed(x)
+        x = self._embed(x)
         for i, stage in enumerate(
             self.stages if torch.jit.is_scripting() or not stop_early else self.stages[: last + 1]
         ):
@@ -431,10 +437,15 @@ class EfficientViTMSRA(nn.Module):
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
+        return self.stages(self._embed(x))
+
+    def _embed(self, x: Tensor) -> Tensor:
+        if not self.merged:
+            return self.patch_embed(x)
+        x = x.contiguous(memory_format=torch.channels_last)
         if torch.jit.is_scripting():
-            return self.stages(self.patch_embed(x))
-        # its first layer copies what it gets into channels-last memory: as fast in parts, and the peak is lower
-        return self.stages(run_in_parts(self.patch_embed, x, x[0].numel(), 4 * 2**20))
+            return self.patch_embed(x)
+        return run_in_parts(self.patch_embed, x, 3 * x.shape[2] * x.shape[3], 4 * 2**20)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.global_pool(x)
@@ -455,16 +466,18 @@ class EfficientViTMSRA(nn.Module):
     def reparameterize(self) -> tuple[str, ...]:
         """Average the two heads of distillation into one, in place.
 
-        Weights are stored channels-last, so that every map becomes so, and activations and sums overwrite their input.
+        From now on maps are channels-last, and activations and sums overwrite their input.
 
         Raises:
             RuntimeError: The model is in training mode.
         """
-        require_eval(self)
+        if self.merged:
+            return ()
+        require_mergeable(self)
+        self.merged = True
         for module in self.modules():
             if isinstance(module, nn.ReLU | Residual):
                 module.inplace = True  # on outputs of convolutions that nobody else holds
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.head_dist is None:
             return ()
         average_heads(cast(NormLinear, self.head), cast(NormLinear, self.head_dist))
@@ -495,26 +508,6 @@ def _rename(key: str) -> str:
     if stage > 0 and index < 3:
         return f"stages.{stage}.downsample.{('res1', 'patchmerge', 'res2')[index]}.{rest}"
     return f"stages.{stage}.blocks.{index - 3 if stage > 0 else index}.{rest}"
-
-
-def plain_forward(model: EfficientViTMSRA, x: Tensor) -> Tensor:
-    """Run the model in channels-first memory, as the paper's code does; its weights are stored so by the first call."""
-    if not cast(Any, model.patch_embed).conv1.conv.weight.is_contiguous():
-        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return model.forward_head(model.stages(model.patch_embed(x)))
-
-
-def _plain_relu(layer: nn.ReLU, x: Tensor) -> Tensor:
-    return x.relu()
-
-
-PLAIN: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
-    CascadedGroupAttention: plain_attention,
-    Residual: plain_residual,
-    ResidualConv: plain_residual,
-    nn.ReLU: _plain_relu,
-    EfficientViTMSRA: plain_forward,
-}
 
 
 def _is_table_of(table: Tensor, shape: torch.Size) -> bool:

@@ -6,7 +6,6 @@ Authors' code: https://github.com/zhangzjn/EMOv2 (no licence stated).
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
@@ -25,11 +24,12 @@ from torch import Tensor, nn
 
 from zoo.cfg import CIFAR10, ModelCfg
 from zoo.ffn.reparam import reparameterize
-from zoo.layers.conv_norm import ConvNorm, fold_norm_into_linear, require_eval
-from zoo.layers.window import HybridAttention, Partition, plain_attention
+from zoo.layers.conv_norm import ConvNorm, fold_norm_into_linear
+from zoo.layers.own import require_mergeable
+from zoo.layers.window import HybridAttention, Partition
 from zoo.weights import build_model, shipped
 
-__all__ = ["PLAIN", "EMOv2", "InvertedBlock", "Stem", "checkpoint_filter_fn", "detect", "plain_block", "untold"]
+__all__ = ["EMOv2", "InvertedBlock", "Stem", "checkpoint_filter_fn", "detect", "untold"]
 
 _PARTITIONS = ("both", "close", "remote")
 _EPS = 1e-6  # of all norms
@@ -132,7 +132,7 @@ class InvertedBlock(nn.Module):
         hidden = self.expand(self.norm(x))
         local = self.act(self.local(hidden))
         if not self.skip:
-            return self.ls(self.proj(local))
+            return self.drop_path(self.ls(self.proj(local)))  # which such a block has not
         return x + self.drop_path(self.ls(self.proj(hidden + local)))
 
     def example_input(self) -> Tensor:
@@ -150,7 +150,9 @@ class InvertedBlock(nn.Module):
         Raises:
             RuntimeError: The block is in training mode.
         """
-        require_eval(self)
+        if not isinstance(self.ls, LayerScale2d):
+            return ()
+        require_mergeable(self)
         folded = []
         if isinstance(self.expand, nn.Sequential):
             conv = cast(nn.Conv2d, self.expand.conv)
@@ -164,34 +166,9 @@ class InvertedBlock(nn.Module):
                 conv.weight *= self.norm.weight.view(-1, 1, 1)
                 self.norm = LayerNorm2d(self.dim, eps=_EPS, affine=False).eval()
                 folded.append("affine part of the norm")
-        if isinstance(self.ls, LayerScale2d):
-            self.proj.weight *= self.ls.gamma.view(-1, 1, 1, 1)
-            self.ls = nn.Identity()
-            folded.append("layer scale")
-        return tuple(folded)
-
-
-def plain_block(module: nn.Module, x: Tensor) -> Tensor:
-    """Compute an `InvertedBlock` the authors' way: channels first, with `plain_attention`; oracle and rival.
-
-    Args:
-        module: An `InvertedBlock`, trained or merged.
-        x: (B, dim, H, W).
-    """
-    block = cast(InvertedBlock, module)
-    x = x.contiguous()
-    hidden = block.norm(x).contiguous()
-    if isinstance(block.expand, HybridAttention):
-        hidden = plain_attention(block.expand, hidden)
-    else:
-        hidden = block.expand(hidden)
-    local = block.act(block.local(hidden))
-    if not block.skip:
-        return block.ls(block.proj(local))
-    return x + block.drop_path(block.ls(block.proj(hidden + local)))
-
-
-PLAIN: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {InvertedBlock: plain_block}
+        self.proj.weight *= self.ls.gamma.view(-1, 1, 1, 1)
+        self.ls = nn.Identity()
+        return (*folded, "layer scale")
 
 
 class EMOv2(nn.Module):
@@ -405,11 +382,11 @@ class EMOv2(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the normed map of the last stage, (B, dims[-1], H / 32, W / 32)."""
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
-        for stage in self.stages:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            for stage in self.stages:
                 x = checkpoint_seq(stage, x)
-            else:
-                x = stage(x)
+        else:
+            x = self.stages(x)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

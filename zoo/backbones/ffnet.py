@@ -6,7 +6,7 @@ another network and is not here.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from zoo.cfg import ModelCfg
 from zoo.ffn.reparam import reparameterize
 from zoo.layers.cache_blocking import run_in_parts
-from zoo.layers.conv_norm import ConvNorm, RepConv, fold_norm_into_linear, require_eval
+from zoo.layers.conv_norm import ConvNorm, RepConv, fold_norm_into_linear
+from zoo.layers.own import require_mergeable
 from zoo.weights import build_model
 
 __all__ = [
-    "PLAIN",
     "ChannelMixer",
     "Downsample",
     "FFBlock",
@@ -33,13 +33,19 @@ __all__ = [
     "TokenMixer",
     "checkpoint_filter_fn",
     "detect",
-    "plain_stage",
 ]
 
 
-def _depthwise(dim: int, kernel_size: int, *, norm: bool, device: Any = None, dtype: Any = None) -> nn.Module:
+def _depthwise(
+    dim: int,
+    kernel_size: int,
+    *,
+    norm: bool,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     """Return a depthwise convolution: 7x7 with a 3x3 beside it, others alone, those with a norm or with a bias."""
-    dd = dict(device=device, dtype=dtype)
+    dd: dict[str, Any] = dict(device=device, dtype=dtype)
     if kernel_size == 7:
         return RepConv(dim, dim, (7, 3), **dd)
     if norm:
@@ -67,9 +73,11 @@ class TokenMixer(nn.Module):
         (B, C, H, W) -> the same.
     """
 
-    def __init__(self, dim: int, kernel_size: int, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, dim: int, kernel_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.fc = ConvNorm(dim, dim, **dd)
         self.conv1 = _depthwise(dim, kernel_size, norm=False, **dd)
         self.act = nn.GELU()
@@ -93,9 +101,17 @@ class ChannelMixer(nn.Module):
         (B, C, H, W) -> the same.
     """
 
-    def __init__(self, dim: int, kernel_size: int, mlp_ratio: float, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int,
+        mlp_ratio: float,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         hidden_dim = int(mlp_ratio * dim)
         self.conv = _depthwise(dim, kernel_size, norm=True, **dd)
         self.fc1 = nn.Conv2d(dim, hidden_dim, 1, **dd)
@@ -138,11 +154,11 @@ class FFBlock(nn.Module):
         *,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.dim = dim
         self.token_mixer = TokenMixer(dim, token_kernel, **dd)
         self.channel_mixer = ChannelMixer(dim, channel_kernel, mlp_ratio, **dd)
@@ -173,7 +189,7 @@ class FFBlock(nn.Module):
         """
         if self.layer_scale1 is None or self.layer_scale2 is None:
             return ()
-        require_eval(self)
+        require_mergeable(self)
         if isinstance(self.token_mixer.conv2, RepConv):
             self.token_mixer.conv2.reparameterize()
         for conv, scale in (
@@ -199,7 +215,7 @@ class NormConvResidual(nn.Module):
         (B, C, H, W) -> the same.
     """
 
-    def __init__(self, dim: int, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.bn: nn.BatchNorm2d | None = nn.BatchNorm2d(dim, device=device, dtype=dtype)
         self.conv = nn.Conv2d(dim, dim, 1, bias=False, device=device, dtype=dtype)
@@ -221,7 +237,7 @@ class NormConvResidual(nn.Module):
         """
         if self.bn is None:
             return ()
-        require_eval(self)
+        require_mergeable(self)
         fold_norm_into_linear(self.bn, self.conv)
         self.conv.weight += torch.eye(
             self.conv.in_channels, device=self.conv.weight.device, dtype=self.conv.weight.dtype
@@ -242,8 +258,8 @@ class Downsample(nn.Sequential):
         (B, C, H, W) -> (B, 2 * C, ceil(H / 2), ceil(W / 2)).
     """
 
-    def __init__(self, dim: int, *, device: Any = None, dtype: Any = None) -> None:
-        dd = dict(device=device, dtype=dtype)
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         super().__init__(RepConv(dim, 2 * dim, (7, 3), 2, **dd), NormConvResidual(2 * dim, **dd))
 
 
@@ -275,11 +291,11 @@ class FFStage(nn.Module):
         mlp_ratio: float,
         layer_scale: float | None,
         drop_path: Sequence[float],
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.grad_checkpointing = self.merged = False
         self.hidden_dim = int(mlp_ratio * dim)
         self.downsample = Downsample(dim // 2, **dd) if downsample else nn.Identity()
@@ -297,19 +313,6 @@ class FFStage(nn.Module):
         if self.merged and not torch.jit.is_scripting():
             return run_in_parts(self.blocks, x, self.hidden_dim * x.shape[2] * x.shape[3])
         return self.blocks(x)
-
-
-def plain_stage(stage: FFStage, x: Tensor) -> Tensor:
-    """Compute `FFStage` as the authors' code does, channels first and on the whole batch at once: oracle and rival."""
-    x = stage.downsample(x.contiguous())
-    for block in cast(list[FFBlock], list(stage.blocks)):
-        for mixer, scale in ((block.token_mixer, block.layer_scale1), (block.channel_mixer, block.layer_scale2)):
-            mixed = mixer(x)
-            x = x + (mixed if scale is None else mixed * scale)
-    return x
-
-
-PLAIN: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {FFStage: plain_stage}
 
 
 class FFNet(nn.Module):
@@ -524,13 +527,12 @@ class FFNet(nn.Module):
         """
         if self.merged:
             return ()
-        require_eval(self)
+        require_mergeable(self)
         folded = ["channels-last layout"]
         if isinstance(self.norm, nn.BatchNorm2d) and self._norm_folds():
             fold_norm_into_linear(self.norm, self.head.fc)  # means commute with scale and shift
             self.norm = nn.Identity()
             folded.insert(0, "last norm")
-        self.stem.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # others: 1x1 or depthwise
         self.merged = True
         for stage in self.stages:
             stage.merged = True  # type: ignore[assignment]

@@ -5,13 +5,13 @@ Authors' code: https://github.com/jameslahm/lsnet; the model cards of its weight
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, SelectAdaptivePool2d, SqueezeExcite, calculate_drop_path_rates
+from timm.layers import DropPath, SelectAdaptivePool2d, SqueezeExcite, calculate_drop_path_rates, get_device_dtype
 from timm.models import (
     checkpoint_seq,
     generate_default_cfgs,
@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from zoo.cfg import ModelCfg
 from zoo.ffn.reparam import reparameterize
 from zoo.layers.attention_bias import BiasedAttention, resize_attention_biases
-from zoo.layers.conv_norm import ConvNorm, NormLinear, RepConv, average_heads, require_eval
-from zoo.layers.ska import LSConv, plain_ls_conv
+from zoo.layers.conv_norm import ConvNorm, NormLinear, RepConv, average_heads
+from zoo.layers.own import require_mergeable
+from zoo.layers.ska import LSConv
+from zoo.layers.tracing import require_leaf
 from zoo.weights import build_model
 
-__all__ = ["PLAIN", "ConvAttention", "LSBlock", "LSNet", "LSStage", "checkpoint_filter_fn", "detect", "plain_stage"]
+__all__ = ["ConvAttention", "LSBlock", "LSNet", "LSStage", "checkpoint_filter_fn", "detect"]
 
 
 @register_notrace_module  # its branch depends on the input's size, which torch.fx cannot follow
@@ -58,11 +60,11 @@ class ConvAttention(BiasedAttention):
         resolution: int,
         *,
         drop_path: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_heads, resolution, device=device, dtype=dtype)
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.num_heads, self.dim, self.keys = num_heads, dim, num_heads * key_dim
         self.scale = key_dim**-0.5
         self.qkv = ConvNorm(dim, 2 * self.keys + dim, **dd)
@@ -76,6 +78,8 @@ class ConvAttention(BiasedAttention):
 
     def attend(self, x: Tensor) -> Tensor:
         """Return the branch alone, (B, C, H, W)."""
+        if not torch.jit.is_scripting():
+            require_leaf(self, x)
         batch, _, height, width = x.shape
         q, k, v = self.qkv(x).split((self.keys, self.keys, self.dim), 1)
         q = self._tokens(self.dw(q))
@@ -121,6 +125,7 @@ class ConvAttention(BiasedAttention):
         """
         if self.scale == 1.0:
             return ()
+        require_mergeable(self)
         for layer in (self.qkv, self.dw, self.proj):
             layer.reparameterize()
         assert self.dw.conv.bias is not None
@@ -143,7 +148,14 @@ class ConvMlp(nn.Module):
         (B, C, H, W) -> the same.
     """
 
-    def __init__(self, dim: int, *, drop_path: float = 0.0, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.pw1 = ConvNorm(dim, 2 * dim, device=device, dtype=dtype)
         self.act = nn.ReLU()
@@ -170,11 +182,21 @@ class LSBlock(nn.Module):
     """
 
     def __init__(
-        self, dim: int, mixer: nn.Module, *, se: bool, drop_path: float = 0.0, device: Any = None, dtype: Any = None
+        self,
+        dim: int,
+        mixer: nn.Module,
+        *,
+        se: bool,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.mixer = mixer
-        self.se = SqueezeExcite(dim, 0.25, device=device, dtype=dtype) if se else nn.Identity()
+        self.se: nn.Module = nn.Identity()
+        if se:
+            self.se = SqueezeExcite(dim, 0.25, device=device, dtype=dtype)
+            self.se.act = nn.ReLU()  # timm's writes over what a hook has seen
         self.ffn = ConvMlp(dim, drop_path=drop_path, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -209,11 +231,11 @@ class LSStage(nn.Module):
         key_dim: int,
         resolution: int,
         drop_path: Sequence[float],
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.grad_checkpointing = False
         self.downsample: nn.Module = nn.Identity()
         if downsample:
@@ -237,14 +259,6 @@ class LSStage(nn.Module):
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
-
-
-def plain_stage(stage: LSStage, x: Tensor) -> Tensor:
-    """Compute `LSStage` channels first, as the authors' code does: rival in benchmarks, with `plain_ls_conv`."""
-    return stage.blocks(stage.downsample(x.contiguous()))
-
-
-PLAIN: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {LSConv: plain_ls_conv, LSStage: plain_stage}
 
 
 class LSNet(nn.Module):
@@ -390,17 +404,18 @@ class LSNet(nn.Module):
         if global_pool is not None:
             if global_pool not in ("", "avg"):
                 raise ValueError(f"global_pool must be 'avg' or '', got {global_pool!r}.")
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+            pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+            self.global_pool = pool.train(self.training)
         if num_classes > 0 and self.global_pool.is_identity():
             raise ValueError(f"global_pool='' needs num_classes=0, got {num_classes}.")
         self.num_classes = num_classes
-        heads: list[nn.Module] = [nn.Identity(), nn.Identity()]
+        dd = get_device_dtype(self)
+        self.head: nn.Module = nn.Identity()
+        self.head_dist: nn.Module | None = None
         if num_classes > 0:
-            weight = self.stem[0].conv.weight  # type: ignore[union-attr]
-            dd: dict[str, Any] = dict(device=weight.device, dtype=weight.dtype)
-            for index in range(2 if self.distillation else 1):
-                heads[index] = NormLinear(self.num_features, num_classes, self.drop_rate, **dd)
-        self.head, self.head_dist = heads
+            self.head = NormLinear(self.num_features, num_classes, self.drop_rate, **dd).train(self.training)
+            if self.distillation:
+                self.head_dist = NormLinear(self.num_features, num_classes, self.drop_rate, **dd).train(self.training)
 
     def forward_intermediates(
         self,
@@ -452,10 +467,9 @@ class LSNet(nn.Module):
         x = self.global_pool(x)
         if pre_logits or self.num_classes == 0:
             return x
-        logits = self.head(x)
-        if not self.distillation:
-            return logits
-        distilled = self.head_dist(x)
+        if self.head_dist is None:
+            return self.head(x)
+        logits, distilled = self.head(x), self.head_dist(x)
         if self.distilled_training and self.training and not torch.jit.is_scripting():
             return cast(Tensor, (logits, distilled))  # TorchScript knows no union of the two
         return (logits + distilled) / 2
@@ -465,20 +479,19 @@ class LSNet(nn.Module):
 
     @torch.no_grad()
     def reparameterize(self) -> tuple[str, ...]:
-        """Make one classifier of two, and keep weights and maps channels-last from now on, in place.
+        """Make one classifier of two, and keep maps channels-last from now on, in place.
 
         Raises:
             RuntimeError: The model is in training mode.
         """
         if self.merged:
             return ()
-        require_eval(self)
+        require_mergeable(self)
         folded = ["channels-last layout"]
         if isinstance(self.head, NormLinear) and isinstance(self.head_dist, NormLinear):
             average_heads(self.head, self.head_dist)
-            self.head_dist, self.distillation = nn.Identity(), False
+            self.head_dist, self.distillation = None, False
             folded.insert(0, "two classifiers")
-        self.stem.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # others: 1x1 or depthwise
         self.merged = True
         return tuple(folded)
 

@@ -251,10 +251,12 @@ def untold(state_dict: dict[str, Tensor]) -> dict[str, str]:
     return idle_untold(state_dict)
 
 
-def _cfg(**kwargs: Any) -> ModelCfg:
-    fields: dict[str, Any] = dict(
+def _cfg(patch_size: int) -> ModelCfg:
+    side = 224 // patch_size
+    return ModelCfg(
         num_classes=1000,
         input_size=(3, 224, 224),
+        pool_size=(side, side),
         fixed_input_size=True,
         interpolation="bicubic",
         crop_pct=0.875,
@@ -270,10 +272,11 @@ def _cfg(**kwargs: Any) -> ModelCfg:
         parity="Meets the authors' outputs to 4.2e-15 (relative, float64): logits, blocks and the merged form.",
         notes=("The authors published no weights of this form.",),
     )
-    return ModelCfg(**{**fields, **kwargs})
 
 
-default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg() for name in _VARIANTS})
+default_cfgs = generate_default_cfgs(
+    {f"{name}.untrained": _cfg(args["patch_size"]) for name, args in _VARIANTS.items()}
+)
 
 
 def _create_repamlpmixer(variant: str, pretrained: bool = False, **kwargs: Any) -> RePaMlpMixer:

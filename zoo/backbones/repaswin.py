@@ -24,6 +24,7 @@ from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
 from zoo.cfg import ModelCfg
+from zoo.layers.derived import derive_after_loading
 from zoo.layers.ffn import RePaFFN, active_channels, convert_ffn_keys, ffn_facts, idle_ratio_of, idle_untold
 from zoo.weights import build_model
 
@@ -108,6 +109,15 @@ class RePaSwinBlock(SwinTransformerBlock):
         )
         self.register_buffer("attn_mask", None, persistent=False)
         self.reset_parameters()
+        derive_after_loading(self)
+
+    def derive_buffers(self) -> None:
+        """Compute the attention mask and the offsets of pairs of tokens on the device of the weights."""
+        self.attn.relative_position_index = torch.empty_like(
+            self.attn.relative_position_index, device=self.norm1.weight.device
+        )
+        self.attn.init_non_persistent_buffers()
+        self.init_non_persistent_buffers()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path1(self._attn(self.norm1(x)))

@@ -349,6 +349,7 @@ def _cfg(**kwargs: Any) -> ModelCfg:
     fields: dict[str, Any] = dict(
         num_classes=1000,
         input_size=(3, 224, 224),
+        pool_size=(14, 14),
         fixed_input_size=True,
         interpolation="bicubic",
         crop_pct=0.875,
@@ -379,6 +380,7 @@ default_cfgs = generate_default_cfgs(
             **CIFAR10,
             file=shipped("repavit_tiny.cifar10"),
             input_size=(3, 32, 32),
+            pool_size=(8, 8),
             origin_url=None,
             model_args=dict(
                 img_size=32,

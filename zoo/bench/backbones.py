@@ -13,21 +13,21 @@ import torch
 from timm.utils import reparameterize_model
 from torch import nn
 
-from zoo.backbones import affnet, efficientvit_msra, emov2, ffnet, lsnet
 from zoo.bench.memory import in_fresh_process, resident_peak
 from zoo.bench.models import subject
+from zoo.bench.plain_backbones import PLAIN
 from zoo.bench.report import Benchmark, Entry, Goal
 from zoo.bench.timing import Progress, Settings, compare, environment, now, require_close, torch_threads
 from zoo.profiling import count_params
 
 __all__ = ["backbones", "with_plain_blocks"]
 
-_FAMILIES: dict[str, Any] = {
-    "efficientvit_msra_m0": efficientvit_msra,
-    "ffnet_1": ffnet,
-    "affnet_et": affnet,
-    "lsnet_t": lsnet,
-    "emov2_1m": emov2,
+_FAMILIES = {
+    "efficientvit_msra_m0": "efficientvit_msra",
+    "ffnet_1": "ffnet",
+    "affnet_et": "affnet",
+    "lsnet_t": "lsnet",
+    "emov2_1m": "emov2",
 }
 _WANTED = {1: 1.15, 16: 1.3}  # batch -> geometric mean over the families
 _TIMM = {"efficientvit_msra_m0": "efficientvit_m0"}  # who else has it
@@ -39,7 +39,7 @@ def with_plain_blocks(model: nn.Module, plain: dict[type[nn.Module], Any]) -> nn
 
     Args:
         model: In either form.
-        plain: Class of a block -> function of the block and its input; a family's `PLAIN`.
+        plain: Class of a block -> function of the block and its input; a family's of `PLAIN`.
     """
     rival = copy.deepcopy(model)
     for module in rival.modules():
@@ -78,7 +78,7 @@ def _family(name: str, settings: Settings, progress: Progress | None) -> Benchma
     """Compare one family's small model, merged, with plain blocks and, where timm has it, with timm's merged form."""
     ours = subject(name, settings)
     x = ours.inputs[0]
-    plain = with_plain_blocks(ours.model, _FAMILIES[name].PLAIN)
+    plain = with_plain_blocks(ours.model, PLAIN[_FAMILIES[name]])
     models: dict[str, nn.Module] = {ours.name: ours.model, _PLAIN: plain}
     goals = []
     if name in _TIMM:
@@ -125,7 +125,7 @@ def _peak(name: str, settings: Settings, plain: bool) -> int:
     """Return the bytes by which memory grows in one call, in this process."""
     with torch_threads(settings.threads):
         ours = subject(name, settings, check=False)
-        model = with_plain_blocks(ours.model, _FAMILIES[name].PLAIN) if plain else ours.model
+        model = with_plain_blocks(ours.model, PLAIN[_FAMILIES[name]]) if plain else ours.model
         with torch.inference_mode():
             model(*ours.inputs)  # what libraries keep for ever after their first use is not the model's
         before, peak = resident_peak(lambda: model(*ours.inputs))

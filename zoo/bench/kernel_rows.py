@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo import kernels
-from zoo.backbones.affnet import plain_filter
+from zoo.bench.plain_backbones import plain_filter
 from zoo.layers.frequency_filter import AdaptiveFrequencyFilter
 from zoo.moe.experts import MoEFFN, sorted_experts
 
@@ -72,7 +72,6 @@ def operator_rows(device: str | torch.device, dtype: torch.dtype) -> Iterator[Ro
     yield from _gate_rows(numbers)
     yield from _adaln_rows(numbers)
     yield from _frequency_rows(numbers, device)
-    yield from _narrow_rows(numbers)
 
 
 def _repa_rows(numbers: Numbers) -> Iterator[Row]:
@@ -184,17 +183,6 @@ def _frequency_rows(numbers: Numbers, device: str | torch.device) -> Iterator[Ro
 
 def _filter(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     return kernels.frequency_filter(x, w1, b1, w2, b2, 0.0)
-
-
-def _narrow_rows(numbers: Numbers) -> Iterator[Row]:
-    for name, rows, activation in (("vit_tiny, batch 64", 12608, "gelu"), ("PixelDiT, batch 128", 8192, "gelu_tanh")):
-        up, down = numbers(768, 192, scale=192**-0.5), numbers(192, 768, scale=768**-0.5)
-        x, residual = numbers(rows, 192), numbers(rows, 192)
-        yield Row(
-            name=f"narrow_ffn {rows} x 192 ({name})",
-            function=partial(kernels.narrow_ffn, activation=activation),
-            inputs=[x, up, numbers(768), down, numbers(192), residual],
-        )
 
 
 def block_rows(device: str | torch.device, dtype: torch.dtype) -> Iterator[Row]:

@@ -21,6 +21,7 @@ from zoo.bench.kernel_rows import Row, block_rows, operator_rows
 from zoo.bench.kernel_tuning import tune
 from zoo.bench.latency import summarize
 from zoo.bench.models import subject
+from zoo.bench.plain_backbones import plain_ska
 from zoo.bench.report import Benchmark, Check, Entry, Goal
 from zoo.bench.timing import (
     Progress,
@@ -32,7 +33,6 @@ from zoo.bench.timing import (
     speedup,
     torch_threads,
 )
-from zoo.layers.ska import plain_ska
 
 __all__ = ["MODES", "kernels", "measure_gpu", "measure_row", "not_measured"]
 

@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from zoo.bench.memory import in_fresh_process, resident_peak
+from zoo.bench.plain_restorers import PLAIN
 from zoo.bench.report import Benchmark, Entry, Goal
 from zoo.bench.timing import Progress, Settings, compare, environment, now, require_close, torch_threads
 from zoo.ffn.reparam import reparameterize
 from zoo.profiling import count_params
-from zoo.restoration import dat, ffnetsr, restormer
 
 __all__ = ["restorers"]
 
 _PLAIN = "plain formulation"
-_SUBJECTS: dict[str, tuple[Any, tuple[int, int], dict[str, float]]] = {  # family, (height, width), numbers to reach
-    "dat_light_x2": (dat, (360, 640), {"time": 2.5, "memory": 0.5}),
-    "dat_s_x4": (dat, (64, 64), {"time": 1.15}),
-    "restormer_denoise_color": (restormer, (512, 512), {"time": 1.1, "memory": 0.5, "stream": 0.25, "slower": 1.3}),
-    "ffnetsr_light_x2": (ffnetsr, (128, 128), {"time": 1.0}),
+_SUBJECTS: dict[str, tuple[tuple[int, int], dict[str, float]]] = {  # (height, width), numbers to reach
+    "dat_light_x2": ((360, 640), {"time": 2.5, "memory": 0.5}),
+    "dat_s_x4": ((64, 64), {"time": 1.15}),
+    "restormer_denoise_color": ((512, 512), {"time": 1.1, "memory": 0.5, "stream": 0.25, "slower": 1.3}),
+    "ffnetsr_light_x2": ((128, 128), {"time": 1.0}),
 }
 
 
@@ -44,7 +44,7 @@ def restorers(
         size: Height and width of the input, pixels; None is each model's own.
         arguments: More arguments of the models.
     """
-    return [_restorer(name, settings, progress, size or _SUBJECTS[name][1], arguments or {}) for name in models]
+    return [_restorer(name, settings, progress, size or _SUBJECTS[name][0], arguments or {}) for name in models]
 
 
 def _subject(name: str, settings: Settings, size: tuple[int, int], arguments: dict[str, Any]) -> tuple[Any, Tensor]:
@@ -58,7 +58,7 @@ def _subject(name: str, settings: Settings, size: tuple[int, int], arguments: di
 
 def _calls(name: str, model: Any, x: Tensor) -> dict[str, Any]:
     """Return what is compared: the network, its stream, the plain formulation."""
-    plain = _SUBJECTS[name][0].PLAIN[type(model)]
+    plain = PLAIN[type(model)]
     calls = {f"{name} (merged)": lambda: model(x), _PLAIN: lambda: plain(model, x)}
     if name.startswith("restormer"):
         calls[f"{name} (streamed)"] = lambda: model.stream(x)
@@ -68,7 +68,7 @@ def _calls(name: str, model: Any, x: Tensor) -> dict[str, Any]:
 def _restorer(
     name: str, settings: Settings, progress: Progress | None, size: tuple[int, int], arguments: dict[str, Any]
 ) -> Benchmark:
-    wanted = _SUBJECTS[name][2]
+    wanted = _SUBJECTS[name][1]
     with torch_threads(settings.threads), torch.inference_mode():
         model, x = _subject(name, settings, size, arguments)
         calls = _calls(name, model, x)

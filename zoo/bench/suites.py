@@ -16,14 +16,16 @@ from zoo.bench.caching import caching
 from zoo.bench.kernels import kernels
 from zoo.bench.models import compare_models
 from zoo.bench.moe import moe
+from zoo.bench.plain_backbones import PlainRePaFFN
+from zoo.bench.plain_restorers import plain_cfsr_block
 from zoo.bench.policy import policy
 from zoo.bench.report import Benchmark, Check, Entry, Goal
 from zoo.bench.restorers import restorers
 from zoo.bench.tiling import tiling
 from zoo.bench.timing import Progress, Settings, compare, environment, now, require_close, torch_threads
-from zoo.layers.ffn import PlainRePaFFN, RePaFFN, active_channels
+from zoo.layers.ffn import RePaFFN, active_channels
 from zoo.profiling import count_params
-from zoo.restoration.cfsr import CFSR, checkpoint_filter_fn, plain_cfsr_block
+from zoo.restoration.cfsr import CFSR, checkpoint_filter_fn
 from zoo.weights import load_strict
 
 __all__ = ["SUITES", "Suite", "cfsr", "repaffn", "repavit", "run"]

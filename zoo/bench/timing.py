@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-import zoo
 from zoo.bench.latency import Latency, summarize, time_in_turns
 from zoo.bench.report import Check, Ratio
+from zoo.version import __version__
 
 __all__ = [
     "DTYPES",
@@ -195,7 +195,7 @@ def environment(device: str = "cpu") -> dict[str, str]:
         "device": torch.cuda.get_device_name(device) if kind == "cuda" else f"{kind} ({_processor()})",
         "torch": torch.__version__,
         **{name: importlib.metadata.version(name) for name in ("timm", "diffusers") if _installed(name)},
-        "zoo": zoo.__version__,
+        "zoo": __version__,
         "Python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
     }

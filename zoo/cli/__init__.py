@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import zoo
 from zoo.catalog import nearest
 from zoo.cli import (
     bench,
@@ -34,6 +33,7 @@ from zoo.cli import (
     tuning,
 )
 from zoo.cli.output import UsageError
+from zoo.version import __version__
 
 __all__ = ["main"]
 
@@ -76,7 +76,7 @@ def _parser() -> tuple[_Parser, Any]:
         epilog="`zoo COMMAND --help` explains a command. Models are called NAME or, with weights, NAME.TAG.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"ffn-zoo {zoo.__version__}")
+    parser.add_argument("--version", action="version", version=f"ffn-zoo {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Command)
     for module in _MODULES:
         known = set(commands.choices)
@@ -108,6 +108,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def _run_package() -> None:
+    """Run the package itself, which registers the models, where `zoo_command` has put that off."""
+    package = sys.modules["zoo"]
+    if not hasattr(package, "__all__"):
+        spec = package.__spec__
+        assert spec is not None
+        assert spec.loader is not None
+        spec.loader.exec_module(package)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the `zoo` command.
 
@@ -125,6 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train.main(given[1:])
     try:
         args = _parse(given)
+        if args.run.__module__ != listing.__name__:
+            _run_package()
         return int(args.run(args))
     except KeyboardInterrupt:
         print("zoo: interrupted", file=sys.stderr)

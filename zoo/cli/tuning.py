@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    import zoo
     from zoo.bench import Settings
+    from zoo.bench.tuning import tune_cache
 
     settings = Settings(
         rounds=args.rounds,
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         def tell(what: str, done: int, total: int) -> None:
             display.update(task, description=what, completed=done, total=total)
 
-        tuning = zoo.tune_cache(
+        tuning = tune_cache(
             pipe,
             call,
             budget=f"speedup>={args.speedup:g}" if args.speedup else args.budget or "psnr>=30",
@@ -164,7 +164,7 @@ def _inputs(args: argparse.Namespace, pipe: Any, prompts: list[str]) -> list[Any
     else:
         raise UsageError(
             f"{args.pipeline} is a {type(pipe).__name__}, which takes neither classes nor prompts: tune it in Python "
-            f"with zoo.tune_cache(pipe, run)."
+            f"with tune_cache(pipe, run)."
         )
     count = args.count or (len(prompts) or _COUNT)
     return [given[index % len(given)] for index in range(count)]

@@ -412,7 +412,7 @@ def normalize(values: Tensor, value_range: Sequence[Sequence[float]] | None) -> 
     return (values - (high + low) / 2) / torch.where(half > 0, half, 1.0)
 
 
-# where DiffusionPipeline.from_pretrained looks for the class named in model_index.json; see zoo/diffusion/__init__.py
+# where DiffusionPipeline.from_pretrained looks for the class named in model_index.json
 diffusers.DiffusionPolicyPipeline = DiffusionPolicyPipeline
 # and, for Hub ids, where it looks for the module of a component that is not diffusers' own
 setattr(diffusers.pipelines, DiffusionPolicyTransformer.__module__, sys.modules[DiffusionPolicyTransformer.__module__])

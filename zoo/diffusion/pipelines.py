@@ -213,7 +213,7 @@ class PixelDiTPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
-# where DiffusionPipeline.from_pretrained looks for the class named in model_index.json; see zoo/diffusion/__init__.py
+# where DiffusionPipeline.from_pretrained looks for the class named in model_index.json
 diffusers.PixelDiTPipeline = PixelDiTPipeline
 # and, for Hub ids, where it looks for the module of a component that is not diffusers' own
 setattr(diffusers.pipelines, PixelDiT.__module__, sys.modules[PixelDiT.__module__])

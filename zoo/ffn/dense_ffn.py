@@ -13,7 +13,7 @@ from timm.layers import GluMlp, Mlp
 from timm.layers import SwiGLU as TimmSwiGLU
 from torch import Tensor, nn
 
-from zoo.kernels.reference import ACTIVATIONS
+from zoo.kernels.experts import ACTIVATIONS
 from zoo.layers.ffn import RePaFFN
 
 __all__ = ["Channels", "DenseFFN", "read_ffn"]
@@ -42,7 +42,7 @@ class DenseFFN:
         up: Product that makes the hidden channels, or the values of a gated layer; with `packed`, values and gates.
         gate: Product that makes the gates where it is a module of its own.
         down: Product that makes the outputs.
-        activation: Key of `zoo.kernels.reference.ACTIVATIONS`.
+        activation: Key of `zoo.kernels.experts.ACTIVATIONS`.
         packed: Order of the halves of `up` in a gated layer; None: `up` is not packed.
         first_column: Where the hidden channels start in `down`'s input; attention comes before them in Flux.
         dropout: Rate at which outputs are dropped in training.

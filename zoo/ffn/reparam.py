@@ -176,6 +176,12 @@ def reparameterize(model: nn.Module, *, sample: Any = None, measure: bool = True
     Raises:
         RuntimeError: The model is in training mode, where merged and unmerged layers are not equal.
     """
+    made_there = any(parameter.is_inference() for parameter in model.parameters())
+    with torch.inference_mode(made_there):  # an inference tensor could not be trained later
+        return _reparameterize(model, sample, measure)
+
+
+def _reparameterize(model: nn.Module, sample: Any, measure: bool) -> ReparamReport:
     names = {module: name for name, module in model.named_modules()}
     targets = [module for module in names if callable(getattr(module, "reparameterize", None))]
     if model.training or any(module.training for module in targets):

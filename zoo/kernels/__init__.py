@@ -11,7 +11,6 @@ from zoo.kernels.dispatch import Backend, get_backend, set_backend, use_backend
 from zoo.kernels.experts import routed_experts
 from zoo.kernels.frequency import frequency_filter
 from zoo.kernels.gated import dwconv_gate
-from zoo.kernels.narrow_ffn import narrow_ffn
 from zoo.kernels.repa import repa_ffn
 from zoo.kernels.ska import ska
 
@@ -22,7 +21,6 @@ __all__ = [
     "gate_modulate",
     "get_backend",
     "modulate",
-    "narrow_ffn",
     "repa_ffn",
     "routed_experts",
     "set_backend",

@@ -8,13 +8,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.kernels import reference
 from zoo.kernels.dispatch import check_shapes, runs_kernel
 
-__all__ = ["gate_modulate", "modulate"]
+__all__ = [
+    "gate_modulate",
+    "gate_modulate_backward",
+    "gate_modulate_formula",
+    "modulate",
+    "modulate_backward",
+    "modulate_formula",
+]
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
@@ -37,7 +44,7 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tens
     _check(x, scale=scale, shift=shift)
     if runs_kernel("modulate", x, scale, shift):
         return _modulate(x, scale, shift, eps)
-    return reference.modulate(x, scale, shift, eps)
+    return modulate_formula(x, scale, shift, eps)
 
 
 def gate_modulate(
@@ -66,7 +73,7 @@ def gate_modulate(
         raise ValueError(f"y must be (B, N, {x.shape[-1]}) like x, got {tuple(y.shape)}.")
     if runs_kernel("gate_modulate", x, y, gate, scale, shift):
         return _gate_modulate(x, y, gate, scale, shift, eps)
-    return reference.gate_modulate(x, y, gate, scale, shift, eps)
+    return gate_modulate_formula(x, y, gate, scale, shift, eps)
 
 
 def _check(x: Tensor, **conditions: Tensor) -> None:
@@ -79,6 +86,43 @@ def _check(x: Tensor, **conditions: Tensor) -> None:
             raise ValueError(f"{name} must be {conditions['scale'].dtype} like scale, got {value.dtype}.")
 
 
+def modulate_formula(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """Compute `modulate`."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
+
+
+def modulate_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of `modulate` for x, scale and shift."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    grad_wide, x_wide, gain = grad.to(wide), x.to(wide), 1 + scale.to(wide)[:, None]
+    centred = x_wide - x_wide.mean(-1, keepdim=True)
+    inverse_std = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    normed, inner = centred * inverse_std, grad_wide * gain
+    along = (inner * normed).mean(-1, keepdim=True)
+    grad_x = inverse_std * (inner - inner.mean(-1, keepdim=True) - normed * along)
+    return grad_x.to(x.dtype), (grad_wide * normed).sum(1).to(scale.dtype), grad_wide.sum(1).to(scale.dtype)
+
+
+def gate_modulate_formula(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Compute `gate_modulate`."""
+    total = x + gate[:, None] * y
+    return total, modulate_formula(total, scale, shift, eps)
+
+
+def gate_modulate_backward(
+    grad_total: Tensor, grad: Tensor, total: Tensor, y: Tensor, gate: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of `gate_modulate` for x, y, gate, scale and shift; that for x in the type of the sum."""
+    wide = torch.promote_types(total.dtype, torch.float32)
+    through_norm, grad_scale, grad_shift = modulate_backward(grad, total.to(wide), scale, eps)
+    grad_x = grad_total.to(wide) + through_norm
+    grad_gate = (grad_x * y.to(wide)).sum(1).to(gate.dtype)
+    grad_y = (grad_x * gate.to(wide)[:, None]).to(y.dtype)
+    return grad_x.to(total.dtype), grad_y, grad_gate, grad_scale, grad_shift
+
+
 @torch.library.custom_op("zoo::modulate", mutates_args=())
 def _modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     per_sample = x.shape[0], x.shape[-1]
@@ -87,7 +131,7 @@ def _modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
         from zoo.kernels import triton_adaln
 
         return triton_adaln.forward(x, scale, shift, eps)[1]
-    return reference.modulate(x, scale, shift, eps).contiguous()
+    return modulate_formula(x, scale, shift, eps).contiguous()
 
 
 @_modulate.register_fake
@@ -102,7 +146,7 @@ def _modulate_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tu
 
         grad_x, grad_scale, grad_shift = triton_adaln.backward(grad, x, scale, eps)
         return grad_x, grad_scale, grad_shift
-    grad_x, grad_scale, grad_shift = reference.modulate_backward(grad, x, scale, eps)
+    grad_x, grad_scale, grad_shift = modulate_backward(grad, x, scale, eps)
     return grad_x.contiguous(), grad_scale, grad_shift
 
 
@@ -133,7 +177,7 @@ def _gate_modulate(
         from zoo.kernels import triton_adaln
 
         return triton_adaln.forward(x, scale, shift, eps, (y, gate))
-    total, out = reference.gate_modulate(x, y, gate, scale, shift, eps)
+    total, out = gate_modulate_formula(x, y, gate, scale, shift, eps)
     return total.contiguous(), out.contiguous()
 
 
@@ -153,7 +197,7 @@ def _gate_modulate_backward(
         branch = grad_total, y, gate
         grad_x, grad_scale, grad_shift, grad_gate, grad_y = triton_adaln.backward(grad, total, scale, eps, branch)
         return grad_x, grad_y, grad_gate, grad_scale, grad_shift
-    grads = reference.gate_modulate_backward(grad_total, grad, total, y, gate, scale, eps)
+    grads = gate_modulate_backward(grad_total, grad, total, y, gate, scale, eps)
     grad_x, grad_y, grad_gate, grad_scale, grad_shift = grads
     return grad_x.contiguous(), grad_y.contiguous(), grad_gate, grad_scale, grad_shift
 

@@ -6,16 +6,39 @@ Dense2MoE (ICCV 2025), https://arxiv.org/abs/2510.09094.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.kernels import reference
 from zoo.kernels.dispatch import autocast, check_shapes, runs_kernel
 
-__all__ = ["routed_experts"]
+__all__ = ["ACTIVATIONS", "check_activation", "routed_experts", "routed_experts_backward", "routed_experts_formula"]
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+}
+"""Name -> activation of the hidden channels of an expert."""
+
+_SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": lambda x: torch.ops.aten.gelu_backward(torch.ones_like(x), x),
+    "gelu_tanh": lambda x: torch.ops.aten.gelu_backward(torch.ones_like(x), x, approximate="tanh"),
+    "quick_gelu": lambda x: torch.sigmoid(1.702 * x) * (1 + 1.702 * x * torch.sigmoid(-1.702 * x)),
+    "silu": lambda x: torch.ops.aten.silu_backward(torch.ones_like(x), x),
+    "relu": lambda x: (x > 0).to(x.dtype),
+    "sigmoid": lambda x: torch.sigmoid(x) * torch.sigmoid(-x),
+}
+"""Name -> derivative of the activation."""
 
 
 def routed_experts(
@@ -50,7 +73,7 @@ def routed_experts(
     Raises:
         ValueError: The activation is unknown, or shapes or types do not fit.
     """
-    reference.check_activation(activation)
+    check_activation(activation)
     if x.ndim != 2 or index.ndim != 2 or gates.ndim != 2 or down.ndim != 3:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, gates, index, down))
         raise ValueError(f"x, gates, index, down must be (T, D), (T, k), (T, k) and (n, O, W), got {shapes}.")
@@ -68,7 +91,79 @@ def routed_experts(
             raise ValueError(f"{name} must be {x.dtype} like x, got {tensor.dtype}.")
     if runs_kernel("routed_experts", x, *present.values()):
         return _routed_experts(x, gates, index, up, up_bias, down, activation, gated)
-    return reference.routed_experts(x, gates, index, up, up_bias, down, activation, gated)
+    return routed_experts_formula(x, gates, index, up, up_bias, down, activation, gated)
+
+
+def check_activation(name: str) -> None:
+    """Raise a ValueError that names the nearest unless there is such an activation."""
+    if name not in ACTIVATIONS:
+        near = difflib.get_close_matches(name, ACTIVATIONS, 1, 0)[0]
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}. Did you mean {near}?")
+
+
+def routed_experts_formula(
+    x: Tensor,
+    gates: Tensor,
+    index: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """Compute `routed_experts`, every expert for every token: no shape depends on the data."""
+    out = x.new_zeros(x.shape[0], down.shape[1])
+    for number in range(len(up)):
+        before = F.linear(x, up[number], None if up_bias is None else up_bias[number])
+        weight = (gates * (index == number)).sum(1, keepdim=True)
+        out = out + F.linear(_activate(before, activation, gated) * weight, down[number])
+    return out
+
+
+def routed_experts_backward(
+    grad: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    index: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    activation: str,
+    gated: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Return the gradients of `routed_experts` for x, gates, up, up_bias and down."""
+    grad_x, grad_gates = torch.zeros_like(x), torch.zeros_like(gates)
+    grad_up, grad_bias, grad_down = [up[:0]], [] if up_bias is None else [up_bias[:0]], [down[:0]]
+    for number in range(len(up)):
+        chosen = index == number
+        before = F.linear(x, up[number], None if up_bias is None else up_bias[number])
+        hidden = _activate(before, activation, gated)
+        from_output = grad @ down[number]
+        grad_gates = grad_gates + chosen * (hidden * from_output).sum(1, keepdim=True)
+        weight = (gates * chosen).sum(1, keepdim=True)
+        grad_hidden = from_output * weight
+        if gated:
+            value, gate = before.chunk(2, -1)
+            of_gate = grad_hidden * value * _SLOPES[activation](gate)
+            grad_before = torch.cat([grad_hidden * ACTIVATIONS[activation](gate), of_gate], -1)
+        else:
+            grad_before = grad_hidden * _SLOPES[activation](before)
+        grad_x = grad_x + grad_before @ up[number]
+        grad_up.append((grad_before.t() @ x)[None])
+        grad_down.append((grad.t() @ (hidden * weight))[None])
+        if up_bias is not None:
+            grad_bias.append(grad_before.sum(0, keepdim=True))
+    return (
+        *(grad_x, grad_gates, torch.cat(grad_up)),
+        *(torch.cat(grad_bias) if grad_bias else None, torch.cat(grad_down)),
+    )
+
+
+def _activate(before: Tensor, activation: str, gated: bool) -> Tensor:
+    if not gated:
+        return ACTIVATIONS[activation](before)
+    value, gate = before.chunk(2, -1)
+    return value * ACTIVATIONS[activation](gate)
 
 
 @torch.library.custom_op("zoo::routed_experts", mutates_args=())
@@ -88,7 +183,7 @@ def _routed_experts(
         from zoo.kernels import triton_experts
 
         return triton_experts.forward(x, gates, index, up, up_bias, down, activation, gated)
-    return reference.routed_experts(x, gates, index, up, up_bias, down, activation, gated)
+    return routed_experts_formula(x, gates, index, up, up_bias, down, activation, gated)
 
 
 @_routed_experts.register_fake
@@ -112,7 +207,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, gates, index, up, up_bias, down = ctx.saved_tensors
-    grad_x, grad_gates, grad_up, grad_bias, grad_down = reference.routed_experts_backward(
+    grad_x, grad_gates, grad_up, grad_bias, grad_down = routed_experts_backward(
         grad, x, gates, index, up, up_bias, down, ctx.activation, ctx.gated
     )
     return grad_x, grad_gates, None, grad_up, grad_bias, grad_down, None, None

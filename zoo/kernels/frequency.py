@@ -9,14 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.kernels import reference
+from zoo.kernels.dft import separable, separable_kept
 from zoo.kernels.dispatch import check_shapes, no_autocast, runs_kernel
 from zoo.kernels.launch import precision
 
-__all__ = ["frequency_filter"]
+__all__ = ["filter_frequencies", "frequency_filter", "frequency_filter_backward", "frequency_filter_formula"]
 
 _SIDE = 64  # pixels
 _SHARED_BYTES = 220 * 1024  # of the 227 KiB of a multiprocessor of H100
@@ -73,7 +74,104 @@ def _fits(x: Tensor, w1: Tensor) -> bool:
 
 def _formula(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, threshold: float) -> Tensor:
     with no_autocast(x):
-        return reference.frequency_filter(x, w1, b1, w2, b2, threshold)
+        return frequency_filter_formula(x, w1, b1, w2, b2, threshold)
+
+
+def frequency_filter_formula(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, threshold: float) -> Tensor:
+    """Compute `frequency_filter`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    row, column, _, row_back = separable(x.shape[2], x.shape[3], wide, x.device)
+    w1, b1, w2, b2 = (value.to(wide) for value in (w1, b1, w2, b2))
+    return filter_frequencies(x.to(wide), w1, b1, w2, b2, row, column, row_back, threshold).to(x.dtype)
+
+
+def filter_frequencies(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    row: Tensor,
+    column: Tensor,
+    row_back: Tensor,
+    threshold: float,
+) -> Tensor:
+    """Compute `frequency_filter` by real matrix products; all tensors have one type, the matrices are of `dft`."""
+    batch, dim, height, width = x.shape
+    groups, columns = w1.shape[1], width // 2 + 1
+    rows = torch.matmul(x, row).view(batch, dim, 2 * height, columns)
+    spectrum = torch.matmul(column, rows).view(batch, groups, 2 * dim // groups, height * columns)
+    hidden = F.silu(torch.matmul(_joined(w1), spectrum) + _stacked(b1))
+    mask = torch.matmul(_joined(w2), hidden) + _stacked(b2)
+    if threshold > 0:
+        mask = F.softshrink(mask, threshold)
+    mask = mask.view(batch, dim, 2, height, columns)
+    spectrum = spectrum.view(batch, dim, 2, height, columns)
+    mask_re, mask_im, re, im = mask[:, :, 0] + 1, mask[:, :, 1], spectrum[:, :, 0], spectrum[:, :, 1]
+    filtered = torch.stack((mask_re * re - mask_im * im, mask_re * im + mask_im * re), 2)
+    rows = torch.matmul(column.t(), filtered.view(batch, dim, 2 * height, columns))
+    return torch.matmul(rows.view(batch, dim, height, 2 * columns), row_back)
+
+
+def frequency_filter_backward(
+    grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, threshold: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of `frequency_filter` for x, w1, b1, w2 and b2; the spectrum is computed again."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    (batch, dim, height, width), groups = x.shape, w1.shape[1]
+    columns, size = width // 2 + 1, dim // groups
+    row, column, _, row_back = separable_kept(height, width, wide, x.device)
+    first, second = _joined(w1.to(wide)), _joined(w2.to(wide))
+
+    def spectrum_of(map_: Tensor, matrix: Tensor) -> Tensor:
+        rows = torch.matmul(map_.to(wide), matrix).view(batch, dim, 2 * height, columns)
+        return torch.matmul(column, rows).view(batch, groups, 2 * size, height * columns)
+
+    spectrum = spectrum_of(x, row)
+    before = torch.matmul(first, spectrum) + _stacked(b1.to(wide))
+    hidden = F.silu(before)
+    mask = torch.matmul(second, hidden) + _stacked(b2.to(wide))
+    if threshold > 0:
+        mask = F.softshrink(mask, threshold)
+    halves = (batch, groups, size, 2, height * columns)
+    mask_re, mask_im = (mask.view(halves)[:, :, :, 0] + 1, mask.view(halves)[:, :, :, 1])
+    re, im = spectrum.view(halves).unbind(3)
+    out_re, out_im = spectrum_of(grad, row_back.t()).view(halves).unbind(3)
+    grad_mask = torch.stack((re * out_re + im * out_im, re * out_im - im * out_re), 3).view(spectrum.shape)
+    if threshold > 0:
+        grad_mask = grad_mask * (mask != 0)
+    grad_before = torch.ops.aten.silu_backward(torch.matmul(second.mT, grad_mask), before)
+    direct = torch.stack((mask_re * out_re + mask_im * out_im, mask_re * out_im - mask_im * out_re), 3)
+    grad_spectrum = direct.view(spectrum.shape) + torch.matmul(first.mT, grad_before)
+    rows = torch.matmul(column.t(), grad_spectrum.view(batch, dim, 2 * height, columns))
+    grad_x = torch.matmul(rows.view(batch, dim, height, 2 * columns), row.t())
+    return (
+        grad_x.to(x.dtype),
+        _parted(torch.matmul(grad_before, spectrum.mT).sum(0)).to(w1.dtype),
+        grad_before.sum((0, 3)).view(groups, size, 2).permute(2, 0, 1).to(b1.dtype),
+        _parted(torch.matmul(grad_mask, hidden.mT).sum(0)).to(w2.dtype),
+        grad_mask.sum((0, 3)).view(groups, size, 2).permute(2, 0, 1).to(b2.dtype),
+    )
+
+
+def _joined(weight: Tensor) -> Tensor:
+    """Return complex weights (2, g, in, out) as real ones, (g, 2 * out, 2 * in), real and imaginary side by side."""
+    weight = weight.transpose(2, 3)
+    re, im = weight[0], weight[1]  # (g, out, in)
+    joined = torch.stack((torch.stack((re, -im), -1), torch.stack((im, re), -1)), 2)
+    return joined.reshape(re.shape[0], 2 * re.shape[1], -1)
+
+
+def _parted(joined: Tensor) -> Tensor:
+    """Return the gradient of what `_joined` was given, of the gradient of what it returned."""
+    parts = joined.unflatten(1, (-1, 2)).unflatten(3, (-1, 2))  # (g, out, 2, in, 2)
+    re, im = parts[:, :, 0, :, 0] + parts[:, :, 1, :, 1], parts[:, :, 1, :, 0] - parts[:, :, 0, :, 1]
+    return torch.stack((re, im)).transpose(2, 3)
+
+
+def _stacked(bias: Tensor) -> Tensor:
+    """Return complex biases (2, g, out) as real ones, (g, 2 * out, 1)."""
+    return torch.stack((bias[0], bias[1]), -1).reshape(bias.shape[1], -1, 1)
 
 
 @torch.library.custom_op("zoo::frequency_filter", mutates_args=())
@@ -96,7 +194,7 @@ def _frequency_filter_backward(
     grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, threshold: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with no_autocast(x):
-        grads = reference.frequency_filter_backward(grad, x, w1, b1, w2, b2, threshold)
+        grads = frequency_filter_backward(grad, x, w1, b1, w2, b2, threshold)
     outs = [torch.empty_like(tensor) for tensor in (x, w1, b1, w2, b2)]
     grad_x, grad_w1, grad_b1, grad_w2, grad_b2 = (out.copy_(value) for out, value in zip(outs, grads, strict=True))
     return grad_x, grad_w1, grad_b1, grad_w2, grad_b2

@@ -8,13 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.kernels import reference
 from zoo.kernels.dispatch import autocast, check_shapes, runs_kernel
 
-__all__ = ["dwconv_gate"]
+__all__ = ["dwconv_gate", "dwconv_gate_backward", "dwconv_gate_by_parts", "dwconv_gate_formula"]
+
+
+_PART_BYTES = 2**20  # of the channels that are convolved and gated together
 
 
 def dwconv_gate(x: Tensor, weight: Tensor) -> Tensor:
@@ -41,13 +44,48 @@ def dwconv_gate(x: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(f"weight must be {x.dtype} like x, got {weight.dtype}.")
     if runs_kernel("dwconv_gate", x, weight):
         return _dwconv_gate(x, weight)
-    return reference.dwconv_gate(x, weight)
+    return dwconv_gate_formula(x, weight)
 
 
 def _empty(x: Tensor, channels: int) -> Tensor:
     """Return a map of another number of channels in the memory format of `x`."""
     neighbours = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
     return torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=neighbours)
+
+
+def dwconv_gate_formula(x: Tensor, weight: Tensor) -> Tensor:
+    """Compute `dwconv_gate`; on a CPU by parts where the pixels of a channel are neighbours in memory."""
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if x.device.type == "cpu" and x.is_contiguous() and not recorded:
+        return dwconv_gate_by_parts(x, weight, (1, 1))
+    a, b = F.conv2d(x, weight, padding=1, groups=x.shape[1]).chunk(2, 1)
+    return F.gelu(a) * b
+
+
+def dwconv_gate_by_parts(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
+    """Convolve and gate a few channels at a time, so that they stay in the cache; without gradients.
+
+    Args:
+        x: (B, 2 H, height, width), contiguous.
+        weight: (2 H, 1, 3, 3).
+        padding: Rows and columns of zeros on each side.
+    """
+    batch, hidden = x.shape[0], x.shape[1] // 2
+    out = x.new_empty(batch, hidden, x.shape[2] + 2 * padding[0] - 2, x.shape[3] + 2 * padding[1] - 2)
+    numbers = _PART_BYTES // x.element_size()
+    channels = max(numbers // max(batch * out.shape[2] * out.shape[3], 1) // 16, 1) * 16
+    for first in range(0, hidden, channels):
+        last = min(first + channels, hidden)
+        a, b = slice(first, last), slice(hidden + first, hidden + last)
+        gate = F.gelu(F.conv2d(x[:, a], weight[a], padding=padding, groups=last - first))
+        torch.mul(gate, F.conv2d(x[:, b], weight[b], padding=padding, groups=last - first), out=out[:, first:last])
+    return out
+
+
+def dwconv_gate_backward(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient of `dwconv_gate` for the convolved halves, (B, 2 H, height, width)."""
+    a, b = F.conv2d(x, weight, padding=1, groups=x.shape[1]).chunk(2, 1)
+    return torch.cat([torch.ops.aten.gelu_backward(grad * b, a), grad * F.gelu(a)], 1)
 
 
 @torch.library.custom_op("zoo::dwconv_gate", mutates_args=())
@@ -57,7 +95,7 @@ def _dwconv_gate(x: Tensor, weight: Tensor) -> Tensor:
         from zoo.kernels import triton_gated
 
         return triton_gated.forward(x, weight, out)
-    return out.copy_(reference.dwconv_gate(x, weight))
+    return out.copy_(dwconv_gate_formula(x, weight))
 
 
 @_dwconv_gate.register_fake
@@ -72,7 +110,7 @@ def _dwconv_gate_backward(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         from zoo.kernels import triton_gated
 
         return triton_gated.backward(grad, x, weight, out)
-    return out.copy_(reference.dwconv_gate_backward(grad, x, weight))
+    return out.copy_(dwconv_gate_backward(grad, x, weight))
 
 
 @_dwconv_gate_backward.register_fake

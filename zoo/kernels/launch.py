@@ -53,12 +53,6 @@ SPACES: dict[str, dict[str, tuple[int, ...]]] = {
     "frequency_filter": {"block_columns": (8, 16, 32), "num_warps": (4, 8, 16)},
     "modulate": {"tile": (1024, 2048, 4096, 8192), "num_warps": (2, 4, 8, 16)},
     "modulate_backward": {"part_tokens": (8, 16, 32, 64), "num_warps": (2, 4, 8, 16)},
-    "narrow_ffn": {
-        "block_rows": (32, 64, 128),
-        "block_hidden": (32, 64, 128),
-        "num_warps": (4, 8),
-        "num_stages": (2, 3, 4),
-    },
     "repa_ffn": _PRODUCT,
     "routed_experts": _PRODUCT,
     "ska": {"tile": (512, 1024, 2048, 4096), "num_warps": (2, 4, 8)},

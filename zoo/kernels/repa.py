@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.kernels import reference
 from zoo.kernels.dispatch import autocast, runs_kernel
 
-__all__ = ["repa_ffn"]
+__all__ = ["repa_ffn", "repa_ffn_backward", "repa_ffn_formula"]
 
 _WEIGHTS = ("fc1_weight", "fc1_bias", "fc2_weight", "weight", "bias")
 
@@ -43,7 +43,7 @@ def repa_ffn(
     """
     if not torch.jit.is_scripting():
         return _dispatch(x, fc1_weight, fc1_bias, fc2_weight, weight, bias)
-    return reference.repa_ffn(x, fc1_weight, fc1_bias, fc2_weight, weight, bias)
+    return repa_ffn_formula(x, fc1_weight, fc1_bias, fc2_weight, weight, bias)
 
 
 def _dispatch(x: Tensor, *weights: Tensor) -> Tensor:
@@ -58,7 +58,28 @@ def _dispatch(x: Tensor, *weights: Tensor) -> Tensor:
             raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}.")
         if tensor.dtype != dtype:
             raise ValueError(f"{name} must be {dtype} like x, got {tensor.dtype}.")
-    return (_repa_ffn if runs_kernel("repa_ffn", *tensors) else reference.repa_ffn)(*tensors)
+    return (_repa_ffn if runs_kernel("repa_ffn", *tensors) else repa_ffn_formula)(*tensors)
+
+
+def repa_ffn_formula(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
+    """Compute `repa_ffn`; the activated branch is added to the linear one inside of the product."""
+    out, hidden, last = F.linear(x, weight, bias), F.linear(x, fc1_weight, fc1_bias), fc2_weight.t()
+    if torch.is_grad_enabled() or hidden.dtype != last.dtype:  # autocast casts for addmm, but not into `out`
+        return torch.addmm(out, F.gelu(hidden), last)
+    return torch.addmm(out, torch.ops.aten.gelu_(hidden), last, out=out)  # not addmm_: counters know addmm
+
+
+def repa_ffn_backward(
+    grad: Tensor, x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of `repa_ffn` for its six inputs, in their order."""
+    before = F.linear(x, fc1_weight, fc1_bias)
+    grad_before = torch.ops.aten.gelu_backward(grad @ fc2_weight, before)
+    grad_x = torch.addmm(grad @ weight, grad_before, fc1_weight)
+    grad_fc1, grad_fc2 = grad_before.t() @ x, grad.t() @ F.gelu(before)
+    return grad_x, grad_fc1, grad_before.sum(0), grad_fc2, grad.t() @ x, grad.sum(0)
 
 
 @torch.library.custom_op("zoo::repa_ffn", mutates_args=())
@@ -69,7 +90,7 @@ def _repa_ffn(
         from zoo.kernels import triton_repa
 
         return triton_repa.forward(x, fc1_weight, fc1_bias, fc2_weight, weight, bias)
-    return reference.repa_ffn(x, fc1_weight, fc1_bias, fc2_weight, weight, bias)
+    return repa_ffn_formula(x, fc1_weight, fc1_bias, fc2_weight, weight, bias)
 
 
 @_repa_ffn.register_fake
@@ -82,7 +103,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-    return reference.repa_ffn_backward(grad, *ctx.saved_tensors)
+    return repa_ffn_backward(grad, *ctx.saved_tensors)
 
 
 _repa_ffn.register_autograd(_differentiate, setup_context=_save)

@@ -9,13 +9,13 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.kernels import reference
 from zoo.kernels.dispatch import check_shapes, runs_kernel
 
-__all__ = ["ska"]
+__all__ = ["ska", "ska_backward", "ska_formula"]
 
 
 def ska(x: Tensor, weight: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def ska(x: Tensor, weight: Tensor) -> Tensor:
         recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         if recorded and not torch.compiler.is_compiling():
             return _Ska.apply(x, weight)
-    return reference.ska(x, weight)
+    return ska_formula(x, weight)
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
@@ -58,6 +58,48 @@ def _check(x: Tensor, weight: Tensor) -> None:
         raise ValueError(f"weight must have the taps of a square kernel of odd side, got {weight.shape[2]}.")
 
 
+def ska_formula(x: Tensor, weight: Tensor, start: Tensor | None = None) -> Tensor:
+    """Compute `ska` as shifted multiply-adds on views, which compilers make one kernel of.
+
+    Neighbourhoods are not copied; TorchScript takes the function too.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (B, G, K, H, W).
+        start: (B, C, H, W), overwritten with its sum with the result; None starts from zero.
+    """
+    height, width = x.shape[2], x.shape[3]
+    side, sets = int(math.sqrt(weight.shape[2]) + 0.5), weight.shape[1]
+    pad = side // 2
+    padded = F.pad(x, (pad, pad, pad, pad)).unflatten(1, (-1, sets))  # (B, C / G, G, H + 2 pad, W + 2 pad)
+    if start is None:
+        out, first = padded[:, :, :, :height, :width] * weight[:, None, :, 0], 1
+    else:
+        out, first = start.unflatten(1, (-1, sets)), 0
+    for tap in range(first, side * side):
+        row, column = tap // side, tap % side
+        shifted = padded[:, :, :, row : row + height, column : column + width]
+        out.addcmul_(shifted, weight[:, None, :, tap])
+    return out.flatten(1, 2)
+
+
+def ska_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `ska` for x and weight; they can be differentiated again."""
+    side, sets = math.isqrt(weight.shape[2]), weight.shape[1]
+    height, width, pad = *x.shape[2:], side // 2
+    padded = F.pad(x, (pad, pad, pad, pad))
+    wide = torch.zeros_like(padded, dtype=torch.promote_types(x.dtype, torch.float32))
+    shifts, slopes, grad_sets = (map_.unflatten(1, (-1, sets)) for map_ in (padded, wide, grad))
+    grad_taps = []
+    for tap in range(side * side):
+        row, column = tap // side, tap % side
+        at = (..., slice(row, row + height), slice(column, column + width))
+        slopes[at].addcmul_(grad_sets, weight[:, None, :, tap])
+        grad_taps.append((shifts[at] * grad_sets).sum(1))
+    inner = wide[:, :, pad : pad + height, pad : pad + width]
+    return inner.to(x.dtype), torch.stack(grad_taps, 2).to(weight.dtype)
+
+
 class _Ska(torch.autograd.Function):
     """The formula with a backward pass that keeps `x` and `weight` only; it can be differentiated again."""
 
@@ -65,7 +107,7 @@ class _Ska(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return reference.ska(x, weight)
+        return ska_formula(x, weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -73,7 +115,7 @@ class _Ska(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.ska_backward(grad, *ctx.saved_tensors)
+        return ska_backward(grad, *ctx.saved_tensors)
 
 
 @torch.library.custom_op("zoo::ska", mutates_args=())
@@ -84,7 +126,7 @@ def _ska(x: Tensor, weight: Tensor) -> Tensor:
         from zoo.kernels import triton_ska
 
         return triton_ska.forward(x, weight, out)
-    return out.copy_(reference.ska(x, weight))
+    return out.copy_(ska_formula(x, weight))
 
 
 @_ska.register_fake
@@ -99,7 +141,7 @@ def _ska_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tens
         from zoo.kernels import triton_ska
 
         return triton_ska.backward(grad, x, weight, grad_x, grad_weight)
-    of_x, of_weight = reference.ska_backward(grad, x, weight)
+    of_x, of_weight = ska_backward(grad, x, weight)
     return grad_x.copy_(of_x), grad_weight.copy_(of_weight)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layers.derived import derive_after_loading
 from zoo.layers.kept import Kept
 
 __all__ = ["BiasedAttention", "resize_attention_biases"]
@@ -25,15 +24,25 @@ class BiasedAttention(nn.Module):
         dtype: Type of the parameters.
     """
 
-    def __init__(self, num_heads: int, resolution: int, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        resolution: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, resolution**2, device=device, dtype=dtype))
         self._kept = Kept()
-        self._index_offsets(resolution)
-
-    def _index_offsets(self, resolution: int) -> None:
-        """Number the offsets of all pairs of tokens, |dy| * r + |dx|, flat (r ** 4)."""
         self.resolution = resolution
+        self.derive_buffers()
+        derive_after_loading(self)
+
+    @torch.jit.unused
+    def derive_buffers(self) -> None:
+        """Number the offsets of all pairs of tokens, |dy| * r + |dx|, flat (r ** 4)."""
+        resolution = self.resolution
         side = torch.arange(resolution, device=self.attention_biases.device)
         y, x = (axis.flatten() for axis in torch.meshgrid(side, side, indexing="ij"))
         offsets = (y[:, None] - y).abs() * resolution + (x[:, None] - x).abs()
@@ -50,7 +59,8 @@ class BiasedAttention(nn.Module):
         table = self.attention_biases
         resized = resize_attention_biases(table.detach(), resolution)
         self.attention_biases = nn.Parameter(resized, requires_grad=table.requires_grad)
-        self._index_offsets(resolution)
+        self.resolution = resolution
+        self.derive_buffers()
 
     def attention_bias(self) -> Tensor:
         """Return the bias of every pair of tokens, (h, r * r, r * r)."""

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from zoo.layers.attention_bias import BiasedAttention
 from zoo.layers.conv_norm import ConvNorm
 from zoo.layers.kept import Kept, can_keep
+from zoo.layers.own import is_own, require_mergeable
+from zoo.layers.tracing import require_leaf
 
-__all__ = ["CascadedGroupAttention", "WindowAttention", "plain_attention"]
+__all__ = ["CascadedGroupAttention", "WindowAttention"]
 
 _DENSE_TOKENS = 1024  # measured: a convolution call costs 35 us for any number of tokens below
 
@@ -45,11 +47,11 @@ class CascadedGroupAttention(BiasedAttention):
         resolution: int,
         kernels: Sequence[int],
         *,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_heads, resolution, device=device, dtype=dtype)
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         value_dim = dim // num_heads
         self.dim, self.key_dim, self.value_dim = dim, key_dim, value_dim
         self.num_heads, self.scale = num_heads, key_dim**-0.5
@@ -62,12 +64,19 @@ class CascadedGroupAttention(BiasedAttention):
         self.proj = nn.Sequential(nn.ReLU(), ConvNorm(dim, dim, bn_weight_init=0.0, **dd))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._attend_in_tokens(x) if self.merged else self._attend_in_maps(x)
+        if self.merged and (torch.jit.is_scripting() or self._owns_parts()):
+            return self._attend_in_tokens(x)
+        return self._attend_in_maps(x)
+
+    @torch.jit.unused
+    def _owns_parts(self) -> bool:
+        layers = cast(list[ConvNorm], [*self.qkvs, *self.dws])
+        return all(is_own(layer, ConvNorm) and is_own(layer.conv, nn.Conv2d) for layer in layers)
 
     def _attend_in_maps(self, x: Tensor) -> Tensor:
-        """Attend in training form, (B, C, r, r) throughout."""
+        """Attend through the modules, (B, C, r, r) throughout."""
         batch, _, height, width = x.shape
-        bias = self.attention_bias()
+        bias, scale = self.attention_bias(), 1.0 if self.merged else self.scale
         groups = x.chunk(self.num_heads, 1)
         out, outs = groups[0], []
         for i, (qkv, dw) in enumerate(zip(self.qkvs, self.dws)):  # noqa: B905  # TorchScript has no strict
@@ -75,7 +84,7 @@ class CascadedGroupAttention(BiasedAttention):
                 out = out + groups[i]
             q, k, v = qkv(out).split([self.key_dim, self.key_dim, self.value_dim], 1)
             q = dw(q).flatten(2).transpose(1, 2)
-            attn = torch.baddbmm(bias[i], q, k.flatten(2), alpha=self.scale).softmax(-1)
+            attn = torch.baddbmm(bias[i], q, k.flatten(2), alpha=scale).softmax(-1)
             out = (v.flatten(2) @ attn.transpose(1, 2)).view(batch, self.value_dim, height, width)
             outs.append(out)
         return self.proj(torch.cat(outs, 1))
@@ -132,6 +141,7 @@ class CascadedGroupAttention(BiasedAttention):
         """
         if self.merged:
             return ()
+        require_mergeable(self)
         for layer in (*self.qkvs, *self.dws, self.proj[1]):
             layer.reparameterize()
         for layer in self.dws:
@@ -161,6 +171,8 @@ class WindowAttention(nn.Module):
         self.window_size = window_size
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            require_leaf(self, x)
         batch, dim, height, width = x.shape
         side = self.attn.resolution
         if height == side and width == side:
@@ -180,25 +192,3 @@ def _convolve(q: Tensor, weight: Tensor, bias: Tensor | None, side: int) -> Tens
     x = q.reshape(-1, side, side, q.shape[2]).permute(0, 3, 1, 2)
     x = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
     return x.permute(0, 2, 3, 1).reshape(q.shape)
-
-
-def plain_attention(attn: CascadedGroupAttention, x: Tensor) -> Tensor:
-    """Compute `CascadedGroupAttention` head by head as the paper's code does: oracle of tests, rival in benchmarks.
-
-    Args:
-        attn: In training or merged form.
-        x: (B, C, r, r).
-    """
-    batch, _, height, width = x.shape
-    bias = attn.attention_biases[:, attn.attention_bias_idxs.view(height * width, -1)]  # type: ignore[operator]
-    groups = x.chunk(attn.num_heads, 1)
-    out, outs = groups[0], []
-    for i, (qkv, dw) in enumerate(zip(attn.qkvs, attn.dws, strict=True)):
-        if i > 0:
-            out = out + groups[i]
-        q, k, v = qkv(out).split((attn.key_dim, attn.key_dim, attn.value_dim), 1)
-        q, k, v = dw(q).flatten(2), k.flatten(2), v.flatten(2)
-        scores = (q.transpose(1, 2) @ k) * (1.0 if attn.merged else attn.scale) + bias[i]
-        out = (v @ scores.softmax(-1).transpose(1, 2)).view(batch, -1, height, width)
-        outs.append(out)
-    return attn.proj(torch.cat(outs, 1))

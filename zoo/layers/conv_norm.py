@@ -9,16 +9,20 @@ import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.fx import Proxy
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-__all__ = ["ConvNorm", "NormLinear", "RepConv", "average_heads", "fold_norm_into_linear", "require_eval"]
+from zoo.layers.own import is_own, require_mergeable
 
-
-def require_eval(module: nn.Module) -> None:
-    """Raise a RuntimeError if a module that is to be merged, or a norm in it, is in training mode."""
-    if module.training or any(part.training for part in module.modules() if isinstance(part, _BatchNorm)):
-        raise RuntimeError(f"{type(module).__name__} cannot be merged in training mode: call model.eval() first.")
+__all__ = [
+    "ConvNorm",
+    "NormLinear",
+    "RepConv",
+    "average_heads",
+    "fold_layer_norm",
+    "fold_norm_into_linear",
+    "merged_kernel",
+]
 
 
 class ConvNorm(nn.Module):
@@ -55,11 +59,11 @@ class ConvNorm(nn.Module):
         bias: bool = False,
         bn_weight_init: float = 1.0,
         eps: float = 1e-5,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         padding = dilation * (kernel_size - 1) // 2 if padding is None else padding
         self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding, dilation, groups, bias=bias, **dd)
         self.bn: nn.BatchNorm2d | None = nn.BatchNorm2d(out_chs, eps=eps, **dd)
@@ -83,7 +87,7 @@ class ConvNorm(nn.Module):
         """
         if self.bn is None:
             return ()
-        require_eval(self)
+        require_mergeable(self)
         self.conv = fuse_conv_bn_eval(self.conv, self.bn)
         assert self.conv.bias is not None
         self.conv.bias.requires_grad_(self.conv.weight.requires_grad)  # a bias made of nothing would be frozen
@@ -120,8 +124,8 @@ class RepConv(nn.Module):
         *,
         identity: bool = False,
         bn_weight_init: float = 1.0,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if any(size % 2 == 0 for size in kernel_sizes):
@@ -152,9 +156,16 @@ class RepConv(nn.Module):
                 out = out + other
             return out + x if self.identity else out
         assert self.conv is not None
-        if self.conv.out_channels == self.in_chs or torch.jit.is_scripting():
+        if torch.jit.is_scripting():
             return self.conv(x)
-        return _widening_depthwise(self.conv, x)
+        return self._widen(x)
+
+    @torch.jit.unused
+    def _widen(self, x: Tensor) -> Tensor:
+        conv = cast(nn.Conv2d, self.conv)
+        if isinstance(x, Proxy) or not is_own(conv, nn.Conv2d) or conv.out_channels == self.in_chs:
+            return conv(x)
+        return _widening_depthwise(conv, x)
 
     def example_input(self) -> Tensor:
         """Return a random input, (1, in_chs, 17, 17)."""
@@ -170,7 +181,7 @@ class RepConv(nn.Module):
         """
         if self.branches is None:
             return ()
-        require_eval(self)
+        require_mergeable(self)
         branches = cast(list[ConvNorm], list(self.branches))
         for branch in branches:
             branch.reparameterize()
@@ -219,7 +230,13 @@ class NormLinear(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, drop: float = 0.0, *, device: Any = None, dtype: Any = None
+        self,
+        in_features: int,
+        out_features: int,
+        drop: float = 0.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.bn: nn.BatchNorm1d | None = nn.BatchNorm1d(in_features, device=device, dtype=dtype)
@@ -247,7 +264,7 @@ class NormLinear(nn.Module):
         """
         if self.bn is None:
             return ()
-        require_eval(self)
+        require_mergeable(self)
         fold_norm_into_linear(self.bn, self.linear)
         self.bn = None
         return ("norm",)
@@ -290,3 +307,22 @@ def average_heads(head: NormLinear, other: NormLinear) -> None:
         part.reparameterize()
     head.linear.weight.copy_((head.linear.weight + other.linear.weight) / 2)
     head.linear.bias.copy_((head.linear.bias + other.linear.bias) / 2)
+
+
+def merged_kernel(conv: nn.Conv2d, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """Return kernel and bias of a convolution with the statistics of the BatchNorm behind it, if there is one."""
+    weight, bias = conv.weight, cast(Tensor, conv.bias)
+    if not isinstance(norm, nn.BatchNorm2d):
+        return weight, bias
+    scale = norm.weight * torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps)
+    return weight * scale[:, None, None, None], (bias - cast(Tensor, norm.running_mean)) * scale + norm.bias
+
+
+@torch.no_grad()
+def fold_layer_norm(norm: nn.LayerNorm, linear: nn.Linear) -> None:
+    """Move a LayerNorm's weight and bias into the linear layer behind it, in place."""
+    linear.bias.add_(linear.weight @ norm.bias)
+    linear.weight.mul_(norm.weight)
+    norm.elementwise_affine = False
+    norm.register_parameter("weight", None)
+    norm.register_parameter("bias", None)

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.kernels import repa_ffn
-from zoo.layers.conv_norm import require_eval
+from zoo.layers.own import is_own, require_mergeable
 
 __all__ = [
     "FFNFacts",
-    "PlainRePaFFN",
     "RePaFFN",
     "active_channels",
     "convert_ffn_keys",
@@ -174,7 +173,10 @@ class RePaFFN(nn.Module):
             if self.active_fc1 is None or self.active_fc2 is None:
                 return self.linear(rows).view(x.shape)
             fc1, fc2 = self.active_fc1, self.active_fc2
-            out = repa_ffn(rows, fc1.weight, fc1.bias, fc2.weight, self.linear.weight, self.linear.bias)
+            if torch.jit.is_scripting() or self._owns_parts():
+                out = repa_ffn(rows, fc1.weight, fc1.bias, fc2.weight, self.linear.weight, self.linear.bias)
+            else:
+                out = self.linear(rows) + fc2(F.gelu(fc1(rows)))
             return out.view(x.shape)
         if self.norm is not None:
             if self.feature_norm == "GroupNorm":
@@ -188,11 +190,17 @@ class RePaFFN(nn.Module):
         if self.idle_fc1 is not None and self.idle_fc2 is not None:
             hidden = self.idle_fc1(rows)
             hidden = hidden if self.idle_norm is None else self.idle_norm(hidden)
-            z = self.idle_fc2(hidden) if z is None else torch.addmm(z, hidden, self.idle_fc2.weight.t())
+            z = self.idle_fc2(hidden) if z is None else z + self.idle_fc2(hidden)
         assert z is not None
         if self.layer_scale is not None:
             z = z * self.layer_scale
         return x + self.drop_path(self.drop(z).view(x.shape))
+
+    @torch.jit.unused
+    def _owns_parts(self) -> bool:
+        """Tell whether the parts of the merged form are what merging left, without a bias where it left none."""
+        parts = (self.linear, self.active_fc1, self.active_fc2)
+        return all(is_own(part, nn.Linear) for part in parts) and self.active_fc2.bias is None  # type: ignore[union-attr]
 
     @torch.no_grad()
     def reparameterize(self) -> tuple[str, ...]:
@@ -206,7 +214,7 @@ class RePaFFN(nn.Module):
         """
         if self.form != "training" or self.feature_norm != "BatchNorm":
             return ()
-        require_eval(self)
+        require_mergeable(self)
         kept = next(self.parameters())
         scale, shift = _affine(self.norm, "norm")
         gain = _exact(self.layer_scale) if self.layer_scale is not None else torch.ones_like(scale)
@@ -403,49 +411,3 @@ def _split(state: dict[str, Tensor], active: int) -> dict[str, Tensor]:
         else:
             split["layer_scale" if key == "ls" else f"norm.{leaf}" if head == "norm1" else key] = value
     return split
-
-
-class PlainRePaFFN(nn.Module):
-    """The training form as the paper writes it: GELU on all channels, a mask that keeps it on the active ones.
-
-    It is the oracle of the tests and the rival of `zoo bench`; models use `RePaFFN`.
-
-    Args:
-        layer: A BatchNorm layer in training form without layer scale; its weights are copied.
-
-    Shape:
-        (B, N, C) -> (B, N, C).
-
-    Raises:
-        ValueError: `layer` has another norm or form, or a layer scale.
-    """
-
-    def __init__(self, layer: RePaFFN) -> None:
-        super().__init__()
-        if layer.form != "training" or layer.feature_norm != "BatchNorm" or layer.layer_scale is not None:
-            raise ValueError("PlainRePaFFN needs a RePaFFN with BatchNorm, in training form, without layer scale.")
-        kept = layer.state_dict()
-        like = dict(device=kept["norm.weight"].device, dtype=kept["norm.weight"].dtype)
-        self.active_dim = layer.active_dim
-        self.norm1 = nn.BatchNorm1d(layer.dim, **like)
-        self.fc1 = nn.Linear(layer.dim, layer.hidden_dim, **like)
-        self.norm2 = nn.BatchNorm1d(layer.hidden_dim, **like)
-        self.fc2 = nn.Linear(layer.hidden_dim, layer.dim, **like)
-        joined = {"fc2.bias": kept.get("active_fc2.bias", kept.get("idle_fc2.bias"))}
-        for own, key, axis in (("fc1", "fc1.weight", 0), ("fc1", "fc1.bias", 0), ("fc2", "fc2.weight", 1)):
-            parts = [kept[f"{branch}_{key}"] for branch in ("active", "idle") if f"{branch}_{key}" in kept]
-            joined[f"{own}.{key.split('.')[1]}"] = torch.cat(parts, axis)
-        for leaf in ("weight", "bias", "running_mean", "running_var"):
-            parts = [kept[f"{branch}_norm.{leaf}"] for branch in ("active", "idle") if f"{branch}_norm.{leaf}" in kept]
-            joined |= {f"norm1.{leaf}": kept[f"norm.{leaf}"], f"norm2.{leaf}": torch.cat(parts)}
-        for norm in ("norm1", "norm2"):
-            joined[f"{norm}.num_batches_tracked"] = kept["norm.num_batches_tracked"]
-        self.load_state_dict(joined)
-        self.train(layer.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc1(self.norm1(x.transpose(1, 2)).transpose(1, 2))
-        mask = torch.zeros_like(hidden, dtype=torch.bool)
-        mask[..., : self.active_dim] = True
-        hidden = torch.where(mask, F.gelu(hidden), hidden)
-        return x + self.fc2(self.norm2(hidden.transpose(1, 2)).transpose(1, 2))

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from zoo.kernels import reference
 from zoo.kernels.dft import column_weights, separable, separable_dft
 from zoo.kernels.dispatch import no_autocast, runs_kernel
-from zoo.kernels.frequency import frequency_filter
+from zoo.kernels.frequency import filter_frequencies, frequency_filter
+from zoo.layers.tracing import require_leaf
 
 __all__ = ["AdaptiveFrequencyFilter", "dense_dft"]
 
@@ -82,7 +81,13 @@ class AdaptiveFrequencyFilter(nn.Module):
     kernel_operators = ("frequency_filter",)
 
     def __init__(
-        self, dim: int, groups: int = 8, sparsity_threshold: float = 0.0, *, device: Any = None, dtype: Any = None
+        self,
+        dim: int,
+        groups: int = 8,
+        sparsity_threshold: float = 0.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if dim % groups:
@@ -106,6 +111,7 @@ class AdaptiveFrequencyFilter(nn.Module):
 
     @torch.jit.unused
     def _run(self, x: Tensor) -> Tensor:
+        require_leaf(self, x)
         if runs_kernel("frequency_filter", x, self.w1):
             return frequency_filter(x, self.w1, self.b1, self.w2, self.b2, self.sparsity_threshold)
         z = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -174,4 +180,4 @@ class AdaptiveFrequencyFilter(nn.Module):
         else:
             row, column, _, row_back = separable(height, width, x.dtype, x.device)
         w1, b1, w2, b2 = (value.to(x.dtype) for value in (self.w1, self.b1, self.w2, self.b2))
-        return reference.filter_frequencies(x, w1, b1, w2, b2, row, column, row_back, self.sparsity_threshold)
+        return filter_frequencies(x, w1, b1, w2, b2, row, column, row_back, self.sparsity_threshold)

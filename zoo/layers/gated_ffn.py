@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.kernels import dwconv_gate, reference
-from zoo.layers.pixel_norm import PixelNorm
-from zoo.layers.strips import RowWindow, add_product, linear_strip
+from zoo.kernels import dwconv_gate
+from zoo.layers.own import is_own
 
 __all__ = ["GatedFFN", "aligned_hidden"]
 
@@ -26,6 +24,8 @@ def aligned_hidden(hidden_dim: int) -> int:
 class GatedFFN(nn.Module):
     """Gated-Dconv feed-forward network (GDFN): gelu(a) * b of two depthwise-convolved halves.
 
+    With the attribute `merged` the convolution and the gate are one operator of `zoo.kernels`.
+
     Args:
         dim: Channels C.
         hidden_dim: Channels of each half.
@@ -36,8 +36,12 @@ class GatedFFN(nn.Module):
 
     kernel_operators = ("dwconv_gate",)
 
-    def __init__(self, dim: int, hidden_dim: int, **dd: Any) -> None:
+    def __init__(
+        self, dim: int, hidden_dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        self.merged = False
         self.project_in = nn.Linear(dim, 2 * hidden_dim, bias=False, **dd)
         self.dwconv = nn.Conv2d(2 * hidden_dim, 2 * hidden_dim, 3, padding=1, groups=2 * hidden_dim, bias=False, **dd)
         self.project_out = nn.Linear(hidden_dim, dim, bias=False, **dd)
@@ -48,24 +52,13 @@ class GatedFFN(nn.Module):
         return self.project_out.in_features
 
     def forward(self, x: Tensor) -> Tensor:
-        gated = dwconv_gate(self.project_in(x).permute(0, 3, 1, 2), self.dwconv.weight)
+        hidden = self.project_in(x).permute(0, 3, 1, 2)
+        if self.merged and is_own(self.dwconv, nn.Conv2d) and self.dwconv.bias is None:
+            gated = dwconv_gate(hidden, self.dwconv.weight)
+        else:
+            a, b = self.dwconv(hidden).chunk(2, 1)
+            gated = F.gelu(a) * b
         return self.project_out(gated.permute(0, 2, 3, 1))
-
-    def fed_strips(
-        self, norm: PixelNorm, parts: Iterator[Tensor], height: int, width: int, rows: int
-    ) -> Iterator[Tensor]:
-        """Yield strips of a map plus what the network makes of it, one row behind the given strips (C, n, width)."""
-        weight, dtype = self.project_in.weight, self.project_in.weight.dtype
-        window = RowWindow(len(weight), height, rows, width, weight.device, dtype)
-        waiting: Tensor | None = None
-        for strip in parts:
-            linear_strip(weight, self.project_in.bias, norm.strip(strip), window.open(strip.shape[1]))
-            strip = strip if waiting is None else torch.cat([waiting, strip], 1)
-            if window.fresh:
-                gated = reference.dwconv_gate_by_parts(window.seen[None], self.dwconv.weight, (0, 1))[0]
-                yield add_product(strip[:, : window.fresh], self.project_out.weight, gated)
-            waiting = strip[:, window.fresh :].clone()
-            window.advance()
 
     def pad_hidden(self) -> bool:
         """Add hidden channels of zeros up to an aligned number; they change nothing, since gelu(0) * 0 = 0."""

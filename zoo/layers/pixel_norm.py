@@ -22,8 +22,11 @@ class PixelNorm(nn.Module):
         (..., C) -> the same.
     """
 
-    def __init__(self, dim: int, bias_free: bool, **dd: Any) -> None:
+    def __init__(
+        self, dim: int, bias_free: bool, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.bias_free, self.eps = bias_free, 1e-5
         self.weight: nn.Parameter | None = nn.Parameter(torch.ones(dim, **dd))
         self.bias = None if bias_free else nn.Parameter(torch.zeros(dim, **dd))
@@ -35,19 +38,6 @@ class PixelNorm(nn.Module):
         variance = (wide - wide.mean(-1, keepdim=True)).square().mean(-1, keepdim=True)
         out = (wide * (variance + self.eps).rsqrt()).to(x.dtype)
         return out if self.weight is None else out * self.weight
-
-    def strip(self, x: Tensor) -> Tensor:
-        """Normalise (C, rows, width) -> (C, rows * width)."""
-        flat = x.flatten(1)
-        wide = flat.float() if x.dtype in (torch.bfloat16, torch.float16) else flat
-        out = wide - wide.mean(0)
-        scale = out.square().mean(0).add_(self.eps).rsqrt_()
-        torch.mul(wide if self.bias_free else out, scale, out=out)
-        if self.weight is not None:
-            out.mul_(self.weight[:, None])
-        if self.bias is not None:
-            out.add_(self.bias[:, None])
-        return out.to(x.dtype)
 
     def fold_into(self, linear: nn.Linear) -> None:
         """Move weight and bias into the linear layer behind."""

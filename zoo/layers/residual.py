@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from zoo.layers.conv_norm import ConvNorm
+from zoo.layers.own import require_mergeable
 
-__all__ = ["Residual", "ResidualConv", "plain_residual"]
+__all__ = ["Residual", "ResidualConv"]
 
 
 class Residual(nn.Module):
@@ -53,7 +51,13 @@ class ResidualConv(nn.Module):
     """
 
     def __init__(
-        self, dim: int, *, bn_weight_init: float = 1.0, drop_path: float = 0.0, device: Any = None, dtype: Any = None
+        self,
+        dim: int,
+        *,
+        bn_weight_init: float = 1.0,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.m = ConvNorm(dim, dim, 3, groups=dim, bn_weight_init=bn_weight_init, device=device, dtype=dtype)
@@ -76,23 +80,8 @@ class ResidualConv(nn.Module):
         """
         if self.merged:
             return ()
+        require_mergeable(self)
         folded = self.m.reparameterize()
         self.m.conv.weight[:, :, 1, 1] += 1
         self.merged = True
         return (*folded, "residual")
-
-
-def plain_residual(layer: Residual | ResidualConv, x: Tensor) -> Tensor:
-    """Compute a branch and an addition, as EfficientViT's code does: oracle of tests, rival in benchmarks.
-
-    Args:
-        layer: In training or merged form; a merged convolution is taken apart at the first call.
-        x: (B, C, H, W).
-    """
-    if not isinstance(layer, ResidualConv) or not layer.merged:
-        return x + layer.drop_path(layer.m(x))
-    if not hasattr(layer, "plain_weight"):
-        weight = layer.m.conv.weight.detach().clone()
-        weight[:, :, 1, 1] -= 1
-        layer.plain_weight = weight
-    return x + F.conv2d(x, layer.plain_weight, layer.m.conv.bias, padding=1, groups=x.shape[1])  # type: ignore[arg-type]

@@ -5,29 +5,21 @@ LSNet: See Large, Focus Small (CVPR 2025), https://arxiv.org/abs/2503.23135.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from zoo.kernels import reference, ska
+from zoo.kernels import ska
 from zoo.kernels.dispatch import runs_kernel
-from zoo.layers.conv_norm import ConvNorm, require_eval
+from zoo.kernels.ska import ska_formula
+from zoo.layers.conv_norm import ConvNorm
+from zoo.layers.own import require_mergeable
+from zoo.layers.tracing import require_leaf
 
-__all__ = ["KernelPredictor", "LSConv", "plain_ls_conv", "plain_ska"]
-
-
-def plain_ska(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute `zoo.kernels.ska` from all neighbourhoods, side by side in memory: oracle of tests, rival elsewhere."""
-    batch, chans, height, width = x.shape
-    sets, taps = weight.shape[1:3]
-    side = math.isqrt(taps)
-    windows = F.unfold(x, side, padding=side // 2).view(batch, chans // sets, sets, taps, height, width)
-    return (windows * weight.unsqueeze(1)).sum(3).view(batch, chans, height, width)
+__all__ = ["KernelPredictor", "LSConv", "swap_axes"]
 
 
 class KernelPredictor(nn.Module):
@@ -44,9 +36,9 @@ class KernelPredictor(nn.Module):
         (B, C, H, W) -> (B, 9 * C / 8, H, W).
     """
 
-    def __init__(self, dim: int, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.sets, self.taps = dim // 8, 9
         self.cv1 = ConvNorm(dim, dim // 2, **dd)
         self.act = nn.ReLU()
@@ -78,7 +70,14 @@ class LSConv(nn.Module):
 
     kernel_operators = ("ska",)
 
-    def __init__(self, dim: int, *, drop_path: float = 0.0, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.dim = dim
         self.lkp = KernelPredictor(dim, device=device, dtype=dtype)
@@ -88,6 +87,8 @@ class LSConv(nn.Module):
         self.shift: nn.Parameter | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            require_leaf(self, x)
         scale, shift = self.scale, self.shift
         kernels = self.lkp(x)
         if self.bn is not None:
@@ -95,6 +96,8 @@ class LSConv(nn.Module):
             return x + self.drop_path(self.bn(ska(x, kernels)))
         assert scale is not None
         assert shift is not None
+        if not torch.jit.is_scripting():
+            self._require_own_norm()
         # The group norm, whose groups are not neighbours here.
         kernels = kernels.unflatten(1, (self.lkp.taps, self.lkp.sets))  # (B, 9, G, H, W)
         centred = kernels - kernels.mean((1, 3, 4), keepdim=True)
@@ -105,7 +108,16 @@ class LSConv(nn.Module):
             adds_apart = torch.is_grad_enabled() or runs_kernel("ska", x, kernels)
             if adds_apart:
                 return x + shift.view(-1, 1, 1) + ska(x * scale.view(-1, 1, 1), kernels)
-        return reference.ska(x * scale.view(-1, 1, 1), kernels, x + shift.view(-1, 1, 1))
+        return ska_formula(x * scale.view(-1, 1, 1), kernels, x + shift.view(-1, 1, 1))
+
+    @torch.jit.unused
+    def _require_own_norm(self) -> None:
+        norm = self.lkp.norm
+        if type(norm) is not nn.GroupNorm:
+            raise RuntimeError(
+                f"The kernels of a merged LSConv are ordered tap by tap, and only its own GroupNorm knows of that: its "
+                f"lkp.norm is a {type(norm).__name__}. Replace it before merging."
+            )
 
     def example_input(self) -> Tensor:
         """Return a random input, (1, C, 9, 9)."""
@@ -121,7 +133,7 @@ class LSConv(nn.Module):
         """
         if self.bn is None:
             return ()
-        require_eval(self)
+        require_mergeable(self)
         for layer in (self.lkp.cv1, self.lkp.cv2, self.lkp.cv3):
             layer.reparameterize()
         bn = self.bn
@@ -131,32 +143,10 @@ class LSConv(nn.Module):
         self.scale, self.shift = nn.Parameter(scale), nn.Parameter(bn.bias - scale * bn.running_mean)
         self.bn = None
         for parameter in (*self.lkp.cv4.parameters(), *self.lkp.norm.parameters()):
-            parameter.copy_(_swap(parameter, self.lkp.sets, self.lkp.taps))
+            parameter.copy_(swap_axes(parameter, self.lkp.sets, self.lkp.taps))
         return ("norms", "kernel order")
 
 
-def _swap(values: Tensor, first: int, second: int) -> Tensor:
+def swap_axes(values: Tensor, first: int, second: int) -> Tensor:
     """Reorder entries of the first dimension, first * second of them, so that the second index comes first."""
     return values.unflatten(0, (first, second)).transpose(0, 1).flatten(0, 1)
-
-
-def plain_ls_conv(layer: LSConv, x: Tensor) -> Tensor:
-    """Compute `LSConv` as a port of the authors' code does: group norm, unfolded neighbourhoods, scale, residual.
-
-    Args:
-        layer: In training or merged form.
-        x: (B, C, H, W).
-    """
-    predictor, sets = layer.lkp, layer.lkp.sets
-    if layer.bn is not None:
-        kernels = predictor.norm(predictor(x))
-        return x + layer.bn(plain_ska(x, kernels.unflatten(1, (sets, predictor.taps))))
-    assert layer.scale is not None
-    assert layer.shift is not None
-    hidden = predictor.act(predictor.cv3(predictor.cv2(predictor.act(predictor.cv1(x)))))
-    cv4, norm = predictor.cv4, predictor.norm
-    assert cv4.bias is not None
-    weight, bias, gamma, beta = (_swap(v, predictor.taps, sets) for v in (cv4.weight, cv4.bias, norm.weight, norm.bias))
-    kernels = F.group_norm(F.conv2d(hidden, weight, bias), sets, gamma, beta, norm.eps)
-    out = plain_ska(x, kernels.unflatten(1, (sets, predictor.taps)))
-    return x + (out * layer.scale.view(-1, 1, 1) + layer.shift.view(-1, 1, 1))

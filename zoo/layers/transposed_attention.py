@@ -6,16 +6,14 @@ its strips one after the other, are all that the attention matrix depends on. Re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zoo.kernels.dispatch import no_autocast
-from zoo.layers.pixel_norm import PixelNorm
-from zoo.layers.strips import RowMap, RowWindow, add_product, depthwise_strip, linear_strip, strips
+from zoo.layers.own import is_own
 
 __all__ = ["Gram", "TransposedAttention", "channel_attention", "fold_projection", "gram"]
 
@@ -89,6 +87,8 @@ def fold_projection(attention: Tensor, weight: Tensor) -> Tensor:
 class TransposedAttention(nn.Module):
     """Multi-Dconv head transposed attention (MDTA): channels attend to channels, by similarities over the whole map.
 
+    With the attribute `merged` the projection is folded into the attention matrices, which are small.
+
     Args:
         dim: Channels C.
         num_heads: Heads of C / num_heads channels.
@@ -97,9 +97,12 @@ class TransposedAttention(nn.Module):
         (B, H, W, C) -> the same.
     """
 
-    def __init__(self, dim: int, num_heads: int, **dd: Any) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        self.dim, self.num_heads = dim, num_heads
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        self.dim, self.num_heads, self.merged = dim, num_heads, False
         self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1, **dd))
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
         self.qkv_dwconv = nn.Conv2d(3 * dim, 3 * dim, 3, padding=1, groups=3 * dim, bias=False, **dd)
@@ -109,53 +112,15 @@ class TransposedAttention(nn.Module):
         qkv = self.qkv_dwconv(self.qkv(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)  # (B, HW, 3C)
         q, k, v = qkv.chunk(3, -1)
         by_head = (part.unflatten(-1, (self.num_heads, -1)).permute(0, 2, 3, 1) for part in (q, k))
-        out = v @ self._matrix(gram(*by_head)).mT
+        sums = gram(*by_head)
+        if self.merged and is_own(self.project_out, nn.Linear) and self.project_out.bias is None:
+            out = v @ self.matrix(sums).mT
+        else:
+            attention = channel_attention(sums, self.temperature).to(v.dtype)
+            mixed = v.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) @ attention.mT  # (B, heads, HW, c)
+            out = self.project_out(mixed.transpose(1, 2).flatten(2))
         return out.unflatten(1, x.shape[1:3])
 
-    def _matrix(self, sums: Gram) -> Tensor:
+    def matrix(self, sums: Gram) -> Tensor:
         """Return attention and projection as one matrix, (..., C, C)."""
         return fold_projection(channel_attention(sums, self.temperature), self.project_out.weight)
-
-    def matrix_of(
-        self, norm: PixelNorm, x: RowMap, values: RowMap | None, rows: int, tell: Callable[[int], object]
-    ) -> Tensor:
-        """Return the matrix (C, C) of a whole map that is read by strips; store its values where a map is given."""
-        height, width, dim = x.shape
-        parts = range(2 if values is None else 3)
-        wanted = slice(len(parts) * dim)
-        weight, bias = self.qkv.weight[wanted], None if self.qkv.bias is None else self.qkv.bias[wanted]
-        window = RowWindow(len(parts) * dim, height, rows, width, x.device, x.dtype)
-        done, total = 0, None
-        for first, end in strips(height, rows):
-            linear_strip(weight, bias, norm.strip(x.read(first, end)), window.open(end - first))
-            if window.fresh:
-                kinds = [slice(part * dim, (part + 1) * dim) for part in parts]
-                q, k, *v = (depthwise_strip(window.seen[kind], self.qkv_dwconv.weight[kind]) for kind in kinds)
-                sums = gram(*(part.view(self.num_heads, -1, window.fresh * width) for part in (q, k)))
-                total = sums if total is None else total + sums
-                if values is not None:
-                    values.write(done, v[0])
-                done += window.fresh
-            window.advance()
-            tell(end - first)
-        return self._matrix(cast(Gram, total))
-
-    def mixed_strips(
-        self, norm: PixelNorm, x: RowMap, values: RowMap | None, matrix: Tensor, rows: int
-    ) -> Iterator[Tensor]:
-        """Yield strips (C, n, width) of the map plus its attention; values that were not stored are computed again."""
-        height, width, dim = x.shape
-        if values is not None:
-            for first, end in strips(height, rows):
-                yield add_product(x.read(first, end), matrix, values.read(first, end))
-            return
-        wanted = slice(2 * dim, None)
-        weight, bias = self.qkv.weight[wanted], None if self.qkv.bias is None else self.qkv.bias[wanted]
-        window = RowWindow(dim, height, rows, width, x.device, x.dtype)
-        for first, end in strips(height, rows):
-            strip = x.read(max(first - 1, 0), end)  # values come one row late
-            linear_strip(weight, bias, norm.strip(strip[:, first - end :]), window.open(end - first))
-            if window.fresh:
-                values_strip = depthwise_strip(window.seen, self.qkv_dwconv.weight[wanted])
-                yield add_product(strip[:, : window.fresh], matrix, values_strip)
-            window.advance()

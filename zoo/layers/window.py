@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from zoo.layers.conv_norm import require_eval
+from zoo.layers.own import require_mergeable
+from zoo.layers.tracing import require_leaf
 
-__all__ = ["HybridAttention", "Partition", "plain_attention"]
+__all__ = ["HybridAttention", "Partition"]
 
 Partition = Literal["both", "close", "remote"]
 
@@ -89,6 +90,8 @@ class HybridAttention(nn.Module):
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            require_leaf(self, x)
         height, width = x.shape[2], x.shape[3]
         size = (self.window_size, self.window_size) if self.window_size > 0 else (height, width)
         x = x.permute(0, 2, 3, 1)  # (B, H, W, C): the projections are plain matrix products
@@ -131,54 +134,10 @@ class HybridAttention(nn.Module):
         Raises:
             RuntimeError: The layer is in training mode.
         """
-        require_eval(self)
         if self.scale == 1.0:
             return ()
+        require_mergeable(self)
         self.qkv.weight[: self.dim] *= self.scale
         self.qkv.bias[: self.dim] *= self.scale
         self.scale = 1.0
         return ("query scale",)
-
-
-def plain_attention(module: HybridAttention, x: Tensor) -> Tensor:
-    """Compute `HybridAttention` the authors' way: two convolutions, both patterns in full, channels first.
-
-    Args:
-        module: Its weights are used.
-        x: (B, C, H, W).
-
-    Returns:
-        (B, M, H, W).
-    """
-    batch, dim, height, width = x.shape
-    side, heads, hidden = module.window_size, module.num_heads, module.hidden_dim
-    tall, wide = (side, side) if side > 0 else (height, width)
-    if height % tall or width % wide:
-        x = F.pad(x, (0, -width % wide, 0, -height % tall))
-    rows, cols = x.shape[2] // tall, x.shape[3] // wide
-    weight, bias = module.qkv.weight[..., None, None], module.qkv.bias
-    qk = F.conv2d(x, weight[: 2 * dim], bias[: 2 * dim])
-    v = module.act(F.conv2d(x, weight[2 * dim :], bias[2 * dim :]))
-    patterns = []
-    for remote in (True, False):
-        if module.partition not in ("both", "remote" if remote else "close"):
-            continue
-        if remote:
-            cut, axes, back = (tall, rows, wide, cols), (0, 3, 5, 1, 2, 4), (0, 3, 4, 1, 5, 2)
-        else:
-            cut, axes, back = (rows, tall, cols, wide), (0, 2, 4, 1, 3, 5), (0, 3, 1, 4, 2, 5)
-        q, k = _channels_first_windows(qk, cut, axes, (2, heads, dim // heads)).unbind(1)
-        values = _channels_first_windows(v, cut, axes, (heads, hidden // heads))
-        attn = ((q @ k.transpose(-2, -1)) * module.scale).softmax(-1)
-        out = (attn @ values).transpose(-2, -1).reshape(batch, rows, cols, hidden, tall, wide)
-        patterns.append(out.permute(back).reshape(batch, hidden, rows * tall, cols * wide))
-    total = patterns[0] if len(patterns) == 1 else patterns[0] + patterns[1]
-    return total[:, :, :height, :width].contiguous()
-
-
-def _channels_first_windows(
-    x: Tensor, cut: tuple[int, ...], axes: tuple[int, ...], channels: tuple[int, ...]
-) -> Tensor:
-    """Cut a map (B, C, H, W) into windows (B * n1 * n2, *channels, tokens) and put the last axis of channels last."""
-    x = x.view(*x.shape[:2], *cut).permute(axes)
-    return x.reshape(-1, *channels, x.shape[4] * x.shape[5]).transpose(-2, -1).contiguous()

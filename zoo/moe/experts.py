@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from zoo.ffn.dense_ffn import Channels, DenseFFN, read_ffn
 from zoo.kernels import routed_experts
 from zoo.kernels.dispatch import runs_kernel
-from zoo.kernels.reference import ACTIVATIONS
+from zoo.kernels.experts import ACTIVATIONS
 from zoo.moe.router import Gate, Router
 
 __all__ = ["LinearPlusMoE", "MoEFFN", "masked_experts", "sorted_experts"]

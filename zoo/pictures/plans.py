@@ -260,7 +260,7 @@ class Planner:
         allowed = parse_bytes(budget)
         if whole.pixels * self._pixel_bytes() <= allowed - self._held(blended=False):
             return whole
-        if hasattr(self.model, "stream"):
+        if hasattr(self.model, "stream") and getattr(self.model, "foreign_part", lambda: None)() is None:
             memory = allowed - self._held(blended=False) - self._stream_maps()
             if memory >= self._least_stream():
                 return StreamPlan(memory)

@@ -12,12 +12,15 @@ import torch.nn.functional as F
 from timm.layers import LayerScale
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from zoo.cfg import RestorationCfg
-from zoo.layers.conv_norm import require_eval
+from zoo.layers.conv_norm import fold_layer_norm
+from zoo.layers.derived import derive_after_loading
+from zoo.layers.own import first_foreign, require_mergeable
 from zoo.weights import build_model, shipped
 
-__all__ = ["CFSR", "detect", "plain_cfsr_block"]
+__all__ = ["CFSR", "detect"]
 
 # Sobel x, Sobel y and Laplacian as the authors' code builds them: two entries sit beside their textbook place.
 _EDGE_MASKS = (
@@ -26,7 +29,6 @@ _EDGE_MASKS = (
     ((1.0, 0.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0)),
 )
 _EDGES = ("sobel_x", "sobel_y", "laplacian")
-_ALL_ROWS = slice(None)  # of `plain_cfsr_block`
 _STRIP_PIXELS = 8192  # 3 MB for the widest map in float32
 _SCALES = (2, 3, 4)
 _RGB_MEAN = (0.4488, 0.4371, 0.4040)
@@ -94,22 +96,28 @@ class DepthwiseConv(nn.Conv2d):
 
     bias: nn.Parameter
 
-    def __init__(self, dim: int, kernel_size: int, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, dim: int, kernel_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """Convolve with the module's kernel and bias, or with others of the same shape."""
-        weight, bias = self.weight if weight is None else weight, self.bias if bias is None else bias
+    def forward(self, x: Tensor, more: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Convolve with the module's kernel and bias; with `more`, the sum of these and another kernel and bias."""
+        weight, bias = self.weight, self.bias
+        if more is not None:
+            weight, bias = weight + more[0], bias + more[1]
         x = x.permute(0, 3, 1, 2)
-        if self.training and x.device.type == "cpu" and weight.shape[-1] > 3:
+        strips = self.training and not isinstance(x, Proxy) and x.device.type == "cpu" and weight.shape[-1] > 3
+        if strips:
             return _DepthwiseConv.apply(x, weight, bias).permute(0, 2, 3, 1)
         return self._conv_forward(x, weight, bias).permute(0, 2, 3, 1)
 
-    def inner_rows(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def inner_rows(self, x: Tensor) -> Tensor:
         """Convolve without padding above and below: (B, H + kernel_size - 1, W, dim) -> (B, H, W, dim)."""
-        weight, bias = self.weight if weight is None else weight, self.bias if bias is None else bias
-        half = weight.shape[-1] // 2
-        return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=(0, half), groups=len(weight)).permute(0, 2, 3, 1)
+        padding, groups = (0, self.weight.shape[-1] // 2), len(self.weight)
+        return F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, padding=padding, groups=groups).permute(
+            0, 2, 3, 1
+        )
 
 
 class ConvMixer(nn.Module):
@@ -123,8 +131,11 @@ class ConvMixer(nn.Module):
         (B, H, W, dim) -> (B, H, W, dim)
     """
 
-    def __init__(self, dim: int, kernel_size: int, **dd: Any) -> None:
+    def __init__(
+        self, dim: int, kernel_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.expand = nn.Linear(dim, 2 * dim, **dd)  # a and v in one product
         self.conv = DepthwiseConv(dim, kernel_size, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
@@ -150,12 +161,9 @@ def _mask_table(channels: int) -> Tensor:
     return torch.tensor(_EDGE_MASKS)[:, None].repeat(1, channels, 1, 1).flatten(0, 1).unsqueeze(1)
 
 
-def _merge_edges(
-    weight: Tensor, bias: Tensor, scale: Tensor, edge_bias: Tensor, masks: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Add scaled edge filters to a depthwise kernel (channels, 1, 3, 3) and its bias."""
-    edges = (scale.view(-1, 1, 1, 1) * masks).view(len(scale), *weight.shape).sum(0)
-    return weight + edges, bias + edge_bias.sum(0)
+def _edge_sum(scale: Tensor, bias: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of scaled edge filters, (channels, 1, 3, 3), and of their biases."""
+    return (scale.view(-1, 1, 1, 1) * masks).view(scale.shape[0], scale.shape[1], 1, 3, 3).sum(0), bias.sum(0)
 
 
 class EdgeFFN(nn.Module):
@@ -177,8 +185,17 @@ class EdgeFFN(nn.Module):
     edge_bias: nn.Parameter | None
     edge_masks: Tensor | None
 
-    def __init__(self, dim: int, hidden_dim: int, edge_branches: bool, **dd: Any) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        edge_branches: bool,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.fc1 = nn.Linear(dim, hidden_dim, **dd)
         self.pos = DepthwiseConv(hidden_dim, 3, **dd)
         self.fc2 = nn.Linear(hidden_dim, dim, **dd)
@@ -206,15 +223,22 @@ class EdgeFFN(nn.Module):
         self.register_parameter("edge_bias", None)
         self.register_buffer("edge_masks", None)
 
-    def merged_kernel(self) -> tuple[Tensor, Tensor]:
-        """Return kernel (hidden_dim, 1, 3, 3) and bias (hidden_dim,) of the sum of all branches."""
+    def edges(self) -> tuple[Tensor, Tensor] | None:
+        """Return kernel (hidden_dim, 1, 3, 3) and bias (hidden_dim,) of all edge filters; None in the merged form."""
         if self.edge_scale is None or self.edge_bias is None or self.edge_masks is None:
-            return self.pos.weight, self.pos.bias
-        return _merge_edges(self.pos.weight, self.pos.bias, self.edge_scale, self.edge_bias, self.edge_masks)
+            return None
+        return _edge_sum(self.edge_scale, self.edge_bias, self.edge_masks)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.gelu(self.fc1(x))
-        return self.fc2(h + F.gelu(self.pos(h, *self.merged_kernel())))
+        h, edges = F.gelu(self.fc1(x)), self.edges()
+        if edges is None:
+            edge = self.pos(h)
+        elif isinstance(self.pos, DepthwiseConv):
+            edge = self.pos(h, edges)
+        else:  # an adapter around it, which knows of one input only
+            more = F.conv2d(h.permute(0, 3, 1, 2), *edges, padding=1, groups=h.shape[3])
+            edge = self.pos(h) + more.permute(0, 2, 3, 1)
+        return self.fc2(h + F.gelu(edge))
 
     def ahead(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return what is computed of each pixel by itself: the widened map."""
@@ -222,17 +246,17 @@ class EdgeFFN(nn.Module):
 
     def mix(self, h: Tensor) -> Tensor:
         """Return the result of the widened map of as many rows and `halo` more above and below."""
-        edge = torch.ops.aten.gelu_(self.pos.inner_rows(h, *self.merged_kernel()))
+        edge = torch.ops.aten.gelu_(self.pos.inner_rows(h))
         return self.fc2(edge.add_(h[:, 1:-1]))
 
 
 def _by_strips(x: Tensor) -> bool:
-    """Whether a block should run strip by strip: CPU inference, where its wide maps then stay in the cache.
+    """Whether a merged block should run strip by strip: CPU inference, where its wide maps then stay in the cache.
 
     At 256x256 and one thread that is 1.4 times as fast as whole maps, and needs half the memory. Compilers and
     exporters get the whole map, which leaves the height free.
     """
-    eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    eager = not (isinstance(x, Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing())
     return eager and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
@@ -276,9 +300,19 @@ class CFSRBlock(nn.Module):
     """
 
     def __init__(
-        self, dim: int, kernel_size: int, mlp_ratio: float, edge_branches: bool, layer_scale_init: float, **dd: Any
+        self,
+        dim: int,
+        kernel_size: int,
+        mlp_ratio: float,
+        edge_branches: bool,
+        layer_scale_init: float,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        self.merged = False
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.mixer = ConvMixer(dim, kernel_size, **dd)
         self.scale1: nn.Module = LayerScale(dim, layer_scale_init, **dd)
@@ -287,7 +321,7 @@ class CFSRBlock(nn.Module):
         self.scale2: nn.Module = LayerScale(dim, layer_scale_init, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        if _by_strips(x):
+        if self.merged and _by_strips(x) and first_foreign(self, _OWN) is None:
             x = _add_by_strips(x, self.norm1, self.mixer, self.scale1)
             return _add_by_strips(x, self.norm2, self.ffn, self.scale2)
         x = x + self.scale1(self.mixer(self.norm1(x)))
@@ -299,7 +333,7 @@ class CFSRBlock(nn.Module):
         return torch.randn(1, 16, 16, weight.shape[0], device=weight.device, dtype=weight.dtype)
 
     @torch.no_grad()
-    def reparameterize(self) -> list[str]:
+    def reparameterize(self) -> tuple[str, ...]:
         """Merge the edge filters and fold layer scales and affine norms into the linear layers; exact, in place.
 
         Returns:
@@ -308,79 +342,29 @@ class CFSRBlock(nn.Module):
         Raises:
             RuntimeError: The block is in training mode.
         """
-        require_eval(self)
-        done = []
-        if self.ffn.edge_scale is not None:
-            weight, bias = self.ffn.merged_kernel()
-            self.ffn.pos.weight, self.ffn.pos.bias = nn.Parameter(weight), nn.Parameter(bias)
+        if self.merged:
+            return ()
+        require_mergeable(self)
+        edges = self.ffn.edges()
+        if edges is not None:
+            self.ffn.pos.weight += edges[0]
+            self.ffn.pos.bias += edges[1]
             self.ffn.drop_edges()
-            done.append("edge branches")
-        if self.norm1.elementwise_affine:
-            _fold_norm(self.norm1, self.mixer.expand)
-            _fold_norm(self.norm2, self.ffn.fc1)
-            done.append("affine norms")
-        if isinstance(self.scale1, LayerScale) and isinstance(self.scale2, LayerScale):
-            _fold_scale(self.scale1, self.mixer.proj)
-            _fold_scale(self.scale2, self.ffn.fc2)
-            self.scale1, self.scale2 = nn.Identity(), nn.Identity()
-            done.append("layer scales")
-        return done
+        fold_layer_norm(self.norm1, self.mixer.expand)
+        fold_layer_norm(self.norm2, self.ffn.fc1)
+        _fold_scale(cast(LayerScale, self.scale1), self.mixer.proj)
+        _fold_scale(cast(LayerScale, self.scale2), self.ffn.fc2)
+        self.scale1, self.scale2, self.merged = nn.Identity(), nn.Identity(), True
+        return (*(("edge branches",) if edges is not None else ()), "affine norms", "layer scales")
 
 
-def _fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> None:
-    """Move a norm's weight and bias into the linear layer behind it."""
-    cast(Tensor, linear.bias).add_(linear.weight @ norm.bias)
-    linear.weight.mul_(norm.weight)
-    norm.elementwise_affine = False
-    norm.register_parameter("weight", None)
-    norm.register_parameter("bias", None)
+_OWN = (nn.Linear, DepthwiseConv, nn.LayerNorm, nn.Identity, ConvMixer, EdgeFFN)
 
 
 def _fold_scale(scale: LayerScale, linear: nn.Linear) -> None:
     """Move a layer scale into the linear layer before it."""
     linear.weight.mul_(scale.gamma[:, None])
     cast(Tensor, linear.bias).mul_(scale.gamma)
-
-
-def plain_cfsr_block(block: CFSRBlock, x: Tensor) -> Tensor:
-    """Run a block as the paper writes it: channels-first maps, one convolution a branch, the norm written out.
-
-    Test oracle and benchmark rival of `CFSRBlock`; works for the training and the merged form.
-
-    Args:
-        block: Its weights are used, before `reparameterize()`.
-        x: (B, dim, H, W).
-
-    Returns:
-        (B, dim, H, W)
-    """
-
-    def pointwise(x: Tensor, linear: nn.Linear, rows: slice = _ALL_ROWS) -> Tensor:
-        return F.conv2d(x, linear.weight[rows, :, None, None], cast(Tensor, linear.bias)[rows])
-
-    def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
-
-    def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
-        mean = x.mean(1, keepdim=True)
-        variance = (x - mean).pow(2).mean(1, keepdim=True)
-        return (x - mean) / torch.sqrt(variance + 1e-6) * layer.weight[:, None, None] + layer.bias[:, None, None]
-
-    def scale(x: Tensor, layer: nn.Module) -> Tensor:
-        return cast(Tensor, layer.gamma)[:, None, None] * x
-
-    mixer, ffn, dim = block.mixer, block.ffn, x.shape[1]
-    normed = norm(x, block.norm1)
-    a = depthwise(F.gelu(pointwise(normed, mixer.expand, slice(0, dim))), mixer.conv.weight, mixer.conv.bias)
-    v = pointwise(normed, mixer.expand, slice(dim, None))
-    x = x + scale(pointwise(a * v, mixer.proj), block.scale1)
-    h = F.gelu(pointwise(norm(x, block.norm2), ffn.fc1))
-    edge = depthwise(h, ffn.pos.weight, ffn.pos.bias)
-    if ffn.edge_scale is not None and ffn.edge_bias is not None and ffn.edge_masks is not None:
-        masks = ffn.edge_masks.chunk(len(_EDGES))
-        for strength, bias, mask in zip(ffn.edge_scale, ffn.edge_bias, masks, strict=True):
-            edge = edge + depthwise(h, strength[:, None, None, None] * mask, bias)
-    return x + scale(pointwise(h + F.gelu(edge), ffn.fc2), block.scale2)
 
 
 class CFSRStage(nn.Module):
@@ -440,7 +424,8 @@ class CFSR(nn.Module):
     @property
     def bytes_per_pixel(self) -> int:
         """Working memory of the forward pass on a CPU, in bytes per input pixel in float32."""
-        return 4 * (6 * self.conv_first.out_channels + 2 * self.upsample.out_channels)
+        merged = all(block.merged for block in self.modules() if isinstance(block, CFSRBlock))
+        return 4 * ((6 if merged else 12) * self.conv_first.out_channels + 2 * self.upsample.out_channels)
 
     def __init__(
         self,
@@ -455,8 +440,8 @@ class CFSR(nn.Module):
         interpolation_init: bool = False,
         merged: bool = False,
         num_classes: int = 0,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if scale not in _SCALES:
@@ -465,11 +450,9 @@ class CFSR(nn.Module):
             raise ValueError(f"kernel_size must be odd, got {kernel_size}.")
         if num_classes:
             raise ValueError(f"CFSR restores images and has no classes: num_classes must be 0, got {num_classes}.")
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.scale, self.in_chans, self.num_classes = scale, in_chans, num_classes
         self.kernel_size, self.depths = kernel_size, tuple(depths)
-        mean = torch.tensor(_RGB_MEAN, **dd) if in_chans == 3 else torch.zeros(in_chans, **dd)
-        self.register_buffer("mean", mean.view(1, in_chans, 1, 1), persistent=False)
         block_args = dict(
             kernel_size=kernel_size,
             mlp_ratio=mlp_ratio,
@@ -485,8 +468,16 @@ class CFSR(nn.Module):
         self.shuffle = nn.PixelShuffle(scale)
         if interpolation_init:
             self._init_interpolation()
+        self.derive_buffers()
+        derive_after_loading(self)
         if merged:
             self.eval().reparameterize()
+
+    def derive_buffers(self) -> None:
+        """Make the mean of the authors' training pictures, on the device of the weights."""
+        weight = self.conv_first.weight
+        mean = torch.tensor(_RGB_MEAN) if self.in_chans == 3 else torch.zeros(self.in_chans)
+        self.register_buffer("mean", mean.view(1, -1, 1, 1).to(weight), persistent=False)
 
     @torch.no_grad()
     def _init_interpolation(self) -> None:
@@ -518,14 +509,14 @@ class CFSR(nn.Module):
         x = self.forward_features(x)
         return self.shuffle(self.upsample(x)) + self.mean
 
-    def reparameterize(self) -> list[str]:
+    def reparameterize(self) -> tuple[str, ...]:
         """Merge and fold every block, see `CFSRBlock.reparameterize`; exact, in place, idempotent.
 
         Raises:
             RuntimeError: The model is in training mode.
         """
         blocks = [module for module in self.modules() if isinstance(module, CFSRBlock)]
-        return sorted({folded for block in blocks for folded in block.reparameterize()})
+        return tuple(sorted({folded for block in blocks for folded in block.reparameterize()}))
 
 
 _RENAMED = (
@@ -593,7 +584,8 @@ def _fit_edges(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
         if module.edge_masks is not None:
             out |= {f"{name}.edge_scale": scale, f"{name}.edge_bias": bias, f"{name}.edge_masks": masks}
         else:
-            out[f"{name}.pos.weight"], out[f"{name}.pos.bias"] = _merge_edges(weight, pos_bias, scale, bias, masks)
+            more = _edge_sum(scale, bias, masks)
+            out[f"{name}.pos.weight"], out[f"{name}.pos.bias"] = weight + more[0], pos_bias + more[1]
     return out
 
 

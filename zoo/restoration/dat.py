@@ -10,27 +10,40 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from timm.layers import DropPath
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from zoo.cfg import RestorationCfg
-from zoo.layers.dual_aggregation import DualAggregationBlock, SpatialAttention, Strips, plain_dual_aggregation_block
-from zoo.restoration.streaming import FeatureMap, Workspace
+from zoo.layers.derived import derive_after_loading
+from zoo.layers.dual_aggregation import (
+    ChannelAttention,
+    DualAggregationBlock,
+    GatedFFN,
+    SpatialAttention,
+    SpatialGate,
+)
+from zoo.layers.own import first_foreign
+from zoo.layers.rectangular_window import DynamicPositionBias, WindowAttention
+from zoo.streaming.dat import FEWEST_PIXELS, TILE_PIXELS, StripRun, Strips
+from zoo.streaming.maps import Workspace
 from zoo.weights import build_model
 
-__all__ = ["DAT", "PLAIN", "checkpoint_filter_fn", "detect", "plain_dat", "untold"]
+__all__ = ["DAT", "ResidualGroup", "checkpoint_filter_fn", "detect", "untold"]
 
 _SCALES = (1, 2, 3, 4, 8)
 _RGB_MEAN = (0.4488, 0.4371, 0.4040)
 _FEATURES = 64  # channels of the larger upsampler
 _STRIP = 3 * 2**17  # numbers in a map of the body's channels that is computed at a time on a CPU: 1.5 MB in float32
 _STRIP_CUDA = 2**24
-_FEWEST_PIXELS = 1024
-_TILE_PIXELS = 8192  # of convolutions, whose overlap is computed twice
 
 
-def _residual_conv(dim: int, kind: str, **dd: Any) -> nn.Module:
+def _residual_conv(
+    dim: int, kind: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
     """One 3x3 convolution, or three that are narrow in between."""
+    dd: dict[str, Any] = dict(device=device, dtype=dtype)
     if kind == "1conv":
         return nn.Conv2d(dim, dim, 3, padding=1, **dd)
     return nn.Sequential(
@@ -95,8 +108,9 @@ class ResidualGroup(nn.Module):
 class DAT(nn.Module):
     """Upscale an image with attention over space and over channels in turn (Chen et al., ICCV 2023, arXiv 2308.03364).
 
-    Maps are channels-last inside; the result is the authors' up to rounding. In inference on a CPU the network runs by
-    strips (`stream`). `reparameterize()` makes the form for inference.
+    Maps are channels-last inside; the result is the authors' up to rounding. Merged, in inference on a CPU, the network
+    runs by strips (`stream`); everything else, or with parts that were replaced, on whole maps.
+    `reparameterize()` makes the form for inference.
 
     Args:
         scale: Integer factor, 1, 2, 3, 4 or 8.
@@ -137,8 +151,8 @@ class DAT(nn.Module):
         drop_path_rate: float = 0.0,
         merged: bool = False,
         num_classes: int = 0,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if scale not in _SCALES:
@@ -155,11 +169,9 @@ class DAT(nn.Module):
             raise ValueError(f"expansion must give an even number of channels, got {embed_dim} * {expansion}.")
         if num_classes:
             raise ValueError(f"DAT restores images and has no classes: num_classes must be 0, got {num_classes}.")
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.scale, self.in_chans, self.num_classes, self.embed_dim = scale, in_chans, num_classes, embed_dim
-        self.expansion = expansion
-        mean = torch.tensor(_RGB_MEAN, **dd) if in_chans == 3 else torch.zeros(in_chans, **dd)
-        self.register_buffer("mean", mean.view(1, in_chans, 1, 1), persistent=False)
+        self.expansion, self.merged = expansion, False
         self.conv_first = nn.Conv2d(in_chans, embed_dim, 3, padding=1, **dd)
         self.before_RG = nn.Sequential(nn.Identity(), nn.LayerNorm(embed_dim, **dd))
         rates = [drop_path_rate * index / max(1, sum(depths) - 1) for index in range(sum(depths))]
@@ -180,7 +192,7 @@ class DAT(nn.Module):
         )
         self.norm = nn.LayerNorm(embed_dim, **dd)
         self.conv_after_body = _residual_conv(embed_dim, resi_connection, **dd)
-        self._body_halo = 1 if resi_connection == "1conv" else 2
+        self.body_halo = 1 if resi_connection == "1conv" else 2
         if upsampler == "pixelshuffle":
             self.conv_before_upsample: nn.Module = nn.Sequential(
                 nn.Conv2d(embed_dim, _FEATURES, 3, padding=1, **dd), nn.LeakyReLU()
@@ -193,21 +205,32 @@ class DAT(nn.Module):
             )
             self.upsample = nn.Sequential(*parts)
             self.conv_last: nn.Module = nn.Conv2d(_FEATURES, in_chans, 3, padding=1, **dd)
-            self._tail_halo, self._tail_width = self._body_halo + 3, 2 * _FEATURES * scale**2
+            self.tail_halo, self._tail_width = self.body_halo + 3, 2 * _FEATURES * scale**2
         else:
             self.conv_before_upsample = nn.Identity()
             self.upsample = nn.Sequential(
                 nn.Conv2d(embed_dim, in_chans * scale**2, 3, padding=1, **dd), nn.PixelShuffle(scale)
             )
             self.conv_last = nn.Identity()
-            self._tail_halo, self._tail_width = self._body_halo + 1, 2 * in_chans * scale**2
+            self.tail_halo, self._tail_width = self.body_halo + 1, 2 * in_chans * scale**2
+        self.derive_buffers()
+        derive_after_loading(self)
         if merged:
             self.eval().reparameterize()
+
+    def derive_buffers(self) -> None:
+        """Make the mean of the authors' training pictures, on the device of the weights."""
+        weight = self.conv_first.weight
+        mean = torch.tensor(_RGB_MEAN) if self.in_chans == 3 else torch.zeros(self.in_chans)
+        self.register_buffer("mean", mean.view(1, -1, 1, 1).to(weight), persistent=False)
 
     @property
     def bytes_per_pixel(self) -> int:
         """Working memory of the forward pass on a CPU, in bytes per input pixel in float32."""
-        return 4 * (5 * self.embed_dim + 2 * self.in_chans * self.scale**2)
+        if self.merged:
+            return 4 * (5 * self.embed_dim + 2 * self.in_chans * self.scale**2)
+        widest = max(13, 2 + 3 * self.expansion)  # in the attention, in the feed-forward network
+        return int(4 * ((3 + widest) * self.embed_dim + self._tail_width))
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -224,17 +247,27 @@ class DAT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._runs_by_strips(x):
             return self._stream(x, None, None)
-        return self._upscale(self.forward_features(x))
+        return self.upscale(self.forward_features(x))
 
-    def _upscale(self, features: Tensor) -> Tensor:
+    def upscale(self, features: Tensor) -> Tensor:
+        """Return the image of features: (B, embed_dim, H, W) -> (B, in_chans, scale * H, scale * W)."""
         return self.conv_last(self.upsample(self.conv_before_upsample(features))) + self.mean
 
     def _runs_by_strips(self, x: Tensor) -> bool:
-        """Whether to compute piece by piece: CPU inference, where the pieces stay in the cache."""
+        """Whether to compute piece by piece: merged, in CPU inference, where the pieces stay in the cache."""
+        if isinstance(x, Proxy):
+            raise TypeError("torch.fx cannot trace DAT, whose windows depend on the size: use torch.export.")
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if traced or self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        if not self.merged or traced or self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return False
-        return x.device.type == "cpu"
+        return x.device.type == "cpu" and self.foreign_part() is None
+
+    def foreign_part(self) -> str | None:
+        """Return name and class of the first part whose weights are not all that it computes with, or None.
+
+        With such a part, an adapter for instance, the network runs on whole maps only.
+        """
+        return first_foreign(self, _OWN)
 
     @torch.no_grad()
     def stream(
@@ -254,16 +287,19 @@ class DAT(nn.Module):
             (B, in_chans, scale * H, scale * W) on the device of `x`.
 
         Raises:
-            RuntimeError: The model is in training mode.
+            RuntimeError: The model is in training mode, or a part is an adapter, quantised, or has hooks.
             ValueError: `memory` is less than `stream_bytes`.
         """
         if self.training:
             raise RuntimeError("DAT cannot be streamed in training mode: call model.eval() first.")
+        foreign = self.foreign_part()
+        if foreign is not None:
+            raise RuntimeError(f"DAT streams with the weights of its own layers, not with {foreign}: call it.")
         return self._stream(x, memory, progress)
 
     def stream_bytes(self, height: int, width: int) -> int:
         """Return the least `memory` with which `stream` restores an image of this size."""
-        return self._strip_bytes(height, width, _FEWEST_PIXELS)
+        return self._strip_bytes(height, width, FEWEST_PIXELS)
 
     def _strip_bytes(self, height: int, width: int, pixels: int) -> int:
         """Return the memory of the widest step that computes about `pixels` at a time."""
@@ -275,7 +311,7 @@ class DAT(nn.Module):
         mixing = (area + 2 * width) * dim * (10 + 4 * self.expansion)
         rows = min(max(pixels, tall * wide), (height + -height % tall) * wide)  # of windows
         windows = rows * 4 * dim + max(pixels, tall * tall) * 12 * dim
-        halo, tile = self._tail_halo, max(pixels, _TILE_PIXELS)
+        halo, tile = self.tail_halo, max(pixels, TILE_PIXELS)
         convolution = 3 * dim * (tile + 8 * width)
         rows = max(tile // width, 4 * halo)
         columns = min(max(tile // rows, 4 * halo), width)
@@ -287,10 +323,10 @@ class DAT(nn.Module):
     def _stream(self, x: Tensor, memory: int | None, progress: Callable[[int, int], None] | None) -> Tensor:
         batch, _, height, width = x.shape
         weight = self.norm.weight
-        pixels = max(_FEWEST_PIXELS, (_STRIP if weight.device.type == "cpu" else _STRIP_CUDA) // self.embed_dim)
+        pixels = max(FEWEST_PIXELS, (_STRIP if weight.device.type == "cpu" else _STRIP_CUDA) // self.embed_dim)
         room: int | None = None
         if memory is not None:
-            while pixels > _FEWEST_PIXELS and 2 * self._strip_bytes(height, width, pixels) > memory:
+            while pixels > FEWEST_PIXELS and 2 * self._strip_bytes(height, width, pixels) > memory:
                 pixels //= 2
             room = memory - self._strip_bytes(height, width, pixels)
             if room < 0:
@@ -311,65 +347,10 @@ class DAT(nn.Module):
         for image, result in zip(x, out, strict=True):
             with Workspace(room, weight.device, weight.dtype) as space:
                 strips = Strips(height, width, pixels, partial(space.new, height, width))
-                self._restore(image, result, space, strips, step)
+                StripRun(self, image, result, space, strips, step).run()
         return out
 
-    def _restore(self, image: Tensor, out: Tensor, space: Workspace, strips: Strips, step: Callable[[], None]) -> None:
-        """Restore one image (in_chans, H, W) by strips into `out`."""
-        height, width, dim = strips.height, strips.width, self.embed_dim
-        residual, features = space.new(height, width, dim), space.new(height, width, dim)
-        for first, end in strips:
-            shallow = self._shallow(image, first, end, 1)[0].permute(1, 2, 0)
-            residual.write(first, self.before_RG(shallow))
-        for group in cast(list[ResidualGroup], list(self.layers)):
-            source = residual
-            for block in cast(list[DualAggregationBlock], list(group.blocks)):
-                block.run(source, features, strips)
-                source = features
-                step()
-            rows = max(strips.pixels, _TILE_PIXELS) // width + 4
-            for first in range(0, height, rows):
-                convolved = self._convolve(group.conv, source, first, min(first + rows, height))
-                residual.write(first, residual.read(first, first + convolved.shape[0]) + convolved)
-        features.release()
-        self._finish(image, residual, out, strips)
-        step()
-
-    def _shallow(self, image: Tensor, first: int, end: int, halo: int) -> Tensor:
-        """Return rows [first, end) of the first convolution, (1, C, n, W); `halo` rows beyond them are seen."""
-        top, bottom = max(first - halo, 0), min(end + halo, image.shape[1])
-        part = image[None, :, top:bottom].to(self.mean.device, self.mean.dtype) - self.mean
-        part = self.conv_first(part.contiguous(memory_format=torch.channels_last))
-        return part[:, :, first - top : end - top]
-
-    def _convolve(self, conv: nn.Module, source: FeatureMap, first: int, end: int) -> Tensor:
-        """Return rows [first, end) of the convolution that ends a group, (n, W, C)."""
-        top, bottom = max(first - self._body_halo, 0), min(end + self._body_halo, source.shape[0])
-        part = conv(source.read(top, bottom).permute(2, 0, 1)[None])
-        return part[0, :, first - top : end - top].permute(1, 2, 0)
-
-    def _finish(self, image: Tensor, features: FeatureMap, out: Tensor, strips: Strips) -> None:
-        """Run what follows the body, in tiles that overlap: its convolutions are few but its maps are large."""
-        halo, scale, (height, width) = self._tail_halo, self.scale, (strips.height, strips.width)
-        pixels = max(strips.pixels, _TILE_PIXELS)
-        rows = max(pixels // width, 4 * halo)
-        columns = max(pixels // rows, 4 * halo)
-        for first in range(0, height, rows):
-            top, bottom = max(first - halo, 0), min(first + rows + halo, height)
-            strip = features.read(top, bottom)
-            end = min(first + rows, height)
-            for start in range(0, width, columns):
-                left, right = max(start - halo, 0), min(start + columns + halo, width)
-                stop = min(start + columns, width)
-                deep = self.norm(strip[:, left:right]).permute(2, 0, 1)[None]
-                shallow = self._shallow(image[..., left:right], top, bottom, 0)
-                tile = self._upscale(self.conv_after_body(deep) + shallow)[0]
-                kept = tile[
-                    :, scale * (first - top) : scale * (end - top), scale * (start - left) : scale * (stop - left)
-                ]
-                out[:, scale * first : scale * end, scale * start : scale * stop] = kept.to(out.device, out.dtype)
-
-    def reparameterize(self) -> list[str]:
+    def reparameterize(self) -> tuple[str, ...]:
         """Fold norms and position biases of every block; exact, in place, idempotent.
 
         Raises:
@@ -380,36 +361,17 @@ class DAT(nn.Module):
             fold = getattr(module, "reparameterize", None)
             if module is not self and fold is not None:
                 folded |= set(fold())
-        return sorted(folded)
+        self.merged = True
+        return tuple(sorted(folded))
 
 
-def plain_dat(model: DAT, x: Tensor) -> Tensor:
-    """Run the network as the paper writes it, block by block: oracle of tests and rival in benchmarks.
+_OWN = (
+    *(nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d, nn.Identity, nn.GELU, nn.ReLU, nn.LeakyReLU),
+    *(nn.AdaptiveAvgPool2d, nn.PixelShuffle, nn.Sequential, nn.ModuleList, DropPath),
+    *(ResidualGroup, DualAggregationBlock, SpatialAttention, ChannelAttention, GatedFFN, SpatialGate),
+    *(WindowAttention, DynamicPositionBias),
+)
 
-    Args:
-        model: In evaluation mode, in training or merged form.
-        x: (B, in_chans, H, W).
-
-    Returns:
-        (B, in_chans, scale * H, scale * W).
-    """
-    batch, _, height, width = x.shape
-
-    def as_map(tokens: Tensor) -> Tensor:
-        return tokens.transpose(1, 2).reshape(batch, -1, height, width)
-
-    shallow = model.conv_first(x - model.mean)
-    tokens = model.before_RG(shallow.flatten(2).transpose(1, 2))
-    for group in cast(list[ResidualGroup], list(model.layers)):
-        features = tokens
-        for block in cast(list[DualAggregationBlock], list(group.blocks)):
-            features = plain_dual_aggregation_block(block, features, height, width)
-        tokens = group.conv(as_map(features)).flatten(2).transpose(1, 2) + tokens
-    deep = model.conv_after_body(as_map(model.norm(tokens))) + shallow
-    return model.conv_last(model.upsample(model.conv_before_upsample(deep))) + model.mean
-
-
-PLAIN: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {DAT: plain_dat}
 
 _DERIVED = re.compile(r"\.(relative_position_index|attn_mask_[01])$")
 

@@ -8,17 +8,17 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.cfg import RestorationCfg
-from zoo.layers.conv_norm import require_eval
-from zoo.layers.sliding_rows import RowQueue, SlidingRows, depthwise_rows, linear_rows, merged_kernel
+from zoo.layers.conv_norm import merged_kernel
+from zoo.layers.own import first_foreign, require_mergeable
+from zoo.streaming.ffnetsr import stream
 from zoo.weights import build_model, shipped
 
-__all__ = ["PLAIN", "FFNetSR", "MixerBlock", "checkpoint_filter_fn", "detect", "plain_ffnetsr", "plain_mixer_block"]
+__all__ = ["FFNetSR", "MixerBlock", "checkpoint_filter_fn", "detect"]
 
 _SCALES = (1, 2, 3, 4, 8)
 _PIXELS = 4096  # of a strip on a CPU: 1.6 MB for a map of 96 channels in float32
@@ -40,10 +40,16 @@ class MixerBlock(nn.Module):
     """
 
     def __init__(
-        self, dim: int, expansion_ratio: float, norm: str | None, *, device: Any = None, dtype: Any = None
+        self,
+        dim: int,
+        expansion_ratio: float,
+        norm: str | None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         hidden = int(dim * expansion_ratio)
 
         def before() -> list[nn.Module]:
@@ -72,16 +78,6 @@ class MixerBlock(nn.Module):
         x = x + self.token_mixer(x)
         return x + self.channel_mixer(x)
 
-    def parts(self, mixer: nn.Sequential) -> tuple[nn.Module | None, list[tuple[Tensor, Tensor]]]:
-        """Return a mixer's LayerNorm, if it has one, and kernel and bias of its convolutions; in evaluation mode."""
-        layers = list(mixer)
-        first = layers[0] if isinstance(layers[0], LayerNorm2d) else None
-        convs = []
-        for layer, following in zip(layers, [*layers[1:], None], strict=True):
-            if isinstance(layer, nn.Conv2d):
-                convs.append(merged_kernel(layer, following))
-        return first, convs
-
     def example_input(self) -> Tensor:
         """Return a random map (1, C, 16, 16)."""
         weight = next(self.parameters())
@@ -96,7 +92,7 @@ class MixerBlock(nn.Module):
         """
         if self.norm != "BN":
             return ()
-        require_eval(self)
+        require_mergeable(self)
         for name in ("token_mixer", "channel_mixer"):
             layers = list(getattr(self, name))
             conv = cast(nn.Conv2d, layers[0])
@@ -106,49 +102,6 @@ class MixerBlock(nn.Module):
             setattr(self, name, nn.Sequential(conv, *layers[2:]))  # as if there never had been a norm
         self.norm = None
         return ("batch norms",)
-
-
-class _BlockRows:
-    """One block of a network that an image passes through by strips of rows.
-
-    Args:
-        block: The block.
-        height: Of the image.
-    """
-
-    def __init__(self, block: MixerBlock, height: int) -> None:
-        self.token_norm, (self.proj, self.keys, self.values) = block.parts(block.token_mixer)
-        self.channel_norm, (self.depthwise, self.expand, self.reduce) = block.parts(block.channel_mixer)
-        self.slides = [SlidingRows(height) for _ in range(3)]
-        self.queues = [RowQueue() for _ in range(2)]
-
-    def push(self, x: Tensor | None) -> Tensor | None:
-        """Take the next rows (n, W, C); return the next ones that are complete, three rows late, or None."""
-        if x is None:
-            return None
-        self.queues[0].push(x)
-        rows = self.slides[0].push(linear_rows(_norm(self.token_norm, x), *self.proj))
-        if rows is None:
-            return None
-        rows = self.slides[1].push(F.gelu(depthwise_rows(rows, *self.keys)))
-        if rows is None:
-            return None
-        rows = depthwise_rows(rows, *self.values)
-        rows = rows.add_(self.queues[0].pop(rows.shape[0]))
-        self.queues[1].push(rows)
-        normed = self.slides[2].push(_norm(self.channel_norm, rows))
-        if normed is None:
-            return None
-        hidden = F.gelu(linear_rows(depthwise_rows(normed, *self.depthwise), *self.expand))
-        out = linear_rows(hidden, *self.reduce)
-        return out.add_(self.queues[1].pop(out.shape[0]))
-
-
-def _norm(norm: nn.Module | None, x: Tensor) -> Tensor:
-    if norm is None:
-        return x
-    layer = cast(nn.LayerNorm, norm)
-    return F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
 
 
 class FFNetSR(nn.Module):
@@ -187,8 +140,8 @@ class FFNetSR(nn.Module):
         norm: str | None = None,
         short_training_init: bool = False,
         num_classes: int = 0,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if scale not in _SCALES:
@@ -197,7 +150,7 @@ class FFNetSR(nn.Module):
             raise ValueError(f"norm must be None, 'LN' or 'BN', got {norm!r}.")
         if num_classes:
             raise ValueError(f"FFNetSR restores images and has no classes: num_classes must be 0, got {num_classes}.")
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.scale, self.in_chans, self.num_classes, self.dim = scale, in_chans, num_classes, dim
         self.hidden_dim = int(dim * expansion_ratio)
         self.grad_checkpointing = False
@@ -263,11 +216,14 @@ class FFNetSR(nn.Module):
             (B, in_chans, scale * H, scale * W) on the device of `x`.
 
         Raises:
-            RuntimeError: The model is in training mode.
+            RuntimeError: The model is in training mode, or a part is an adapter, quantised, or has hooks.
             ValueError: `memory` is less than `stream_bytes`.
         """
         if self.training:
             raise RuntimeError("FFNetSR cannot be streamed in training mode: call model.eval() first.")
+        foreign = self.foreign_part()
+        if foreign is not None:
+            raise RuntimeError(f"FFNetSR streams with the weights of its own layers, not with {foreign}: call it.")
         height, width = x.shape[2:]
         pixels = _PIXELS if self.proj.weight.device.type == "cpu" else _PIXELS_CUDA
         if memory is not None:
@@ -278,7 +234,11 @@ class FFNetSR(nn.Module):
                     f"memory must be at least {self.stream_bytes(height, width)} bytes for {width}x{height} pixels, "
                     f"got {memory}."
                 )
-        return self._stream(x, pixels, progress)
+        return stream(self, x, pixels, progress)
+
+    def foreign_part(self) -> str | None:
+        """Return name and class of the first part whose weights are not all that it computes with, or None."""
+        return first_foreign(self, _OWN)
 
     def stream_bytes(self, height: int, width: int) -> int:
         """Return the least `memory` with which `stream` restores an image of this size."""
@@ -291,76 +251,8 @@ class FFNetSR(nn.Module):
         computed = (rows + 4) * (4 * self.dim + 2 * self.hidden_dim + 3 * self.in_chans * self.scale**2)
         return size * width * (kept + computed) + 2**20
 
-    def _stream(self, x: Tensor, pixels: int, progress: Callable[[int, int], None] | None) -> Tensor:
-        batch, _, height, width = x.shape
-        out = x.new_empty(batch, self.in_chans, self.scale * height, self.scale * width)
-        rows = max(1, pixels // width)
-        count = batch * math.ceil(height / rows)
-        for number, (image, result) in enumerate(zip(x, out, strict=True)):
-            blocks = [_BlockRows(cast(MixerBlock, block), height) for block in self.body]
-            first_rows, last_rows, images, done = SlidingRows(height), SlidingRows(height), RowQueue(), 0
-            for index, first in enumerate(range(0, height, rows)):
-                strip = image[:, first : first + rows].permute(1, 2, 0).to(self.proj.weight)
-                images.push(strip)
-                features = _convolve(self.proj, first_rows.push(strip))
-                for block in blocks:
-                    features = block.push(features)
-                if features is not None:
-                    features = _convolve(self.conv_bef_up, last_rows.push(features))
-                if features is not None:
-                    end = done + features.shape[0]
-                    enlarged = images.pop(features.shape[0]).repeat_interleave(self.scale**2, dim=2)
-                    upscaled = self.shuffle((features + enlarged).permute(2, 0, 1))
-                    result[:, self.scale * done : self.scale * end] = upscaled.to(out.device, out.dtype)
-                    done = end
-                if progress is not None:
-                    progress(number * (count // batch) + index + 1, count)
-        return out
 
-
-def _convolve(conv: nn.Conv2d, rows: Tensor | None) -> Tensor | None:
-    """Convolve (n + 2, W, C) to (n, W, C'): zeros on the left and right only."""
-    if rows is None:
-        return None
-    return F.conv2d(rows.permute(2, 0, 1)[None], conv.weight, conv.bias, padding=(0, 1))[0].permute(1, 2, 0)
-
-
-def plain_mixer_block(block: MixerBlock, x: Tensor) -> Tensor:
-    """Run a block as the paper writes it: one layer after the other, whole maps, channels first.
-
-    Args:
-        block: Its weights are used.
-        x: (B, C, H, W).
-
-    Returns:
-        (B, C, H, W).
-    """
-    for mixer in (block.token_mixer, block.channel_mixer):
-        mixed = x
-        for layer in mixer:
-            mixed = layer(mixed)
-        x = x + mixed
-    return x
-
-
-def plain_ffnetsr(model: FFNetSR, x: Tensor) -> Tensor:
-    """Run the network as the paper writes it, see `plain_mixer_block`: oracle of tests and rival in benchmarks.
-
-    Args:
-        model: In training or merged form.
-        x: (B, in_chans, H, W).
-
-    Returns:
-        (B, in_chans, scale * H, scale * W).
-    """
-    features = model.proj(x.contiguous())
-    for block in model.body:
-        features = plain_mixer_block(cast(MixerBlock, block), features)
-    enlarged = torch.stack([x] * model.scale**2, 2).flatten(1, 2)
-    return model.shuffle(model.conv_bef_up(features) + enlarged)
-
-
-PLAIN: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {FFNetSR: plain_ffnetsr}
+_OWN = (nn.Conv2d, nn.BatchNorm2d, LayerNorm2d, nn.GELU, nn.PixelShuffle, nn.Sequential, MixerBlock)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -5,31 +5,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, cast
+from functools import cache
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from zoo.cfg import RestorationCfg
 from zoo.kernels.dispatch import no_autocast
-from zoo.layers.conv_norm import require_eval
 from zoo.layers.gated_ffn import GatedFFN, aligned_hidden
+from zoo.layers.own import first_foreign, require_mergeable
 from zoo.layers.pixel_norm import PixelNorm
 from zoo.layers.transposed_attention import TransposedAttention
-from zoo.restoration.restormer_strips import MULTIPLE, StripRun, aligned, padding_mode, strip_rows
-from zoo.restoration.streaming import FeatureMap, Workspace
+from zoo.streaming.maps import Workspace
+from zoo.streaming.restormer import MULTIPLE, MapSizes, StripRun, aligned, padding_mode
 from zoo.weights import build_model, shipped
 
-__all__ = ["PLAIN", "Restormer", "RestormerBlock", "checkpoint_filter_fn", "detect", "plain_restormer_block"]
+__all__ = ["Restormer", "RestormerBlock", "Route", "WholeMaps", "checkpoint_filter_fn", "detect", "pad"]
 
 _LIBRARY_BYTES = 8 * 2**20  # of convolutions and matrix products, beside two copies of the largest kernel
 _STRIP_BYTES = 8 * 2**20  # of the widest map of a strip
 _FEWEST_ROWS = 4  # of a strip: at 6000 pixels a row, one row takes 1.2 times as long
-
-Tell = Callable[[int], object]
-"""Told how many rows of a map are done."""
 
 
 class RestormerBlock(nn.Module):
@@ -45,8 +44,18 @@ class RestormerBlock(nn.Module):
         (B, H, W, C) -> the same.
     """
 
-    def __init__(self, dim: int, num_heads: int, hidden_dim: int, bias_free: bool, **dd: Any) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        hidden_dim: int,
+        bias_free: bool,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.norm1 = PixelNorm(dim, bias_free, **dd)
         self.attn = TransposedAttention(dim, num_heads, **dd)
         self.norm2 = PixelNorm(dim, bias_free, **dd)
@@ -56,29 +65,13 @@ class RestormerBlock(nn.Module):
         x = x + self.attn(self.norm1(x))
         return x + self.ffn(self.norm2(x))
 
-    def update(self, x: FeatureMap, values: FeatureMap | None, rows: int, tell: Tell) -> None:
-        """Run on a channels-first map in place, strip by strip; with room for the values they are computed once."""
-        height, width, _ = x.shape
-        matrix = self.attn.matrix_of(self.norm1, x, values, rows, tell)
-        mixed = self.attn.mixed_strips(self.norm1, x, values, matrix, rows)
-        done = 0
-        for strip in self.ffn.fed_strips(self.norm2, mixed, height, width, rows):
-            x.write(done, strip)  # its rows have been read: strips come late
-            done += strip.shape[1]
-            tell(strip.shape[1])
-
-    def strip_numbers(self, rows: int) -> int:
-        """Return how many numbers `update` holds beside the map, for strips of so many rows of one pixel."""
-        dim, hidden = self.attn.dim, self.ffn.hidden_dim
-        return (rows + 2) * (2 * hidden + 5 * dim) + rows * (2 * hidden + 2 * dim)
-
     def example_input(self) -> Tensor:
         """Return a random map (1, 16, 16, C) on which the block can be compared before and after folding."""
         weight = self.attn.project_out.weight
         return torch.randn(1, 16, 16, weight.shape[0], device=weight.device, dtype=weight.dtype)
 
     @torch.no_grad()
-    def reparameterize(self) -> list[str]:
+    def reparameterize(self) -> tuple[str, ...]:
         """Fold the affine norms into the linear layers and align the hidden channels; exact, in place.
 
         Returns:
@@ -87,93 +80,74 @@ class RestormerBlock(nn.Module):
         Raises:
             RuntimeError: The block is in training mode.
         """
-        require_eval(self)
-        done = []
-        if self.norm1.weight is not None:
-            self.norm1.fold_into(self.attn.qkv)
-            self.norm2.fold_into(self.ffn.project_in)
-            done.append("affine norms")
-        if self.ffn.pad_hidden():
-            done.append("hidden channels aligned")
-        return done
+        if self.attn.merged:
+            return ()
+        require_mergeable(self)
+        self.norm1.fold_into(self.attn.qkv)
+        self.norm2.fold_into(self.ffn.project_in)
+        self.attn.merged = self.ffn.merged = True
+        return ("affine norms", *(("hidden channels aligned",) if self.ffn.pad_hidden() else ()))
 
 
-def plain_restormer_block(block: RestormerBlock, x: Tensor) -> Tensor:
-    """Run a block as the authors write it: 1x1 convolutions, normalised queries and keys, norms on turned maps.
+Map = TypeVar("Map")
 
-    Test oracle and benchmark rival of `RestormerBlock`, in both forms.
+
+class Route(Protocol[Map]):
+    """What is done with the maps on their way through the network; `StripRun`, `MapSizes` and others in bench."""
+
+    def embed(self, conv: nn.Conv2d) -> Map: ...
+    def level(self, blocks: nn.Sequential, x: Map) -> Map: ...
+    def down(self, conv: nn.Conv2d, x: Map) -> Map: ...
+    def up(self, conv: nn.Conv2d, x: Map, skip: Map, reduce: nn.Linear | None) -> Map: ...
+    def finish(self, conv: nn.Conv2d, x: Map, skip: nn.Linear | None) -> Any: ...
+
+
+class WholeMaps:
+    """Steps on whole maps (B, H, W, C).
 
     Args:
-        block: Its weights are used.
-        x: (B, C, H, W).
-
-    Returns:
-        (B, C, H, W)
+        x: Images (B, in_chans, H, W).
+        grad_checkpointing: Keep only the blocks' inputs for the backward pass.
     """
-    batch, dim, height, width = x.shape
 
-    def norm(x: Tensor, layer: PixelNorm) -> Tensor:
-        y = x.flatten(2).transpose(1, 2)
-        deviation = torch.sqrt(y.var(-1, keepdim=True, correction=0) + layer.eps)
-        y = y / deviation if layer.bias_free else (y - y.mean(-1, keepdim=True)) / deviation
-        if layer.weight is not None:
-            y = y * layer.weight
-        if layer.bias is not None:
-            y = y + layer.bias
-        return y.transpose(1, 2).unflatten(2, (height, width))
+    def __init__(self, x: Tensor, grad_checkpointing: bool) -> None:
+        self.x, self.grad_checkpointing = x, grad_checkpointing
+        self.padded = pad(x).contiguous(memory_format=torch.channels_last)
 
-    def pointwise(x: Tensor, linear: nn.Linear) -> Tensor:
-        return F.conv2d(x, linear.weight[:, :, None, None], linear.bias)
+    def embed(self, conv: nn.Conv2d) -> Tensor:
+        self.embedded = conv(self.padded).permute(0, 2, 3, 1)
+        return self.embedded
 
-    attn, ffn = block.attn, block.ffn
-    q, k, v = attn.qkv_dwconv(pointwise(norm(x, block.norm1), attn.qkv)).chunk(3, 1)
-    q, k, v = (part.reshape(batch, attn.num_heads, dim // attn.num_heads, height * width) for part in (q, k, v))
-    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-    weights = ((q @ k.transpose(-2, -1)) * attn.temperature).softmax(-1)
-    x = x + pointwise((weights @ v).reshape(x.shape), attn.project_out)
-    a, b = ffn.dwconv(pointwise(norm(x, block.norm2), ffn.project_in)).chunk(2, 1)
-    return x + pointwise(F.gelu(a) * b, ffn.project_out)
+    def level(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_tracing():
+            return checkpoint_seq(blocks, x)
+        return blocks(x)
 
+    def down(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        """Halve the sides and double the channels."""
+        return F.pixel_unshuffle(conv(x.permute(0, 3, 1, 2)), 2).permute(0, 2, 3, 1)
 
-def _plain_restormer(model: Restormer, x: Tensor) -> Tensor:
-    """Run the network as the authors write it, on whole channels-first maps."""
+    def up(self, conv: nn.Conv2d, x: Tensor, skip: Tensor, reduce: nn.Linear | None) -> Tensor:
+        """Double the sides and halve the channels, append the encoder's map, and mix both."""
+        joined = torch.cat([F.pixel_shuffle(conv(x.permute(0, 3, 1, 2)), 2).permute(0, 2, 3, 1), skip], -1)
+        return joined if reduce is None else reduce(joined)
 
-    def level(blocks: nn.Module, x: Tensor) -> Tensor:
-        for block in blocks.children():
-            x = plain_restormer_block(cast(RestormerBlock, block), x)
-        return x
-
-    def down(x: Tensor, conv: nn.Conv2d) -> Tensor:
-        return F.pixel_unshuffle(conv(x), 2)
-
-    def up(x: Tensor, conv: nn.Conv2d, skip: Tensor) -> Tensor:
-        return torch.cat([F.pixel_shuffle(conv(x), 2), skip], 1)
-
-    def reduce(x: Tensor, linear: nn.Linear) -> Tensor:
-        return F.conv2d(x, linear.weight[:, :, None, None])
-
-    padded = _pad(x)
-    embedded = model.patch_embed(padded)
-    skip1 = level(model.encoder_level1, embedded)
-    skip2 = level(model.encoder_level2, down(skip1, model.down1_2))
-    skip3 = level(model.encoder_level3, down(skip2, model.down2_3))
-    latent = level(model.latent, down(skip3, model.down3_4))
-    decoded3 = level(model.decoder_level3, reduce(up(latent, model.up4_3, skip3), model.reduce_chan_level3))
-    decoded2 = level(model.decoder_level2, reduce(up(decoded3, model.up3_2, skip2), model.reduce_chan_level2))
-    decoded1 = level(model.refinement, level(model.decoder_level1, up(decoded2, model.up2_1, skip1)))
-    if model.skip_conv is None:
-        restored = model.output(decoded1) + padded
-    else:
-        restored = model.output(decoded1 + reduce(embedded, model.skip_conv))
-    return restored[..., : x.shape[2], : x.shape[3]]
+    def finish(self, conv: nn.Conv2d, x: Tensor, skip: nn.Linear | None) -> Tensor:
+        """Return the restored image: the last convolution plus the image, or after the projected first map."""
+        if skip is None:
+            restored = conv(x.permute(0, 3, 1, 2)) + self.padded
+        else:
+            restored = conv((x + skip(self.embedded)).permute(0, 3, 1, 2))
+        return restored[..., : self.x.shape[2], : self.x.shape[3]]
 
 
 class Restormer(nn.Module):
     """Restore an image with Restormer (Zamir et al., CVPR 2022, arXiv 2111.09881).
 
-    Inference on a CPU runs strip by strip on maps that are updated in place: the attention matrices are made of sums
-    over all strips, so the result is that of the whole map up to rounding. `stream` does the same within a given
-    memory, on any device. Everything else (training, compilers, exporters, other devices) sees whole maps.
+    Merged, inference on a CPU runs strip by strip on maps that are updated in place: the attention matrices are made of
+    sums over all strips, so the result is that of the whole map up to rounding. `stream` does the same within a given
+    memory, in both forms and on any device. Everything else (training form, compilers, exporters, other devices, parts
+    that were replaced) sees whole maps and calls every module.
 
     Args:
         in_chans: Channels of the input.
@@ -211,8 +185,8 @@ class Restormer(nn.Module):
         dual_pixel: bool = False,
         merged: bool = False,
         num_classes: int = 0,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         out_chans = (3 if dual_pixel else in_chans) if out_chans is None else out_chans
@@ -232,9 +206,9 @@ class Restormer(nn.Module):
             raise ValueError(f"out_chans must be in_chans, which is added to it, got {out_chans} and {in_chans}.")
         if int(mlp_ratio * dim) < 1:
             raise ValueError(f"mlp_ratio must leave at least one hidden channel, got {mlp_ratio} for dim {dim}.")
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.in_chans, self.out_chans, self.num_classes = in_chans, out_chans, num_classes
-        self.dim, self.grad_checkpointing = dim, False
+        self.dim, self.grad_checkpointing, self.merged = dim, False, False
         wide1, wide2, wide3, wide4 = (dim * 2**level for level in range(4))
         heads1, heads2, heads3, heads4 = num_heads
         depth1, depth2, depth3, depth4 = num_blocks
@@ -271,7 +245,7 @@ class Restormer(nn.Module):
     @property
     def bytes_per_pixel(self) -> int:
         """Working memory of the forward pass without gradients, in bytes per input pixel in float32."""
-        if self.patch_embed.weight.device.type == "cpu":
+        if self.merged and self.patch_embed.weight.device.type == "cpu":
             return 4 * 7 * self.dim
         return 4 * 28 * self.dim
 
@@ -279,44 +253,60 @@ class Restormer(nn.Module):
         """Keep only the blocks' inputs for the backward pass, and compute the rest again."""
         self.grad_checkpointing = enable
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self._runs_by_strips(x):
-            out = x.new_empty(len(x), self.out_chans, *x.shape[2:])
-            for image, restored in zip(x, out, strict=True):
-                with Workspace(None, x.device, x.dtype) as workspace:
-                    strip_bytes = self._strip_bytes(x.shape[3])
-                    StripRun(self, image, restored, workspace, strip_bytes, keep_values=True).run()
-            return out
-        padded = _pad(x).contiguous(memory_format=torch.channels_last)
-        embedded = self.patch_embed(padded).permute(0, 2, 3, 1)  # (B, H, W, C)
-        skip1 = self._level(self.encoder_level1, embedded)
-        skip2 = self._level(self.encoder_level2, _down(self.down1_2, skip1))
-        skip3 = self._level(self.encoder_level3, _down(self.down2_3, skip2))
-        y = self._level(self.latent, _down(self.down3_4, skip3))
-        y = self._level(self.decoder_level3, self.reduce_chan_level3(_up(self.up4_3, y, skip3)))
-        y = self._level(self.decoder_level2, self.reduce_chan_level2(_up(self.up3_2, y, skip2)))
-        y = self._level(self.decoder_level1, _up(self.up2_1, y, skip1))
-        y = self._level(self.refinement, y)
-        if self.skip_conv is None:
-            restored = self.output(y.permute(0, 3, 1, 2)) + padded
-        else:
-            restored = self.output((y + self.skip_conv(embedded)).permute(0, 3, 1, 2))
-        return restored[..., : x.shape[2], : x.shape[3]]
+    def route(self, run: Route[Map]) -> Any:
+        """Lead an image through the network.
 
-    def _level(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_tracing():
-            return checkpoint_seq(blocks, x)
-        return blocks(x)
+        Args:
+            run: Does the steps, on maps of its kind.
+
+        Returns:
+            What its last step returns.
+        """
+        skip1 = run.level(self.encoder_level1, run.embed(self.patch_embed))
+        skip2 = run.level(self.encoder_level2, run.down(self.down1_2, skip1))
+        skip3 = run.level(self.encoder_level3, run.down(self.down2_3, skip2))
+        y = run.level(self.latent, run.down(self.down3_4, skip3))
+        y = run.level(self.decoder_level3, run.up(self.up4_3, y, skip3, self.reduce_chan_level3))
+        y = run.level(self.decoder_level2, run.up(self.up3_2, y, skip2, self.reduce_chan_level2))
+        y = run.level(self.decoder_level1, run.up(self.up2_1, y, skip1, None))
+        return run.finish(self.output, run.level(self.refinement, y), self.skip_conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._runs_by_strips(x):
+            return self.route(WholeMaps(x, self.grad_checkpointing))
+        out = x.new_empty(len(x), self.out_chans, *x.shape[2:])
+        strip_bytes = self._strip_bytes(x.shape[3])
+        for image, restored in zip(x, out, strict=True):
+            with Workspace(None, x.device, x.dtype) as workspace:
+                self.route(StripRun(image, restored, self.dim, workspace, strip_bytes, keep_values=True))
+        return out
 
     def _runs_by_strips(self, x: Tensor) -> bool:
-        """Whether strips pay: on a CPU without gradients; compilers and exporters get whole maps of any size."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
+        """Whether strips pay: merged, on a CPU, no gradients; compilers and exporters get whole maps of any size."""
+        if isinstance(x, Proxy):
+            raise TypeError("torch.fx cannot trace Restormer, whose padding depends on the size: use torch.export.")
+        if not self.merged or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
             return False
-        return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and self.foreign_part() is None
+
+    def foreign_part(self) -> str | None:
+        """Return name and class of the first part whose weights are not all that it computes with, or None.
+
+        With such a part, an adapter for instance, the network runs on whole maps only.
+        """
+        foreign = first_foreign(self, _OWN)
+        if foreign is not None:
+            return foreign
+        biased = ("qkv", "project_in")  # of which merging gives a bias
+        for name, part in self.named_modules():
+            has_bias = isinstance(part, (nn.Linear, nn.Conv2d)) and part.bias is not None
+            if has_bias and name.rpartition(".")[2] not in biased:
+                return f"{name} ({type(part).__name__} with a bias)"
+        return None
 
     def stream_bytes(self, height: int, width: int) -> int:
         """Return the least `memory` in which `stream` restores an image of this size, in bytes."""
-        return self._strip_work(width, 0)
+        return self._strip_work(height, width, 0)
 
     @torch.no_grad()
     def stream(
@@ -337,8 +327,12 @@ class Restormer(nn.Module):
 
         Raises:
             ValueError: `memory` is less than `stream_bytes`, or `x` has another rank or other channels.
+            RuntimeError: A part is an adapter, quantised, or has hooks.
             OSError: The temporary files do not fit the disk.
         """
+        foreign = self.foreign_part()
+        if foreign is not None:
+            raise RuntimeError(f"Restormer streams with the weights of its own layers, not with {foreign}: call it.")
         if x.ndim != 4 or x.shape[1] != self.in_chans or 0 in x.shape:
             raise ValueError(f"x must be (B, {self.in_chans}, H, W) and not empty, got {tuple(x.shape)}.")
         batch, _, height, width = x.shape
@@ -347,12 +341,12 @@ class Restormer(nn.Module):
             raise ValueError(f"memory must be at least {needed} bytes for {width}x{height} pixels, got {memory}.")
         strip_bytes, maps = self._strip_bytes(width), None
         if memory is not None:
-            while strip_bytes and self._strip_work(width, strip_bytes) > max(memory // 2, needed):
+            while strip_bytes and self._strip_work(height, width, strip_bytes) > max(memory // 2, needed):
                 strip_bytes //= 2
-            maps = memory - self._strip_work(width, strip_bytes)
+            maps = memory - self._strip_work(height, width, strip_bytes)
         weight = self.patch_embed.weight
         out = torch.empty(batch, self.out_chans, height, width, dtype=x.dtype, device=x.device)
-        done, total = 0, batch * sum(2 * run * len(blocks) for blocks, run in self._levels(aligned(height)))
+        done, total = 0, batch * self._sizes(height, width).work
 
         def tell(units: int) -> None:
             nonlocal done
@@ -363,14 +357,13 @@ class Restormer(nn.Module):
         with no_autocast(weight):
             for image, restored in zip(x, out, strict=True):
                 with Workspace(maps, weight.device, weight.dtype) as workspace:
-                    StripRun(self, image, restored, workspace, strip_bytes, tell=tell).run()
+                    self.route(StripRun(image, restored, self.dim, workspace, strip_bytes, tell=tell))
         return out
 
-    def _levels(self, height: int) -> list[tuple[nn.Sequential, int]]:
-        """Return the blocks of each level, and the work of one of them: rows, times the cost of a row there."""
-        names = ("encoder_level1", "encoder_level2", "encoder_level3", "latent", "decoder_level3", "decoder_level2")
-        full = [(self.decoder_level1, 4 * height), (self.refinement, 4 * height)]  # twice the channels of the first
-        return [*((cast(nn.Sequential, getattr(self, name)), height) for name in names), *full]
+    def _sizes(self, height: int, width: int) -> MapSizes:
+        sizes = MapSizes(height, width, self.dim)
+        self.route(sizes)
+        return sizes
 
     def _strip_bytes(self, width: int) -> int:
         """Return how large the widest map of a strip should be, where memory does not matter."""
@@ -381,33 +374,28 @@ class Restormer(nn.Module):
     def _itemsize(self) -> int:
         return self.patch_embed.weight.element_size()
 
-    def _strip_work(self, width: int, strip_bytes: int) -> int:
+    def _strip_work(self, height: int, width: int, strip_bytes: int) -> int:
         """Return the memory of the work on one strip, at the level that takes most, in bytes."""
-        itemsize, width, most = self._itemsize, aligned(width), 0
-        levels = (self.encoder_level1, self.encoder_level2, self.encoder_level3, self.latent, self.refinement)
-        for blocks in levels:
-            for block in cast(list[RestormerBlock], list(blocks)):
-                hidden, dim = block.ffn.hidden_dim, block.attn.dim
-                level = 0 if blocks is self.refinement else (dim // self.dim).bit_length() - 1
-                rows = strip_rows(width >> level, 2 * hidden, itemsize, strip_bytes)
-                most = max(most, (width >> level) * block.strip_numbers(rows))
-        return itemsize * (most + 2 * self.up4_3.weight.numel()) + _LIBRARY_BYTES
+        numbers = self._sizes(height, width).strip_numbers(self._itemsize, strip_bytes)
+        return self._itemsize * (numbers + 2 * self.up4_3.weight.numel()) + _LIBRARY_BYTES
 
     @torch.no_grad()
-    def reparameterize(self) -> list[str]:
+    def reparameterize(self) -> tuple[str, ...]:
         """Fold every block, see `RestormerBlock.reparameterize`; exact, in place, idempotent.
 
         Raises:
             RuntimeError: The model is in training mode.
         """
         blocks = [module for module in self.modules() if isinstance(module, RestormerBlock)]
-        return sorted({folded for block in blocks for folded in block.reparameterize()})
+        folded = tuple(sorted({folded for block in blocks for folded in block.reparameterize()}))
+        self.merged = True
+        return folded
 
 
-PLAIN: dict[type[nn.Module], Callable[..., Tensor]] = {Restormer: _plain_restormer}
+_OWN = (nn.Linear, nn.Conv2d, nn.Sequential, PixelNorm, TransposedAttention, GatedFFN, RestormerBlock)
 
 
-def _pad(x: Tensor) -> Tensor:
+def pad(x: Tensor) -> Tensor:
     """Continue (B, C, H, W) to the right and below up to multiples of 8."""
     below, right = (aligned(side) - side for side in x.shape[2:])
     always = torch.compiler.is_compiling()  # one graph for all sizes, even where there is nothing to pad
@@ -416,16 +404,6 @@ def _pad(x: Tensor) -> Tensor:
     if always or right:
         x = F.pad(x, (0, right, 0, 0), padding_mode(x.shape[3], right))
     return x
-
-
-def _down(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Halve the sides and double the channels of (B, H, W, C)."""
-    return F.pixel_unshuffle(conv(x.permute(0, 3, 1, 2)), 2).permute(0, 2, 3, 1)
-
-
-def _up(conv: nn.Conv2d, x: Tensor, skip: Tensor) -> Tensor:
-    """Double the sides and halve the channels of (B, H, W, C), and append the encoder's map."""
-    return torch.cat([F.pixel_shuffle(conv(x.permute(0, 3, 1, 2)), 2).permute(0, 2, 3, 1), skip], -1)
 
 
 _RENAMED = (
@@ -445,21 +423,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return out
 
 
-_LEVELS = (
-    "encoder_level1",
-    "encoder_level2",
-    "encoder_level3",
-    "latent",
-    "decoder_level3",
-    "decoder_level2",
-    "decoder_level1",
-    "refinement",
-)
-_PARTS = {
-    *_LEVELS,
-    *("patch_embed", "output", "skip_conv", "reduce_chan_level3", "reduce_chan_level2"),
-    *("down1_2", "down2_3", "down3_4", "up4_3", "up3_2", "up2_1"),
-}
+@cache
+def _names() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of the network's parts, and of its levels among them, in order."""
+    blocks = dict(num_blocks=(1, 1, 1, 1), num_refinement_blocks=1)
+    parts = dict(Restormer(dim=8, dual_pixel=True, device="meta", **blocks).named_children())
+    return tuple(parts), tuple(name for name, part in parts.items() if isinstance(part, nn.Sequential))
 
 
 def detect(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
@@ -470,13 +439,14 @@ def detect(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
     """
     sizes = {key: tuple(value.shape) for key, value in checkpoint_filter_fn(state_dict, nn.Module()).items()}
     embed, output = sizes.get("patch_embed.weight"), sizes.get("output.weight")
-    if embed is None or output is None or not {key.partition(".")[0] for key in sizes} <= _PARTS:
+    parts, levels = _names()
+    if embed is None or output is None or not {key.partition(".")[0] for key in sizes} <= set(parts):
         return None
     depths, heads = [], []
-    for level in _LEVELS:
+    for level in levels:
         depths.append(len({key.split(".")[1] for key in sizes if key.startswith(f"{level}.")}))
         heads.append(sizes.get(f"{level}.0.attn.temperature", (0,))[0])
-    hidden = [sizes.get(f"{level}.0.ffn.project_in.weight", (0,))[0] // 2 for level in _LEVELS[:4]]
+    hidden = [sizes.get(f"{level}.0.ffn.project_in.weight", (0,))[0] // 2 for level in levels[:4]]
     repeated = (depths[:3], heads[:3]) == (depths[6:3:-1], heads[6:3:-1])
     if not all((*depths, *heads, *hidden)) or not repeated or len(embed) != 4:
         return None

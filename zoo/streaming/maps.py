@@ -10,9 +10,7 @@ from typing import BinaryIO, Self
 import torch
 from torch import Tensor
 
-from zoo.layers.strips import strips
-
-__all__ = ["FeatureMap", "Workspace", "strips"]
+__all__ = ["FeatureMap", "Workspace"]
 
 
 class FeatureMap:
