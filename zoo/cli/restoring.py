@@ -280,8 +280,8 @@ def print_results(args: argparse.Namespace, job: Job) -> None:
     headings = ["PSNR, dB" if name == "psnr" else name.upper() for name in names]
     methods = {entry["method"] for entry in job.restored} - {"whole"}
     columns = ["picture", "size", "result", "size", "seconds", *(["method"] if methods else []), *headings]
-    used = ", ".join(sorted({entry["model"] for entry in job.restored if entry.get("model")}))
-    rows = table(*columns, right=("seconds", *headings), title=used or job.title)
+    chosen = ", ".join(sorted({entry["model"] for entry in job.restored if entry.get("model")}))
+    rows = table(*columns, right=("seconds", *headings), title=chosen or job.title)
     for entry in job.restored:
         sizes = ["x".join(map(str, entry[key])) for key in ("size", "output_size")]
         values = [re.split(r" over |; |, \d", entry["method"])[0]] if methods else []  # what that costs was said before
