@@ -138,8 +138,9 @@ Parts = tuple[str, nn.Module, Tensor, dict[str, Any]]
 def _denoiser(name: str, size: int | None) -> Parts:
     model = factory.create_model(name, pretrained=True)
     sample, named = denoiser_inputs(model, size)
+    config: Any = model.config
     return (
-        "policy" if "observation_dim" in cast(Any, model).config else "generation",
+        "policy" if "observation_dim" in config else "generation",
         model,
         sample,
         {**named, "return_dict": False},

@@ -205,7 +205,8 @@ class FolderImages(_Readable, ImageFolder):
         return str(self.samples[index][0])
 
     def keep(self, indices: Sequence[int]) -> None:
-        self.samples = self.imgs = [self.samples[index] for index in indices]
+        kept: list[tuple[str, int]] = [self.samples[index] for index in indices]
+        self.samples = self.imgs = kept
         self.targets = [label for _, label in self.samples]
 
 

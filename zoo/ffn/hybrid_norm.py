@@ -82,7 +82,7 @@ def _blocks(model: nn.Module) -> dict[str, Block]:
     return found
 
 
-def _build(block: Block, first: bool, depth: int) -> HybridNormBlock:
+def _build(block: Any, first: bool, depth: int) -> HybridNormBlock:
     kind = block.attn.qkv.weight
     return HybridNormBlock(block.attn.qkv.in_features, block.attn.num_heads, block.mlp, first, depth).to(kind)
 

@@ -87,8 +87,8 @@ class NestedLinear(nn.Linear):
         parts = [
             slice(start, start + self.width) for start in range(0, self.out_features, self.out_features // self.halves)
         ]
-        weight = torch.cat([self.weight[part] for part in parts]) if self.halves > 1 else self.weight[parts[0]]
-        bias = self.bias
+        weight: Tensor = torch.cat([self.weight[part] for part in parts]) if self.halves > 1 else self.weight[parts[0]]
+        bias: Tensor | None = self.bias
         if bias is not None:
             bias = torch.cat([bias[part] for part in parts]) if self.halves > 1 else bias[parts[0]]
         return F.linear(x, weight, bias)

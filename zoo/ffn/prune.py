@@ -189,7 +189,7 @@ def _set(product: nn.Linear, part: str, values: Tensor) -> None:
     setattr(product, part, nn.Parameter(values.detach().clone().contiguous(), requires_grad=old.requires_grad))
 
 
-def _set_hidden_dim(module: nn.Module, width: int) -> None:
+def _set_hidden_dim(module: Any, width: int) -> None:
     """Keep the numbers that modules hold beside their weights true."""
     for name in ("hidden_dim", "active_dim", "mlp_hidden_dim", "hidden_features"):
         if isinstance(getattr(module, name, None), int):

@@ -107,7 +107,8 @@ class Classification(TimmOptimModule):
         if lora is not None:
             if freeze or experts is not None:
                 raise ValueError("lora fixes all weights but the classifier's: leave freeze and experts out.")
-            self._adapted, self._asked = (add_lora(self.model, lora),), False
+            self._adapted = (add_lora(self.model, lora),)
+            self._asked: bool = False
             self._still = fixed_norms(self.model)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model.to(memory_format=self.memory_format)
@@ -157,7 +158,8 @@ class Classification(TimmOptimModule):
     def on_after_backward(self) -> None:
         """Ask once whether the adapters take part."""
         if self._adapted and self.global_step == 0 and not self._asked:
-            self._asked, idle = True, idle_adapters(self.model)
+            self._asked = True
+            idle = idle_adapters(self.model)
             if idle:
                 more = f" and {len(idle) - 1} more" if idle[1:] else ""
                 notice(f"LoRA has no effect on {idle[0]}{more}, whose weights the model reads by itself.")

@@ -163,8 +163,8 @@ class Detection(TimmOptimModule):
         }
         record = ModelRecord(architecture="retinanet", task="detection", num_classes=self.num_classes)
         own = {"model_args": {**arguments, "pretrained": False}, "base": arguments["backbone"]}
-        fitting = names is not None and len(names) == self.num_classes
-        return record.updated(**own, label_names=list(names) if fitting else None)
+        fitting = list(names) if names is not None and len(names) == self.num_classes else None
+        return record.updated(**own, label_names=fitting)
 
     def setup(self, stage: str) -> None:
         """Compare the classes of the data with those of the model."""

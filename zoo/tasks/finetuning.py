@@ -212,8 +212,8 @@ def _refuse_damaged(data: ImageClassification, held_out: bool) -> None:
     """Name all pictures that cannot be read, before the work."""
     bad: list[str] = []
     for split in ("train",) if held_out else ("train", "validation"):
-        part = data._open(split, training=False)
-        whole_split = part.dataset if isinstance(part, torch.utils.data.Subset) else part
+        part: Any = data._open(split, training=False)
+        whole_split: Any = part.dataset if isinstance(part, torch.utils.data.Subset) else part
         bad += find_damaged(whole_split).values()
     if bad:
         more = f" And {len(bad) - 3} more." if len(bad) > 3 else ""
@@ -242,7 +242,7 @@ def _measure(model: nn.Module, record: ModelRecord, data: ImageClassification) -
     attach(used, record)
     reparameterize(used, measure=False)
     transform = create_transform(**resolve_model_data_config(used))
-    part = data._open("validation", training=False)
+    part: Any = data._open("validation", training=False)
     indices = part.indices if isinstance(part, torch.utils.data.Subset) else range(len(part))
     images: FolderImages = part.dataset if isinstance(part, torch.utils.data.Subset) else part
     confusion = [[0] * record.num_classes for _ in range(record.num_classes)]
@@ -313,7 +313,8 @@ def _require_replaceable(folder: Path, overwrite: bool) -> None:
 def _config(task: Classification, data: ImageClassification, trainer: Trainer) -> dict[str, Any]:
     """Return the config with which `zoo train fit` repeats the run."""
     lightning, here = "lightning.pytorch.callbacks", "zoo.tasks.callbacks"
-    patience = next(callback.patience for callback in trainer.callbacks if isinstance(callback, EarlyStopping))
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    patience = next(callback.patience for callback in callbacks if isinstance(callback, EarlyStopping))
     return plain(
         {
             "seed_everything": data.seed,

@@ -48,7 +48,12 @@ def trained_record(model: nn.Module, base: str | None, data: Any) -> ModelRecord
             interpolation="bicubic" if data.interpolation == "random" else data.interpolation,
         )
     degradation = getattr(data, "degradation", None)
-    if hasattr(degradation, "low") and hasattr(degradation, "high") and record.task == "denoise":
+    if (
+        degradation is not None
+        and hasattr(degradation, "low")
+        and hasattr(degradation, "high")
+        and record.task == "denoise"
+    ):
         low, high = plain(degradation.low), plain(degradation.high)
         record = record.updated(sigma=low if low == high else (low, high))
     return record
