@@ -113,10 +113,10 @@ class RePaSwinBlock(SwinTransformerBlock):
 
     def derive_buffers(self) -> None:
         """Compute the attention mask and the offsets of pairs of tokens on the device of the weights."""
-        self.attn.relative_position_index = torch.empty_like(
-            self.attn.relative_position_index, device=self.norm1.weight.device
-        )
-        self.attn.init_non_persistent_buffers()
+        attention: Any = self.attn
+        place: Any = self.norm1.weight
+        attention.relative_position_index = torch.empty_like(attention.relative_position_index, device=place.device)
+        attention.init_non_persistent_buffers()
         self.init_non_persistent_buffers()
 
     def forward(self, x: Tensor) -> Tensor:

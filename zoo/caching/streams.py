@@ -177,7 +177,7 @@ class PlacedBlock:
         if self.slots is not None:
             return
         taken = tensors(self._arguments(args, kwargs))
-        names = _returned_names(type(self.module))
+        names = _returned_names(type(self.module))  # type: ignore[arg-type]  # classes are hashable
         returned = tensors(output)
         slots: list[Slot] = []
         for path, tensor in returned:

@@ -205,7 +205,7 @@ class FolderImages(_Readable, ImageFolder):
         return str(self.samples[index][0])
 
     def keep(self, indices: Sequence[int]) -> None:
-        kept: list[tuple[str, int]] = [self.samples[index] for index in indices]
+        kept = [self.samples[index] for index in indices]  # type: ignore[has-type]
         self.samples = self.imgs = kept
         self.targets = [label for _, label in self.samples]
 

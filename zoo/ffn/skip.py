@@ -207,9 +207,9 @@ def apply(model: nn.Module, config: SkipConfig | None = None, data: Iterable[Any
             for batch in batches:
                 model_output(model, batch)
                 for name in names:
-                    block = model.get_submodule(name)
-                    assert isinstance(block, SkippingBlock)
-                    shares[name] = [a + b for a, b in zip(shares[name], block.executed, strict=True)]
+                    changed = model.get_submodule(name)
+                    assert isinstance(changed, SkippingBlock)
+                    shares[name] = [a + b for a, b in zip(shares[name], changed.executed, strict=True)]
         for name in middle:
             share = shares[name][0] / shares[name][1] if shares[name][1] else 1.0
             params = count_params(model.get_submodule(name))

@@ -140,7 +140,7 @@ def _load(
         model = timm.create_model(known, **arguments)
         load_strict(model, state_dict, family.checkpoint_filter_fn, source=str(weights))
         return model
-    if name is None and (other := foreign_restorer(state_dict, weights)) is not None:
+    if name is None and (other := foreign_restorer(state_dict, os.fspath(weights))) is not None:
         return other
     families = ", ".join(family.__name__.rpartition(".")[2] for family in FAMILIES)
     raise CheckpointError(f"{weights} is of no known restorer; known families are {families}{foreign_hint()}.")

@@ -103,7 +103,8 @@ class DepthwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor, more: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Convolve with the module's kernel and bias; with `more`, the sum of these and another kernel and bias."""
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Any = self.bias
         if more is not None:
             weight, bias = weight + more[0], bias + more[1]
         x = x.permute(0, 3, 1, 2)
@@ -347,8 +348,9 @@ class CFSRBlock(nn.Module):
         require_mergeable(self)
         edges = self.ffn.edges()
         if edges is not None:
-            self.ffn.pos.weight += edges[0]
-            self.ffn.pos.bias += edges[1]
+            position: Any = self.ffn.pos
+            position.weight += edges[0]
+            position.bias += edges[1]
             self.ffn.drop_edges()
         fold_layer_norm(self.norm1, self.mixer.expand)
         fold_layer_norm(self.norm2, self.ffn.fc1)

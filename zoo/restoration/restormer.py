@@ -426,8 +426,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 @cache
 def _names() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the names of the network's parts, and of its levels among them, in order."""
-    blocks = dict(num_blocks=(1, 1, 1, 1), num_refinement_blocks=1)
-    parts = dict(Restormer(dim=8, dual_pixel=True, device="meta", **blocks).named_children())
+    small = Restormer(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, dual_pixel=True, device="meta")
+    parts = dict(small.named_children())
     return tuple(parts), tuple(name for name, part in parts.items() if isinstance(part, nn.Sequential))
 
 

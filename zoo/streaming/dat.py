@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Protocol, cast
 
 import torch
@@ -320,9 +320,14 @@ def _run_block(block: DualAggregationBlock, source: FeatureMap, target: FeatureM
         target.write(done, linear_rows(gated, ffn.fc2.weight, ffn.fc2.bias).add_(residual.pop(count)))
         done += count
 
+    def read(first: int, end: int) -> Tensor:
+        return _norm(block.norm1, source.read(first, end))
+
     attn = block.attn
-    attend = partial(_attend_in_windows if isinstance(attn, SpatialAttention) else _attend_between_channels, attn)
-    attend(lambda first, end: _norm(block.norm1, source.read(first, end)), strips, feed)
+    if isinstance(attn, SpatialAttention):
+        _attend_in_windows(attn, read, strips, feed)
+    else:
+        _attend_between_channels(attn, read, strips, feed)
 
 
 class Network(Protocol):

@@ -143,7 +143,7 @@ class StripRun:
     ) -> None:
         self.image, self.restored, self.dim, self.workspace = image, restored, dim, workspace
         self.strip_bytes, self.keep_values, self.tell = strip_bytes, keep_values, tell
-        self.sizes = MapSizes(*image.shape[1:], dim)
+        self.sizes = MapSizes(image.shape[1], image.shape[2], dim)
         self._first: nn.Conv2d | None = None
 
     def embed(self, conv: nn.Conv2d) -> FeatureMap:

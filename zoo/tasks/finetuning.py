@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
@@ -244,7 +244,7 @@ def _measure(model: nn.Module, record: ModelRecord, data: ImageClassification) -
     transform = create_transform(**resolve_model_data_config(used))
     part: Any = data._open("validation", training=False)
     indices = part.indices if isinstance(part, torch.utils.data.Subset) else range(len(part))
-    images: FolderImages = part.dataset if isinstance(part, torch.utils.data.Subset) else part
+    images = cast(FolderImages, part.dataset if isinstance(part, torch.utils.data.Subset) else part)
     confusion = [[0] * record.num_classes for _ in range(record.num_classes)]
     files = []
     with torch.inference_mode():

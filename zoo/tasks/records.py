@@ -48,12 +48,7 @@ def trained_record(model: nn.Module, base: str | None, data: Any) -> ModelRecord
             interpolation="bicubic" if data.interpolation == "random" else data.interpolation,
         )
     degradation = getattr(data, "degradation", None)
-    if (
-        degradation is not None
-        and hasattr(degradation, "low")
-        and hasattr(degradation, "high")
-        and record.task == "denoise"
-    ):
-        low, high = plain(degradation.low), plain(degradation.high)
+    low, high = plain(getattr(degradation, "low", None)), plain(getattr(degradation, "high", None))
+    if low is not None and high is not None and record.task == "denoise":
         record = record.updated(sigma=low if low == high else (low, high))
     return record
