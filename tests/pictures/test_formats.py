@@ -683,3 +683,29 @@ def test_one_pixel(suffix: str, tmp_path: Path, model: CFSR) -> None:
     Image.new("RGB", (1, 1), (90, 120, 200)).save(tmp_path / f"in.{suffix}")
     restore(tmp_path / f"in.{suffix}", model=model).save(tmp_path / f"out.{suffix}")
     assert open_picture(tmp_path / f"out.{suffix}").size == (2, 2)
+
+
+def test_a_restored_image_is_restored_again(tmp_path: Path, model: CFSR) -> None:
+    """It shows 8 bits and one frame, and hands on all that it holds."""
+    (tmp_path / "deep.png").write_bytes(imagecodecs.png_encode(RGB16))
+    once = restore(tmp_path / "deep.png", model=model)
+    twice = restore(once, model=model)
+    assert twice.picture.color.dtype == np.uint16
+    assert np.array_equal(twice.picture.color, restore_picture(once.picture, model).color)
+    frames = [Image.fromarray(np.roll(RGB, shift, 1)) for shift in range(3)]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:], duration=[50, 60, 70], loop=0)
+    moving = restore(tmp_path / "x.gif", model=model)
+    assert restore(moving, model=model).n_frames == 3
+    assert open_picture(moving).frames == ()
+    once.putpixel((0, 0), (1, 2, 3))  # what was changed since holds
+    assert open_picture(once).color[0, 0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("head", [b"P6 22 18 1023\n", b"P6\n# of 65535\n22 #w\n18\n1023 "])
+def test_a_deep_ppm_says_its_peak(head: bytes, tmp_path: Path) -> None:
+    """Also where a comment stands before it, or the pixels look like one."""
+    pixels = np.round(WAVES[..., :3] * 1023).astype(np.uint16)
+    pixels[0, :, 0] = 0x0123  # ends in "#"
+    (tmp_path / "x.ppm").write_bytes(head + pixels.astype(">u2").tobytes() + b"\n")
+    picture = open_picture(tmp_path / "x.ppm")
+    assert np.array_equal(picture.color, np.round(pixels * (65535 / 1023)).astype(np.uint16))

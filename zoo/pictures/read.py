@@ -20,6 +20,7 @@ from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from zoo.pictures import containers, png
 from zoo.pictures.formats import RAW_SUFFIXES, Kind, load_plugins
+from zoo.pictures.image import RestoredImage
 from zoo.pictures.metadata import exif_of, from_info, upright
 from zoo.pictures.picture import Array, Picture, PictureError
 from zoo.pictures.tiff import is_tiff, pages_of, read_tiff, to_unit
@@ -47,6 +48,8 @@ _PAGED = ("HEIF",)
 _TURNED = ("JXL", "TIFF", "HEIF")  # formats that come turned upright from their library
 _LONGEST_TEXT = 64 * 2**20  # bytes of text or a profile in a PNG; Pillow's own bound of 1 MB refuses real files
 _HEAD = 4096  # bytes in which marks of a format are looked for
+_PPM_GAP = rb"(?:\s|#[^\r\n]*[\r\n])+"
+_PPM_HEAD = re.compile(rb"P6" + 2 * (_PPM_GAP + rb"\d+") + _PPM_GAP + rb"(\d+)\s")  # width, height, and the peak
 
 
 def open_picture(
@@ -71,6 +74,9 @@ def open_picture(
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
+    if isinstance(source, RestoredImage):  # it knows more than its pixels show: 16 bits, frames
+        picture = source.current()
+        return picture if every_frame else dataclasses.replace(picture, frames=())
     if isinstance(source, Image.Image):
         return from_image(source, "the image")
     if isinstance(source, (str, os.PathLike)):
@@ -332,9 +338,11 @@ def _deep(image: Image.Image, file: Path | BinaryIO, head: bytes) -> tuple[Array
 
 def _deep_ppm(data: bytes, size: tuple[int, int]) -> Array:
     """Samples of a colour PPM with 16 bits, which Pillow shortens to 8."""
-    peak = int(data[:_HEAD].split(b"#")[0].split()[3]) if b"#" not in data[:_HEAD] else 65535
-    count = size[0] * size[1] * 3
-    array = np.frombuffer(data[-2 * count :], ">u2").reshape(size[1], size[0], 3)
+    head = _PPM_HEAD.match(data)
+    if head is None:
+        raise PictureError("The head of the PPM is damaged.")
+    count, peak = size[0] * size[1] * 3, int(head[1])
+    array = np.frombuffer(data, ">u2", count, head.end()).reshape(size[1], size[0], 3)
     return np.round(array.astype(np.float64) * (65535 / peak)).astype(np.uint16)
 
 
@@ -350,8 +358,8 @@ def _bits(kind: str, head: bytes) -> int:
         place = head.find(b"pixi")
         return head[place + 9] if place >= 0 else 8
     if kind == "PPM" and head[:2] == b"P6":
-        parts = [part for line in head.split(b"\n") for part in line.split(b"#")[0].split()]
-        return 16 if len(parts) > 3 and parts[3].isdigit() and int(parts[3]) > 255 else 8
+        found = _PPM_HEAD.match(head)
+        return 16 if found and int(found[1]) > 255 else 8
     if kind == "JPEG2000":
         place = head.find(b"ihdr")
         if place >= 0:
