@@ -103,8 +103,8 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
             "hf-hub:org/name").
         pretrained: Load the published weights of a registered name. Files and folders are always loaded.
         **kwargs: Arguments of the model. `num_classes` and `in_chans` other than those of the weights make a new
-            classifier and adapt the first layer, as in timm. Also facts that the record of a user's weights lacks or
-            has wrong: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`, `label_names`; for a file,
+            classifier and adapt the first layer, as in timm. Also facts that a user's record lacks or has wrong:
+            for example `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`, `label_names`; for a file,
             `architecture`.
 
     Returns:

@@ -322,8 +322,8 @@ def record_of(model: Any) -> ModelRecord:
     """Return the record of a model that zoo or timm built; the number of classes is the model's present one.
 
     Args:
-        model: A classifier or restorer. One that was built by `timm.create_model` from timm's own architectures has no
-            record of its constructor arguments: build it with `zoo.create_model`.
+        model: A classifier or restorer. Of timm's own architectures it is built with `zoo.create_model`, since those of
+            `timm.create_model` have no record of their constructor arguments.
 
     Raises:
         RecordError: The model was built from its class, so that its architecture has no name.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.backbones.repavit import layer_idle_ratios
+from zoo.hub import HubError
 from zoo.layers.ffn import RePaFFN
 from zoo.weights import CheckpointError, load_strict, save_checkpoint
 
@@ -354,7 +355,7 @@ def test_bad_arguments(name: str, kwargs: dict[str, Any], message: str) -> None:
 
 
 def test_unpublished_weights_say_where_they_are() -> None:
-    with pytest.raises(CheckpointError, match=r"huggingface\.co/Ackesnal/RePaViT"):
+    with pytest.raises(HubError, match=r"files of Ackesnal/RePaViT cannot be listed"):
         timm.create_model("repavit_large", pretrained=True, device="meta")
 
 
@@ -370,7 +371,10 @@ def test_a_file_in_the_authors_naming_becomes_a_model(tmp_path: Path) -> None:
     record, _ = protocol.load(RECORDS / "repamlpmixer_s32")
     state = authors_state(record)
     save_checkpoint(state, tmp_path / "authors.safetensors")
-    model = zoo.create_model(str(tmp_path / "authors.safetensors"))
+    with pytest.raises(CheckpointError, match="do not tell idle_ratio"):
+        zoo.create_model(str(tmp_path / "authors.safetensors"))
+    facts = dict(input_size=(3, 224, 224), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    model = zoo.create_model(str(tmp_path / "authors.safetensors"), idle_ratio=0.75, **facts)
     assert type(model).__name__ == "RePaMlpMixer"
     own = model.blocks[0].mlp_channels
     joined = torch.cat((own.active_fc1.weight, own.idle_fc1.weight))

@@ -121,7 +121,7 @@ def test_failure_in_mid_sweep(failing: int, cache: Path) -> None:
 def test_a_cache_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """One method breaking in mid-run does not end the sweep; it is named."""
 
-    def broken(self: Any, *args: Any) -> Any:
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("out of\nluck")
 
     monkeypatch.setattr("zoo.caching.cg_taylor.Gate.decide", broken)

@@ -233,6 +233,7 @@ def test_attention_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """No scores in memory, with biases and masks and without; the largest tensors are the maps."""
     monkeypatch.setattr("zoo.restoration.dat._STRIP", 64 * 1024)
     for model in (random_model(torch.float32), light(dtype=torch.float32)):
+        model.reparameterize()  # as built, maps are computed whole
         model(torch.rand(1, 3, 16, 16))  # the position bias is made
         with _Calls() as calls, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             model(torch.rand(1, 3, 200, 48))
@@ -248,7 +249,8 @@ def test_stream_is_the_whole(size: tuple[int, int], upsampler: str, monkeypatch:
     model, x = random_model(torch.float32, scale=4, depths=(4, 1), **kinds), torch.rand(2, 3, *size)
     whole = model(x).detach()
     monkeypatch.setattr("zoo.restoration.dat.FEWEST_PIXELS", 64)
-    monkeypatch.setattr("zoo.restoration.dat._TILE_PIXELS", 64)
+    monkeypatch.setattr("zoo.restoration.dat.TILE_PIXELS", 64)
+    monkeypatch.setattr("zoo.streaming.dat.TILE_PIXELS", 64)
     made: list[bool] = []
     new = maps.Workspace.new
     monkeypatch.setattr(maps.Workspace, "new", lambda *a, **k: [made.append((m := new(*a, **k)).in_memory), m][1])

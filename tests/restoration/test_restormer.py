@@ -314,6 +314,7 @@ def test_detect_authors(form: str) -> None:
 def test_detect_ours(name: str) -> None:
     """The network is recognised; of the tasks that share one, the first."""
     same = {"restormer_denoise_real": "restormer_denoise_color"}
+    same["restormer_tiny_restore_color"] = "restormer_tiny_denoise_color"
     same |= dict.fromkeys(("restormer_derain", "restormer_defocus"), "restormer_deblur")
     state_dict = timm.create_model(name, device="meta").state_dict()
     assert detect(state_dict) == (same.get(name, name), {})

@@ -64,7 +64,10 @@ class CascadedGroupAttention(BiasedAttention):
         self.proj = nn.Sequential(nn.ReLU(), ConvNorm(dim, dim, bn_weight_init=0.0, **dd))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged and (torch.jit.is_scripting() or self._owns_parts()):
+        in_tokens = self.merged
+        if not torch.jit.is_scripting():
+            in_tokens = in_tokens and self._owns_parts()
+        if in_tokens:
             return self._attend_in_tokens(x)
         return self._attend_in_maps(x)
 
