@@ -317,7 +317,7 @@ def test_weights_at_an_address(weights: Path, tmp_path: Path, monkeypatch: pytes
         raise OSError("Name or service not known")
 
     with monkeypatch.context() as patch:
-        patch.setattr("zoo.weights.download_cached_file", no_network)
+        patch.setattr("zoo.weights.urllib.request.urlopen", no_network)
         with pytest.raises(hub.HubError, match=f"Name or service not known.*Fetch {url}"):
             timm.create_model("repavit_tiny", **create)
     (tmp_path / "cache").mkdir(exist_ok=True)

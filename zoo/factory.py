@@ -104,8 +104,8 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
         pretrained: Load the published weights of a registered name. Files and folders are always loaded.
         **kwargs: Arguments of the model. `num_classes` and `in_chans` other than those of the weights make a new
             classifier and adapt the first layer, as in timm. Also facts that a user's record lacks or has wrong:
-            for example `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`, `label_names`; for a file,
-            `architecture`.
+            for example `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`, `label_names`; for a
+            file, `architecture`.
 
     Returns:
         The model, in evaluation mode where weights were loaded. `zoo.record.record_of(model)` says what it is.

@@ -11,7 +11,7 @@ from PIL import Image, JpegImagePlugin
 from torch import Tensor, nn
 
 import zoo
-from zoo.pictures import tiling
+from zoo.pictures import plans
 from zoo.pictures.picture import Picture
 from zoo.pictures.read import open_picture
 from zoo.pictures.restore import restore_picture
@@ -77,8 +77,8 @@ def test_tiles_count_every_picture_of_a_batch(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], in_chans: int, share: int
 ) -> None:
     """What a call takes stays within the budget: that of all pictures, of all channels of a gray network."""
-    monkeypatch.setattr(tiling, "_held_bytes", lambda device: 0)
-    monkeypatch.setattr(tiling, "_RUNTIME_BYTES", 0)
+    monkeypatch.setattr(plans, "held_bytes", lambda device: 0)
+    monkeypatch.setattr(plans, "_RUNTIME_BYTES", 0)
     model, x = Restorer(in_chans=in_chans), ramp(*shape)
     result = 2 * 4 * x.numel()
     allowed = result + 1000 * share * 1024  # tiles of 32x32 pixels
@@ -89,8 +89,8 @@ def test_tiles_count_every_picture_of_a_batch(
 
 
 def test_tiles_in_half_precision_take_half(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiling, "_held_bytes", lambda device: 0)
-    monkeypatch.setattr(tiling, "_RUNTIME_BYTES", 0)
+    monkeypatch.setattr(plans, "held_bytes", lambda device: 0)
+    monkeypatch.setattr(plans, "_RUNTIME_BYTES", 0)
     calls = []
     for model in (Restorer(), Restorer().to(torch.bfloat16)):
         restore_tensor(model, ramp(1, 3, 64, 64), budget=2 * 4 * 3 * 64 * 64 + 1000 * 1024)

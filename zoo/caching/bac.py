@@ -6,6 +6,7 @@ code: https://github.com/ky-ji/BAC (MIT).
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import dataclass
 from os import PathLike
@@ -190,6 +191,12 @@ class _Plan:
         )
 
 
+def _place(path: str) -> tuple[str, str]:
+    """Return the list and the number of the block that a unit is in: "blocks", "3" of "blocks.3.attn"."""
+    found = re.match(r"(.+?)\.(\d+)(?:\.|$)", path)
+    return (found[1], found[2]) if found else (path, "")
+
+
 @place.register
 def _bac(config: BACConfig, model: nn.Module, run: RunTracker) -> None:
     config.check()
@@ -204,8 +211,13 @@ def _bac(config: BACConfig, model: nn.Module, run: RunTracker) -> None:
         schedule = BACSchedule.load(Path(schedule))
     schedule.check()
     units = model_units(model, "BACConfig")
-    # a unit that the run of the calibration did not call has no steps, and is always computed
-    if schedule.model != type(model).__name__ or not set(schedule.units) <= {unit.path for unit in units}:
+    # a unit that the run of the calibration did not call has no steps, and is always computed; a block of a list that
+    # it went through has some, or the schedule is for a model of another depth
+    paths = {unit.path for unit in units}
+    lists = {_place(path)[0] for path in schedule.units}
+    blocks = {_place(path) for path in paths if _place(path)[0] in lists}
+    fits = set(schedule.units) <= paths and blocks == set(map(_place, schedule.units))
+    if schedule.model != type(model).__name__ or not fits:
         raise ValueError(
             f"The BAC schedule is for a {schedule.model} with {len(schedule.units)} units, this is a "
             f"{type(model).__name__} with {len(units)}."

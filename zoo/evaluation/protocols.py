@@ -131,7 +131,7 @@ _OF_TASK = {
     "derain": "derain",
     "deblur": "deblur",
     "defocus": "dpdd",
-    "restore": "rgb",
+    "restore": "jpeg",
 }
 
 
