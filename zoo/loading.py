@@ -35,7 +35,7 @@ from zoo import catalog, hub
 from zoo.cfg import ModelCfg
 from zoo.ffn.technique import rebuild
 from zoo.record import CONFIG_NAME, KEY, ModelRecord, RecordError, attach, described, read_record, record_of
-from zoo.sources import CheckpointError, Source, card_sha256, front_matter, timm_names, weight_file
+from zoo.sources import CheckpointError, Source, card_sha256, front_matter, task_of, timm_names, weight_file
 from zoo.weights import (
     FilterFn,
     cards_dir,
@@ -195,7 +195,7 @@ def from_record(record: ModelRecord, state_dict: dict[str, Tensor], source: str,
         fields = {key: value for key, value in fields.items() if key in _PLAIN_FIELDS}
     cfg = pretrained_cfg_of({**fields, "file": source, "state_dict": state_dict})
     built: dict[str, Any] = {"num_classes": record.num_classes if classes is None else classes, **arguments}
-    if record.task != "classification":
+    if task_of(record) != "classification":
         del built["num_classes"]
     if kwargs.get("features_only"):  # loaded before timm takes the network apart
         return timm.create_model(record.architecture, True, pretrained_cfg=vars(cfg), **built).eval()
@@ -207,7 +207,7 @@ def from_record(record: ModelRecord, state_dict: dict[str, Tensor], source: str,
         raise CheckpointError(f"{source}: {error}") from error
     load_pretrained(model, cfg, ours or _timm_filter(record.architecture, model, state_dict))
     now = described(record.architecture, fields, built)
-    now = dataclasses.replace(now, task=record.task, base=record.base, changes=record.changes)
+    now = dataclasses.replace(now, task=task_of(record), base=record.base, changes=record.changes)
     if given.get("img_size") is None:  # a network built for one size may have been trained for another
         now = now.updated(input_size=(now.input_size[0], *record.input_size[1:]))
     model.pretrained_cfg.pop("file", None)

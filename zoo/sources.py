@@ -197,6 +197,13 @@ def metrics_of(source: Source) -> list[dict[str, Any]]:
     return card_metrics(_card_of(source))
 
 
+def task_of(record: ModelRecord) -> str:
+    """Return a record's task; where it states none, as a plain timm folder does, that of the architecture."""
+    if record.task != "classification":
+        return record.task
+    return str(catalog.load().get(record.architecture, {}).get("task", record.task))
+
+
 def describe(source: Source, record: ModelRecord | None = None) -> dict[str, Any]:
     """Return what a user's file or folder says of itself: its record, and its card.
 
@@ -215,7 +222,7 @@ def describe(source: Source, record: ModelRecord | None = None) -> dict[str, Any
     size = record.input_size
     known = {
         "name": source.name,
-        "task": record.task,
+        "task": task_of(record),
         "architecture": record.architecture,
         "family": facts.get("family"),
         "summary": facts.get("summary"),
@@ -255,7 +262,7 @@ def _file(name: str, path: Path) -> Source:
         record = read_record(path, beside=False)
     except RecordError as error:
         raise CheckpointError(str(error)) from error
-    known = dict(architecture=record.architecture, task=record.task) if record else {}
+    known = dict(architecture=record.architecture, task=task_of(record)) if record else {}
     return Source(name=name, kind="file", path=path, record=record, **known)
 
 
@@ -274,7 +281,7 @@ def _folder(name: str, folder: Path) -> Source:
         raise CheckpointError(str(error)) from error
     assert record is not None  # there is a config.json
     return Source(
-        name=name, kind="folder", path=folder, record=record, architecture=record.architecture, task=record.task
+        name=name, kind="folder", path=folder, record=record, architecture=record.architecture, task=task_of(record)
     )
 
 
