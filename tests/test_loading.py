@@ -135,6 +135,33 @@ def test_changed_feed_forward_layers_are_rebuilt(tmp_path: Path) -> None:
 DATA = [torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(2)]
 
 
+@pytest.mark.parametrize("suffix", ["", ".pth", ".bin", ".SAFETENSORS"])
+def test_safetensors_by_any_name(suffix: str, tmp_path: Path) -> None:
+    """A copy, or a blob of the Hub's cache, is told by its content; a path may be a `Path`."""
+    model, x = build("repavit"), images("repavit")
+    own(model, input_size=tuple(x.shape[1:]))
+    save_checkpoint(model.state_dict(), tmp_path / "a.safetensors", record=record_of(model))
+    copy = (tmp_path / "a.safetensors").rename(tmp_path / f"copy{suffix}")
+    with torch.no_grad():
+        assert torch.equal(zoo.create_model(copy)(x), model(x))
+    assert zoo.model_info(copy)["architecture"] == record_of(model).architecture
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"num_classes": -1}, "num_classes must be a whole number from 0, got -1"),
+        ({"num_classes": "3"}, "num_classes must be a whole number from 0, got '3'"),
+        ({"input_size": 64}, r"input_size must be \(channels, height, width\), got 64"),
+        ({"input_size": (64, 64)}, r"got \(64, 64\)"),
+    ],
+)
+def test_facts_of_the_wrong_kind(facts: dict[str, Any], message: str) -> None:
+    for name in ("repavit_tiny", cards_dir() / "repavit_tiny.cifar10"):
+        with pytest.raises(ValueError, match=message):
+            zoo.create_model(name, **facts)
+
+
 def test_what_tensors_do_not_tell_is_asked_for(tmp_path: Path) -> None:
     """Windows, strides, normalisation: a bare file of a full-sized model with the user's classes."""
     path = tmp_path / "emo.pth"

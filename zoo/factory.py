@@ -61,7 +61,7 @@ def list_models(
     return sorted(f"{name}.{tag}" for name, entry in chosen.items() for tag in entry["weights"])
 
 
-def model_info(name: str) -> dict[str, Any]:
+def model_info(name: str | Path) -> dict[str, Any]:
     """Return what is known about a model: paper, licence, parameters, MACs, input, weights, metrics, parity.
 
     Of a user's file, folder or Hub repository: architecture, arguments, classes, input, metrics of its card.
@@ -73,6 +73,7 @@ def model_info(name: str) -> dict[str, Any]:
         ValueError: There is no such model or tag; the message names the nearest.
         CheckpointError: The file or folder does not say what it is.
     """
+    name = _text(name)
     source = _find(name)
     if source.kind == "hub":
         record = read_config(hub.download(str(source.repo_id), CONFIG_NAME))
@@ -89,7 +90,7 @@ def model_info(name: str) -> dict[str, Any]:
     return describe(source, described(str(source.architecture), vars(cfg), {}))
 
 
-def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def create_model(name: str | Path, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build a model by name, or load one from a weight file, a folder, a checkpoint or a Hub id.
 
     A file or folder brings its own constructor arguments, label names, input size and normalisation: in a record that
@@ -115,6 +116,8 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
         TypeError: The model has no such argument; the message names the nearest.
         CheckpointError: The weights do not exist, are damaged, do not fit, or do not tell what changes the numbers.
     """
+    name = _text(name)
+    _require_kinds(kwargs)
     source = _find(name)
     if source.kind == "model":
         return _registered(source, pretrained, kwargs)
@@ -129,6 +132,21 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
         return load_folder(source, **kwargs)
     assert source.path is not None
     return load_file(source.path, **kwargs)
+
+
+def _text(name: str | Path) -> str:
+    """Return a name as text; a `Path` is a file or folder, also where a model is called the same."""
+    return name if isinstance(name, str) else str(name) if name.is_absolute() else f"./{name}"
+
+
+def _require_kinds(kwargs: dict[str, Any]) -> None:
+    """Refuse values that the models themselves would stumble over, or take without a word."""
+    classes, size = kwargs.get("num_classes"), kwargs.get("input_size")
+    if classes is not None and (not isinstance(classes, int) or classes < 0):
+        raise ValueError(f"num_classes must be a whole number from 0, got {classes!r}.")
+    sides = list(size) if isinstance(size, tuple | list) else []
+    if size is not None and not (len(sides) == 3 and all(isinstance(side, int) and side > 0 for side in sides)):
+        raise ValueError(f"input_size must be (channels, height, width), got {size!r}.")
 
 
 def _find(name: str) -> Source:

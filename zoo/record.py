@@ -37,6 +37,7 @@ __all__ = [
     "RecordError",
     "attach",
     "described",
+    "is_safetensors",
     "kept_by_lightning",
     "note_build",
     "note_merged",
@@ -406,7 +407,7 @@ def read_record(path: str | Path, *, beside: bool = True) -> ModelRecord | None:
         RecordError: There is one, and it is damaged.
     """
     path = Path(path)
-    if path.suffix == ".safetensors" and path.is_file():
+    if path.is_file() and is_safetensors(path):
         found = _header(path).get(KEY)
         if found is not None:
             try:
@@ -422,6 +423,16 @@ def read_record(path: str | Path, *, beside: bool = True) -> ModelRecord | None:
         if path.is_dir():
             raise
         return None  # the config of something else
+
+
+def is_safetensors(path: str | Path) -> bool:
+    """Tell whether a file is one of safetensors: by its suffix, or its first bytes, as copies and blobs lack it."""
+    path = Path(path)
+    if path.suffix.lower() == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        head = file.read(9)
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") + 8 <= path.stat().st_size
 
 
 def _header(path: Path) -> dict[str, str]:

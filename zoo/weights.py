@@ -31,7 +31,17 @@ from zoo import hub
 from zoo.catalog import nearest
 from zoo.cfg import ModelCfg, RestorationCfg
 from zoo.files import whole
-from zoo.record import KEY, ModelRecord, RecordError, described, kept_by_lightning, note_build, read_record, record_in
+from zoo.record import (
+    KEY,
+    ModelRecord,
+    RecordError,
+    described,
+    is_safetensors,
+    kept_by_lightning,
+    note_build,
+    read_record,
+    record_in,
+)
 from zoo.sources import WEIGHT_SUFFIXES, CheckpointError, card_sha256, cards_dir, front_matter
 
 __all__ = [
@@ -200,7 +210,7 @@ def _reason(error: Exception) -> str:
 
 
 def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         return load_file(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about old zip formats that load all the same

@@ -14,7 +14,7 @@ from datasets import Image as ImageFeature
 from image_sets import image_folder, picture
 from PIL import Image
 
-from zoo.data.images import ImageClassification, open_labelled_images
+from zoo.data.images import ImageClassification, open_labelled_images, stratified_split
 from zoo.data.notices import Notice
 
 
@@ -62,6 +62,31 @@ def test_empty_class_folders(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"train/zebra holds no picture, but \.doc") as caught:
         data_module(root).train_dataloader()
     assert "\n" not in str(caught.value)
+
+
+def test_nested_and_capital_folders(tmp_path: Path) -> None:
+    """Pictures may lie deeper in a class's folder; "Train" is a part, not a class, and so are "training", "testing"."""
+    for name in ("cat", "dog"):
+        add_class(tmp_path / "nested", "2020", name)
+        add_class(tmp_path / "capital", name, "Train")
+        add_class(tmp_path / "capital", name, "Val", 1)
+        add_class(tmp_path / "parts", name, "training")
+        add_class(tmp_path / "parts", name, "testing")
+    assert data_module(tmp_path / "nested").class_names == ["cat", "dog"]
+    capital = data_module(tmp_path / "capital")
+    assert capital.class_names == ["cat", "dog"]
+    assert len(capital._open("validation", training=False)) == 2
+    with pytest.raises(ValueError, match="holds testing, training: call the folder of the training images train"):
+        data_module(tmp_path / "parts").train_dataloader()
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
+def test_every_class_is_learnt_from(fraction: float) -> None:
+    """However large the part that is held out, and however small the class."""
+    labels = [0] * 9 + [1, 1, 2]
+    rest, held = stratified_split(labels, fraction)
+    assert {labels[index] for index in rest} == {0, 1, 2}
+    assert {labels[index] for index in held} == {0, 1}
 
 
 def test_hidden_files_are_no_pictures(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -113,7 +115,15 @@ def test_what_cannot_be_learnt_from(tmp_path: Path, capsys: pytest.CaptureFixtur
     (taken / "letter.txt").write_text("dear")
     broken = shapes(tmp_path / "broken", 2)
     (broken / "circle" / "0.png").write_bytes(b"none")
+    for part in ("training", "testing"):
+        shapes(tmp_path / "parts" / part, 2)
+    cards = Path(__file__).parents[2] / "model_cards"
     cases: list[tuple[Path, list[str], str]] = [
+        (tmp_path / "parts", [], "holds testing, training: call the folder of the training pictures train"),
+        (good, ["-o", str(good / "mine")], "mine lies in .*good, whose folders are classes"),
+        (good, ["--model", str(cards / "cfsr_x2.bsds")], "is a model for sr"),
+        (good, ["--model", "none.pth"], "No weight file at none.pth"),
+        (good, ["--batch-size", "1"], "--batch-size must be at least 2"),
         (tmp_path / "none", [], "There is no folder"),
         (single, [], "'square' has one picture"),
         (one, [], "has one class, 'cat'"),
@@ -137,6 +147,21 @@ def test_what_cannot_be_learnt_from(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert re.search(message, error), error
         assert not output.exists()
     assert (taken / "letter.txt").read_text() == "dear"
+    assert not (good / "mine").exists()
+
+
+def test_names_with_spaces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The commands to type next can be typed; a rate that is too high leaves nothing behind."""
+    data, output = shapes(tmp_path / "my data", 4), tmp_path / "it's mine ü"
+    call = ["finetune", str(data), "--model", "emov2_1m.cifar10", "--image-size", "32", "--epochs", "1", "--json"]
+    assert main([*call, "-o", str(output)]) == 0
+    classify, _, publish = (shlex.split(line) for line in json.loads(capsys.readouterr().out)["next"])
+    assert classify == ["zoo", "classify", str(data), "--model", str(output)]
+    assert main([*publish[1:4], publish[4].replace("YOU", "me"), *publish[5:]]) == 0
+    capsys.readouterr()
+    assert main([*call, "-o", str(tmp_path / "high"), "--lr", "1e9"]) == 2
+    assert "take a lower --lr" in capsys.readouterr().err
+    assert not (tmp_path / "high").exists()
 
 
 def test_a_class_called_train(tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def compare_models(
         entries=entries,
         checks=tuple(itertools.chain.from_iterable(each.checks for each in subjects)),
         goals=goals,
-        notes=("Random weights: they do not change the time.",)
+        notes=("Weights, random or trained, do not change the time.",)
         if subjects[0].task not in catalog.PIPELINE_TASKS
         else (),
     )

@@ -6,6 +6,7 @@ It is laid out as a Hub repository of timm's kind, so that `zoo classify`, `expo
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -163,9 +164,9 @@ def _text(
     what = f"classifier of {record.num_classes} classes" if record.task == "classification" else f"{record.task} model"
     labels = "" if record.label_names is None else f" Classes: {', '.join(record.label_names)}."
     command = (
-        f"zoo classify photo.png --model {name}"
+        f"zoo classify photo.png --model {shlex.quote(name)}"
         if record.task == "classification"
-        else f"zoo restore photo.png --model {name} -o restored/"
+        else f"zoo restore photo.png --model {shlex.quote(name)} -o restored/"
     )
     use = _USE.get(record.task, _USE["restoration"]).format(name=name)
     parts = [

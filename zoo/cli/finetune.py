@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoo.cli.models import find_model
 from zoo.cli.output import UsageError, hush, note, print_json, print_table, silent, table
 
 if TYPE_CHECKING:
@@ -50,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     """Fine-tune a model."""
     _check_options(args)
     _check_output(args.output, force=args.force)
-    _check_pictures(args.data, args.val_fraction)
-    _check_model(args.model)
+    _check_pictures(args.data, args.output)
+    find_model(args.model, task="classification")
     hush(args)
     try:
         from zoo.tasks.finetuning import finetune
@@ -69,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    least = {"epochs": 1, "patience": 1, "image_size": 1, "batch_size": 1, "lora": 1, "num_workers": 0}
+    least = {"epochs": 1, "patience": 1, "image_size": 1, "batch_size": 2, "lora": 1, "num_workers": 0}
     for name, low in least.items():
         value = getattr(args, name)
         if value is not None and value < low:
@@ -95,15 +98,21 @@ def _check_output(output: Path, *, force: bool) -> None:
         raise UsageError(f"The folder {above} is not writable.")
 
 
-def _check_pictures(folder: Path, val_fraction: float) -> None:
+def _check_pictures(folder: Path, output: Path) -> None:
     """Refuse a folder that cannot be learnt from, before torch is imported."""
-    from zoo.pictures.folders import class_folders, is_picture, split_folder
+    from zoo.pictures.folders import class_folders, is_picture, misnamed_parts, pictures_below, split_folder
 
     if not folder.is_dir():
         raise UsageError(f"There is no folder {folder}: {_LAYOUT}.")
     train = split_folder(folder, ("train",)) or folder
     held_out = split_folder(folder, ("validation", "val", "valid")) is None
-    counts = {path.name: _count(path) for path in class_folders(train)}
+    if train == folder and (parts := misnamed_parts(folder)):
+        raise UsageError(
+            f"{folder} holds {', '.join(parts)}: call the folder of the training pictures train, the other val."
+        )
+    if train.resolve() in output.resolve().parents:
+        raise UsageError(f"{output} lies in {train}, whose folders are classes: choose a folder outside of it.")
+    counts = {path.name: sum(1 for _ in pictures_below(path)) for path in class_folders(train)}
     if not any(counts.values()):
         loose = sum(is_picture(entry.name) for entry in os.scandir(train))
         found = f"{loose} pictures outside of class folders" if loose else "no pictures in class folders"
@@ -118,21 +127,6 @@ def _check_pictures(folder: Path, val_fraction: float) -> None:
             )
     if len(counts) == 1:
         raise UsageError(f"{train} has one class, {next(iter(counts))!r}: a classifier takes two or more.")
-
-
-def _count(folder: Path) -> int:
-    from zoo.pictures.folders import is_picture
-
-    return sum(is_picture(name) for _, _, names in os.walk(folder, followlinks=True) for name in names)
-
-
-def _check_model(name: str) -> None:
-    """Refuse a name of ours that does not classify; unknown names are left to the factory."""
-    from zoo import catalog
-
-    facts = catalog.load().get(name.partition(".")[0])
-    if facts is not None and facts["task"] != "classification" and not Path(name).exists():
-        raise UsageError(f"{name} is a model for {facts['task']}: it cannot learn classes.")
 
 
 @contextmanager
@@ -186,11 +180,12 @@ def _epochs(rows: list[dict[str, float]], most: int) -> Table:
 
 
 def _report(args: argparse.Namespace, result: Finetuned) -> None:
-    folder = str(result.folder)
+    folder, name = str(result.folder), result.folder.resolve().name
+    repository = re.sub(r"[^a-zA-Z0-9_]+", "-", name).strip("-") or "model"  # what the Hub takes as a name
     commands = [
-        f"zoo classify {args.data} --model {folder}",
-        f"zoo export {folder} --format onnx -o {result.folder.name}.onnx",
-        f"zoo publish {folder} --repo-id YOU/{result.folder.name} --dry-run",
+        shlex.join(["zoo", "classify", str(args.data), "--model", folder]),
+        shlex.join(["zoo", "export", folder, "--format", "onnx", "-o", f"{name}.onnx"]),
+        shlex.join(["zoo", "publish", folder, "--repo-id", f"YOU/{repository}", "--dry-run"]),
     ]
     if args.json:
         print_json(

@@ -25,6 +25,7 @@ from zoo.data.labelled_images import (
 from zoo.data.labelled_images import _read_rgb as _read_rgb
 from zoo.data.notices import notice
 from zoo.data.samplers import LateLoader, ResumableSampler, SeededDataset
+from zoo.pictures.folders import split_folder
 
 __all__ = [
     "DamagePolicy",
@@ -151,7 +152,12 @@ class _Images(LightningDataModule):
 
 def _has_split(data_dir: str, split: str) -> bool:
     folder = Path(data_dir)
-    return not folder.is_dir() or (folder / split).is_dir() or any(folder.rglob(f"{split}*.parquet"))
+    return (
+        not folder.is_dir()
+        or (folder / split).is_dir()
+        or bool(split_folder(folder, (split,)))
+        or any(folder.rglob(f"{split}*.parquet"))
+    )
 
 
 class ImageClassification(_Images):

@@ -18,7 +18,7 @@ from zoo.catalog import nearest
 from zoo.data.notices import notice
 from zoo.files import is_hidden
 from zoo.pictures.eight_bit import read_eight_bit
-from zoo.pictures.folders import class_folders, is_picture, split_folder
+from zoo.pictures.folders import class_folders, is_picture, misnamed_parts, pictures_below, split_folder
 
 __all__ = [
     "DamagePolicy",
@@ -291,7 +291,11 @@ def _find_split(data_dir: str, split: str) -> tuple[Any, str]:
     if folder.is_dir():
         found = split_folder(folder, wanted)
         if found is None and split == "train" and split_folder(folder, _VALIDATION_SPLITS) is None:
-            found = folder if any(_holds_pictures(path) for path in class_folders(folder)) else None
+            if parts := misnamed_parts(folder):
+                raise ValueError(
+                    f"{folder} holds {', '.join(parts)}: call the folder of the training images train, the other val."
+                )
+            found = folder if any(any(pictures_below(path)) for path in class_folders(folder)) else None
         if found is not None:
             return found, str(found)
         if not any(folder.rglob("*.parquet")):
@@ -319,10 +323,6 @@ class _Images(Protocol):
     def image(self, index: int) -> Image.Image: ...
 
 
-def _holds_pictures(folder: Path) -> bool:
-    return any(is_picture(entry.name) for entry in os.scandir(folder))
-
-
 def find_damaged(data: _Images) -> dict[int, str]:
     """Read every image once and return what is wrong with those that cannot be read: index -> message."""
 
@@ -338,7 +338,8 @@ def find_damaged(data: _Images) -> dict[int, str]:
 
 
 def stratified_split(labels: Sequence[int], fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Return the indices of (the rest, the part held out): `fraction` of each class, at least one image of two.
+    """Return the indices of (the rest, the part held out): `fraction` of each class, at least one image
+    of two; one image of each class always stays.
 
     Args:
         labels: Class of every image.
@@ -351,6 +352,5 @@ def stratified_split(labels: Sequence[int], fraction: float, seed: int = 0) -> t
         by_class.setdefault(int(labels[index]), []).append(index)
     held: set[int] = set()
     for members in by_class.values():
-        count = max(round(fraction * len(members)), 1) if len(members) > 1 else 0
-        held.update(members[:count])
+        held.update(members[: min(max(round(fraction * len(members)), 1), len(members) - 1)])  # one stays, at least
     return [index for index in range(len(labels)) if index not in held], sorted(held)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from zoo.files import is_hidden
 from zoo.pictures.formats import readable_suffixes
 
-__all__ = ["class_folders", "is_picture", "split_folder"]
+__all__ = ["class_folders", "is_picture", "misnamed_parts", "pictures_below", "split_folder"]
+
+_PARTS = ("train", "training", "val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")
 
 
 def is_picture(name: str) -> bool:
@@ -23,9 +25,31 @@ def class_folders(folder: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
+def pictures_below(folder: str | Path) -> Iterator[str]:
+    """Yield the names of all pictures in a folder and the folders in it, without what is not the user's."""
+    for _, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        yield from filter(is_picture, names)
+
+
 def split_folder(folder: str | Path, names: Sequence[str]) -> Path | None:
-    """Return the first of the named folders in `folder` that holds folders itself: a class may be called "train"."""
+    """Return the first of the named folders in `folder` that holds folders itself: a class may be called "train".
+
+    "Train" counts as "train": class folders must not be mistaken for pictures of a class of that name.
+    """
+    inside = class_folders(folder)
     for name in names:
-        if (Path(folder) / name).is_dir() and class_folders(Path(folder) / name):
-            return Path(folder) / name
+        for path in sorted(inside, key=lambda path: path.name != name):
+            if path.name.lower() == name and class_folders(path):
+                return path
     return None
+
+
+def misnamed_parts(folder: str | Path) -> list[str]:
+    """Return the names of the folders in `folder` if they are parts of a data set ("training", "testing"), not classes.
+
+    Parts hold the class folders; without this, two classes called "training" and "testing" would be learnt.
+    """
+    inside = class_folders(folder)
+    parts = all(path.name.lower() in _PARTS and class_folders(path) for path in inside)
+    return [path.name for path in inside] if parts else []

@@ -170,6 +170,8 @@ def finetune(
             freeze=list(freeze) or None, lora=lora, channels_last=True,
         )  # fmt: skip
     record = record_of(task.model)
+    if record.task != "classification":
+        raise ValueError(f"{model} is a model for {record.task}: it cannot learn classes.")
     size = record.input_size or (3, 224, 224)
     if size[0] != 3:
         raise ValueError(f"{model} takes images of {size[0]} channels; pictures have 3.")
@@ -190,7 +192,8 @@ def finetune(
             default_root_dir=scratch,
         )  # fmt: skip
         trainer.fit(task, data)
-        if not best.best_model_path:
+        score = best.best_model_score
+        if not best.best_model_path or score is None or not torch.isfinite(score):  # Lightning keeps such weights, too
             raise ValueError("The loss was not a number in every epoch: take a lower --lr.")
         checkpoint = read_training_checkpoint(best.best_model_path)
         task.load_state_dict(checkpoint["state_dict"])
