@@ -201,8 +201,7 @@ def from_record(record: ModelRecord, state_dict: dict[str, Tensor], source: str,
         return timm.create_model(record.architecture, True, pretrained_cfg=vars(cfg), **built).eval()
     model = build_timm(record.architecture, pretrained_cfg={**fields, "file": source}, **built)
     try:
-        for change in record.changes:
-            restructure(model, change)
+        rebuild(model, record.changes)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: {error}") from error
     load_pretrained(model, cfg, ours or _timm_filter(record.architecture, model, state_dict))
@@ -245,15 +244,6 @@ def build_timm(name: str, **kwargs: Any) -> Any:
         if found and owner is not None:
             require_known(architecture, owner, [argument.strip("'\"")])
         raise
-
-
-def restructure(model: nn.Module, change: Mapping[str, Any]) -> None:
-    """Give a fresh model the structure that a technique made, from what its record says of it.
-
-    Raises:
-        ValueError: The technique is unknown here, or does not fit the model.
-    """
-    rebuild(model, [change])
 
 
 def note_facts(model: nn.Module, facts: Mapping[str, Any]) -> None:

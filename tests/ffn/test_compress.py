@@ -16,7 +16,7 @@ from zoo.ffn.depth import DepthConfig
 from zoo.ffn.low_rank import LowRankConfig
 from zoo.ffn.prune import PruneConfig
 from zoo.ffn.repa import RePaConfig
-from zoo.ffn.technique import ffn_layers, ffn_macs, model_output, rebuild
+from zoo.ffn.technique import ffn_layers, model_output, rebuild
 
 
 def _output(model: nn.Module, kind: str) -> torch.Tensor:
@@ -108,9 +108,9 @@ def test_least_squares_beats_bias_beats_nothing() -> None:
 @pytest.mark.parametrize("allocation", ["uniform", "global", "cfsp"])
 def test_budget_is_met(allocation: str) -> None:
     model = vit(depth=3)
-    before = sum(ffn_macs(ffn) for ffn in ffn_layers(model).values())
+    before = sum(ffn.macs() for ffn in ffn_layers(model).values())
     prune.apply(model, PruneConfig(keep=0.5, allocation=allocation), batches("timm"))
-    after = sum(ffn_macs(ffn) for ffn in ffn_layers(model).values())
+    after = sum(ffn.macs() for ffn in ffn_layers(model).values())
     assert after / before == pytest.approx(0.5, abs=0.05)
     assert all(ffn.hidden_dim % 8 == 0 for ffn in ffn_layers(model).values())
 

@@ -224,10 +224,8 @@ def _model_and_data(args: argparse.Namespace) -> tuple[nn.Module, Any]:
         std=cfg["std"],
         interpolation=cfg["interpolation"],
     )
-    found = data._open("train", training=False)
-    names = getattr(getattr(found, "dataset", found), "classes", [])
-    if len(names) > classes:
-        raise UsageError(f"{args.data} has {len(names)} classes, {args.name} knows {classes}.")
+    if len(data.class_names) > classes:
+        raise UsageError(f"{args.data} has {len(data.class_names)} classes, {args.name} knows {classes}.")
     return model, data
 
 

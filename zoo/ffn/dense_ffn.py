@@ -81,6 +81,21 @@ class DenseFFN:
         """The output bias is the layer's own; Flux shares it with attention."""
         return self.first_column == 0 and self.down.bias is not None
 
+    @property
+    def products(self) -> list[nn.Linear]:
+        """The products that make hidden channels, then the one that makes the outputs."""
+        return [part for part in (self.up, self.gate, self.down) if part is not None]
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights and biases in `parameters`."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def macs(self, hidden_dim: int | None = None) -> int:
+        """Return the multiply-accumulates for one token, at the layer's own number of hidden channels or another."""
+        hidden = self.hidden_dim if hidden_dim is None else hidden_dim
+        return hidden * ((2 if self.gated else 1) * self.dim + self.out_dim)
+
     def parameters(self) -> list[Tensor]:
         """Return the weights and biases that hold the hidden channels."""
         layers = [self.up, *([self.gate] if self.gate is not None else [])]

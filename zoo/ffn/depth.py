@@ -7,6 +7,7 @@ residual stream any more.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -19,7 +20,6 @@ from zoo.ffn.technique import (
     FFNReport,
     LayerChange,
     evaluating,
-    ffn_macs,
     listed,
     model_output,
     note_change,
@@ -89,8 +89,6 @@ def removable(model: nn.Module, units: Units = "ffn", pattern: str | None = None
     Raises:
         ValueError: There is none.
     """
-    import re
-
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if pattern is not None and not re.search(pattern, name):
@@ -145,7 +143,7 @@ def apply(model: nn.Module, config: DepthConfig | None = None, data: Iterable[An
     changes = []
     for name in (name for name in layers if name in gone):
         ffn = read_ffn(layers[name])
-        macs = ffn_macs(ffn) if ffn is not None else sum(p.numel() for p in layers[name].parameters() if p.ndim == 2)
+        macs = ffn.macs() if ffn is not None else sum(p.numel() for p in layers[name].parameters() if p.ndim == 2)
         changes.append(LayerChange(name=name, what="removed", params=(count_params(layers[name]), 0), macs=(macs, 0)))
     note_change(model, "depth", dict.fromkeys(gone, 0))
     return FFNReport(

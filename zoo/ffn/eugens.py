@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import DenseFFN
 from zoo.ffn.regression import fit_layers
-from zoo.ffn.technique import FFNReport, ffn_layers, replace_module
+from zoo.ffn.technique import FFNReport, restructure_layers
 
 __all__ = ["EUGen", "EUGensConfig", "apply", "polynomial_estimate", "restructure"]
 
@@ -149,6 +149,4 @@ def apply(model: nn.Module, config: EUGensConfig | None = None, data: Iterable[A
 
 def restructure(model: nn.Module, layers: Mapping[str, Any]) -> None:
     """Give a dense model the same layers; weights are loaded after."""
-    ffns = ffn_layers(model)
-    for name, facts in layers.items():
-        replace_module(model, name, _build(ffns[name], EUGensConfig(**facts)).to(ffns[name].up.weight))
+    restructure_layers(model, layers, lambda ffn, facts: _build(ffn, EUGensConfig(**facts)))

@@ -112,11 +112,10 @@ def apply(model: nn.Module, config: ForgetConfig | None = None) -> dict[str, lis
     groups: dict[str, list[LoRALinear]] = {}
     for layer, ffn in ffns.items():
         groups[layer] = []
-        for part in (ffn.up, ffn.gate, ffn.down):
-            if part is not None:
-                wrapped = LoRALinear(part, config.rank)
-                replace_module(model, names[id(part)], wrapped)
-                groups[layer].append(wrapped)
+        for part in ffn.products:
+            wrapped = LoRALinear(part, config.rank)
+            replace_module(model, names[id(part)], wrapped)
+            groups[layer].append(wrapped)
     return groups
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import DenseFFN
-from zoo.ffn.technique import FFNReport, ffn_layers, replace_layers, replace_module
+from zoo.ffn.technique import FFNReport, replace_layers, restructure_layers
 
 __all__ = ["FreqNetConfig", "FrequencyFFN", "FrequencyLayer", "apply", "high_pass", "restructure"]
 
@@ -143,6 +143,4 @@ def apply(model: nn.Module, config: FreqNetConfig | None = None, data: Iterable[
 
 def restructure(model: nn.Module, layers: Mapping[str, Any]) -> None:
     """Give a dense model the same layers; weights are loaded after."""
-    ffns = ffn_layers(model)
-    for name, facts in layers.items():
-        replace_module(model, name, _build(ffns[name], FreqNetConfig(**facts)).to(ffns[name].up.weight))
+    restructure_layers(model, layers, lambda ffn, facts: _build(ffn, FreqNetConfig(**facts)))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from zoo.ffn.technique import FFNReport, LayerChange, note_change, refuse_twice, replace_module
+from zoo.ffn.technique import FFNReport, LayerChange, note_change, refuse_twice, replace_module, vit_blocks
 from zoo.profiling import count_params
 
 __all__ = ["HybridNormBlock", "HybridNormConfig", "apply", "restructure"]
@@ -76,7 +76,7 @@ class HybridNormBlock(nn.Module):
 
 
 def _blocks(model: nn.Module) -> dict[str, Block]:
-    found = {name: module for name, module in model.named_modules() if type(module) is Block}
+    found = vit_blocks(model)
     if not found:
         raise ValueError(f"{type(model).__name__} has no ViT blocks of timm: HybridNorm knows how to build those.")
     return found

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.ffn.dense_ffn import DenseFFN
 from zoo.ffn.depth import Nothing
 from zoo.ffn.spectrum import LayerSpectra, spectrum
 from zoo.ffn.technique import (
     Moments,
     evaluating,
     ffn_layers,
-    ffn_macs,
     listed,
     model_output,
     output_error,
@@ -109,7 +109,7 @@ def inspect_ffns(
     with evaluating(model), watch_inputs({name: ffn.down for name, ffn in ffns.items()}, see):
         outputs = [model_output(model, batch) for batch in batches]
     measured = spectrum(model, batches, pattern=pattern) if spectra else {}
-    total = sum(ffn_macs(ffn) for ffn in ffns.values())
+    total = sum(ffn.macs() for ffn in ffns.values())
     layers = []
     for name, ffn in ffns.items():
         energy = (hidden[name].rms * ffn.channels().down.double().norm(dim=0)).square().sort(descending=True).values
@@ -119,9 +119,9 @@ def inspect_ffns(
                 name=name,
                 dim=ffn.dim,
                 hidden_dim=ffn.hidden_dim,
-                macs=ffn_macs(ffn),
-                share=ffn_macs(ffn) / total,
-                error=_error_without(model, name, batches, outputs),
+                macs=ffn.macs(),
+                share=ffn.macs() / total,
+                error=_error_without(model, name, ffn, batches, outputs),
                 channels_90=enough / ffn.hidden_dim,
                 sparsity=small[name][0] / max(small[name][1], 1),
                 spectra=measured.get(name),
@@ -130,9 +130,8 @@ def inspect_ffns(
     return Inspection(layers=tuple(layers), params=count_params(model))
 
 
-def _error_without(model: nn.Module, name: str, batches: list[Any], outputs: list[Tensor]) -> float:
+def _error_without(model: nn.Module, name: str, ffn: DenseFFN, batches: list[Any], outputs: list[Tensor]) -> float:
     module = model.get_submodule(name)
-    ffn = ffn_layers(model)[name]
     if ffn.first_column:  # attention shares the second product: only the hidden channels are silenced
         handle = ffn.down.register_forward_pre_hook(lambda _, args: (_silenced(args[0], ffn.first_column),))
         try:

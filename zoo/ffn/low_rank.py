@@ -21,7 +21,6 @@ from zoo.ffn.technique import (
     Moments,
     evaluating,
     ffn_layers,
-    ffn_macs,
     listed,
     model_output,
     note_change,
@@ -171,7 +170,7 @@ def apply(model: nn.Module, config: LowRankConfig | None = None, data: Iterable[
             outputs = [model_output(model, batch) for batch in batches]
     changes, ranks = [], {}
     for layer, ffn in ffns.items():
-        params, macs = sum(parameter.numel() for parameter in ffn.parameters()), ffn_macs(ffn)
+        params, macs = ffn.num_parameters, ffn.macs()
         after_params = after_macs = 0
         for part in _products(ffn):
             name = names[id(part)]
@@ -202,7 +201,7 @@ def apply(model: nn.Module, config: LowRankConfig | None = None, data: Iterable[
 def _products(ffn: DenseFFN) -> list[nn.Linear]:
     if ffn.first_column:
         raise ValueError("Flux's single blocks share a product with attention: low rank is for layers of their own.")
-    return [part for part in (ffn.up, ffn.gate, ffn.down) if part is not None]
+    return ffn.products
 
 
 def restructure(model: nn.Module, layers: Mapping[str, int]) -> None:

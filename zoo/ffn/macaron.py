@@ -16,7 +16,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from zoo.ffn.technique import FFNReport, LayerChange, note_change, refuse_twice, replace_module
+from zoo.ffn.technique import FFNReport, LayerChange, note_change, refuse_twice, replace_module, vit_blocks
 from zoo.profiling import count_params
 
 __all__ = ["HalfFFN", "MacaronBlock", "MacaronConfig", "apply", "restructure"]
@@ -103,7 +103,7 @@ def _change(block: Any, start: Start) -> MacaronBlock:
 
 
 def _blocks(model: nn.Module) -> dict[str, Any]:
-    found = {name: module for name, module in model.named_modules() if type(module) is Block}
+    found = vit_blocks(model)
     odd = [name for name, block in found.items() if type(block.mlp) is not Mlp]
     if not found or odd:
         what = f"{odd[0]} has a {type(found[odd[0]].mlp).__name__}" if odd else "it has none"

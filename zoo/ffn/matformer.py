@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import DenseFFN
 from zoo.ffn.importance import Scores, default_loss, score_channels
-from zoo.ffn.prune import _set_hidden_dim, keep_channels
-from zoo.ffn.technique import FFNReport, LayerChange, ffn_layers, ffn_macs, listed, note_change, refuse_twice
+from zoo.ffn.prune import keep_channels, set_hidden_dim
+from zoo.ffn.technique import FFNReport, LayerChange, ffn_layers, listed, note_change, refuse_twice
 from zoo.profiling import count_params
 
 __all__ = [
@@ -123,8 +123,9 @@ def apply(
         for name, ffn in ffns.items():
             keep_channels(ffn, scores[name].argsort(descending=True, stable=True).cpu())
     params = count_params(model)
-    restructure(model, {name: list(config.widths) for name in ffns})
-    note_change(model, "matformer", {name: list(config.widths) for name in ffns})
+    facts = {name: list(config.widths) for name in ffns}
+    restructure(model, facts)
+    note_change(model, "matformer", facts)
     smallest = config.widths[0]
     return FFNReport(
         technique="matformer",
@@ -133,7 +134,7 @@ def apply(
                 name=name,
                 what="widths " + ", ".join(str(round(width * ffn.hidden_dim)) for width in config.widths),
                 params=(count_params(model.get_submodule(name)),) * 2,
-                macs=(ffn_macs(ffn), ffn_macs(ffn, round(smallest * ffn.hidden_dim))),
+                macs=(ffn.macs(), ffn.macs(round(smallest * ffn.hidden_dim))),
             )
             for name, ffn in ffns.items()
         ),
@@ -184,7 +185,7 @@ def set_width(model: nn.Module, width: float | Sequence[float]) -> None:
             raise ValueError(f"A width is a share of the hidden channels, above 0 and at most 1, got {share:g}.")
     for share, ffn in zip(shares, ffns.values(), strict=True):
         count = None if share == 1 else max(1, round(share * ffn.down.in_features))
-        for product in (ffn.up, ffn.gate, ffn.down):
+        for product in ffn.products:
             if isinstance(product, NestedLinear):
                 product.width = count
 
@@ -237,13 +238,12 @@ def export_width(model: nn.Module, width: float | Sequence[float] | None = None)
         assert isinstance(ffn.down, NestedLinear)
         hidden = ffn.hidden_dim
         kept = hidden if ffn.down.width is None else ffn.down.width
-        for product in (ffn.up, ffn.gate, ffn.down):
-            if product is not None:
-                product.__class__ = nn.Linear
-                for attribute in ("width", "axis", "halves"):
-                    delattr(product, attribute)
+        for product in ffn.products:
+            product.__class__ = nn.Linear
+            for attribute in ("width", "axis", "halves"):
+                delattr(product, attribute)
         keep_channels(ffn, torch.arange(kept))
-        _set_hidden_dim(model.get_submodule(name), kept)
+        set_hidden_dim(model.get_submodule(name), kept)
         widths[name] = kept
     model.ffn_changes = [  # type: ignore[assignment]
         change for change in getattr(model, "ffn_changes", []) if change["technique"] != "matformer"

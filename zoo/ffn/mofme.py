@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import DenseFFN
-from zoo.ffn.technique import FFNReport, ffn_layers, replace_layers, replace_module
+from zoo.ffn.technique import FFNReport, replace_layers, restructure_layers
 
 __all__ = ["MoFMEConfig", "MoFMEFFN", "apply", "restructure"]
 
@@ -129,6 +129,4 @@ def apply(model: nn.Module, config: MoFMEConfig | None = None, data: Iterable[An
 
 def restructure(model: nn.Module, layers: Mapping[str, Any]) -> None:
     """Give a dense model the same layers; weights are loaded after."""
-    ffns = ffn_layers(model)
-    for name, facts in layers.items():
-        replace_module(model, name, _build(ffns[name], MoFMEConfig(**facts)).to(ffns[name].up.weight))
+    restructure_layers(model, layers, lambda ffn, facts: _build(ffn, MoFMEConfig(**facts)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -25,7 +26,6 @@ from zoo.ffn.technique import (
     Moments,
     evaluating,
     ffn_layers,
-    ffn_macs,
     listed,
     model_output,
     note_change,
@@ -35,7 +35,7 @@ from zoo.ffn.technique import (
 )
 from zoo.profiling import count_params
 
-__all__ = ["PruneConfig", "apply", "choose_widths", "keep_channels", "restructure"]
+__all__ = ["PruneConfig", "apply", "choose_widths", "keep_channels", "restructure", "set_hidden_dim"]
 
 PruneScores = Literal["activation", "cfsp", "taylor", "magnitude", "random"]
 Allocation = Literal["uniform", "global", "cfsp"]
@@ -115,8 +115,8 @@ def apply(
     refuse_twice(model, "prune")
     ffns = ffn_layers(model, config.pattern)
     batches = listed(data, "Pruning by these scores") if config.needs_data else list(data or ())
-    params_before, macs_before = count_params(model), {name: ffn_macs(ffn) for name, ffn in ffns.items()}
-    params = {name: sum(parameter.numel() for parameter in ffn.parameters()) for name, ffn in ffns.items()}
+    params_before, macs_before = count_params(model), {name: ffn.macs() for name, ffn in ffns.items()}
+    params = {name: ffn.num_parameters for name, ffn in ffns.items()}
     before = {name: ffn.hidden_dim for name, ffn in ffns.items()}
 
     outputs: list[Tensor] = []
@@ -137,7 +137,7 @@ def apply(
                 ffn.down.weight[:, ffn.first_column :].copy_(weight)
             if bias is not None:
                 ffn.down.bias.copy_(bias)
-        _set_hidden_dim(model.get_submodule(name), widths[name])
+        set_hidden_dim(model.get_submodule(name), widths[name])
     note_change(model, "prune", widths)
     return FFNReport(
         technique="prune",
@@ -145,8 +145,8 @@ def apply(
             LayerChange(
                 name=name,
                 what=f"{before[name]} -> {widths[name]} channels",
-                params=(params[name], sum(parameter.numel() for parameter in ffn.parameters())),
-                macs=(macs_before[name], ffn_macs(ffn)),
+                params=(params[name], ffn.num_parameters),
+                macs=(macs_before[name], ffn.macs()),
             )
             for name, ffn in ffns.items()
         ),
@@ -160,7 +160,7 @@ def restructure(model: nn.Module, layers: Mapping[str, int]) -> None:
     ffns = ffn_layers(model)
     for name, width in layers.items():
         keep_channels(ffns[name], torch.arange(width))
-        _set_hidden_dim(model.get_submodule(name), width)
+        set_hidden_dim(model.get_submodule(name), width)
 
 
 @torch.no_grad()
@@ -189,7 +189,7 @@ def _set(product: nn.Linear, part: str, values: Tensor) -> None:
     setattr(product, part, nn.Parameter(values.detach().clone().contiguous(), requires_grad=old.requires_grad))
 
 
-def _set_hidden_dim(module: Any, width: int) -> None:
+def set_hidden_dim(module: Any, width: int) -> None:
     """Keep the numbers that modules hold beside their weights true."""
     for name in ("hidden_dim", "active_dim", "mlp_hidden_dim", "hidden_features"):
         if isinstance(getattr(module, name, None), int):
@@ -256,10 +256,8 @@ def _rescaled(shares: Tensor, weights: Tensor, keep: float) -> list[float]:
 
 def _watch(
     model: nn.Module, ffns: Mapping[str, DenseFFN], moments: Mapping[str, Moments], angles: dict[str, list[Any]] | None
-) -> Any:
+) -> ExitStack:
     """Collect moments of hidden activations and, for CFSP, the angles between a block's input and output."""
-    from contextlib import ExitStack
-
     stack = ExitStack()
     stack.enter_context(
         watch_inputs(

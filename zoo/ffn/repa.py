@@ -9,6 +9,7 @@ with the second product of the active ones. Choice and fit are ours.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,6 @@ from zoo.ffn.technique import (
     at_least_float32,
     evaluating,
     ffn_layers,
-    ffn_macs,
     listed,
     model_output,
     note_change,
@@ -124,7 +124,7 @@ def apply(model: nn.Module, config: RePaConfig | None = None, data: Iterable[Any
         outputs = [model_output(model, batch) for batch in batches]
     changes, facts = [], {}
     for name, ffn in ffns.items():
-        macs, params = ffn_macs(ffn), count_params(model.get_submodule(name))
+        macs, params = ffn.macs(), count_params(model.get_submodule(name))
         hidden, active = ffn.hidden_dim, config.active(ffn.hidden_dim)
         merged = _merge(model.get_submodule(name), ffn, inputs[name], sums[name], active, config.damping)
         replace_module(model, name, merged)
@@ -134,7 +134,7 @@ def apply(model: nn.Module, config: RePaConfig | None = None, data: Iterable[Any
                 name=name,
                 what=f"{hidden - active} of {hidden} channels idle, merged",
                 params=(params, count_params(merged)),
-                macs=(macs, ffn_macs(ffn) + ffn.dim * ffn.out_dim),
+                macs=(macs, ffn.macs() + ffn.dim * ffn.out_dim),
             )
         )
     note_change(model, "repa", facts)
@@ -184,8 +184,6 @@ class _Sums:
 def _watch(
     model: nn.Module, ffns: Mapping[str, DenseFFN], inputs: Mapping[str, Moments], sums: Mapping[str, _Sums]
 ) -> Any:
-    from contextlib import ExitStack
-
     stack = ExitStack()
     for name, ffn in ffns.items():
 

@@ -23,13 +23,13 @@ from zoo.ffn.technique import (
     FFNReport,
     LayerChange,
     evaluating,
-    ffn_macs,
     listed,
     model_output,
     note_change,
     output_error,
     refuse_twice,
     replace_module,
+    vit_blocks,
 )
 from zoo.profiling import count_params
 
@@ -146,7 +146,7 @@ def token_cosines(model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
 
 
 def _blocks(model: nn.Module) -> dict[str, Block]:
-    found = {name: module for name, module in model.named_modules() if type(module) is Block}
+    found = vit_blocks(model)
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no ViT blocks of timm: skipping needs the residual stream of those."
@@ -181,7 +181,7 @@ def apply(model: nn.Module, config: SkipConfig | None = None, data: Iterable[Any
     work = {}
     for name, block in blocks.items():
         ffn = read_ffn(block.mlp)
-        work[name] = 0 if ffn is None else ffn_macs(ffn)
+        work[name] = 0 if ffn is None else ffn.macs()
     changes = []
     if config.mode == "static":
         cosines = token_cosines(model, batches)
@@ -200,8 +200,9 @@ def apply(model: nn.Module, config: SkipConfig | None = None, data: Iterable[Any
             )
         note_change(model, "skip", {name: {"mode": "static"} for name in gone})
     else:
-        restructure(model, {name: {**asdict(config), "warm": name not in middle} for name in names})
-        note_change(model, "skip", {name: {**asdict(config), "warm": name not in middle} for name in names})
+        facts = {name: {**asdict(config), "warm": name not in middle} for name in names}
+        restructure(model, facts)
+        note_change(model, "skip", facts)
         with evaluating(model):
             shares = {name: [0, 0] for name in names}
             for batch in batches:

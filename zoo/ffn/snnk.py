@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import DenseFFN
 from zoo.ffn.regression import fit_layers
-from zoo.ffn.technique import FFNReport, ffn_layers, replace_module
+from zoo.ffn.technique import FFNReport, restructure_layers
 
 __all__ = ["SNNK", "SNNKAdapter", "SNNKConfig", "apply", "arc_cosine_kernel", "orthogonal_projections", "restructure"]
 
@@ -166,6 +166,4 @@ def apply(model: nn.Module, config: SNNKConfig | None = None, data: Iterable[Any
 
 def restructure(model: nn.Module, layers: Mapping[str, Any]) -> None:
     """Give a dense model the same layers; weights are loaded after."""
-    ffns = ffn_layers(model)
-    for name, facts in layers.items():
-        replace_module(model, name, _build(ffns[name], SNNKConfig(**facts)).to(ffns[name].up.weight))
+    restructure_layers(model, layers, lambda ffn, facts: _build(ffn, SNNKConfig(**facts)))

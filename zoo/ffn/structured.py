@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import DenseFFN
 from zoo.ffn.low_rank import LowRankLinear
-from zoo.ffn.technique import FFNReport, LayerChange, ffn_layers, ffn_macs, note_change, refuse_twice, replace_module
+from zoo.ffn.technique import FFNReport, LayerChange, ffn_layers, note_change, refuse_twice, replace_module
 from zoo.profiling import count_params
 
 __all__ = [
@@ -299,7 +299,7 @@ def apply(model: nn.Module, config: StructuredConfig | None = None, data: Iterab
             except ValueError as error:
                 raise ValueError(f"{layer}: {error}") from error
     for layer, ffn in ffns.items():
-        params, macs = sum(parameter.numel() for parameter in ffn.parameters()), ffn_macs(ffn)
+        params, macs = ffn.num_parameters, ffn.macs()
         after = 0
         for part in _products(layer, ffn):
             name = names[id(part)]
@@ -321,7 +321,7 @@ def _thin_macs(product: nn.Module) -> int:
 def _products(name: str, ffn: DenseFFN) -> list[nn.Linear]:
     if ffn.first_column:
         raise ValueError(f"{name} shares a product with attention: structures are for layers of their own.")
-    return [part for part in (ffn.up, ffn.gate, ffn.down) if part is not None]
+    return ffn.products
 
 
 def _build(dense: nn.Linear, config: StructuredConfig) -> nn.Module:

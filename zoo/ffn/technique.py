@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import DenseFFN, read_ffn
@@ -28,7 +29,6 @@ __all__ = [
     "at_least_float32",
     "evaluating",
     "ffn_layers",
-    "ffn_macs",
     "listed",
     "model_output",
     "note_change",
@@ -37,6 +37,8 @@ __all__ = [
     "refuse_twice",
     "replace_layers",
     "replace_module",
+    "restructure_layers",
+    "vit_blocks",
     "watch_inputs",
 ]
 
@@ -143,12 +145,6 @@ def ffn_layers(model: nn.Module, pattern: str | None = None) -> dict[str, DenseF
             "blocks of diffusers, Mlp, GluMlp and SwiGLU of timm."
         )
     return found
-
-
-def ffn_macs(ffn: DenseFFN, hidden_dim: int | None = None) -> int:
-    """Return the multiply-accumulates of a layer for one token, at its own width or another."""
-    hidden = ffn.hidden_dim if hidden_dim is None else hidden_dim
-    return hidden * ((2 if ffn.gated else 1) * ffn.dim + ffn.out_dim)
 
 
 def listed(data: Iterable[Any] | None, technique: str) -> list[Any]:
@@ -316,12 +312,32 @@ def replace_layers(
                 name=name,
                 what=what,
                 params=(before, count_params(built[name])),
-                macs=(ffn_macs(ffn), int(built[name].macs)),  # type: ignore[arg-type]
+                macs=(ffn.macs(), int(built[name].macs)),  # type: ignore[arg-type]
             )
         )
         replace_module(model, name, built[name])
     note_change(model, technique, {name: dict(facts) for name in ffns})
     return FFNReport(technique=technique, layers=tuple(changes), params=(params_before, count_params(model)))
+
+
+def restructure_layers(
+    model: nn.Module, layers: Mapping[str, Any], build: Callable[[DenseFFN, Mapping[str, Any]], nn.Module]
+) -> None:
+    """Put the modules of a technique in the places where `replace_layers` put them; weights are loaded after.
+
+    Args:
+        model: Dense; changed in place.
+        layers: Facts of each layer, as `replace_layers` noted them.
+        build: Makes the new layer from the dense one and its facts.
+    """
+    ffns = ffn_layers(model)
+    for name, facts in layers.items():
+        replace_module(model, name, build(ffns[name], facts).to(ffns[name].up.weight))
+
+
+def vit_blocks(model: nn.Module) -> dict[str, Any]:
+    """Return the ViT blocks of timm in a model, by name; there may be none."""
+    return {name: module for name, module in model.named_modules() if type(module) is Block}
 
 
 def note_change(model: nn.Module, technique: str, layers: Mapping[str, Any]) -> None:

@@ -285,7 +285,7 @@ def to_experts(
         scores, stability = score_channels(model, ffns, calibration, method=config.scores, loss=loss)
     before = count_params(model)
     ffn_before = sum(_ffn_parameters(ffn) for ffn in ffns.values())
-    macs_before = sum(ffn.hidden_dim * ((2 if ffn.gated else 1) * ffn.dim + ffn.out_dim) for ffn in ffns.values())
+    macs_before = sum(ffn.macs() for ffn in ffns.values())
     for name, ffn in ffns.items():
         order = deal_channels(scores[name], widths[name][0], config.experts, config.deal, generator)
         _replace(model, name, _experts(ffn, config, widths[name][0], order))
@@ -424,7 +424,7 @@ def _activated(layer: MoEFFN) -> int:
 
 
 def _ffn_parameters(ffn: DenseFFN) -> int:
-    every = sum(parameter.numel() for parameter in ffn.parameters()) - ffn.out_dim * ffn.first_column
+    every = ffn.num_parameters - ffn.out_dim * ffn.first_column
     return every + (ffn.out_dim if ffn.owns_output_bias else 0)
 
 
