@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +198,15 @@ def test_every_family_has_its_parts() -> None:
         assert callable(family.checkpoint_filter_fn), family.__name__
         assert family.default_cfgs, family.__name__
         assert family.detect({"no.such.key": torch.ones(1)}) is None, family.__name__
+
+
+def test_classifiers_do_without_diffusers() -> None:
+    """Its extra is for pipelines: neither loading nor compressing a classifier imports it."""
+    code = (
+        "import sys; sys.modules['diffusers'] = None; import torch, zoo;"
+        "zoo.create_model('repavit_tiny.cifar10', pretrained=True);"
+        "sizes = dict(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1);"
+        "model = zoo.create_model('vit_tiny_patch16_224', **sizes);"
+        "assert zoo.compress(model.eval(), 'prune', [torch.randn(2, 3, 16, 16)]).layers"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from diffusers.models.activations import GEGLU, GELU, ApproximateGELU, LinearActivation, SwiGLU
-from diffusers.models.attention import FeedForward
-from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from timm.layers import GluMlp, Mlp
 from timm.layers import SwiGLU as TimmSwiGLU
 from torch import Tensor, nn
@@ -154,9 +152,12 @@ def read_ffn(module: nn.Module) -> DenseFFN | None:
         ValueError: It is one, with a part that hidden channels cannot be split around: a norm, an unknown activation,
             or a `RePaFFN` that is not merged.
     """
-    if isinstance(module, FeedForward):
+    # a module of diffusers exists only where its file was imported: classifiers do without diffusers
+    attention = sys.modules.get("diffusers.models.attention")
+    flux = sys.modules.get("diffusers.models.transformers.transformer_flux")
+    if attention is not None and isinstance(module, attention.FeedForward):
         return _read_diffusers(module)
-    if isinstance(module, FluxSingleTransformerBlock) and hasattr(module, "proj_mlp"):
+    if flux is not None and isinstance(module, flux.FluxSingleTransformerBlock) and hasattr(module, "proj_mlp"):
         first = module.proj_out.in_features - module.proj_mlp.out_features
         activation = _activation(module.act_mlp)
         return DenseFFN(up=module.proj_mlp, down=module.proj_out, activation=activation, first_column=first)
@@ -171,7 +172,9 @@ def read_ffn(module: nn.Module) -> DenseFFN | None:
     return None
 
 
-def _read_diffusers(module: FeedForward) -> DenseFFN:
+def _read_diffusers(module: Any) -> DenseFFN:
+    from diffusers.models.activations import GEGLU, GELU, ApproximateGELU, LinearActivation, SwiGLU
+
     first, down = module.net[0], module.net[2]
     assert isinstance(down, nn.Linear)
     rates = {layer.p for layer in module.net if isinstance(layer, nn.Dropout)}
