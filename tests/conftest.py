@@ -20,6 +20,8 @@ _CACHE = tempfile.mkdtemp(prefix="zoo-tests-")
 os.environ["HF_HOME"] = _CACHE  # before the Hub's libraries are imported: tests leave nothing in the user's cache
 os.environ["ZOO_CACHE"] = os.path.join(_CACHE, "zoo")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the Hub fails at once instead of after its retries
+for _name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "PYTHON_COLORS"):
+    os.environ.pop(_name, None)  # what the caller's terminal is like: tests read what a pipe gets, whole lines
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -236,9 +237,8 @@ def test_info(capsys: Captured, name: str) -> None:
 # --- classify
 
 
-def test_classify(capsys: Captured, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classify(capsys: Captured, models: dict[str, str], tmp_path: Path) -> None:
     """Pictures of several kinds, most probable first."""
-    monkeypatch.setenv("COLUMNS", "200")  # a narrow terminal folds long paths
     noise(tmp_path / "a.png")
     Image.open(tmp_path / "a.png").convert("LA").save(tmp_path / "b.png")
     Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(tmp_path / "c.png")
@@ -255,6 +255,19 @@ def test_classify(capsys: Captured, models: dict[str, str], tmp_path: Path, monk
     assert "a.png" in out
     assert "%" in out
     assert len(run(capsys, *command, "-q")[1].splitlines()) == 3
+
+
+def test_names_stay_whole_in_a_pipe(
+    capsys: Captured, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long ones, and ones that look like markup; a terminal folds them."""
+    path = noise(tmp_path / ("long" * 30) / "[red]folder:cat:" / "a.png")
+    model = str(shutil.copytree(models["classifier"], tmp_path / ("model" * 20)))
+    text = run(capsys, "classify", path, "--model", model)[1]
+    assert str(path) in text
+    assert model in text
+    monkeypatch.setenv("COLUMNS", "60")
+    assert str(path) not in run(capsys, "classify", path, "--model", model)[1]
 
 
 def test_bad_pictures_are_listed(capsys: Captured, models: dict[str, str], tmp_path: Path) -> None:

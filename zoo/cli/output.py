@@ -39,7 +39,7 @@ __all__ = [
     "table",
 ]
 
-_PIPE_WIDTH = 200  # columns where the output is no terminal: nothing may be cut off
+_PIPE_WIDTH = 10_000  # columns where the output is no terminal: nothing may be cut off or folded
 
 
 class UsageError(ValueError):
@@ -74,15 +74,19 @@ def table(*columns: str, title: str | None = None, right: Iterable[str] = ()) ->
 
 
 def print_table(*parts: Any) -> None:
-    """Print tables and lines to the standard output."""
+    """Print tables and lines to the standard output; names are shown as they are, brackets and colons too."""
     from rich.console import Console
+    from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _PIPE_WIDTH
     for part in parts:
-        text = isinstance(part, str)  # lines are not broken: a terminal wraps them, programs read them whole
-        console.print(part, markup=not text, soft_wrap=text)
+        if isinstance(part, Table) and part.title:  # rich would fold it to the width of the table
+            console.print(part.title, style="table.title", soft_wrap=True)
+            part.title = None
+        # lines are not broken: a terminal wraps them, programs read them whole
+        console.print(part, soft_wrap=isinstance(part, str))
 
 
 def note(args: argparse.Namespace, text: str) -> None:

@@ -98,7 +98,7 @@ class FFNReport:
         share = f" ({100 * after / before:.1f} %)" if before else ""
         table.add_row("all changed layers", "", "", f"{_pair((before, after))}{share}")
         table.add_row("model", "", _pair(self.params), "")
-        console = Console(width=120, no_color=True, record=True, file=io.StringIO())
+        console = Console(width=10_000, no_color=True, record=True, file=io.StringIO())
         console.print(table)
         text = "\n".join(line.rstrip() for line in console.export_text().splitlines())
         if self.error is not None:
