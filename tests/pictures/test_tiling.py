@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from registered import build
 from skimage import data
 from torch import Tensor, nn
 
@@ -118,10 +119,27 @@ def test_tiles_equal_the_whole(name: str, size: tuple[int, int]) -> None:
     whole = restore_tensor(model, x)
     assert whole.shape == (1, 3, model.scale * size[0], model.scale * size[1])
     calls: list[tuple[int, int]] = []
-    tiled = restore_tensor(model, x, tile=40, exact=True, progress=lambda done, count: calls.append((done, count)))
+    said: list[str] = []
+    told = dict(inform=said.append, progress=lambda done, count: calls.append((done, count)))
+    tiled = restore_tensor(model, x, tile=40, exact=True, **told)
     assert (tiled - whole).abs().max() < 1e-6
     assert calls == [(i + 1, len(calls)) for i in range(len(calls))]
-    assert (len(calls) > 1) == (max(size) > 40)
+    assert (said == ["whole"]) == (max(size) <= 40)
+
+
+@pytest.mark.parametrize("name", ["cfsr", "restormer", "dat", "ffnetsr"])
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_progress_within_a_whole_picture(name: str, ensemble: bool) -> None:
+    """Each block is told, so that there is a time left before the first of few parts is through; no hook stays."""
+    model = build(name).eval()
+    if hasattr(model, "reparameterize"):
+        model.reparameterize()
+    calls: list[tuple[int, int]] = []
+    x = torch.rand(1, 3, 16, 16)
+    restore_tensor(model, x, self_ensemble=ensemble, progress=lambda done, count: calls.append((done, count)))
+    assert len(calls) > 1
+    assert calls == [(i + 1, len(calls)) for i in range(len(calls))]
+    assert not any(part._forward_hooks for part in model.modules())
 
 
 def test_less_overlap_is_not_exact() -> None:

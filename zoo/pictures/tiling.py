@@ -126,10 +126,13 @@ def _run_plan(
     blend = not plan.exact and plan.overlap > 0
     out = torch.zeros(shape) if blend else torch.empty(shape, dtype=_result_type(levels))
     rows, columns = (list(spans(edges, plan.overlap, blend)) for edges in (plan.rows, plan.columns))
+    blocks = _blocks(model)
+    parts = max(1, len(blocks)) * (8 if self_ensemble else 1)  # of a tile
     done = 0
     for row in rows:
         for column in columns:
-            tile = _run_tile(model, _cut(x, row, column), self_ensemble).cpu()
+            with _told(blocks, done, parts, parts * plan.count, progress):
+                tile = _run_tile(model, _cut(x, row, column), self_ensemble).cpu()
             top, left = scale * row.kept[0], scale * column.kept[0]
             bottom, right = min(scale * row.kept[1], shape[2]), min(scale * column.kept[1], shape[3])
             kept = tile[
@@ -142,10 +145,44 @@ def _run_plan(
                 out[..., top:bottom, left:right] += weight * kept
             else:
                 out[..., top:bottom, left:right] = _round(kept, levels)
-            done += 1
+            done += parts
             if progress is not None:
-                progress(done, plan.count)
+                progress(done, parts * plan.count)
     return _round(out, levels) if blend else out
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a network, which share its time about evenly: the innermost members of its lists."""
+    lists = [part for part in model.modules() if isinstance(part, (nn.Sequential, nn.ModuleList))]
+    members = dict.fromkeys(member for part in lists for member in part)
+    return [
+        member
+        for member in members
+        if next(member.parameters(), None) is not None
+        and not any(isinstance(part, (nn.Sequential, nn.ModuleList)) for part in member.modules())
+    ]
+
+
+@contextmanager
+def _told(blocks: list[nn.Module], done: int, parts: int, total: int, progress: Progress | None) -> Iterator[None]:
+    """Tell `progress` of each block that a tile has passed; the last part is the tile's own."""
+    if progress is None or parts == 1:
+        yield
+        return
+    passed = 0
+
+    def tell(*_: object) -> None:
+        nonlocal passed
+        passed += 1
+        if passed < parts:  # a tile that is computed again says nothing new
+            progress(done + passed, total)
+
+    handles = [block.register_forward_hook(tell) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
