@@ -224,6 +224,9 @@ def create_pipeline(name: str, **kwargs: Any) -> Any:
         **kwargs: Arguments of `DiffusionPipeline.from_pretrained`, for example `dtype` (default: float32, also where
             the weights are stored in half precision).
 
+    Returns:
+        The pipeline. diffusers' `DiTPipeline` comes as `zoo.diffusion.DiTPipeline`, for any number of classes.
+
     Raises:
         ValueError: There is no such pipeline; the message names the nearest.
         ImportError: diffusers is not installed.
@@ -231,7 +234,7 @@ def create_pipeline(name: str, **kwargs: Any) -> Any:
     try:
         from diffusers import DiffusionPipeline
 
-        import zoo.diffusion  # noqa: F401  makes our classes known to diffusers
+        from zoo.diffusion import DiTPipeline  # also makes our classes known to diffusers
     except ImportError as error:
         raise ImportError(
             f"Diffusion pipelines need {error.name}, which is missing: pip install 'ffn-zoo[diffusion]'."
@@ -246,11 +249,12 @@ def create_pipeline(name: str, **kwargs: Any) -> Any:
     if not index.is_file():
         raise CheckpointError(f"{path} is no diffusers pipeline: it has no model_index.json.")
     names = json.loads(index.read_text(encoding="utf-8"))
+    loader = DiTPipeline if names.get("_class_name") == DiTPipeline.__name__ else DiffusionPipeline
     components = [name for name in names if any((path / name).glob(_DENOISER_FILE))]
     for component in components:
         verify_component(path, component)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path, **{"use_safetensors": True, **kwargs})
+        pipeline = loader.from_pretrained(path, **{"use_safetensors": True, **kwargs})
     except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} does not load: {' '.join(str(error).split())}") from error
     for component in components:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+from collections.abc import Sequence
 from typing import Any
 
 from zoo import catalog
 from zoo.cli.output import UsageError
 from zoo.sources import Source, find, weight_file
 
-__all__ = ["add_model_args", "find_model", "model_args"]
+__all__ = ["add_model_args", "find_model", "key_values", "model_args"]
 
 
 def add_model_args(parser: argparse.ArgumentParser) -> None:
@@ -30,11 +31,25 @@ def model_args(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UsageError: One is not KEY=VALUE.
     """
+    return key_values(args.model_args, "--model-args", "window_size=7,7,4,2")
+
+
+def key_values(given: Sequence[str], option: str, example: str) -> dict[str, Any]:
+    """Read KEY=VALUE: numbers, truth values, text, and tuples of them with commas.
+
+    Args:
+        given: As the user wrote them.
+        option: They stand behind, for the message.
+        example: A right one, for the message.
+
+    Raises:
+        UsageError: One is not KEY=VALUE.
+    """
     found: dict[str, Any] = {}
-    for text in args.model_args:
+    for text in given:
         key, separator, value = text.partition("=")
         if not separator or not key.isidentifier():
-            raise UsageError(f"--model-args takes KEY=VALUE, for example window_size=7,7,4,2; got {text!r}.")
+            raise UsageError(f"{option} takes KEY=VALUE, for example {example}; got {text!r}.")
         found[key] = _value(value)
     return found
 

@@ -10,10 +10,11 @@ import importlib
 import sys
 
 from zoo.diffusion.diffusion_policy import DiffusionPolicyPipeline, DiffusionPolicyTransformer
+from zoo.diffusion.labelled import DiTPipeline
 from zoo.diffusion.pipelines import PixelDiTPipeline
 from zoo.diffusion.pixel_dit import PixelDiT
 
-__all__ = ["DiffusionPolicyPipeline", "DiffusionPolicyTransformer", "PixelDiT", "PixelDiTPipeline"]
+__all__ = ["DiTPipeline", "DiffusionPolicyPipeline", "DiffusionPolicyTransformer", "PixelDiT", "PixelDiTPipeline"]
 
 if "zoo.moe" not in sys.modules:  # whose classes build on those here; if it is there, it brings them itself
     importlib.import_module("zoo.moe.transformers")
