@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from zoo.catalog import nearest
 from zoo.cli import (
+    app,
     bench,
     classify,
     compress,
@@ -35,10 +36,10 @@ from zoo.cli import (
 from zoo.cli.output import UsageError
 from zoo.version import __version__
 
-__all__ = ["main"]
+__all__ = ["main", "parse"]
 
 _MODULES = (
-    listing, classify, restore, finetune, train, evaluate, generate, tuning, moe, compress, bench, demo, export,
+    listing, classify, restore, finetune, train, evaluate, generate, tuning, moe, compress, bench, demo, app, export,
     publishing,
 )  # fmt: skip
 _WRONG_CALL = (ValueError, TypeError, FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
@@ -87,7 +88,7 @@ def _parser() -> tuple[_Parser, Any]:
     return parser, commands.choices
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser, commands = _parser()
     if not argv:
         parser.print_help()
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given[:1] == ["train"]:  # its options are Lightning's
         return train.main(given[1:])
     try:
-        args = _parse(given)
+        args = parse(given)
         if args.run.__module__ != listing.__name__:
             _run_package()
         return int(args.run(args))

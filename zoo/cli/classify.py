@@ -12,8 +12,9 @@ from zoo.cli.models import add_model_args, find_model, model_args
 from zoo.cli.output import UsageError, hush, pick_device, print_json, print_table, progress, table
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import nn
+
+_NARROWEST = 200  # most times that a side is as long as the other
 
 
 def add_parser(subparsers: Any) -> None:
@@ -56,37 +57,16 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print_json({"model": name, "results": [], "failed": missing})
         return report_failures(args, missing, len(missing))
-    import torch
-    from timm.data import create_transform, resolve_model_data_config
-
-    from zoo.factory import create_model
-    from zoo.ffn.reparam import reparameterize
-
     hush(args)
-    device = pick_device(args.device)
-    model = create_model(name, pretrained=True, **arguments).eval()
-    labels = _labels(model)
-    reparameterize(model, measure=False)
-    model.to(device, getattr(torch, args.dtype))
-    data = resolve_model_data_config(model)
-    transform = create_transform(**data)
-    mode: Literal["RGB", "L"] = "L" if data["input_size"][0] == 1 else "RGB"
+    classifier = Classifier(name, device=args.device, dtype=args.dtype, **arguments)
     results: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
-    with progress(args) as bar, torch.inference_mode():
+    with progress(args) as bar:
         for picture in bar.track(pictures, description="classifying"):
             try:
-                image = transform(_eight_bit(picture.path, mode))[None]
+                results.append({"file": str(picture.path), "top": classifier.top(picture.path, args.topk)})
             except (OSError, ValueError) as error:
                 failed.append({"file": str(picture.path), "error": one_line(error)})
-                continue
-            logits = model(image.to(device, getattr(torch, args.dtype))).float()
-            top = logits.softmax(-1)[0].topk(min(args.topk, logits.shape[-1]))
-            found = [
-                {"label": labels[index], "index": index, "probability": round(value, 6)}
-                for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-            ]
-            results.append({"file": str(picture.path), "top": found})
     if args.json:
         print_json({"model": name, "results": results, "failed": failed})
     elif args.quiet:
@@ -101,11 +81,63 @@ def run(args: argparse.Namespace) -> int:
     return report_failures(args, failed, len(results) + len(failed))
 
 
-def _eight_bit(path: Path, mode: Literal["RGB", "L"]) -> Image:
-    """Read a picture as training does."""
-    from zoo.pictures.eight_bit import read_eight_bit
+class Classifier:
+    """A classifier at work: loaded and merged once, then asked about one picture after the other.
 
-    return read_eight_bit(path, mode)
+    Args:
+        name: As `--model` takes it.
+        device: As `--device` takes it.
+        dtype: Name of the precision.
+        **arguments: Of the model.
+
+    Raises:
+        UsageError: There is no such device, or the model has no classes.
+        ValueError: There is no such model; the message names the nearest.
+        CheckpointError: The weights are missing or damaged, or do not fit.
+    """
+
+    def __init__(self, name: str, *, device: str = "auto", dtype: str = "float32", **arguments: Any) -> None:
+        import torch
+        from timm.data import create_transform, resolve_model_data_config
+
+        from zoo.factory import create_model
+        from zoo.ffn.reparam import reparameterize
+
+        self.name = name
+        self._device, self._dtype = pick_device(device), getattr(torch, dtype)
+        model = create_model(name, pretrained=True, **arguments).eval()
+        self.labels = _labels(model)
+        reparameterize(model, measure=False)
+        self._model: nn.Module = model.to(self._device, self._dtype)
+        data = resolve_model_data_config(model)
+        self._transform: Any = create_transform(**data)
+        self._mode: Literal["RGB", "L"] = "L" if data["input_size"][0] == 1 else "RGB"
+
+    def top(self, path: Path, count: int) -> list[dict[str, Any]]:
+        """Return the most probable classes of a picture, each with label, index and probability.
+
+        Raises:
+            PictureError: It is no readable picture, or so narrow that enlarging its short side would fill the memory.
+        """
+        import torch
+
+        from zoo.pictures.eight_bit import read_eight_bit  # as training reads it
+        from zoo.pictures.picture import PictureError
+
+        picture = read_eight_bit(path, self._mode)
+        if max(picture.size) > _NARROWEST * min(picture.size):
+            size = "x".join(map(str, picture.size))
+            raise PictureError(
+                f"{path} has {size} pixels: at most {_NARROWEST} times as long as wide can be classified."
+            )
+        with torch.inference_mode():
+            image = self._transform(picture)[None]
+            logits = self._model(image.to(self._device, self._dtype)).float()
+            best = logits.softmax(-1)[0].topk(min(count, logits.shape[-1]))
+        return [
+            {"label": self.labels[index], "index": index, "probability": round(value, 6)}
+            for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
 
 
 def _labels(model: nn.Module) -> list[str]:

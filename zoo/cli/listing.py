@@ -109,7 +109,7 @@ def run_info(args: argparse.Namespace) -> int:
     shown = facts | facts["weights"][tag] if tag else facts
     head = table("", "")
     head.show_header = False
-    for label, value in _lines(facts, shown, tag):
+    for label, value in info_lines(facts, shown, tag):
         if value:
             head.add_row(label, value)
     parts: list[Any] = [f"{args.name}: {facts['summary']}", head]  # as a title it would be as narrow as the table
@@ -172,7 +172,8 @@ def _run_own(args: argparse.Namespace, source: Source) -> int:
 _LABELS = {"base": "trained from", "num_classes": "classes", "label_names": "names of classes", "params": "parameters"}
 
 
-def _lines(facts: dict[str, Any], shown: dict[str, Any], tag: str | None) -> Iterator[tuple[str, str]]:
+def info_lines(facts: dict[str, Any], shown: dict[str, Any], tag: str | None) -> Iterator[tuple[str, str]]:
+    """Yield label and value of what is known; the value is empty where it is not."""
     yield "task", facts["task"] + (f" x{facts['scale']}" if facts.get("scale", 1) > 1 else "")
     yield "paper", joined([part for part in (facts["paper"], *map(_link, facts["paper_ids"])) if part], "")
     yield "authors' code", facts["origin"] or ""

@@ -92,7 +92,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Restore pictures."""
-    _check(args)
+    check(args)
     with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
         if "-" in args.files:
             args.files = [str(_from_pipe(Path(folder))) if file == "-" else file for file in args.files]
@@ -133,7 +133,7 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError(f"-o - takes one picture, got {len(pictures)}.")
     references = of_same_names("--metrics", pictures, args.metrics)
     rights = of_same_names("--right", pictures, args.right)
-    networks = _networks(args)
+    networks = load_networks(args)
     model = networks.first
     name, takes_two = args.model or args.weights or type(model).__name__, getattr(model, "in_chans", 3) == 6
     if takes_two and args.right is None:
@@ -189,7 +189,7 @@ def load_model(args: argparse.Namespace, *, task: str | None, sigma: float | Non
     return load_restorer(task, args.scale, model, args.weights, sigma=sigma, device=device, dtype=args.dtype)
 
 
-def _networks(args: argparse.Namespace) -> Networks:
+def load_networks(args: argparse.Namespace) -> Networks:
     """Load what a run needs first; further networks are loaded when a size asks for them."""
     from zoo.pictures.restore import Networks, Size
 
@@ -253,7 +253,7 @@ def _ships(task: str) -> bool:
     )
 
 
-def _check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
     """Refuse calls that make no sense, before torch is imported."""
     if not 1 <= args.jpeg_quality <= 100:
         raise UsageError(f"--jpeg-quality must be from 1 to 100, got {args.jpeg_quality}.")

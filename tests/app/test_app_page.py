@@ -1,0 +1,164 @@
+"""`zoo app` clicked through in a browser: each tab gives its result, odd uploads a line, and nothing is kept."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from zoo.cli.app.offers import Offers
+from zoo.cli.app.service import Limits, Service
+
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra dev)")
+pytest.importorskip("gradio", reason="gradio is not installed (extra app)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.enable_socket,
+    pytest.mark.skipif(BROWSER is None, reason="no chromium among the system's packages"),
+]
+WAIT = 240_000  # ms; only how long a result may take on a machine with other work
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[str, Service]]:
+    """The page with the shipped weights, on this machine."""
+    from zoo.cli.app.page import serve
+
+    service, stop, known = Service(Offers.of(), Limits(pixels=1_000_000)), threading.Event(), threading.Event()
+    address: list[str] = []
+
+    def tell(where: str) -> None:
+        address.append(where)
+        known.set()
+
+    thread = threading.Thread(
+        target=serve, args=(service,), kwargs={"stop": stop, "tell": tell, "max_file_size": "2mb"}
+    )
+    thread.start()
+    assert known.wait(240)
+    yield address[0], service
+    stop.set()
+    thread.join(60)
+    assert not service.folder.exists()  # nothing of a visitor's is kept
+
+
+@pytest.fixture(scope="module")
+def page(served: tuple[str, Service]) -> Iterator[Any]:
+    """The page in a browser that reaches nothing but this machine."""
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+        context.set_default_timeout(WAIT)
+        asked: list[str] = []
+        context.on("request", lambda request: asked.append(request.url))
+        page = context.new_page()
+        page.goto(served[0])
+        yield page
+        outside = [url for url in asked if not url.startswith((served[0], "data:", "blob:"))]
+        assert not outside
+        browser.close()
+
+
+def open_tab(page: Any, name: str) -> None:
+    page.get_by_role("tab", name=name).click()
+
+
+def look(page: Any, name: str) -> None:
+    """Store what is seen, where somebody wants to look at it."""
+    folder = os.environ.get("ZOO_SCREENSHOTS")
+    if folder:
+        page.wait_for_timeout(1500)
+        page.screenshot(path=str(Path(folder) / f"{name}.png"), full_page=True)
+
+
+def photo(path: Path, side: int = 64) -> Path:
+    Image.radial_gradient("L").resize((side, side)).convert("RGB").save(path)
+    return path
+
+
+def test_the_page_is_local_and_private(served: tuple[str, Service], page: Any) -> None:
+    assert served[0].startswith("http://127.0.0.1:")
+    config = page.evaluate("window.gradio_config")
+    assert config["analytics_enabled"] is False
+
+
+def test_classify(page: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "page.jpg").write_text("<html><script>alert(1)</script></html>")
+    good = photo(tmp_path / "good.png")
+    page.locator("input[type=file]").first.set_input_files([good, tmp_path / "empty.png", tmp_path / "page.jpg"])
+    page.get_by_text("good.png").first.wait_for()
+    page.get_by_role("button", name="Classify").click()
+    page.locator("#answers .bar").first.wait_for()
+    answers = page.locator("#answers")
+    assert answers.locator(".bar").count() == 10  # five classes of two models
+    said = answers.inner_text()
+    assert "good.png" in said
+    assert "⚠ page.jpg" in said
+    assert "⚠ empty.png" in said
+    look(page, "classify")
+
+
+def test_restore(page: Any, tmp_path: Path) -> None:
+    open_tab(page, "Restore")
+    upload = page.locator("input[type=file]:visible, [role=tabpanel]:visible input[type=file]").first
+    upload.set_input_files(photo(tmp_path / "photo.tif"))
+    page.get_by_text("photo.tif").first.wait_for()
+    page.get_by_role("button", name="Restore", exact=True).click()
+    page.get_by_text("64×64 → 128×128 pixels").wait_for()
+    look(page, "restore")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download photo.tif").or_(
+            page.get_by_role("button", name="Download photo.tif")
+        ).first.click()
+    with Image.open(download.value.path()) as result:
+        assert (result.format, result.size) == ("TIFF", (128, 128))
+
+
+def test_what_cannot_be_restored_is_said_and_the_page_lives(page: Any, tmp_path: Path) -> None:
+    open_tab(page, "Restore")
+    Image.new("1", (5000, 5000)).save(tmp_path / "bomb.png")
+    panel = page.locator("[role=tabpanel]:visible")
+    panel.get_by_label("Clear").or_(panel.get_by_label("Remove this file")).first.click()
+    panel.locator("input[type=file]").first.set_input_files(tmp_path / "bomb.png")
+    page.get_by_text("bomb.png").first.wait_for()
+    page.get_by_role("button", name="Restore", exact=True).click()
+    page.get_by_text("bomb.png is refused").wait_for()
+    look(page, "refused")
+    (tmp_path / "huge.png").write_bytes(bytes(3_000_000))
+    panel.get_by_label("Clear").or_(panel.get_by_label("Remove this file")).first.click()
+    panel.locator("input[type=file]").first.set_input_files(tmp_path / "huge.png")
+    page.get_by_text("maximum allowed size").first.wait_for()
+
+
+def test_generate(page: Any) -> None:
+    open_tab(page, "Generate")
+    panel = page.locator("[role=tabpanel]:visible")
+    panel.get_by_label("number input for Pictures").fill("1")
+    panel.get_by_label("number input for Steps").fill("6")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    page.get_by_text("times as fast").wait_for()
+    panel.locator("img").nth(2).wait_for()  # without, with, and the timeline
+    look(page, "generate")
+
+
+def test_explore(page: Any) -> None:
+    open_tab(page, "Explore")
+    panel = page.locator("[role=tabpanel]:visible")
+    panel.get_by_label("Search").fill("cfsr_x2.bsds")
+    cell = panel.get_by_text("cfsr_x2.bsds", exact=True).locator("visible=true").first
+    panel.get_by_text("affnet_et", exact=True).locator("visible=true").first.wait_for(state="hidden")
+    cell.wait_for()
+    cell.click()
+    page.locator("#card").get_by_text("normalisation").wait_for()
+    assert page.evaluate("[...document.images].every(image => !image.complete || image.naturalWidth > 0)")
+    look(page, "explore")
