@@ -139,8 +139,13 @@ def test_options_that_do_not_fit_are_said(service: Service, odd: dict[str, Path]
 
 @pytest.mark.slow
 def test_generate_with_and_without_a_cache(service: Service) -> None:
-    made = generating.generate(service, "pixeldit.cifar10", "ship", count=1, steps=4, seed=3, cache="taylorseer")
+    steps: list[tuple[int, int]] = []
+    made = generating.generate(
+        service, "pixeldit.cifar10", "ship", count=1, steps=4, seed=3, cache="taylorseer",
+        tell=lambda done, total: steps.append((done, total)),
+    )  # fmt: skip
     assert made.names == ["ship"]
+    assert steps == [(done, 8) for done in range(1, 9)]  # four without, four with
     assert len(made.plain) == len(made.cached) == 1
     assert made.timeline is not None
     assert made.timeline.stat().st_size > 1000

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import tempfile
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from zoo.sources import PIPELINE_INDEX, cards_dir, find
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 __all__ = ["CACHES", "Generated", "choices_of", "generate"]
 
@@ -98,63 +100,73 @@ def generate(
         return _generate(service, model, subject.strip(), int(count), int(seed), int(steps), cache, tell)
 
 
+class _Bar:
+    """Stands in for the progress bar of the command, and tells the page."""
+
+    def __init__(self, runs: int, tell: Tell | None) -> None:
+        self._runs, self._tell, self._done = runs, tell, 0
+        self._totals: list[int] = []
+
+    def add_task(self, what: str, total: int) -> int:
+        self._totals.append(total)
+        return len(self._totals) - 1
+
+    def advance(self, task: int) -> None:
+        self._done += 1
+        if self._tell is not None:
+            self._tell(self._done, max(self._totals) * self._runs)
+
+
 def _generate(
     service: Service, model: str, subject: str, count: int, seed: int, steps: int, cache: str, tell: Tell | None
 ) -> Generated:
-    from zoo.caching import cached, timeline
     from zoo.cli import generate as command
-    from zoo.evaluation.metrics import psnr
+    from zoo.cli.pipelines import check_request, plan_calls
 
-    pipe = _pipeline(service, model)
-    words = ["generate", "--model", model, "--classes", subject, "--count", str(count), "--seed", str(seed)]
-    args = _options(service, [*words, "--steps", str(steps), "--cache", cache, "--batch-size", str(count)])
-    labels = pipe.get_label_ids(command._classes(args.classes, pipe))
-    chosen = [labels[index % len(labels)] for index in range(count)]
-    names = [pipe.id2label.get(label, f"class {label}") for label in chosen]
-    config = None if cache == "none" else command._cache_config(args, pipe, chosen)
-    if config is not None:
-        with cached(pipe, config):
-            pass  # a cache that does not fit is refused before anything is computed
-    if tell is not None:
-        tell(0, 1 if config is None else 2)
-    start = time.perf_counter()
-    plain, seconds = command._generate(args, pipe, chosen)
-    if config is None:
-        return Generated(names=names, plain=command._to_pil(plain), plain_seconds=seconds, cached=[])
-    if tell is not None:
-        tell(1, 2)
     drawing = Path(tempfile.mkdtemp(dir=service.folder)) / "timeline.png"
-    with cached(pipe, config):
-        images, start = None, time.perf_counter()
-        images, _ = command._generate(args, pipe, chosen)
-        cached_seconds = time.perf_counter() - start
-        timeline(pipe, drawing)
-    ratios = psnr(images, plain, space="rgb")
-    finite = ratios[ratios.isfinite()]
+    words = [model, "--count", str(count), "--seed", str(seed), "--steps", str(steps), "--cache", cache]
+    args = _options(service, words if cache == "none" else [*words, "--timeline", str(drawing)])
+    pipe = _pipeline(service, model)
+    takes = inspect.signature(type(pipe).__call__).parameters
+    if "prompt" in takes:
+        args.prompt = [subject]
+    elif "class_labels" in takes:
+        args.classes = subject
+    check_request(args, "count", "steps")
+    plan = plan_calls(args, pipe, name=model, count=count, classes=count, batch=None, seed=seed)
+    bar: Any = _Bar(1 if cache == "none" else 2, tell)
+    if cache == "none":
+        made, seconds = command._timed(plan, steps, command._telling(bar, "", plan, steps))
+        return Generated(names=list(plan.names), plain=_shown(made), plain_seconds=seconds, cached=[])
+    result: dict[str, Any] = {}
+    panels: list[Any] = []
+    made, seconds = command._cached(args, plan, result, panels, bar)
     return Generated(
-        names=names,
-        plain=command._to_pil(plain),
-        plain_seconds=seconds,
-        cached=command._to_pil(images),
-        seconds=cached_seconds,
-        psnr=float(finite.mean()) if len(finite) else None,
-        timeline=drawing,
+        names=list(plan.names),
+        plain=_shown(panels[0][1]),
+        plain_seconds=result["uncached_seconds"],
+        cached=_shown(made),
+        seconds=seconds,
+        psnr=result["psnr"],
+        timeline=drawing if drawing.is_file() else None,
     )
 
 
-def _options(service: Service, words: list[str]) -> argparse.Namespace:
+def _shown(made: Sequence[Tensor]) -> list[Image]:
+    """Return each as a picture; of a video the frame in the middle."""
+    from torchvision.transforms.functional import to_pil_image
+
+    return [to_pil_image((frames[len(frames) // 2].float().clamp(0, 1) * 255).round().byte()) for frames in made]
+
+
+def _options(service: Service, words: Sequence[str]) -> argparse.Namespace:
     from zoo.cli import parse
 
-    return parse([*words, "-o", str(service.folder / "grid.png"), "-q", "--device", service.device])
+    return parse(["generate", *words, "-o", str(service.folder / "grid.png"), "--device", service.device, "-q"])
 
 
 def _pipeline(service: Service, model: str) -> Any:
-    """Load a pipeline once, and run it for two steps: the first are slower."""
-    from zoo.cli import generate as command
+    """Load a pipeline once."""
+    from zoo.cli.pipelines import load_pipeline
 
-    def load() -> Any:
-        pipe = command._pipeline(_options(service, ["generate", "--model", model]))
-        pipe([0], num_inference_steps=2, output_type="latent")
-        return pipe
-
-    return service.kept(("pipeline", model), load)
+    return service.kept(("pipeline", model), lambda: load_pipeline(_options(service, [model]), model)[0])

@@ -302,7 +302,7 @@ def _generate_tab(service: Service) -> None:
                 seed=int(seed or 0),
                 steps=int(steps),
                 cache=cache,
-                tell=lambda done, total: progress((done, total), desc="generating", unit="runs"),
+                tell=lambda done, total: progress((done, total), desc="generating", unit="steps"),
             )
         except Exception as error:
             raise _said(error) from error
