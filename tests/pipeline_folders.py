@@ -45,7 +45,8 @@ def class_pipeline() -> DiffusionPipeline:
     return DiTPipeline(dit(), _vae(), DDIMScheduler(), {0: "cat, tabby", 1: "dog", 2: "ship", 3: "truck"})
 
 
-def _flux_parts() -> dict[str, object]:
+def flux_parts() -> dict[str, object]:
+    """Return all parts of a Flux."""
     return dict(
         scheduler=FlowMatchEulerDiscreteScheduler(), vae=_vae(shift_factor=0.1, use_quant_conv=False),
         text_encoder=clip(), tokenizer=clip_tokenizer(), text_encoder_2=t5(), tokenizer_2=t5_tokenizer(),
@@ -55,12 +56,12 @@ def _flux_parts() -> dict[str, object]:
 
 def flux() -> DiffusionPipeline:
     """Flux."""
-    return FluxPipeline(**_flux_parts())
+    return FluxPipeline(**flux_parts())
 
 
 def flux_from_image() -> DiffusionPipeline:
     """Flux from an image."""
-    return FluxImg2ImgPipeline(**_flux_parts())
+    return FluxImg2ImgPipeline(**flux_parts())
 
 
 def stable_diffusion_3() -> DiffusionPipeline:

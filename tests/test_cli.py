@@ -157,6 +157,11 @@ def test_nothing_prints_help(capsys: Captured) -> None:
         (["restore", "x.png", "-o", "out", "--device", "gpu"], "no device 'gpu'"),
         (["generate", "-o", "x.png", "--model", "repavit_tiny"], "not a diffusion pipeline"),
         (["generate", "-o", "x.png", "--count", "0"], "--count must be at least 1"),
+        (
+            ["generate", "-o", "x.png", "--cache", "cg-taylor", "--threshold", "-0.1"],
+            "--threshold must be a number from",
+        ),
+        (["generate", "-o", "x.png", "--cache", "bac", "--updates", "0"], "--updates must be at least 1, got 0"),
         (["generate", "-o", "x.png", "--threshold", "0.1"], "--threshold belongs to --cache cg-taylor or first-block"),
         (["export", "cfsr_x2", "--format", "onx"], "Did you mean onnx?"),
         (["verify"], "Give names, or --all."),

@@ -126,7 +126,11 @@ def _is_diffusion(model: Any) -> bool:
     diffusers = sys.modules.get("diffusers")  # where it was not imported, nothing is of its classes
     if diffusers is None:
         return False
-    return isinstance(model, diffusers.ModelMixin if isinstance(model, nn.Module) else diffusers.DiffusionPipeline)
+    if isinstance(model, nn.Module):
+        return isinstance(model, diffusers.ModelMixin)
+    from zoo.caching.core import is_pipeline
+
+    return is_pipeline(model)
 
 
 def _parts(model: Any, diffusion: bool) -> tuple[list[nn.Module], list[nn.Module]]:

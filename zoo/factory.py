@@ -246,6 +246,8 @@ def create_pipeline(name: str, **kwargs: Any) -> Any:
         hub.download(name, "model_index.json", cache_dir=kwargs.get("cache_dir"))  # says clearly what is wrong
         path = Path(DiffusionPipeline.download(name, use_safetensors=True, **kwargs))
     index = path / "model_index.json"
+    if (path / "modular_model_index.json").is_file():
+        raise CheckpointError(f"{path} is a modular pipeline: load it with diffusers' ModularPipeline; caches take it.")
     if not index.is_file():
         raise CheckpointError(f"{path} is no diffusers pipeline: it has no model_index.json.")
     names = json.loads(index.read_text(encoding="utf-8"))

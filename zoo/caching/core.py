@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
 from zoo.caching import bac, builtin, cg_taylor, taylorseer  # noqa: F401  they register their configurations
+from zoo.caching.discovery import require_own_blocks
 from zoo.caching.hooks import (
     PlacedHook,
     PrivateStates,
@@ -30,7 +32,16 @@ from zoo.caching.runs import RunTracker
 from zoo.caching.saved import find_setting
 from zoo.caching.summary import CacheSummary, DenoiserSummary
 
-__all__ = ["active_cache", "cache_summary", "cached", "denoisers", "disable_cache", "enable_cache", "reset_cache"]
+__all__ = [
+    "active_cache",
+    "cache_summary",
+    "cached",
+    "denoisers",
+    "disable_cache",
+    "enable_cache",
+    "is_pipeline",
+    "reset_cache",
+]
 
 _ACTIVE = "_zoo_cache"
 _RESET = "_reset_stateful_cache"  # what pipelines call on each component at the end
@@ -82,7 +93,7 @@ def enable_cache(
     refused otherwise.
 
     Args:
-        pipe_or_model: A pipeline, all of whose denoisers get the cache, or a denoiser.
+        pipe_or_model: A pipeline, all of whose denoisers get the cache, or a denoiser. Modular pipelines count.
         config: `CGTaylorConfig`, `BACConfig` or `TaylorSeerConfig`, or one of diffusers' configurations
             (`FirstBlockCacheConfig`, `TaylorSeerCacheConfig`, `MagCacheConfig`, `PyramidAttentionBroadcastConfig`,
             `FasterCacheConfig`, `SeaCacheConfig`, `TextKVCacheConfig`). A missing `current_timestep_callback` is filled
@@ -211,6 +222,12 @@ def active_cache(pipe_or_model: DiffusionPipeline | nn.Module) -> Any:
     return next((config for config in found if config is not None), None)
 
 
+def is_pipeline(value: Any) -> bool:
+    """Return whether it is a pipeline of diffusers, perhaps a modular one."""
+    modular = sys.modules.get("diffusers.modular_pipelines.modular_pipeline")  # not imported: nothing is of it
+    return isinstance(value, DiffusionPipeline) or (modular is not None and isinstance(value, modular.ModularPipeline))
+
+
 def denoisers(pipe_or_model: Any) -> tuple[DiffusionPipeline | None, list[nn.Module]]:
     """Return the pipeline, if it is one, and the denoisers.
 
@@ -221,7 +238,7 @@ def denoisers(pipe_or_model: Any) -> tuple[DiffusionPipeline | None, list[nn.Mod
         ValueError: The pipeline has no denoiser.
         TypeError: It is neither a pipeline nor a model.
     """
-    if isinstance(pipe_or_model, DiffusionPipeline):
+    if is_pipeline(pipe_or_model):
         components = pipe_or_model.components
         denoisers = [
             unwrap_module(component)
@@ -254,6 +271,7 @@ def _enable(model: nn.Module, config: Any, pipeline: DiffusionPipeline | None, t
         return [placed for placed in placed_hooks(model) if id(placed.hook) not in before]
 
     try:
+        require_own_blocks(model)
         place(copy.copy(config), model, run)
         hooks = new_hooks()
         name, method = type(model).__name__, type(config).__name__

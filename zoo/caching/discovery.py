@@ -12,7 +12,7 @@ from torch import nn
 
 from zoo.caching.schedules import Kind
 
-__all__ = ["FoundUnits", "find_lists", "find_units"]
+__all__ = ["FoundUnits", "find_lists", "find_units", "require_own_blocks"]
 
 _ATTENTION = re.compile(r"(^|_)(attn\d*|attention)(_|$)")
 _FEED_FORWARD = re.compile(r"(^|_)(ff|ffn|mlp|moe|feed_?forward)\d*(_|$)")
@@ -116,3 +116,32 @@ def find_lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
     main = {path: blocks for path, blocks in found.items() if not _BESIDE.search(path.lower())} or found
     nearest = min((path.count(".") for path in main), default=0)
     return {path: blocks for path, blocks in main.items() if path.count(".") == nearest}
+
+
+def require_own_blocks(model: nn.Module) -> None:
+    """Refuse a model that runs a block, or an attention or feed-forward module, in more than one place.
+
+    A hook on it would take what it gave in one place for what it gives in the other.
+
+    Args:
+        model: The denoiser.
+
+    Raises:
+        ValueError: There is such a module; the message names both places.
+    """
+    places: dict[int, str] = {}
+    for path, parent in model.named_modules():
+        is_list = isinstance(parent, nn.ModuleList | nn.Sequential)
+        for name, child in parent._modules.items():
+            if child is None:
+                continue
+            place, first = f"{path}.{name}" if path else name, places.get(id(child))
+            places.setdefault(id(child), place)
+            if first is None or not _weights(child):
+                continue
+            inner = unwrap_module(child)
+            if find_units(inner).kinds if is_list else _unit_kind(name, inner):
+                raise ValueError(
+                    f"{type(model).__name__} has one module in two places, {first} and {place}: a cache cannot tell "
+                    f"them apart. Give each its own with copy.deepcopy."
+                )

@@ -41,7 +41,8 @@ def require(condition: bool, config: Any, name: str, allowed: str) -> None:
 
 def is_threshold(value: Any) -> bool:
     """Return whether it is a finite number from 0."""
-    return isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value >= 0
 
 
 def is_count(value: Any, least: int) -> bool:

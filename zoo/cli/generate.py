@@ -135,6 +135,11 @@ def _check_cache(args: argparse.Namespace) -> None:
         if getattr(args, option) is not None and _CACHES.get(args.cache) != option:
             fitting = " or ".join(name for name, own in _CACHES.items() if own == option)
             raise UsageError(f"--{option} belongs to --cache {fitting}.")
+    if args.threshold is not None and not 0 <= args.threshold < math.inf:
+        raise UsageError(f"--threshold must be a number from 0, got {args.threshold:g}.")
+    for option in ("updates", "interval"):
+        if getattr(args, option) is not None and getattr(args, option) < 1:
+            raise UsageError(f"--{option} must be at least 1, got {getattr(args, option)}.")
     if args.no_compare and args.cache == "none":
         raise UsageError("--no-compare is for --cache: without one there is nothing to compare.")
 

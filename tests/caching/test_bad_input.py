@@ -1,0 +1,116 @@
+"""What a cache cannot work with is said in one line, and nothing is left hooked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from denoisers import DENOISERS, denoise
+from diffusers import AutoencoderKL, DiffusionPipeline, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers.hooks import TaylorSeerCacheConfig
+from hooked import assert_clean, class_pipeline, generate
+from torch import nn
+
+import zoo
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "cg-taylor": zoo.CGTaylorConfig,
+    "taylorseer": zoo.TaylorSeerConfig,
+    "first-block": FirstBlockCacheConfig,
+    "diffusers-taylorseer": TaylorSeerCacheConfig,
+    "pyramid": lambda: PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2),
+}
+
+
+def shared_block(kind: str) -> nn.Module:
+    model = DENOISERS[kind]()
+    model.transformer_blocks[2] = model.transformer_blocks[1]
+    return model
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_one_block_in_two_places(config: str) -> None:
+    """A state of one place must not be taken for that of the other."""
+    model = shared_block("pixel_dit")
+    expected = denoise(model, steps=2)
+    with pytest.raises(ValueError, match=r"one module in two places, transformer_blocks\.1 and transformer_blocks\.2"):
+        zoo.enable_cache(model, CONFIGS[config]())
+    assert_clean(model)
+    assert torch.equal(denoise(model, steps=2), expected)
+
+
+def test_one_attention_in_two_blocks() -> None:
+    model = DENOISERS["dit"]()
+    model.transformer_blocks[2].attn1 = model.transformer_blocks[0].attn1
+    with pytest.raises(ValueError, match=r"two places, transformer_blocks\.0\.attn1 and transformer_blocks\.2\.attn1"):
+        zoo.enable_cache(model, zoo.TaylorSeerConfig())
+    assert_clean(model)
+    pipe = class_pipeline()
+    pipe.transformer.transformer_blocks[1] = pipe.transformer.transformer_blocks[0]
+    with pytest.raises(ValueError, match="two places"):
+        zoo.calibrate_cache(pipe, zoo.BACConfig(updates=3), lambda: generate(pipe))
+    assert_clean(pipe.transformer)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(zoo.CGTaylorConfig(threshold=value) for value in (True, -0.1, float("nan"), float("inf"), None, "0.1")),
+        *(FirstBlockCacheConfig(threshold=value) for value in (True, -0.1)),
+        zoo.CGTaylorConfig(warmup_steps=0),
+        zoo.TaylorSeerConfig(interval=0),
+        zoo.TaylorSeerConfig(interval=True),
+        TaylorSeerCacheConfig(cache_interval=2.5),
+        PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=-2),
+    ],
+    ids=str,
+)
+def test_numbers_out_of_range(config: Any) -> None:
+    model = DENOISERS["pixel_dit"]()
+    with pytest.raises(ValueError, match=r"must be .*, got [^\n]*$"):
+        zoo.enable_cache(model, config)
+    assert_clean(model)
+
+
+class NoDenoiser(DiffusionPipeline):
+    """A pipeline that only decodes."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.register_modules(vae=vae)
+
+
+class Plain(nn.Module):
+    """A network without attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stuff = nn.ModuleList([nn.Linear(3, 3) for _ in range(3)])
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_unknown_blocks(config: str) -> None:
+    model = Plain().eval()
+    with pytest.raises(ValueError, match="Plain"):
+        zoo.enable_cache(model, CONFIGS[config]())
+    assert_clean(model)
+
+
+def test_no_denoiser() -> None:
+    pipe = NoDenoiser(AutoencoderKL(block_out_channels=(8,), norm_num_groups=4))
+    for call in (lambda: zoo.enable_cache(pipe, zoo.CGTaylorConfig()), lambda: zoo.cache_summary(pipe)):
+        with pytest.raises(ValueError, match="NoDenoiser has no denoiser among its parts: vae"):
+            call()
+
+
+def test_schedule_of_other_steps() -> None:
+    """The run is refused, and one with the right number of steps works afterwards."""
+    pipe = class_pipeline()
+    config = zoo.calibrate_cache(pipe, zoo.BACConfig(updates=3), lambda: generate(pipe, steps=6))
+    with zoo.cached(pipe, config):
+        with pytest.raises(ValueError, match="is for 6 steps, this run has 8"):
+            generate(pipe, steps=8)
+        assert generate(pipe, steps=6).isfinite().all()
+    assert_clean(pipe.transformer)
