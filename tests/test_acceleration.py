@@ -219,3 +219,28 @@ def test_report_is_a_table() -> None:
     )
     lines = str(AccelerationReport(steps=steps)).splitlines()
     assert lines == ["merge          done      2 layers", "channels last  left out  not asked for"]
+
+
+def test_integer_weights_are_refused_before_anything_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pixel_dit()
+    with pytest.raises(ValueError, match=r"int8 or int8-dynamic, got 'int4'\. Did you mean int8"):
+        zoo.accelerate(model, quantize="int4")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install 'ffn-zoo"):
+        zoo.accelerate(model, quantize="int8")
+    assert not hasattr(model, "zoo_report")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8-dynamic"])
+def test_integer_weights(kind: Any) -> None:
+    """Near to the model; a cache over them is exact where it is exact, and goes away."""
+    pytest.importorskip("torchao", reason="the extra quantize is not installed")
+    model = pixel_dit()
+    expected = denoise(model)
+    zoo.accelerate(model, quantize=kind)
+    assert "int8" in str(model.zoo_report)
+    found = denoise(model)
+    assert 0 < (found - expected).abs().max() / expected.abs().max() < 0.01
+    with zoo.cached(model, zoo.CGTaylorConfig(threshold=0.0)):
+        assert torch.equal(denoise(model), found)
+    assert torch.equal(denoise(model), found)

@@ -1,8 +1,9 @@
-"""Make a model fast for inference with one call: merge, type, memory format, kernels, compiler, cache, in order."""
+"""Make a model fast for inference with one call: merge, type, layout, kernels, integers, compiler, cache, in order."""
 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast, get_args
@@ -22,6 +23,11 @@ CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotun
 _GRAPHS = ("reduce-overhead", "max-autotune")  # modes that record CUDA graphs
 _FEWEST_CONVOLUTIONS = 3  # of a convolutional network: a transformer has one, its patch embedding
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
+
+Quantization = Literal["int8", "int8-dynamic"]
+"""Kinds of integer weights."""
+
+_RECIPES = {"int8": "Int8WeightOnlyConfig", "int8-dynamic": "Int8DynamicActivationInt8WeightConfig"}  # of torchao
 
 Model = TypeVar("Model")
 
@@ -62,6 +68,8 @@ def accelerate(
     compile: bool | CompileMode = False,
     kernels: Backend | None = None,
     cache: Any = None,
+    *,
+    quantize: Quantization | None = None,
 ) -> Model:
     """Make a model fast for inference, in place: every step that fits it, in the order in which they work.
 
@@ -70,9 +78,10 @@ def accelerate(
     3. The type of the weights. Inputs have to come in this type too; diffusers pipelines see to that themselves.
     4. Channels-last memory format for convolutional networks; zoo's own models choose their memory format themselves.
     5. The backend of `zoo.kernels`, which is set for the whole process, as compiled programs are guarded by it.
-    6. `torch.compile`: the repeated blocks of a diffusers model, else, and for CUDA graphs, the whole model; it sees
+    6. Integer weights of the linear layers, those left out whose kernels run.
+    7. `torch.compile`: the repeated blocks of a diffusers model, else, and for CUDA graphs, the whole model; it sees
        all of the above. The compiler runs at the first call.
-    7. The cache, last: its hooks have to lie outside of what is compiled.
+    8. The cache, last: its hooks have to lie outside of what is compiled.
 
     Args:
         model: A backbone or restorer of zoo or timm, any other module, a diffusers model, or a pipeline, whose
@@ -82,6 +91,9 @@ def accelerate(
             which pays for batches of a few images on a GPU; an output then lives until the next call only.
         kernels: As in `zoo.kernels.set_backend`; None keeps the backend in use, "auto" unless one was set.
         cache: As in `zoo.enable_cache`; for diffusion models.
+        quantize: "int8" keeps the weights of linear layers, of a pipeline those of its denoisers, as 8-bit integers,
+            and computes in the model's type; "int8-dynamic" multiplies integers, too, with inputs rounded as they come.
+            Needs torchao (the extra `quantize`). Adapters (LoRA) keep their type.
 
     Returns:
         The model, whose `zoo_report` says what was done and what was not.
@@ -91,6 +103,7 @@ def accelerate(
         ValueError: An argument is unknown, arguments do not go together, the model is not a diffusion model and a cache
             is asked for, or it is compiled or cached already.
         RuntimeError: The backend of the kernels cannot run here.
+        ImportError: torchao is not installed, and integer weights are asked for.
 
     Example:
         >>> model = zoo.accelerate(timm.create_model("repavit_small"), dtype="bfloat16", compile=True)
@@ -105,6 +118,7 @@ def accelerate(
         raise ValueError(f"A cache needs a diffusers model or pipeline; {type(model).__name__} has no steps to skip.")
     if cache is not None and mode in _GRAPHS:
         raise ValueError(f'compile="{mode}" records CUDA graphs, which overwrite what a cache keeps: use compile=True.')
+    _check_quantization(quantize)
     parts, networks = _parts(model, diffusion)
     for part in parts:
         if hasattr(part, "_orig_mod") or any(module._compiled_call_impl for module in part.modules()):
@@ -115,6 +129,7 @@ def accelerate(
         _cast(model, parts, precision),
         _reorder(parts),
         _use_kernels(networks, backend, diffusion),
+        _quantize(networks, quantize),
         _compile(networks, mode),
         _enable_cache(model, cache, diffusion),
     )
@@ -190,6 +205,47 @@ def _cast(model: Any, parts: list[nn.Module], dtype: torch.dtype | None) -> Acce
         return AccelerationStep(name="type", done=False, said=f"{before}: {reason}")
     model.to(dtype)
     return AccelerationStep(name="type", done=True, said=f"{before} -> {str(dtype).removeprefix('torch.')}")
+
+
+def _check_quantization(quantize: Quantization | None) -> None:
+    kinds = get_args(Quantization)
+    if quantize is None:
+        return
+    if quantize not in kinds:
+        near = difflib.get_close_matches(str(quantize), kinds, 1, 0)[0]
+        raise ValueError(f"quantize must be None, {' or '.join(kinds)}, got {quantize!r}. Did you mean {near}?")
+    if importlib.util.find_spec("torchao") is None:
+        raise ImportError("Integer weights need torchao, which is missing: pip install 'ffn-zoo[quantize]'.")
+
+
+def _quantize(networks: list[nn.Module], quantize: Quantization | None) -> AccelerationStep:
+    if quantize is None:
+        return AccelerationStep(name="integer weights", done=False, said="not asked for")
+    import torchao.quantization
+
+    config = getattr(torchao.quantization, _RECIPES[quantize])()
+    changed = size = 0
+    for network in networks:
+        kept = {
+            id(layer)
+            for module in network.modules()
+            if any(
+                runs_kernel(name, *list(module.parameters())[:1]) for name in getattr(module, "kernel_operators", ())
+            )
+            for layer in module.modules()
+        }
+        layers = {
+            name
+            for name, module in network.named_modules()
+            if type(module) is nn.Linear and "lora_" not in name and id(module) not in kept
+        }
+        size += sum(network.get_submodule(name).weight.nbytes for name in layers)
+        changed += len(layers)
+        torchao.quantization.quantize_(network, config, filter_fn=lambda module, name, layers=layers: name in layers)
+    if not changed:
+        return AccelerationStep(name="integer weights", done=False, said="no linear layer that runs in PyTorch")
+    said = f"{quantize}: {changed} linear layers, {size / 2**20:.1f} MiB before"
+    return AccelerationStep(name="integer weights", done=True, said=said)
 
 
 def _reorder(parts: list[nn.Module]) -> AccelerationStep:
