@@ -129,7 +129,7 @@ def accelerate(
         _cast(model, parts, precision),
         _reorder(parts),
         _use_kernels(networks, backend, diffusion),
-        _quantize(networks, quantize),
+        *(() if quantize is None else (_quantize(networks, quantize),)),
         _compile(networks, mode),
         _enable_cache(model, cache, diffusion),
     )
@@ -218,9 +218,7 @@ def _check_quantization(quantize: Quantization | None) -> None:
         raise ImportError("Integer weights need torchao, which is missing: pip install 'ffn-zoo[quantize]'.")
 
 
-def _quantize(networks: list[nn.Module], quantize: Quantization | None) -> AccelerationStep:
-    if quantize is None:
-        return AccelerationStep(name="integer weights", done=False, said="not asked for")
+def _quantize(networks: list[nn.Module], quantize: Quantization) -> AccelerationStep:
     import torchao.quantization
 
     config = getattr(torchao.quantization, _RECIPES[quantize])()
