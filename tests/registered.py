@@ -6,6 +6,7 @@ family without an entry is tested as it is.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,12 +66,25 @@ def smallest(family: str) -> str:
     return min(FAMILIES[family], key=lambda name: catalog.load().get(name, {}).get("params", float("inf")))
 
 
+_built: dict[str, tuple[nn.Module, Tensor]] = {}  # family and arguments -> the model, the random state after it
+
+
 def build(family: str, **kwargs: Any) -> nn.Module:
-    """Build the tiny smallest variant of a family in evaluation mode, ten classes, every weight random."""
+    """Build the tiny smallest variant of a family in evaluation mode, ten classes, every weight random.
+
+    A process builds each model once: the caller gets a copy, and the random state that building leaves.
+    """
     tiny = TINY.get(family, Tiny())
     classes = {"num_classes": 10} if family in BACKBONES else {}
-    torch.manual_seed(0)
-    return randomize(timm.create_model(smallest(family), **{**classes, **tiny.kwargs, **kwargs})).eval()
+    arguments = {**classes, **tiny.kwargs, **kwargs}
+    key = f"{family} {arguments} {torch.get_default_dtype()} {torch.is_inference_mode_enabled()}"
+    if key not in _built:
+        torch.manual_seed(0)
+        model = randomize(timm.create_model(smallest(family), **arguments)).eval()
+        _built[key] = model, torch.get_rng_state()
+    model, state = _built[key]
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
 
 
 def randomize(model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import runpy
@@ -19,6 +20,7 @@ from timm.data import create_transform
 
 from tests.hub_server import HubServer, use_hub
 from tests.image_sets import CLASSES, parquet_folder, picture
+from zoo.bench import pipelines
 from zoo.cards import card
 from zoo.cli import main
 from zoo.pictures.eight_bit import read_eight_bit
@@ -86,6 +88,9 @@ def test_command(
         words += ["--trainer.fast_dev_run=1", "--data.init_args.batch_size=4", "--data.init_args.eval_batch_size=4"]
     if command == "zoo verify --all":  # each card is checked in test_registry_cards.py
         monkeypatch.setattr(card, "check_card", lambda folder: [])
+    if command.startswith("zoo bench pixeldit"):  # of 25 steps at ten numbers of experts
+        monkeypatch.setattr(pipelines, "compare_pipelines", functools.partial(pipelines.compare_pipelines, steps=3))
+        monkeypatch.setattr(pipelines, "_TOP_K", (0, 2))
     assert main(words) == 0, capsys.readouterr().err
 
 

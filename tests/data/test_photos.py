@@ -10,6 +10,7 @@ from PIL import Image
 
 from zoo.data.photos import Pair, find_pairs, pair_folders, read_pair, read_pixels, to_tensor
 from zoo.pictures.read import open_picture
+from zoo.pictures.write import write_picture
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -93,7 +94,7 @@ def test_depth_of_pixels(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     deep = [rng.integers(0, 65536, (6, 5, 3), dtype=np.uint16) for _ in range(3)]
     for name, pixels in zip(("left", "right", "clean"), deep, strict=True):
-        open_picture(pixels).save(tmp_path / f"{name}.png")
+        write_picture(open_picture(pixels), tmp_path / f"{name}.png")
     left, right, clean = (tmp_path / f"{name}.png" for name in ("left", "right", "clean"))
     assert np.array_equal(read_pixels(left, "RGB"), deep[0] >> 8)
     source, target = read_pair(Pair(clean, (left, right)), "RGB")

@@ -14,13 +14,17 @@ import pytest
 
 
 @pytest.mark.slow  # every program of a kernel takes a millisecond to interpret, every kernel seconds to compile
-@pytest.mark.parametrize(("file", "interpret"), [("interpreter.py", "1"), ("wiring.py", "1"), ("compiler.py", "0")])
-def test_triton_kernels(file: str, interpret: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("files", "interpret"),
+    [(("interpreter.py", "wiring.py"), "1"), (("compiler.py",), "0")],
+    ids=["interpret", "compile"],
+)
+def test_triton_kernels(files: tuple[str, ...], interpret: str, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="triton is not installed: there are no kernels to run")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"ZOO_KERNELS": "torch", "OMP_NUM_THREADS": "1"}
     environment |= {"TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", file]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *files]
     done = subprocess.run(
         command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False
     )

@@ -15,6 +15,7 @@ from zoo.pictures import plans
 from zoo.pictures.picture import Picture
 from zoo.pictures.read import open_picture
 from zoo.pictures.restore import restore_picture
+from zoo.pictures.restored_image import as_image
 from zoo.pictures.tiling import restore_tensor
 
 
@@ -105,13 +106,13 @@ def test_sixteen_bits_are_rounded_to_eight() -> None:
     """To the nearest of v / 257, not cut off, for every value."""
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     picture = Picture(color=values[..., None].repeat(3, axis=2), mode="RGB")
-    found = np.asarray(picture.to_image())
+    found = np.asarray(as_image(picture))
     assert np.array_equal(found[..., 0], (values.astype(int) + 128) // 257)
 
 
 def test_floats_are_rounded_to_eight_bits() -> None:
     values = (np.arange(256, dtype=np.float32) + 0.4).clip(0, 255)[:, None, None].repeat(3, axis=2) / np.float32(255)
-    assert np.array_equal(np.asarray(Picture(color=values, mode="RGB").to_image())[:, 0, 0], np.arange(256))
+    assert np.array_equal(np.asarray(as_image(Picture(color=values, mode="RGB")))[:, 0, 0], np.arange(256))
 
 
 @pytest.mark.parametrize("levels", [255, 65535])
@@ -135,7 +136,7 @@ def test_one_bit_pictures_are_split_in_the_middle() -> None:
     """No dithering: 127 is black, 128 white; a boolean array likewise."""
     levels = np.array([[0, 1, 100, 127, 128, 129, 200, 255]], np.uint8)
     expected = [[False] * 4 + [True] * 4]
-    assert np.asarray(Picture(color=levels[..., None], mode="1").to_image()).tolist() == expected
+    assert np.asarray(as_image(Picture(color=levels[..., None], mode="1"))).tolist() == expected
     picture = Picture(color=levels[..., None], mode="array", shape=(2, "bool"))
     assert picture.to_array().tolist() == expected
 

@@ -25,6 +25,8 @@ from zoo.pictures.metadata import Metadata
 from zoo.pictures.picture import Picture, PictureError
 from zoo.pictures.read import open_picture
 from zoo.pictures.restore import Networks, Size, load_restorer, restore, restore_picture
+from zoo.pictures.restored_image import as_image
+from zoo.pictures.write import write_picture
 from zoo.record import record_of
 from zoo.restoration.cfsr import CFSR
 from zoo.weights import CheckpointError, save_checkpoint
@@ -147,7 +149,7 @@ def test_sixteen_bits_are_kept(tmp_path: Path, model: CFSR) -> None:
         restored = restore_picture(again, model)
         assert restored.color.dtype == np.uint16
         assert len(np.unique(restored.color & 255)) > 30  # the low bytes are not all alike
-        assert restored.to_image().size == (14, 12)
+        assert as_image(restored).size == (14, 12)
         restored.save(tmp_path / "out.png")
         assert np.array_equal(open_picture(tmp_path / "out.png").to_array(), restored.to_array())
 
@@ -318,7 +320,7 @@ def test_values_of_any_range(values: list[float], model: CFSR) -> None:
 def test_unwritable(name: str, message: str, tmp_path: Path) -> None:
     """Nothing is left behind."""
     with pytest.raises(PictureError, match=f"Cannot write .*{message}"):
-        open_picture(photo("RGBA", (300, 17))).save(tmp_path / name)
+        write_picture(open_picture(photo("RGBA", (300, 17))), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
@@ -331,7 +333,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(PictureError, match="No space left on device"):
-        open_picture(photo()).save(target)
+        write_picture(open_picture(photo()), target)
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
 
@@ -512,7 +514,7 @@ def test_everything_goes_through(model: CFSR) -> None:
 
 def test_a_folder_of_files(tmp_path: Path, model: CFSR) -> None:
     for path in photo_folder(tmp_path / "in").iterdir():
-        restore_picture(open_picture(path), model).save(tmp_path / path.name)
+        write_picture(restore_picture(open_picture(path), model), tmp_path / path.name)
         with Image.open(tmp_path / path.name) as out:
             assert out.size == (112, 96)
 

@@ -75,18 +75,19 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_parity_with_the_authors(form: str) -> None:
-    """Whole maps, strips, a stream in the least memory, and the merged form all give the authors' output."""
+    """Both forms and a stream in the least memory give the authors' output; of streams one form, see below."""
     state_dict, x, outputs = record(form)
     model = timm.create_model(FORMS[form], device="meta", dtype=torch.float64).to_empty(device="cpu").eval()
     load_strict(model, state_dict, checkpoint_filter_fn)
     model.requires_grad_(False)
     latent: list[Tensor] = []
     hook = model.latent.register_forward_hook(lambda module, args, output: latent.append(output))
-    found = [model(x)]  # training form: whole maps
+    found = [model(x)]
     hook.remove()
     assert protocol.rel_error(latent[0].permute(0, 3, 1, 2).numpy(), outputs["latent"]) < 1e-10
     with torch.no_grad():
-        found += [model(x), model.stream(x, memory=model.stream_bytes(64, 64))]
+        if form == "biasfree":
+            found.append(model.stream(x, memory=model.stream_bytes(64, 64)))
         model.reparameterize()
         found.append(model(x))
     for output in found:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from image_sets import image_folder
 
+from zoo.cli.train import main
+
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.enable_socket]
 
@@ -45,17 +47,20 @@ data:
 """
 
 
-def fit(folder: Path, data: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def words(folder: Path, data: Path) -> list[str]:
+    """Prepare a run in a new folder, and return what is typed."""
     folder.mkdir()
     (folder / "run.yaml").write_text(CONFIG)
-    command = [
-        sys.executable, str(ROOT / "train.py"), "fit", "--config", str(folder / "run.yaml"),
-        "--data.init_args.data_dir", str(data), "--trainer.default_root_dir", str(folder), *arguments,
-    ]  # fmt: skip
+    words = ["fit", "--config", folder / "run.yaml", "--data.init_args.data_dir", data]
+    return [str(word) for word in (*words, "--trainer.default_root_dir", folder)]
+
+
+def fit_in_parallel(folder: Path, data: Path, strategy: str, *arguments: str) -> None:
+    """Train in two processes: `ddp` starts Python anew for the second, `ddp_fork` does not."""
+    command = [sys.executable, str(ROOT / "train.py"), *words(folder, data), *PARALLEL, strategy, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return done
 
 
 def checkpoint(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -66,8 +71,8 @@ def checkpoint(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return {f"{kind}.{key}": value for kind in kinds for key, value in loaded[kind].items()}
 
 
-PARALLEL = ("--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.init_args.batch_size", "2",
-            "--trainer.accumulate_grad_batches", "2")  # fmt: skip
+PARALLEL = ("--trainer.devices", "2", "--data.init_args.batch_size", "2", "--trainer.accumulate_grad_batches", "2",
+            "--trainer.strategy")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -79,20 +84,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """Return the folder of a run of two processes."""
     folder = tmp_path_factory.mktemp("parallel") / "two"
-    fit(folder, data, *PARALLEL)
+    fit_in_parallel(folder, data, "ddp")
     return folder
 
 
 def test_two_processes_equal_one(tmp_path: Path, data: Path, two: Path) -> None:
     """2 processes x 2 images x 2 accumulated batches equal 1 process x 8 images; a resumed run equals a whole one."""
-    fit(tmp_path / "one", data, "--data.init_args.batch_size", "8")
+    assert main([*words(tmp_path / "one", data), "--data.init_args.batch_size", "8"]) == 0
     one, both = checkpoint(tmp_path / "one", 4), checkpoint(two, 4)
     assert one.keys() == both.keys()
     for key, value in one.items():
         assert torch.allclose(both[key], value, rtol=1e-5, atol=1e-6), key
 
     (middle,) = two.rglob("step=3.ckpt")  # in the middle of the second epoch
-    fit(tmp_path / "resumed", data, *PARALLEL, "--ckpt_path", str(middle))
+    fit_in_parallel(tmp_path / "resumed", data, "ddp_fork", "--ckpt_path", str(middle))
     resumed = checkpoint(tmp_path / "resumed", 4)
     assert all(torch.equal(resumed[key], value) for key, value in both.items())
 

@@ -404,7 +404,8 @@ class FFNet(nn.Module):
         ]
         self.norm: nn.Module = nn.BatchNorm2d(dims[-1], **dd)
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.apply(self._init_weights)
+        if not self.norm.weight.is_meta:  # drawing numbers that are not there takes half a second
+            self.apply(self._init_weights)
         if merged:
             reparameterize(self.eval(), measure=False)
             self.train()

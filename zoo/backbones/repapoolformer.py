@@ -180,7 +180,8 @@ class RePaPoolFormer(MetaFormer):
                     for j in range(depths[i])
                 )
             )
-            stage.blocks.apply(self._init_weights)
+            if not next(stage.parameters()).is_meta:  # drawing numbers that are not there takes a while
+                stage.blocks.apply(self._init_weights)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.head.norm(x)  # type: ignore[operator]

@@ -232,7 +232,8 @@ class RePaSwin(SwinTransformer):
                     for j in range(depths[i])
                 )
             )
-            stage.blocks.apply(init_weights_vit_timm)
+            if not next(stage.parameters()).is_meta:  # drawing numbers that are not there takes half a second
+                stage.blocks.apply(init_weights_vit_timm)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

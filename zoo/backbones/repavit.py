@@ -234,7 +234,8 @@ class RePaViT(VisionTransformer):
                 for ratio, drop_path in zip(ratios, rates, strict=True)
             )
         )
-        self.blocks.apply(self._init_weights)
+        if not next(self.parameters()).is_meta:  # drawing numbers that are not there takes a third of a second
+            self.blocks.apply(self._init_weights)
         reduction = self.patch_embed.feat_ratio()
         self.feature_info = [dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=reduction) for i in range(depth)]
 

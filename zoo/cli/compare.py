@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from zoo.pictures.picture import Picture
+from zoo.pictures.restored_image import as_image
 
 __all__ = ["Comparison"]
 
@@ -83,7 +84,7 @@ class Comparison:
 
 def _shown(picture: Picture) -> Image.Image:
     """Return a picture upright as 8-bit RGB; what is transparent shows gray, deep gray is scaled to 8 bits."""
-    image = picture.to_image()
+    image = as_image(picture)
     profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P") else None
     exif = image.getexif()
     if image.mode == "F" or image.mode.startswith("I"):

@@ -7,14 +7,14 @@ import dataclasses
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from zoo.cli.inputs import Picture, find_pictures, one_line
 from zoo.cli.output import FailureError, UsageError
-from zoo.cli.restoring import Job
 
 if TYPE_CHECKING:
     from zoo.pictures.formats import Kind
+    from zoo.pictures.sizes import Size
 
 __all__ = ["FIELDS", "Plan", "of_same_names", "plan"]
 
@@ -41,6 +41,15 @@ _NEVER_FOLDERS = (
 _USUAL = {"JPEG": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2", "HEIF": ".heic", "PPM": ".ppm"}
 
 
+class Work(Protocol):
+    """What of the work at hand decides where its results go."""
+
+    name: str
+    task: str
+    scale: int
+    size: Size
+
+
 @dataclasses.dataclass(kw_only=True)
 class Plan:
     """What is to become of one picture.
@@ -58,7 +67,7 @@ class Plan:
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
-def plan(pictures: list[Picture], args: argparse.Namespace, job: Job) -> list[Plan]:
+def plan(pictures: list[Picture], args: argparse.Namespace, job: Work) -> list[Plan]:
     """Return what is to become of each picture.
 
     Raises:
@@ -109,7 +118,7 @@ def _look(each: Plan, args: argparse.Namespace) -> Kind | None:
         return None
 
 
-def _named(each: Plan, kind: Kind | None, args: argparse.Namespace, job: Job, index: int) -> Path:
+def _named(each: Plan, kind: Kind | None, args: argparse.Namespace, job: Work, index: int) -> Path:
     """Return where a result goes in the output folder."""
     from zoo.pictures.formats import format_of, writable_suffixes
 
@@ -144,7 +153,7 @@ def _free(target: Path, picture: Picture, taken: dict[Path, Path]) -> Path:
     return next(path for path in free if path not in taken)
 
 
-def _foresee(each: Plan, kind: Kind, args: argparse.Namespace, job: Job) -> None:
+def _foresee(each: Plan, kind: Kind, args: argparse.Namespace, job: Work) -> None:
     """Say what the target's format cannot hold, and refuse what cannot be written."""
     import numpy as np
 

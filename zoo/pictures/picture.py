@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from zoo.pictures.metadata import Metadata
 
@@ -83,32 +81,6 @@ class Picture:
         if axes == 2:
             array = array[..., 0]
         return array > self.peak / 2 if dtype == "bool" else array.astype(dtype, copy=False)
-
-    def to_image(self) -> Image.Image:
-        """Return a Pillow image of the mode that the picture came in; its plain `save` keeps all that `save` here does.
-
-        Pillow has no 16-bit colour: such an image shows 8 bits; as long as its pixels are not changed, its `save`
-        writes the 16.
-        """
-        from zoo.pictures.image import as_image  # it needs this class
-
-        return as_image(self)
-
-    def save(self, path: str | Path, quality: int = 95) -> None:
-        """Write the picture whole or not at all, in the format of the file's suffix, with all that goes with it.
-
-        What a format cannot hold is converted, with a warning that says so.
-
-        Args:
-            path: Target.
-            quality: Of JPEG, WebP, AVIF, HEIC and JPEG XL, 1 to 100.
-
-        Raises:
-            PictureError: The suffix is unknown, the picture is too large for the format, or writing fails.
-        """
-        from zoo.pictures.write import write_picture  # it needs this class
-
-        write_picture(self, path, quality)
 
 
 def pair_views(left: Picture, right: Picture) -> Picture:

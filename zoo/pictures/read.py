@@ -20,7 +20,6 @@ from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from zoo.pictures import containers, png
 from zoo.pictures.formats import RAW_SUFFIXES, Kind, load_plugins
-from zoo.pictures.image import RestoredImage
 from zoo.pictures.metadata import exif_of, from_info, upright
 from zoo.pictures.picture import Array, Picture, PictureError
 from zoo.pictures.tiff import is_tiff, pages_of, read_tiff, to_unit
@@ -74,8 +73,8 @@ def open_picture(
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
-    if isinstance(source, RestoredImage):  # it knows more than its pixels show: 16 bits, frames
-        picture = source.current()
+    if isinstance(source, Image.Image) and hasattr(source, "picture"):  # a `RestoredImage`, with 16 bits and frames
+        picture: Picture = source.current()  # type: ignore[attr-defined]
         return picture if every_frame else dataclasses.replace(picture, frames=())
     if isinstance(source, Image.Image):
         return from_image(source, "the image")

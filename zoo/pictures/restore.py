@@ -21,6 +21,7 @@ from zoo.pictures.judging import Kind, judge
 from zoo.pictures.metadata import stripped
 from zoo.pictures.picture import Picture, PictureError, pair_views
 from zoo.pictures.read import open_picture
+from zoo.pictures.restored_image import as_image
 from zoo.pictures.restorers import Quality, load_restorer, shipped_scales
 from zoo.pictures.sizes import Size, chain, crop_box, resize
 from zoo.pictures.tiling import Progress, restore_tensor
@@ -136,7 +137,7 @@ def restore(
         size=size,
         crop=crop,
     )
-    return restored.to_array() if isinstance(views[0], np.ndarray) else restored.to_image()
+    return restored.to_array() if isinstance(views[0], np.ndarray) else as_image(restored)
 
 
 class Networks:
