@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,17 @@ from torch.export import Dim
 import zoo
 from zoo.ffn.reparam import reparameterize
 
-__all__ = ["ExportError", "Kind", "Network", "compare", "prepare", "sample_inputs", "weights_digest", "whole"]
+__all__ = [
+    "ExportError",
+    "Kind",
+    "Network",
+    "capture",
+    "compare",
+    "prepare",
+    "sample_inputs",
+    "weights_digest",
+    "whole",
+]
 
 Kind = Literal["classifier", "restorer", "denoiser"]
 KINDS: tuple[Kind, ...] = ("classifier", "restorer", "denoiser")
@@ -131,6 +142,25 @@ def prepare(
         dynamic_shapes=shapes,
         metadata=_metadata(model, kind, name),
     )
+
+
+def capture(network: Network, purpose: str) -> torch.export.ExportedProgram:
+    """Trace a network as one graph, its open dimensions left open.
+
+    Args:
+        network: What `prepare` returned.
+        purpose: What it cannot be where this fails: "exported", "written as ONNX".
+
+    Raises:
+        ExportError: The network has something that a graph cannot express.
+    """
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # about torch's own use of deprecated functions
+        try:
+            return torch.export.export(network.module, (), kwargs=network.inputs, dynamic_shapes=network.dynamic_shapes)
+        except Exception as error:  # tracing runs the user's code, which raises what it likes
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ExportError(f"The network cannot be {purpose}: {reason}") from error
 
 
 def kind_of(model: nn.Module, kind: Kind | None = None) -> Kind:

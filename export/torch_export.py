@@ -9,7 +9,7 @@ from zipfile import BadZipFile
 
 import torch
 from torch import Tensor, nn
-from zoo.export.network import ExportError, Kind, compare, prepare, whole
+from zoo.export.network import ExportError, Kind, capture, compare, prepare, whole
 
 __all__ = ["SUFFIX", "check", "export", "metadata"]
 
@@ -46,15 +46,9 @@ def export(
     """
     with whole(out) as temporary:
         network = prepare(model, kind=kind, name=name, image_size=image_size, dynamic_size=dynamic_size)
-        with warnings.catch_warnings(), torch.no_grad():
+        program = capture(network, "exported")
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about torch's own use of deprecated functions
-            try:
-                program = torch.export.export(
-                    network.module, (), kwargs=network.inputs, dynamic_shapes=network.dynamic_shapes
-                )
-            except (RuntimeError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise ExportError(f"The network cannot be exported: {reason}") from error
             torch.export.save(program, temporary, extra_files={_FACTS: json.dumps(network.metadata)})
     return Path(out)
 

@@ -36,6 +36,7 @@ class MultipleOfFour(nn.Module):
 
 EXPORTED: dict[str, Callable[[], nn.Module]] = {
     **{family: (lambda family=family: build(family)) for family in (*BACKBONES, *RESTORERS)},
+    "affnet": lambda: build("affnet", depths=(1, 1, 1)),  # a node of its open sizes takes 30 ms to trace
     "pixel_dit": _denoiser,
     "multiple_of_four": lambda: MultipleOfFour().eval(),
 }

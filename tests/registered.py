@@ -33,7 +33,7 @@ TINY = {
     "repamlpmixer": Tiny(dict(img_size=32, patch_size=8, embed_dim=48, num_blocks=3), 32),
     "repapoolformer": Tiny(dict(depths=(1, 1, 1, 1), dims=(16, 24, 32, 40)), 64),
     "ffnet": Tiny(dict(depths=(1, 1, 2, 1), dims=(8, 16, 32, 64)), 64),
-    "lsnet": Tiny(dict(dims=(16, 24, 32, 48), depths=(1, 2, 2, 2)), 256),
+    "lsnet": Tiny(dict(dims=(16, 24, 32, 48), depths=(1, 2, 1, 2)), 256),
     "emov2": Tiny(dict(depths=(1, 2, 2, 2), dims=(16, 24, 32, 40), dim_heads=(8, 8, 8, 8), window_size=3), 96),
     "affnet": Tiny(dict(dims=(8, 8, 16, 24, 32), depths=(1, 2, 1)), 64),
     "efficientvit_msra": Tiny(dict(embed_dim=(32, 48, 64), depth=(1, 1, 2), num_heads=(2, 3, 2)), 64),

@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import zoo.backbones
-import zoo.restoration  # noqa: F401  imported for what it registers
+import zoo.backbones  # noqa: F401  imported for what it registers
+import zoo.restoration  # noqa: F401  the same
 from zoo.version import __version__ as __version__
 
 if TYPE_CHECKING:

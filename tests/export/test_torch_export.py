@@ -7,27 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from exported import EXPORTED, MultipleOfFour, size_of
+from exported import MultipleOfFour
 from registered import build
 from zoo.export import ExportError
-from zoo.export.network import weights_digest
 from zoo.export.torch_export import check, export, metadata
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EXPORTED)
-def test_equals_eager_at_three_sizes(name: str, tmp_path: Path) -> None:
-    """Within 1e-5 of the unmerged model after loading; the model itself stays as it was."""
-    model, size = EXPORTED[name](), size_of(name)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    path = export(model, tmp_path / "model.pt2", image_size=size)
-    assert list(tmp_path.iterdir()) == [path], "one file, nothing left over"
-    assert check(path, model, image_size=size) < 1e-5
-    assert before.keys() == model.state_dict().keys()
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    facts = metadata(path)
-    assert facts["weights_sha256"] == weights_digest(model)
-    assert facts["kind"] in ("classifier", "restorer", "denoiser")
 
 
 def test_a_difference_is_noticed(tmp_path: Path) -> None:

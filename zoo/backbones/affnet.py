@@ -249,6 +249,7 @@ class AFFNet(nn.Module):
         expand_ratio: float = 4.0,
         sparsity_threshold: float = 0.0,
         output_stride: Literal[32, 16, 8] = 32,
+        *,
         merged: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,

@@ -253,6 +253,7 @@ class EfficientViTMSRA(nn.Module):
         key_dim: int = 16,
         depth: Sequence[int] = (1, 2, 3),
         num_heads: Sequence[int] = (4, 4, 4),
+        *,
         window_size: int | Sequence[int] = 7,
         kernels: Sequence[int] = (5, 5, 5, 5),
         distillation: bool = False,

@@ -216,6 +216,7 @@ class EMOv2(nn.Module):
         exp_ratios: tuple[float, ...] = (2.0, 3.0, 4.0, 4.0),
         dim_heads: tuple[int, ...] = (16, 24, 32, 32),
         kernel_sizes: tuple[int, ...] = (5, 5, 5, 5),
+        *,
         window_size: int | tuple[int, ...] = 7,
         partition: Partition = "both",
         layer_scale_init: float = 1e-6,

@@ -355,6 +355,7 @@ class FFNet(nn.Module):
         token_kernels: Sequence[int] = (3, 3, 7, 7),
         channel_kernels: Sequence[int] = (3, 3, 3, 3),
         mlp_ratio: float = 3.0,
+        *,
         layer_scale: float | None = None,
         merged: bool = False,
         drop_rate: float = 0.0,
@@ -404,7 +405,7 @@ class FFNet(nn.Module):
         ]
         self.norm: nn.Module = nn.BatchNorm2d(dims[-1], **dd)
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        if not self.norm.weight.is_meta:  # drawing numbers that are not there takes half a second
+        if not next(self.parameters()).is_meta:  # drawing numbers that are not there takes half a second
             self.apply(self._init_weights)
         if merged:
             reparameterize(self.eval(), measure=False)

@@ -305,6 +305,7 @@ class LSNet(nn.Module):
         depths: Sequence[int] = (0, 2, 8, 10),
         num_heads: int = 4,
         key_dim: int = 16,
+        *,
         distillation: bool = False,
         merged: bool = False,
         drop_rate: float = 0.0,

@@ -125,6 +125,7 @@ class RePaMlpMixer(MlpMixer):
         embed_dim: int = 512,
         num_blocks: int = 8,
         idle_ratio: float = 0.75,
+        *,
         channel_idle: bool = True,
         feature_norm: Literal["BatchNorm", "LayerNorm"] = "BatchNorm",
         merged: bool = False,

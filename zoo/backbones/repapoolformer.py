@@ -131,6 +131,7 @@ class RePaPoolFormer(MetaFormer):
         pool_size: int = 7,
         layer_scale: float = 1e-5,
         idle_ratio: float = 0.75,
+        *,
         channel_idle: bool = True,
         feature_norm: Literal["BatchNorm", "LayerNorm"] = "BatchNorm",
         merged: bool = False,

@@ -170,6 +170,7 @@ class RePaSwin(SwinTransformer):
         embed_dim: int = 96,
         depths: tuple[int, ...] = (2, 2, 6, 2),
         num_heads: tuple[int, ...] = (3, 6, 12, 24),
+        *,
         window_size: int | tuple[int, int] | tuple[tuple[int, int], ...] = 7,
         mlp_ratio: float = 4.0,
         idle_ratio: float = 0.75,

@@ -167,6 +167,7 @@ class RePaViT(VisionTransformer):
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
+        *,
         mlp_ratio: float = 4.0,
         idle_ratio: float = 0.75,
         heuristic: Literal["static", "linear"] = "static",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+from zoo.pictures.plans import held_bytes
 
 __all__ = ["in_fresh_process", "peak_memory", "resident_peak"]
 
@@ -44,7 +45,7 @@ def resident_peak(call: Callable[[], Any]) -> tuple[int, int]:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc: hand back what is freed, or the call would reuse it
     if trim is not None:
         trim(0)
-    before = _resident("RssAnon")
+    before = held_bytes(torch.device("cpu"))
     try:
         (_PROC / "clear_refs").write_text("5", encoding="ascii")  # 5: set the highest size back to the present one
     except OSError:
@@ -92,12 +93,15 @@ def peak_memory(call: Callable[[], object], device: str | torch.device = "cpu") 
 @contextmanager
 def _resident_peak() -> Iterator[list[int]]:
     """Yield a list whose entry is the growth of the resident size, in bytes, once the block is left."""
-    page, before = os.sysconf("SC_PAGE_SIZE"), _resident_pages()
+    if not _PROC.is_dir():
+        raise OSError("The resident size is read from /proc, which this platform does not have.")
+    cpu = torch.device("cpu")
+    before = held_bytes(cpu)
     highest, stop = [before], threading.Event()
 
     def watch() -> None:
         while not stop.wait(0.002):
-            highest[0] = max(highest[0], _resident_pages())
+            highest[0] = max(highest[0], held_bytes(cpu))
 
     result = [0]
     watcher = threading.Thread(target=watch, daemon=True)
@@ -105,14 +109,7 @@ def _resident_peak() -> Iterator[list[int]]:
     try:
         yield result
     finally:
-        highest[0] = max(highest[0], _resident_pages())
+        highest[0] = max(highest[0], held_bytes(cpu))
         stop.set()
         watcher.join()
-        result[0] = (highest[0] - before) * page
-
-
-def _resident_pages() -> int:
-    """Return the pages that are this process's own, without those of program files."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        _, resident, shared, *_ = map(int, file.read().split())
-    return resident - shared
+        result[0] = highest[0] - before

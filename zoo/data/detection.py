@@ -157,6 +157,7 @@ class CocoImages(LightningDataModule):
         batch_size: int = 4,
         num_workers: int = 2,
         seed: int = 0,
+        *,
         damaged: DamagePolicy = "stop",
     ) -> None:
         super().__init__()

@@ -51,6 +51,7 @@ class _Images(LightningDataModule):
         image_key: str | None,
         label_key: str | None,
         limit: int | None,
+        *,
         repeats: int = 1,
         val_fraction: float = 0.0,
         damaged: DamagePolicy = "stop",
@@ -205,6 +206,7 @@ class ImageClassification(_Images):
         crop_padding: int | None = None,
         scale: tuple[float, float] = (0.08, 1.0),
         hflip: float = 0.5,
+        *,
         color_jitter: float | None = None,
         auto_augment: str | None = None,
         interpolation: Literal["bilinear", "bicubic", "random"] = "bicubic",
@@ -229,9 +231,9 @@ class ImageClassification(_Images):
             image_key,
             label_key,
             limit,
-            repeats,
-            val_fraction,
-            damaged,
+            repeats=repeats,
+            val_fraction=val_fraction,
+            damaged=damaged,
         )
         self.image_size, self.crop_padding, self.scale, self.hflip = image_size, crop_padding, scale, hflip
         self.color_jitter, self.auto_augment, self.interpolation = color_jitter, auto_augment, interpolation
@@ -291,6 +293,7 @@ class ImageDiffusion(_Images):
         hflip: float = 0.5,
         seed: int = 0,
         image_key: str | None = None,
+        *,
         label_key: str | None = None,
         limit: int | None = None,
         damaged: DamagePolicy = "stop",

@@ -194,6 +194,7 @@ class PairedImages(LightningDataModule):
         val_degraded_folder: str | list[str] | None = None,
         patch_size: int = 48,
         patches_per_image: int = 16,
+        *,
         batch_size: int = 16,
         num_workers: int = 0,
         mode: Literal["RGB", "L"] = "RGB",

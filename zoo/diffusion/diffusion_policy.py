@@ -172,6 +172,7 @@ class DiffusionPolicyTransformer(StrictModelMixin, ConfigMixin, CacheMixin):
         num_attention_heads: int = 4,
         attention_head_dim: int = 64,
         num_cond_layers: int = 0,
+        *,
         dropout: float = 0.3,
         embedding_dropout: float = 0.0,
         causal: bool = True,

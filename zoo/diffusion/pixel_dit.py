@@ -78,6 +78,7 @@ class PixelDiT(StrictModelMixin, DiTTransformer2DModel, CacheMixin):
         in_channels: int = 3,
         num_classes: int = 10,
         class_dropout_prob: float = 0.1,
+        *,
         dropout: float = 0.0,
         activation_fn: str = "gelu-approximate",
     ) -> None:

@@ -143,7 +143,7 @@ def apply(model: nn.Module, config: EUGensConfig | None = None, data: Iterable[A
         data,
         config.ridge,
         asdict(config),
-        what,
+        what=what,
     )
 
 

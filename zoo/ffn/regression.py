@@ -60,6 +60,7 @@ def fit_layers(
     data: Iterable[Any] | None,
     ridge: float,
     facts: Mapping[str, Any],
+    *,
     what: str,
 ) -> FFNReport:
     """Replace feed-forward layers by layers with an `output` product that is fitted to what the dense ones give.

@@ -160,7 +160,7 @@ def apply(model: nn.Module, config: SNNKConfig | None = None, data: Iterable[Any
         data,
         config.ridge,
         asdict(config),
-        f"{config.features} random features",
+        what=f"{config.features} random features",
     )
 
 

@@ -439,6 +439,7 @@ class CFSR(nn.Module):
         mlp_ratio: float = 2.0,
         edge_branches: bool = True,
         layer_scale_init: float = 1e-6,
+        *,
         interpolation_init: bool = False,
         merged: bool = False,
         num_classes: int = 0,

@@ -147,6 +147,7 @@ class DAT(nn.Module):
         split_size: tuple[int, int] = (8, 32),
         expansion: float = 4.0,
         resi_connection: str = "1conv",
+        *,
         upsampler: str = "pixelshuffle",
         drop_path_rate: float = 0.0,
         merged: bool = False,

@@ -140,6 +140,7 @@ class FFNetSR(nn.Module):
         norm: str | None = None,
         short_training_init: bool = False,
         num_classes: int = 0,
+        *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -182,6 +182,7 @@ class Restormer(nn.Module):
         num_heads: tuple[int, ...] = (1, 2, 4, 8),
         mlp_ratio: float = 2.66,
         bias_free: bool = False,
+        *,
         dual_pixel: bool = False,
         merged: bool = False,
         num_classes: int = 0,

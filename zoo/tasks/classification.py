@@ -80,6 +80,7 @@ class Classification(TimmOptimModule):
         label_smoothing: float = 0.1,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        *,
         freeze: list[str] | None = None,
         channels_last: bool = False,
         mimetic_init: bool = False,

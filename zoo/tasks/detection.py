@@ -125,6 +125,7 @@ class Detection(TimmOptimModule):
         max_size: int = 1333,
         model_args: dict[str, Any] | None = None,
         optim: OptimConfig = OptimConfig(),  # noqa: B008  never changed
+        *,
         freeze: list[str] | None = None,
         frozen_norms: bool = True,
     ) -> None:

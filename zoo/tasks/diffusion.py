@@ -62,6 +62,7 @@ class Diffusion(TimmOptimModule):
         timestep_sampling: Literal["uniform", "logit-normal"] = "uniform",
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
+        *,
         snr_gamma: float | None = None,
         sample_steps: int = 25,
         guidance_scale: float = 3.0,

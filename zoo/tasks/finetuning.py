@@ -207,7 +207,7 @@ def finetune(
         )  # fmt: skip
         picture = Path(scratch) / "confusion.png"
         draw_confusion(classes, confusion, picture)
-        _write(result, tuned, own, task, data, trainer, picture, held_out, overwrite)
+        _write(result, tuned, own, task, data, trainer, picture, held_out, overwrite=overwrite)
     return result
 
 
@@ -267,6 +267,7 @@ def _write(
     trainer: Trainer,
     picture: Path,
     held_out: bool,
+    *,
     overwrite: bool,
 ) -> None:
     where = Path(data.data_dir).resolve().name

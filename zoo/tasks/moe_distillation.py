@@ -81,6 +81,7 @@ class MoEDistillation(_Staged, Diffusion):
         freeze_shared: bool = True,
         optim: OptimConfig = OptimConfig(),  # noqa: B008  not changed
         timestep_sampling: Literal["uniform", "logit-normal"] = "uniform",
+        *,
         sample_steps: int = 25,
         guidance_scale: float = 3.0,
         grid_rows: int = 4,

@@ -60,6 +60,7 @@ class Restoration(TimmOptimModule):
         optim: OptimConfig = OptimConfig(),  # noqa: B008  not changed
         loss: Loss = "l1",
         fft_weight: float = 0.0,
+        *,
         mixup: float = 0.0,
         protocol: ProtocolName | None = None,
         log_images: int = 2,
