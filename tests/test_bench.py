@@ -418,8 +418,12 @@ def test_json_of_nothing() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dat_light_x2", "restormer_denoise_color", "ffnetsr_light_x2"])
-def test_restorers_suite(name: str) -> None:
-    """Small networks through the whole path: equal outputs, ratios, peaks, goals."""
+def test_restorers_suite(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small networks through the whole path: equal outputs, ratios, peaks, goals.
+
+    Peaks are measured in this process, not in one each: `test_tiling_suite` starts one.
+    """
+    monkeypatch.setattr("zoo.bench.restorers.in_fresh_process", lambda call, *args: call(*args))
     arguments = {
         "dat_light_x2": dict(depths=(2,)),
         "restormer_denoise_color": dict(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1),

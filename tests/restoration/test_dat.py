@@ -66,13 +66,15 @@ def light(**kwargs: Any) -> DAT:
 
 @pytest.mark.parametrize("stem", NAMES)
 def test_parity_with_the_authors(stem: str) -> None:
-    """Their file gives their output: whole maps, strips, the plain formulation, and all of them merged."""
+    """Their file gives their output, before and after merging; the small ones by parts and in plain words, too."""
     state_dict, x, outputs = record(stem)
     model = timm.create_model(NAMES[stem]).double().eval()
     load_strict(model, state_dict, checkpoint_filter_fn)
     assert detect(state_dict) == (NAMES[stem], {})
     with torch.no_grad():
-        found = [model(x), plain_dat(model, x), model.upscale(model.forward_features(x))]
+        found = [model(x)]
+        if "light" in stem:
+            found += [plain_dat(model, x), model.upscale(model.forward_features(x))]
         zoo.reparameterize(model, measure=False)
         found.append(model(x))
     for output in found:

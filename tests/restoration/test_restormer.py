@@ -151,8 +151,10 @@ def test_block_is_the_plain_block(bias_free: bool, size: tuple[int, int], merged
             assert sum(told) == 2 * size[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [(1, 1), (1, 30), (37, 3), (19, 26)])
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [*(("bias-free", size) for size in ((1, 1), (1, 30), (37, 3))), *((kind, (19, 26)) for kind in KINDS)],
+)
 def test_streams_are_the_whole_map(kind: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain, whole, by strips of one row and of several, in memory and in files; any size; two images."""
     model = random_model(**KINDS[kind])
@@ -161,7 +163,6 @@ def test_streams_are_the_whole_map(kind: str, size: tuple[int, int], monkeypatch
     assert whole.shape == (2, 3, *size)
     with torch.no_grad():
         assert relative(PLAIN[Restormer](model, x), whole) < 1e-12
-        assert relative(model(x), whole) < 1e-12
         least = model.stream_bytes(*size)
         for memory in (None, least, 3 * least, 40 * least):
             assert relative(model.stream(x, memory=memory), whole) < 1e-12
