@@ -242,7 +242,7 @@ def authors_weights(data_dir: Path) -> Path:
     return folder
 
 
-PUBLISHED = {  # set, scale, one pair of so many: PSNR (dB) and SSIM on Y; whole sets by the authors' code, parts by ours
+PUBLISHED = {  # set, scale, one pair of so many: PSNR (dB), SSIM on Y; whole sets by the authors' code, parts by ours
     ("Set5", 2, 1): (38.070, 0.9607),
     ("Set5", 4, 1): (32.328, 0.8964),
     ("Set14", 2, 1): (33.744, 0.9192),

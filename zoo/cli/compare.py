@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from zoo.pictures import divider
+from zoo.pictures.divider import divided
 from zoo.pictures.picture import Picture
 from zoo.pictures.restored_image import as_image
 
@@ -73,12 +75,13 @@ class Comparison:
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             '<meta name="color-scheme" content="light dark">\n<meta name="generator" content="zoo restore">\n'
-            f"<title>Before and after: {html.escape(model)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+            f"<title>Before and after: {html.escape(model)}</title>\n<style>{divider.STYLE}{_STYLE}</style>\n"
+            "</head>\n<body>\n"
             f"<header><div><h1>Before and after</h1><p>{html.escape(', '.join(lead))}</p></div>{_TOOLS}</header>\n"
             f"<main>{''.join(self._figures)}{more}</main>\n<footer><p>Drag a divider, or reach it with Tab and move it "
             "with the arrow keys. <kbd>N</kbd> and <kbd>P</kbd>: next and previous picture. Hold <kbd>B</kbd>: "
             "everything before.</p></footer>\n"
-            f"<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+            f"<script>{divider.SCRIPT}{_SCRIPT}</script>\n</body>\n</html>\n"
         )
 
 
@@ -113,15 +116,14 @@ def _slider(before: Image.Image, after: Image.Image, left: str, name: str, facts
         before, after = (view.resize((width, height), Image.Resampling.LANCZOS) for view in (before, after))
     size = f'width="{width}" height="{height}"'
     what = html.escape(name, quote=True)
-    return (
-        f'<figure><div class="frame"><div class="stack" style="--w:{width}px;--r:{width / height:.5f}">'
-        f'<img src="{_data_uri(after)}" {size} alt="{what}, after">'
-        f'<img class="top" src="{_data_uri(before)}" {size} alt="{what}, before">'
-        f'<span class="tag left">{html.escape(left)}</span><span class="tag right">restored</span>'
-        '<span class="handle"></span>'
-        f'<input type="range" min="0" max="100" value="50" step="0.5" aria-label="Divider of {what}: input left, '
-        f'restored right"></div></div><figcaption>{html.escape(facts)}</figcaption></figure>'
+    stack = divided(
+        f'<img class="top" src="{_data_uri(before)}" {size} alt="{what}, before">',
+        f'<img src="{_data_uri(after)}" {size} alt="{what}, after">',
+        (left, "restored"),
+        f"Divider of {name}: input left, restored right",
+        style=f"--w:{width}px;--r:{width / height:.5f}",
     )
+    return f'<figure><div class="frame">{stack}</div><figcaption>{html.escape(facts)}</figcaption></figure>'
 
 
 def _data_uri(image: Image.Image) -> str:
@@ -182,21 +184,7 @@ h2 { font-size: 1rem; margin: 0 0 12px; overflow-wrap: anywhere; }
 figure { margin: 0; } figure + figure { margin-top: 18px; }
 figcaption { margin-top: 8px; color: var(--soft); font-size: .88rem; font-variant-numeric: tabular-nums; }
 .frame { border-radius: 10px; }
-.stack { position: relative; --at: 50%; width: min(100%, max(var(--w), 420px), calc(var(--r) * 82vh)); margin: 0 auto;
-  overflow: hidden; border-radius: 10px; line-height: 0; }
-.stack img { width: 100%; height: auto; display: block; }
-.stack .top { position: absolute; inset: 0; height: 100%; clip-path: inset(0 calc(100% - var(--at)) 0 0); }
-.tag { position: absolute; top: 10px; background: #000a; color: #fff; font-size: .75rem; line-height: 1;
-  padding: 6px 10px; border-radius: 99px; pointer-events: none; }
-.tag.left { left: 10px; } .tag.right { right: 10px; }
-.handle { position: absolute; top: 0; bottom: 0; left: var(--at); width: 2px; margin-left: -1px; background: #fff;
-  box-shadow: 0 0 4px #000a; pointer-events: none; }
-.handle::after { content: "\\2194"; position: absolute; top: 50%; left: 50%; translate: -50% -50%; width: 36px;
-  height: 36px; border-radius: 50%; background: #fff; color: #17202b; font: 700 18px/36px sans-serif;
-  text-align: center; box-shadow: 0 1px 6px #0008; }
-.stack input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0; cursor: ew-resize;
-  touch-action: pan-y; }
-.stack:focus-within { outline: 3px solid var(--accent); outline-offset: 2px; }
+.stack { width: min(100%, max(var(--w), 420px), calc(var(--r) * 82vh)); margin: 0 auto; }
 body.actual .frame { overflow: auto; max-height: 88vh; } body.actual .stack { width: var(--w); }
 body.blocks .stack img { image-rendering: pixelated; }
 body.before .stack .top { clip-path: none; } body.before .handle { display: none; }
@@ -206,12 +194,6 @@ footer { max-width: 1232px; margin: 0 auto; padding: 4px 16px 32px; color: var(-
 """
 
 _SCRIPT = """
-const ranges = [...document.querySelectorAll('.stack input')];
-for (const range of ranges) {
-  const move = () => range.parentElement.style.setProperty('--at', range.value + '%');
-  range.addEventListener('input', move);
-  move();
-}
 for (const name of ['actual', 'blocks']) {
   const button = document.getElementById(name);
   button.addEventListener('click', () =>

@@ -13,6 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from zoo.pictures import divider
+from zoo.pictures.divider import divided
+
 __all__ = ["Point", "bars", "before_after", "data_uri", "page", "picture", "scatter", "table", "text"]
 
 Pixels = NDArray[np.uint8]
@@ -46,14 +49,10 @@ def before_after(before: Pixels, after: Pixels, names: tuple[str, str], caption:
         names: Of both.
         caption: HTML below.
     """
-    left, right = map(text, names)
-    return (
-        '<figure class="compare"><div class="stack">'
-        f"{picture(after, names[1])}{picture(before, names[0], 'top')}"
-        f'<span class="tag left">{left}</span><span class="tag right">{right}</span><span class="handle"></span>'
-        f'<input type="range" min="0" max="100" value="50" step="0.5" aria-label="Divider between {left} and {right}">'
-        f"</div><figcaption>{caption}</figcaption></figure>"
+    stack = divided(
+        picture(before, names[0], "top"), picture(after, names[1]), names, f"Divider between {names[0]} and {names[1]}"
     )
+    return f'<figure class="compare">{stack}<figcaption>{caption}</figcaption></figure>'
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, marked: Sequence[int] = ()) -> str:
@@ -217,9 +216,9 @@ def page(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<meta name="generator" content="zoo demo">\n'
-        f"<title>{text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<header><h1>{text(title)}</h1>{lead}"
+        f"<title>{text(title)}</title>\n<style>{_STYLE}{divider.STYLE}</style>\n</head>\n<body>\n<header><h1>{text(title)}</h1>{lead}"
         f'<div class="tiles">{shown}</div><nav>{links}</nav></header>\n<main>{body}</main>\n<footer>{foot}</footer>\n'
-        f"<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+        f"<script>{divider.SCRIPT}</script>\n</body>\n</html>\n"
     )
 
 
@@ -269,20 +268,6 @@ img { max-width: 100%; height: auto; display: block; }
 .samples small { display: block; text-align: center; font-size: .68rem; line-height: 1.3; color: var(--bad);
   white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 .samples small.hit { color: var(--good); font-weight: 600; }
-.compare .stack { position: relative; --at: 50%; border-radius: 12px; overflow: hidden; line-height: 0; }
-.compare img { width: 100%; }
-.compare .top { position: absolute; inset: 0; height: 100%; clip-path: inset(0 calc(100% - var(--at)) 0 0); }
-.compare .tag { position: absolute; top: 10px; background: #0009; color: #fff; font-size: .75rem; line-height: 1;
-  padding: 6px 9px; border-radius: 99px; pointer-events: none; }
-.compare .left { left: 10px; } .compare .right { right: 10px; }
-.compare .handle { position: absolute; top: 0; bottom: 0; left: var(--at); width: 2px; margin-left: -1px;
-  background: #fff; box-shadow: 0 0 4px #000a; pointer-events: none; }
-.compare .handle::after { content: "\\2194"; position: absolute; top: 50%; left: 50%; translate: -50% -50%;
-  width: 34px; height: 34px; border-radius: 50%; background: #fff; color: #17202b; font: 700 18px/34px sans-serif;
-  text-align: center; box-shadow: 0 1px 6px #0008; }
-.compare input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0; cursor: ew-resize;
-  touch-action: pan-y; }
-.compare .stack:focus-within { outline: 3px solid var(--accent); outline-offset: 2px; }
 .crops { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 10px; margin: 16px 0 30px; }
 .crops img { width: 100%; border-radius: 8px; }
 .crops figcaption { margin-top: 4px; font-size: .8rem; line-height: 1.35; }
@@ -336,9 +321,4 @@ footer { padding: 10px 20px 48px; } footer p { max-width: none; }
   td:first-child { white-space: normal; min-width: 8.5em; }
 }
 @media print { section { break-inside: avoid; } nav { display: none; } }
-"""
-
-_SCRIPT = """
-for (const range of document.querySelectorAll('.compare input'))
-  range.addEventListener('input', () => range.parentElement.style.setProperty('--at', range.value + '%'));
 """
