@@ -26,6 +26,7 @@ from zoo.pictures.metadata import Metadata
 from zoo.pictures.picture import Picture, PictureError
 from zoo.pictures.read import open_picture, peek
 from zoo.pictures.restore import restore, restore_picture
+from zoo.pictures.write import write_picture
 from zoo.restoration.cfsr import CFSR
 
 DOCS = Path(__file__).parents[2] / "docs" / "formats.md"
@@ -270,7 +271,7 @@ def test_exif_of_a_tiff(tmp_path: Path, model: CFSR) -> None:
     picture = restore_picture(open_picture(tmp_path / "in.tif"), model)
     assert picture.size == (44, 36), "turned upright"
     for settings in ({}, {"byteorder": ">"}, {"bigtiff": True}):
-        dataclasses.replace(picture, settings=settings).save(tmp_path / "out.tif")
+        write_picture(dataclasses.replace(picture, settings=settings), tmp_path / "out.tif")
         with Image.open(tmp_path / "out.tif") as image:
             found = image.getexif()
             assert found[0x010F] == "Maker"
@@ -316,7 +317,7 @@ def test_the_table_of_the_docs(name: str, tmp_path: Path) -> None:
     path = tmp_path / f"x.{SUFFIXES.get(name, name.lower())}"
     assert format_of(path) == name
     plain = Picture(color=np.repeat(np.repeat(RGB, 2, 0), 2, 1), metadata=everything())
-    plain.save(path, quality=98)
+    write_picture(plain, path, quality=98)
     with Image.open(path) as image:
         assert image.format == name
     found = open_picture(path).metadata
@@ -330,7 +331,7 @@ def test_the_table_of_the_docs(name: str, tmp_path: Path) -> None:
     for part in ("EXIF", "XMP", "IPTC"):
         assert (getattr(found, part.lower()) is not None) == (row[part] == "yes"), part
     alone = dataclasses.replace(plain, metadata=Metadata(dpi=given.dpi))
-    alone.save(path)
+    write_picture(alone, path)
     again = open_picture(path).metadata
     if row["resolution"] == "yes":
         assert again.dpi == pytest.approx(given.dpi, abs=0.1)
@@ -340,7 +341,7 @@ def test_the_table_of_the_docs(name: str, tmp_path: Path) -> None:
     else:
         assert again.dpi is None
     for part in ("text", "comment"):
-        dataclasses.replace(plain, metadata=Metadata(**{part: getattr(given, part)})).save(path)
+        write_picture(dataclasses.replace(plain, metadata=Metadata(**{part: getattr(given, part)})), path)
         again = open_picture(path).metadata
         words = "parameters: a tiger 漢字" if part == "text" else "(c) me"
         where = {"yes": getattr(again, part), "as comment": again.comment, "in XMP": again.xmp, "as text": again.text}
@@ -351,14 +352,14 @@ def test_the_table_of_the_docs(name: str, tmp_path: Path) -> None:
         else:
             assert words in (again.words() + (again.xmp or b"").decode())
     deep = dataclasses.replace(plain, color=np.repeat(np.repeat(RGB16, 2, 0), 2, 1), metadata=Metadata())
-    deep.save(path)
+    write_picture(deep, path)
     saved = open_picture(path)
     bits = saved.bits or (16 if saved.color.dtype == np.uint16 else 8)
     assert bits == min(int(row["bits"]), 16)
     clear = dataclasses.replace(
         deep, color=plain.color, alpha=np.repeat(np.repeat(ALPHA[..., None], 2, 0), 2, 1), mode="RGBA"
     )
-    clear.save(path)
+    write_picture(clear, path)
     alpha = open_picture(path).alpha
     if row["transparency"] == "white":
         assert alpha is None
@@ -366,16 +367,16 @@ def test_the_table_of_the_docs(name: str, tmp_path: Path) -> None:
         assert alpha is not None
         assert len(np.unique(alpha)) > 2 or row["transparency"] == "one"
     moving = dataclasses.replace(plain, duration=70.0, frames=(dataclasses.replace(plain, color=255 - plain.color),))
-    moving.save(path)
+    write_picture(moving, path)
     again = open_picture(path, every_frame=True)
     assert len(again.frames) == (0 if row["frames"] == "first" else 1)
     if row["frames"] == "animation":
         assert again.duration == 70
     inks = dataclasses.replace(plain, black=plain.color[..., :1], mode="CMYK", metadata=Metadata())
-    inks.save(path)
+    write_picture(inks, path)
     assert (open_picture(path).black is not None) == ("CMYK" in row["colours"])
     gray = dataclasses.replace(plain, color=plain.color[..., :1], mode="L", metadata=Metadata())
-    gray.save(path)
+    write_picture(gray, path)
     mode = open_picture(path).mode
     assert (mode in ("L", "P")) == ("gray" in row["colours"]) or name in ("GIF", "AVIF")  # read as colour
     side = int(row["longest side"] or 0)
@@ -384,7 +385,7 @@ def test_the_table_of_the_docs(name: str, tmp_path: Path) -> None:
         with pytest.raises(
             PictureError, match=rf"{side + 1}x1 pixels are too many for {name}, which takes {side} a side"
         ):
-            Picture(color=np.zeros((1, side + 1, 3), np.uint8)).save(path)
+            write_picture(Picture(color=np.zeros((1, side + 1, 3), np.uint8)), path)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "avif", "jxl", "heic"])
@@ -432,7 +433,7 @@ def test_the_thumbnail_is_dropped(tmp_path: Path) -> None:
     picture = Picture(color=RGB, metadata=Metadata(exif=block).resized((36, 44)))
     assert picture.metadata.exif is not None
     assert b"private" not in picture.metadata.exif
-    picture.save(tmp_path / "x.jpg")
+    write_picture(picture, tmp_path / "x.jpg")
     with Image.open(tmp_path / "x.jpg") as image:
         assert dict(image.getexif()) == {0x0112: 1, 0x010F: "Maker"}
         assert not image.getexif().get_ifd(1)
@@ -459,7 +460,7 @@ def test_what_png_says_of_colour(tmp_path: Path, model: CFSR) -> None:
     assert np.abs(shown.color.astype(float) - plain.color).mean() < 3
     assert plain.color.mean() > expected.color.mean() + 20
     metadata = Metadata(cicp=(9, 16, 0, 1), light=((b"cLLI", bytes(8)),))
-    Picture(color=RGB, metadata=metadata).save(tmp_path / "pq.png")
+    write_picture(Picture(color=RGB, metadata=metadata), tmp_path / "pq.png")
     restored = restore(tmp_path / "pq.png", model=model)
     restored.save(tmp_path / "out.png")
     data = (tmp_path / "out.png").read_bytes()
@@ -473,10 +474,10 @@ def test_what_png_says_of_colour(tmp_path: Path, model: CFSR) -> None:
 
 def test_sixteen_bit_jxl_is_srgb(tmp_path: Path) -> None:
     """imagecodecs says that deep samples are light; the file that is written says what they are."""
-    Picture(color=RGB16).save(tmp_path / "lossy.jxl")
-    Picture(color=RGB16).save(tmp_path / "lossless.jxl", quality=100)
-    Picture(color=RGB16, alpha=ALPHA16[..., None], mode="RGBA").save(tmp_path / "alpha.jxl", quality=100)
-    Picture(color=GRAY16[..., None], mode="I;16").save(tmp_path / "gray.jxl", quality=100)
+    write_picture(Picture(color=RGB16), tmp_path / "lossy.jxl")
+    write_picture(Picture(color=RGB16), tmp_path / "lossless.jxl", quality=100)
+    write_picture(Picture(color=RGB16, alpha=ALPHA16[..., None], mode="RGBA"), tmp_path / "alpha.jxl", quality=100)
+    write_picture(Picture(color=GRAY16[..., None], mode="I;16"), tmp_path / "gray.jxl", quality=100)
     for name, most in (("lossy", 700), ("lossless", 0), ("alpha", 0), ("gray", 0)):
         found = open_picture(tmp_path / f"{name}.jxl")
         assert found.metadata.icc_profile is not None

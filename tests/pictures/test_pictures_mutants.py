@@ -17,6 +17,7 @@ from zoo.pictures.read import open_picture
 from zoo.pictures.restore import restore_picture
 from zoo.pictures.restored_image import as_image
 from zoo.pictures.tiling import restore_tensor
+from zoo.pictures.write import write_picture
 
 
 class Restorer(nn.Module):
@@ -127,7 +128,7 @@ def test_results_are_rounded_to_the_nearest_level(levels: int) -> None:
 def test_sixteen_bit_files_come_back_whole(tmp_path: Path) -> None:
     """All 16 bits of every channel, rows and columns in their places."""
     values = np.random.default_rng(0).integers(0, 65536, (5, 7, 4), dtype=np.uint16)
-    Picture(color=values[..., :3], alpha=values[..., 3:], mode="RGBA").save(tmp_path / "deep.png")
+    write_picture(Picture(color=values[..., :3], alpha=values[..., 3:], mode="RGBA"), tmp_path / "deep.png")
     again = open_picture(tmp_path / "deep.png")
     assert np.array_equal(again.to_array(), values)
 
@@ -162,14 +163,14 @@ def test_jpeg_keeps_colour_at_full_resolution(tmp_path: Path) -> None:
     """Columns of red and blue stay apart: 4:4:4, where Pillow's own choice halves the chroma."""
     stripes = np.zeros((16, 16, 3), np.uint8)
     stripes[:, ::2, 0] = stripes[:, 1::2, 2] = 255
-    Picture(color=stripes).save(tmp_path / "a.jpg")
+    write_picture(Picture(color=stripes), tmp_path / "a.jpg")
     with Image.open(tmp_path / "a.jpg") as image:
         assert JpegImagePlugin.get_sampling(image) == 0
         error = np.abs(np.asarray(image).astype(int) - stripes).mean()
     assert error < 8
     sizes = []
     for quality in (10, 95):
-        Picture(color=stripes).save(tmp_path / "b.jpg", quality=quality)
+        write_picture(Picture(color=stripes), tmp_path / "b.jpg", quality=quality)
         sizes.append((tmp_path / "b.jpg").stat().st_size)
     assert sizes[0] < sizes[1]
 

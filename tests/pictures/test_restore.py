@@ -142,7 +142,7 @@ def test_sixteen_bits_are_kept(tmp_path: Path, model: CFSR) -> None:
             alpha=planes[..., 3:] if planes.shape[2] == 4 else None,
             mode={"gray": "I;16", "rgb": "RGB", "rgba": "RGBA"}[name],
         )
-        picture.save(tmp_path / f"{name}.png")
+        write_picture(picture, tmp_path / f"{name}.png")
         again = open_picture(tmp_path / f"{name}.png")
         assert again.color.dtype == np.uint16
         assert np.array_equal(again.to_array(), planes[..., 0] if name == "gray" else planes)
@@ -181,7 +181,7 @@ def test_sixteen_bit_png_keeps_profile(tmp_path: Path) -> None:
         color=np.full((3, 4, 3), 1000, np.uint16),
         metadata=Metadata(icc_profile=b"some profile" * 20, exif=exif.tobytes().removeprefix(b"Exif\0\0")),
     )
-    picture.save(tmp_path / "deep.png")
+    write_picture(picture, tmp_path / "deep.png")
     again = open_picture(tmp_path / "deep.png")
     assert again.metadata.icc_profile == picture.metadata.icc_profile
     assert Image.open(tmp_path / "deep.png").getexif()[ORIENTATION] == 3

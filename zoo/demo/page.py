@@ -216,7 +216,8 @@ def page(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<meta name="generator" content="zoo demo">\n'
-        f"<title>{text(title)}</title>\n<style>{_STYLE}{divider.STYLE}</style>\n</head>\n<body>\n<header><h1>{text(title)}</h1>{lead}"
+        f"<title>{text(title)}</title>\n<style>{_STYLE}{divider.STYLE}</style>\n</head>\n<body>\n"
+        f"<header><h1>{text(title)}</h1>{lead}"
         f'<div class="tiles">{shown}</div><nav>{links}</nav></header>\n<main>{body}</main>\n<footer>{foot}</footer>\n'
         f"<script>{divider.SCRIPT}</script>\n</body>\n</html>\n"
     )
