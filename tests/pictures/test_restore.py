@@ -150,7 +150,7 @@ def test_sixteen_bits_are_kept(tmp_path: Path, model: CFSR) -> None:
         assert restored.color.dtype == np.uint16
         assert len(np.unique(restored.color & 255)) > 30  # the low bytes are not all alike
         assert as_image(restored).size == (14, 12)
-        restored.save(tmp_path / "out.png")
+        write_picture(restored, tmp_path / "out.png")
         assert np.array_equal(open_picture(tmp_path / "out.png").to_array(), restored.to_array())
 
 
