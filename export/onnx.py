@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from zoo.export.network import ExportError, Kind, capture, compare, prepare, whole
+from zoo.export.network import ExportError, Kind, Network, capture, compare, prepare, whole
 
 __all__ = ["SUFFIX", "check", "export"]
 
@@ -50,18 +50,24 @@ def export(
         raise ImportError(f"ONNX export needs {error.name}, which is missing: {_INSTALL}.") from error
     with whole(out) as temporary:
         network = prepare(model, kind=kind, name=name, image_size=image_size, dynamic_size=dynamic_size)
-        program = _translate(capture(network, "written as ONNX"), network.inputs, network.output)
+        program = _translate(capture(network, "written as ONNX"), network)
         program.model.metadata_props.update(network.metadata)
         program.save(temporary)
     return Path(out)
 
 
-def _translate(program: torch.export.ExportedProgram, inputs: dict[str, Tensor], output: str) -> Any:
+def _translate(program: torch.export.ExportedProgram, network: Network) -> Any:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # about the exporter's own use of deprecated functions
         try:
             return torch.onnx.export(
-                program, kwargs=inputs, input_names=list(inputs), output_names=[output], dynamo=True, verbose=False
+                program,
+                kwargs=network.inputs,
+                input_names=list(network.inputs),
+                output_names=[network.output],
+                dynamic_shapes=network.dynamic_shapes,  # names of the open dimensions
+                dynamo=True,
+                verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
