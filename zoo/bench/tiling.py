@@ -13,7 +13,8 @@ import torch
 from zoo.bench.memory import in_fresh_process, resident_peak
 from zoo.bench.report import Benchmark, Check, Entry, Goal
 from zoo.bench.timing import Progress, Settings, environment, now, require_close, torch_threads
-from zoo.pictures.restore import load_restorer, restore
+from zoo.pictures.read import open_picture
+from zoo.pictures.restore import load_restorer, restore_picture
 from zoo.pictures.tiling import parse_bytes, restore_tensor
 
 __all__ = ["tiling"]
@@ -99,15 +100,16 @@ def _restore(name: str, size: int, budget: str, threads: int, dtype: str) -> dic
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
     torch.manual_seed(0)
-    seen = {"tiles": 0}
+    seen = {"tiles": 1}
 
-    def count(done: int, total: int) -> None:
-        seen["tiles"] = total
+    def hear(words: str) -> None:
+        count, tiles, _ = words.partition(" tiles")
+        seen["tiles"] = int(count) if tiles else 1
 
     with torch_threads(threads):
         model: Any = load_restorer(model=timm.create_model(name).eval().requires_grad_(False), dtype=dtype)
         model.reparameterize()
         start = time.perf_counter()
-        before, peak = resident_peak(lambda: restore(picture, model=model, budget=budget, progress=count))
+        before, peak = resident_peak(lambda: restore_picture(open_picture(picture), model, budget=budget, inform=hear))
         seconds = time.perf_counter() - start
     return {"before": before, "peak": peak, "allowed": parse_bytes(budget), "seconds": seconds, **seen}
