@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import onnxruntime
 import timm
 import torch
-from registered import BACKBONES, RESTORERS, build, randomize
+from registered import BACKBONES, RESTORERS, TINY, build, randomize
+from timm.data import create_transform
 from torch import nn
+
+from zoo.pictures.eight_bit import read_eight_bit
+from zoo.record import record_of, write_config
+from zoo.weights import save_checkpoint
 
 
 def _denoiser() -> nn.Module:
@@ -49,3 +57,40 @@ def size_of(name: str) -> int | None:
         return None
     model = timm.create_model(BACKBONES[name][0], device="meta")
     return None if model.pretrained_cfg["fixed_input_size"] else 64
+
+
+def own_folder(family: str, folder: Path) -> Path:
+    """Write the folder of a user's model: random weights, classes, size and normalisation of its own."""
+    model, side = build(family, num_classes=3), size_of(family) or TINY[family].size or 224
+    record = (
+        record_of(model)
+        .of_own_weights()
+        .updated(
+            label_names=("ant", "bee", "cat"), input_size=(3, side, side), mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3),
+            crop_pct=0.8, interpolation="bilinear",
+        )
+    )  # fmt: skip
+    folder.mkdir(parents=True)
+    save_checkpoint(model.state_dict(), folder / "model.safetensors", record=record)
+    write_config(folder, record)
+    return folder
+
+
+def told_by_graph(graph: str | Path, files: Sequence[str | Path]) -> dict[str, dict[str, float]]:
+    """Return the probabilities that an ONNX classifier gives pictures, which go in and come out as its metadata say."""
+    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    facts = session.get_modelmeta().custom_metadata_map
+    transform = create_transform(
+        tuple(json.loads(facts["input_size"])),
+        mean=json.loads(facts["mean"]),
+        std=json.loads(facts["std"]),
+        crop_pct=float(facts["crop_pct"]),
+        crop_mode=facts.get("crop_mode"),
+        interpolation=facts["interpolation"],
+    )
+    labels, entry = json.loads(facts["labels"]), session.get_inputs()[0].name
+    found = {}
+    for file in files:
+        (scores,) = session.run(None, {entry: transform(read_eight_bit(file))[None].numpy()})
+        found[str(file)] = dict(zip(labels, torch.from_numpy(scores[0]).softmax(0).tolist(), strict=True))
+    return found

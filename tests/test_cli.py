@@ -441,6 +441,9 @@ def test_export(capsys: Captured, models: dict[str, str], tmp_path: Path) -> Non
     assert report["max_error"] < 1e-4
     assert report["bytes"] == (tmp_path / "model.bin").stat().st_size
     assert "--force" in error_of(capsys, *command)
+    for size, name, said in (("0", "classifier", "got 0"), ("32", "restorer", "is for sr")):
+        command = ["export", models[name], "--format", "onnx", "-o", tmp_path / "x.onnx", "--image-size", size]
+        assert said in error_of(capsys, *command)
 
 
 def test_verify(capsys: Captured, models: dict[str, str]) -> None:

@@ -17,7 +17,7 @@ from image_sets import photo_folder
 from PIL import Image
 from registered import build
 from test_cli import error_of, run
-from tiny_folders import restorer_folder
+from tiny_folders import classifier_folder, restorer_folder
 from torch import Tensor, nn
 
 from zoo.cli import compare, restore
@@ -373,6 +373,16 @@ def test_evaluate_a_baseline(capsys: Captured, photos: Path, tmp_path: Path) -> 
     assert "degraded images made here: made." in out
     lines = run(capsys, *command, "-q")[1].splitlines()
     assert [line.split("\t")[0] for line in lines] == ["read", "made"]
+
+
+def test_evaluate_a_classifier_names_the_command_that_does(capsys: Captured, tmp_path: Path) -> None:
+    model = classifier_folder(tmp_path / "my model")
+    data = ["--data", f"x={tmp_path}"]
+    error = error_of(capsys, "evaluate", "repavit_tiny.cifar10", *data)
+    assert "zoo train validate --config classification/repavit_tiny_cifar10 --model.init_args.model repavit" in error
+    assert "--config CONFIG" in error_of(capsys, "evaluate", model, *data)
+    (model / "training.yaml").touch()
+    assert f"--config '{model}/training.yaml'" in error_of(capsys, "evaluate", model, *data)
 
 
 def test_evaluate_a_model(capsys: Captured, upscaler: str, tmp_path: Path) -> None:

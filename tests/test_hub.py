@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from hub_server import HubServer, Repository, use_hub
 from huggingface_hub import constants
+from safetensors.torch import save
 from tiny_folders import classifier_folder, denoiser_folder
 
 import zoo
@@ -174,6 +175,24 @@ def test_a_busy_hub_answers_soon(server: HubServer, folder: Path) -> None:
             hub.list_files("org/tiny")
         assert hub.download("org/tiny", "config.json") == kept
         assert time.monotonic() - begun < 30
+
+
+def test_weights_of_timm(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same answer at once for timm's own models, which timm would ask for again and again; then from the cache."""
+    monkeypatch.setattr(hub, "_WAITS", (0.0, 0.0))
+    name, repo = "test_vit.r160_in1k", "timm/test_vit.r160_in1k"
+    server.failing = 500
+    with pytest.raises(hub.HubError, match=rf"answered 500 for {repo}/model\.safetensors.*HF_HUB_CACHE"):
+        zoo.create_model(name, pretrained=True)
+    server.failing = 0
+    model = timm.create_model("test_vit").eval()
+    server.repositories[repo] = Repository({"model.safetensors": save(model.state_dict())})
+    image = torch.randn(1, 3, 160, 160)
+    for failing in (0, 500):  # the second time it is in the cache
+        server.failing = failing
+        found = zoo.create_model(name, pretrained=True)
+        assert torch.equal(found(image), model(image))
+        assert found.pretrained_cfg["file"] is None
 
 
 @pytest.mark.parametrize(

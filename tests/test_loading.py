@@ -12,8 +12,10 @@ import torch
 from registered import BACKBONES, TINY, build, images, smallest
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
+from zoo.export.network import prepare
 
 import zoo
+from zoo.factory import image_size_args
 from zoo.ffn import prune
 from zoo.record import KEY, attach, record_of, write_config
 from zoo.weights import CheckpointError, cards_dir, save_checkpoint, shipped
@@ -64,6 +66,7 @@ def facts_of(model: nn.Module) -> tuple[Any, ...]:
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_shipped_weights_are_the_same_every_way(name: str, tmp_path: Path) -> None:
+    """To the bit; what an exporter writes, the merged network, to 1e-5. Writing it is tests/export's, on small ones."""
     model = zoo.create_model(name, pretrained=True)
     side = 16 if hasattr(model, "scale") else 64  # restorers take any
     copy = shutil.copy(shipped(name), tmp_path / "downloaded.safetensors")
@@ -81,6 +84,9 @@ def test_shipped_weights_are_the_same_every_way(name: str, tmp_path: Path) -> No
         found = zoo.create_model(str(source))
         assert torch.equal(found(batch), expected), source
         assert facts_of(found) == facts_of(model), source
+    written = prepare(model).module(image=batch)
+    expected = expected if "cifar10" in name else expected.clamp(0, 1)
+    assert float((written - expected).abs().max() / expected.abs().max().clamp_min(1.0)) <= 1e-5
 
 
 @pytest.mark.parametrize("family", BACKBONES)
@@ -235,6 +241,29 @@ def test_mistyped_arguments_get_the_nearest(name: str, argument: str, near: str)
     with pytest.raises(TypeError, match=rf"no argument {argument!r}\. Did you mean {near!r}") as caught:
         zoo.create_model(name, **{argument: 1})
     assert "\n" not in str(caught.value)
+
+
+def test_one_mean_a_channel_or_one_for_all(tmp_path: Path) -> None:
+    """As timm takes them; a first layer for other channels has means for them."""
+    model = own(zoo.create_model("vit_tiny_patch16_224", **VIT, num_classes=2))
+    path = str(checkpoint(model, tmp_path / "last.ckpt"))
+    assert zoo.create_model(path, mean=(0.5,), std=0.25).pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+    assert zoo.create_model(path, in_chans=1, mean=(0.5,)).pretrained_cfg["mean"] == (0.5,)
+    gray = zoo.create_model(path, in_chans=1)
+    assert resolve_model_data_config(gray)["mean"] == (0.4,)
+    assert len(zoo.create_model("repavit_tiny", in_chans=4, **VIT).pretrained_cfg["std"]) == 4
+    for facts in (dict(mean=(0.5, 0.5)), dict(std=(0.0,)), dict(std="0.5"), dict(in_chans=1, mean=(0.1, 0.2))):
+        with pytest.raises(ValueError, match="one a channel, or one for all"):
+            zoo.create_model(path, **facts)
+
+
+def test_image_size() -> None:
+    """Networks for one size are built for another; the others are only told; too small a size is one line."""
+    assert image_size_args("repavit_tiny", 16, **{**VIT, "img_size": 32}) == {"img_size": 16}
+    tiny = TINY["ffnet"].kwargs
+    assert image_size_args("ffnet_1", 64, **tiny) == {"input_size": (3, 64, 64)}
+    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 cannot take images of 1 pixels .*its own have 224"):
+        image_size_args("vit_tiny_patch16_224", 1, embed_dim=16, depth=1, num_heads=1)
 
 
 def test_info_of_files_and_folders(tmp_path: Path) -> None:

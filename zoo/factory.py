@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import get_pretrained_cfg, is_model, split_model_name_tag
 from timm.models._registry import get_arch_pretrained_cfgs
 from torch import nn
@@ -26,11 +27,11 @@ from zoo.loading import (
     record_of_file,
     require_architecture,
 )
-from zoo.record import CONFIG_NAME, KEY, RecordError, described, note_build, read_config
+from zoo.record import CONFIG_NAME, KEY, RecordError, described, note_build, read_config, record_of
 from zoo.sources import WEIGHT_FILES, CheckpointError, Source, describe, find, timm_names
 from zoo.weights import cards_dir, read_weights, verify_component
 
-__all__ = ["create_model", "create_pipeline", "families", "list_models", "model_info"]
+__all__ = ["create_model", "create_pipeline", "families", "image_size_args", "list_models", "model_info"]
 
 _DENOISER_FILE = "diffusion_pytorch_model*.safetensors"  # how diffusers names the weights of its own models
 
@@ -134,6 +135,36 @@ def create_model(name: str | Path, pretrained: bool = False, **kwargs: Any) -> n
     return load_file(source.path, **kwargs)
 
 
+def image_size_args(name: str | Path, size: int, **kwargs: Any) -> dict[str, Any]:
+    """Return the arguments with which `create_model` makes a classifier one for square images of another size.
+
+    Args:
+        name: As `create_model` takes it.
+        size: Side, pixels.
+        **kwargs: Its other arguments.
+
+    Raises:
+        ValueError: The network cannot take images of this size.
+    """
+    model = create_model(name, **kwargs)
+    record = record_of(model)
+    chans, *usual = record.input_size or (3, 224, 224)
+    built = bool(record.pretrained_cfg.get("fixed_input_size"))
+    arguments: dict[str, Any] = {"img_size": size} if built else {"input_size": (chans, size, size)}
+    if size >= usual[-1]:
+        return arguments
+    try:  # small maps vanish on their way down
+        model = create_model(name, **(kwargs | arguments)) if built else model
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, chans, size, size))
+    except (RuntimeError, ValueError, AssertionError, ArithmeticError, IndexError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{name} cannot take images of {size} pixels ({reason}): its own have {usual[-1]}; 32 and more are usual."
+        ) from error
+    return arguments
+
+
 def _text(name: str | Path) -> str:
     """Return a name as text; a `Path` is a file or folder, also where a model is called the same."""
     return name if isinstance(name, str) else str(name) if name.is_absolute() else f"./{name}"
@@ -171,12 +202,41 @@ def _registered(source: Source, pretrained: bool, kwargs: dict[str, Any]) -> nn.
         tags = ", ".join(tag.partition(".")[2] for tag in get_arch_pretrained_cfgs(str(source.architecture))) or "none"
         raise ValueError(f"{source.architecture!r} has no weights called {source.tag!r}; there are: {tags}.") from error
     facts = {key: kwargs.pop(key) for key in FACTS if key in kwargs}
-    model = build_timm(source.name, pretrained=pretrained, **kwargs)
+    fetched = _fetch_timm(source, kwargs) if pretrained else {}
+    model = build_timm(source.name, pretrained=pretrained, **kwargs, **fetched)
     cfg: Any = getattr(model, "pretrained_cfg", None)
+    if fetched and isinstance(cfg, dict):
+        cfg |= {"file": None, "custom_load": vars(get_pretrained_cfg(source.name))["custom_load"]}
     if not hasattr(model, KEY) and isinstance(cfg, dict) and not kwargs.get("features_only"):
         note_build(model, described(cfg.get("architecture") or str(source.architecture), cfg, kwargs))
     note_facts(model, facts)
     return model.eval() if pretrained else model
+
+
+def _fetch_timm(source: Source, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Fetch the weights of one of timm's own models: timm itself asks an absent Hub again and again, for half a minute.
+
+    Returns:
+        Arguments of `timm.create_model`; none where timm finds the weights by itself.
+    """
+    cfg: Any = get_pretrained_cfg(source.name)
+    elsewhere = ("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path")
+    if source.architecture in catalog.load() or cfg is None or not cfg.hf_hub_id or cfg.custom_load == "hf":
+        return {}
+    if cfg.file or cfg.state_dict or any(kwargs.get(key) for key in elsewhere):
+        return {}
+    first: hub.HubError | None = None
+    for filename in (cfg.hf_hub_filename,) if cfg.hf_hub_filename else WEIGHT_FILES[:2]:
+        try:
+            path = hub.download(cfg.hf_hub_id, filename, cache_dir=kwargs.get("cache_dir"))
+        except hub.HubError as error:
+            first = first or error
+            if isinstance(error, hub.HubFileMissingError) or hub.is_offline():
+                continue  # older repositories, and caches, hold the other file
+            raise
+        return {"pretrained_cfg_overlay": {"file": str(path), "custom_load": False}}
+    assert first is not None
+    raise first
 
 
 def _from_hub(repo_id: str, kwargs: dict[str, Any]) -> nn.Module:

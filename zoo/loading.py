@@ -33,6 +33,7 @@ import zoo.backbones
 import zoo.restoration
 from zoo import catalog, hub
 from zoo.cfg import ModelCfg
+from zoo.ffn.ewa import collapse_state_dict
 from zoo.ffn.technique import rebuild
 from zoo.record import CONFIG_NAME, KEY, ModelRecord, RecordError, attach, described, read_record, record_of
 from zoo.sources import CheckpointError, Source, card_sha256, front_matter, task_of, timm_names, weight_file
@@ -41,6 +42,7 @@ from zoo.weights import (
     cards_dir,
     load_pretrained,
     load_strict,
+    merge_adapters,
     pretrained_cfg_of,
     read_weights,
     require_known,
@@ -186,6 +188,7 @@ def from_record(record: ModelRecord, state_dict: dict[str, Tensor], source: str,
     require_architecture(record, source)
     facts = {key: kwargs.pop(key) for key in FACTS if kwargs.get(key) is not None}
     record = _complete(record, facts, kwargs, source)
+    record, state_dict = _as_used(record, state_dict)
     classes = kwargs.pop("num_classes", None)
     given = {key: value for key, value in kwargs.items() if value is not None}
     arguments = {**record.model_args, **given}
@@ -201,7 +204,8 @@ def from_record(record: ModelRecord, state_dict: dict[str, Tensor], source: str,
         return timm.create_model(record.architecture, True, pretrained_cfg=vars(cfg), **built).eval()
     model = build_timm(record.architecture, pretrained_cfg={**fields, "file": source}, **built)
     try:
-        rebuild(model, record.changes)
+        for change in record.changes:
+            _give_experts(model, change) if change["technique"] == "moe" else rebuild(model, [change])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: {error}") from error
     load_pretrained(model, cfg, ours or _timm_filter(record.architecture, model, state_dict))
@@ -212,6 +216,26 @@ def from_record(record: ModelRecord, state_dict: dict[str, Tensor], source: str,
     model.pretrained_cfg.pop("file", None)
     attach(model, now.updated(label_names=facts["label_names"]) if "label_names" in facts else now)
     return model.eval()
+
+
+def _as_used(record: ModelRecord, state_dict: dict[str, Tensor]) -> tuple[ModelRecord, dict[str, Tensor]]:
+    """Return the dense weights of a training with averaged experts or adapters, and a record without them."""
+    kept = []
+    for change in record.changes:
+        if change["technique"] == "ewa":
+            state_dict = collapse_state_dict(state_dict)
+        elif change["technique"] == "lora":
+            state_dict = merge_adapters(state_dict)
+        else:
+            kept.append(change)
+    return dataclasses.replace(record, changes=tuple(kept)), state_dict
+
+
+def _give_experts(model: nn.Module, change: Mapping[str, Any]) -> None:
+    """Give a new model the experts that a training with `MoEConfig` has made; weights come after."""
+    from zoo.moe.dense2moe import MoEConfig, build_experts  # imports diffusers
+
+    build_experts(model, MoEConfig(**{key: value for key, value in change.items() if key != "technique"}))
 
 
 def require_architecture(record: ModelRecord, source: str) -> None:
@@ -409,8 +433,13 @@ def _complete(record: ModelRecord, facts: Mapping[str, Any], kwargs: Mapping[str
             record = record.updated(model_args={**cfg.model_args, **record.model_args}, task=cfg.task)
         record = record.updated(**own)
     plain = PretrainedCfg()  # what a config.json leaves out has timm's default
-    record = record.updated(**{key: getattr(plain, key) for key in _NEEDED if record.pretrained_cfg.get(key) is None})
-    return record.updated(**{key: value for key, value in facts.items() if key != "label_names"})
+    record = dataclasses.replace(
+        record, pretrained_cfg={**{key: getattr(plain, key) for key in _NEEDED}, **record.pretrained_cfg}
+    )
+    stated = {key: value for key, value in facts.items() if key != "label_names"}
+    size = stated.pop("input_size", record.pretrained_cfg["input_size"])
+    chans = kwargs.get("in_chans") or size[0]  # of the new first layer; `input_size` stays that of the weights
+    return record.updated(input_size=(chans, *size[1:]), **stated).updated(input_size=size)
 
 
 def _family(architecture: str) -> FilterFn | None:

@@ -149,7 +149,8 @@ class ModelRecord:
                 license, scale, sigma, ...). None removes a fact of `pretrained_cfg`.
 
         Raises:
-            RecordError: No record has such a fact (the message names the nearest), or there is not one name a class.
+            RecordError: No record has such a fact (the message names the nearest), there is not one name a class, or
+                neither one mean (std) nor one a channel.
         """
         own = {entry.name for entry in dataclasses.fields(self)}
         known = [*own, *_TIMM_FIELDS, *_ZOO_FIELDS]
@@ -164,6 +165,9 @@ class ModelRecord:
         cfg = {**self.pretrained_cfg, **fields.pop("pretrained_cfg", {})}
         cfg |= {name: value for name, value in facts.items() if name not in own}
         cfg = {name: _tuples(value) for name, value in cfg.items() if value is not None}
+        for name in ("mean", "std"):
+            if facts.get(name) is not None:
+                cfg[name] = _a_channel(name, facts[name], (cfg.get("input_size") or (3,))[0])
         for name in ("label_names", "changes", "not_recorded"):
             if fields.get(name) is not None:
                 fields[name] = tuple(fields[name])
@@ -272,6 +276,7 @@ def described(architecture: str, cfg: Mapping[str, Any], arguments: Mapping[str,
     chans = plain.get("in_chans", size[0])
     side = plain.get("img_size", size[-2:])
     facts["input_size"] = (chans, *((side, side) if isinstance(side, int) else side))
+    facts |= {key: _for_channels(facts[key], chans) for key in ("mean", "std") if facts.get(key)}
     record = ModelRecord.from_config(
         {
             "architecture": architecture,
@@ -444,6 +449,26 @@ def _header(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except (SafetensorError, OSError):
         return {}  # whoever reads the tensors says what is wrong
+
+
+def _a_channel(name: str, values: Any, channels: int) -> tuple[float, ...]:
+    """Return what the user states of the channels as one number each; a single one holds for all, as in timm."""
+    numbers = tuple(values) if isinstance(values, list | tuple) else (values,)
+    fits = all(isinstance(value, int | float) and (name == "mean" or value > 0) for value in numbers)
+    if len(numbers) not in (1, channels) or not fits:
+        kind = "numbers above 0" if name == "std" else "numbers"
+        raise RecordError(f"{name} must be {channels} {kind}, one a channel, or one for all; got {values!r}.")
+    return tuple(map(float, numbers)) if len(numbers) == channels else tuple(map(float, numbers)) * channels
+
+
+def _for_channels(values: Iterable[float], channels: int) -> tuple[float, ...]:
+    """Return means or deviations for another number of channels, as timm makes its weights: summed or repeated."""
+    known = tuple(values)
+    if channels == len(known):
+        return known
+    if channels == 1:
+        return (round(sum(known) / len(known), 6),)
+    return tuple(known[index % len(known)] for index in range(channels))
 
 
 def _is_plain(value: Any) -> bool:

@@ -53,6 +53,7 @@ __all__ = [
     "front_matter",
     "load_pretrained",
     "load_strict",
+    "merge_adapters",
     "pretrained_cfg_of",
     "read_checkpoint",
     "read_weights",
@@ -262,6 +263,22 @@ def save_checkpoint(
     with whole(path) as temporary:
         save_file(tensors, temporary, metadata=header)
     return sha256_of(path)
+
+
+def merge_adapters(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the plain weights of a network with low-rank adapters of peft, scaled by 2 as `zoo.tasks.lora` makes them.
+
+    Args:
+        state_dict: NAME.base_layer.weight, NAME.lora_A.default.weight (r, in), NAME.lora_B.default.weight (out, r)
+            become NAME.weight; other entries are kept.
+    """
+    plain = {key.replace(".base_layer.", "."): value for key, value in state_dict.items() if ".lora_" not in key}
+    for key, down in state_dict.items():
+        name, adapter, rest = key.partition(".lora_A.")
+        if adapter:
+            up, weight = state_dict[f"{name}.lora_B.{rest}"], plain[f"{name}.weight"]
+            plain[f"{name}.weight"] = weight + 2 * (up.flatten(1) @ down.flatten(1)).view_as(weight)
+    return plain
 
 
 def _some(names: Iterable[str], most: int = 4) -> str:

@@ -14,12 +14,13 @@ import torch
 from image_sets import image_folder, photo_folder
 from lightning import LightningDataModule, LightningModule, Trainer
 
-import zoo  # noqa: F401  registers the models
+import zoo
 from zoo.data.images import ImageClassification, ImageDiffusion
 from zoo.data.paired_images import GaussianNoise, PairedImages
 from zoo.diffusion.pixel_dit import PixelDiT
+from zoo.ffn import ewa
 from zoo.moe import MoEConfig
-from zoo.record import KEY, record_in
+from zoo.record import KEY, record_in, record_of, write_config
 from zoo.tasks.callbacks import CheckedCheckpointIO
 from zoo.tasks.checkpoints import read_training_checkpoint, why_not_written
 from zoo.tasks.classification import Classification
@@ -82,6 +83,28 @@ def test_experts(images: Path, tmp_path: Path) -> None:
     assert checkpoint["hyper_parameters"]["experts"]["experts"] == 4
     Classification.load_from_checkpoint(tmp_path / "x.ckpt")
     assert checkpoint[KEY]["zoo"]["changes"][0]["technique"] == "moe"
+
+
+@pytest.mark.parametrize("how", ["moe", "ewa", "lora"])
+@torch.no_grad()
+def test_models_of_trained_layers_come_back(how: str, images: Path, tmp_path: Path) -> None:
+    """Experts are rebuilt; averaged experts and adapters are dense, as in evaluation. From checkpoint and folder."""
+    experts = MoEConfig(shared=1, experts=3, top_k=2, scores="random", zero=1, copies=1) if how == "moe" else None
+    task = Classification("vit_tiny_patch16_224", 2, TINY, experts=experts, lora=2 if how == "lora" else None)
+    if how == "ewa":
+        ewa.apply(task.model, ewa.EWAConfig(experts=2, every=1, noise=0.1))
+    with torch.enable_grad():
+        saved(task, ImageClassification(str(images), 16, 4), tmp_path)
+    record = task.model_record()
+    assert record is not None
+    write_config(tmp_path, record)
+    task.export_weights(tmp_path / "model.safetensors")
+    batch = torch.randn(2, 3, 16, 16)
+    expected = task.eval().model(batch)
+    for source in (tmp_path / "x.ckpt", tmp_path):
+        found = zoo.create_model(source)
+        torch.testing.assert_close(found(batch), expected, rtol=1e-5, atol=1e-6)
+        assert [change["technique"] for change in record_of(found).changes] == (["moe"] if how == "moe" else [])
 
 
 def test_restoration(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,7 @@ from zoo.cli.inputs import add_device
 from zoo.cli.models import find_model
 from zoo.cli.output import UsageError, print_json, print_table, progress, table
 from zoo.evaluation.protocols import PROTOCOLS, Protocol, protocol_of_task
-from zoo.sources import WEIGHT_SUFFIXES, find
+from zoo.sources import WEIGHT_SUFFIXES, Source, find
 
 if TYPE_CHECKING:
     from zoo.data.photos import Pair
@@ -57,7 +59,12 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--limit must be at least 1, got {args.limit}.")
     if args.model not in _BASELINES:
         source = find_model(args.model, weights=args.weights is None)
-        if source.task == "classification" or source.kind == "pipeline":
+        if source.task == "classification":
+            raise UsageError(
+                f"{args.model} is a classifier, and this command measures restorers. Accuracy on DIR/val/CLASS/*.jpg:"
+                f" {_validation(source)}"
+            )
+        if source.kind == "pipeline":
             raise UsageError(f"{args.model} is a model for {source.task or 'generation'}: it restores no images.")
     if args.weights is not None and Path(args.weights).suffix in WEIGHT_SUFFIXES:
         find(args.weights)  # says that there is no such file
@@ -105,6 +112,22 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(args, protocol, scale, subjects.device, results)
     return 0
+
+
+def _validation(source: Source) -> str:
+    """Return the command that measures a classifier: with the config that it was trained by, where that is known."""
+    from zoo.cli.train import find_config
+
+    config = "CONFIG"
+    beside = source.path / "training.yaml" if source.path is not None else None
+    if beside is not None and beside.is_file():
+        config = str(beside)
+    elif source.tag:
+        with suppress(ValueError):
+            find_config(f"classification/{source.architecture}_{source.tag}")
+            config = f"classification/{source.architecture}_{source.tag}"
+    words = ["zoo", "train", "validate", "--config", config, "--model.init_args.model", source.name]
+    return shlex.join([*words, "--model.init_args.pretrained", "true", "--data.init_args.data_dir", "DIR"])
 
 
 class _Subjects:

@@ -52,16 +52,19 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"Say which weights: {' or '.join(f'{source.architecture}.{tag}' for tag in facts['weights'])}."
         )
+    if args.image_size is not None and (source.task not in (None, "classification") or args.image_size < 1):
+        what = f"{args.name} is for {source.task}" if args.image_size > 0 else f"got {args.image_size}"
+        raise UsageError(f"--image-size is the side of a classifier's images, 1 pixel or more: {what}.")
     output = args.output or Path(_plain_name(source) + _SUFFIXES[args.format])
     check_target(output, force=args.force)
     arguments = model_args(args)
-    if args.image_size is not None:
-        arguments["img_size"] = args.image_size
     from zoo.export import target
-    from zoo.factory import create_model
+    from zoo.factory import create_model, image_size_args
 
     writer = target(args.format)
     hush(args, diffusers=denoiser)
+    if args.image_size is not None:
+        arguments |= image_size_args(args.name, args.image_size, **arguments)
     model = create_model(args.name, pretrained=not random, **arguments).eval()
     options = {"image_size": args.image_size, "dynamic_size": not args.fixed_size}
     with progress(args) as bar:

@@ -24,7 +24,7 @@ from zoo.cards.own import is_own_folder, write_own_model
 from zoo.data.images import ImageClassification
 from zoo.data.labelled_images import FolderImages, find_damaged
 from zoo.data.notices import Notice
-from zoo.factory import create_model
+from zoo.factory import image_size_args
 from zoo.ffn.reparam import reparameterize
 from zoo.files import whole
 from zoo.pictures.folders import split_folder
@@ -162,8 +162,11 @@ def finetune(
     classes = data.class_names
     if not skip_damaged:
         _refuse_damaged(data, held_out)
-    if image_size is not None and _takes_image_size(model, args):
-        args.setdefault("img_size", image_size)
+    if image_size is not None and "img_size" not in args:
+        fitting = image_size_args(model, image_size, **args)
+        args |= {
+            key: value for key, value in fitting.items() if key == "img_size"
+        }  # the record has the size of the data
     with _quiet():
         task = Classification(
             model, len(classes), args, pretrained, OptimConfig(lr=lr, warmup=0.1, layer_decay=None if lora else 0.75),
@@ -223,13 +226,6 @@ def _refuse_damaged(data: ImageClassification, held_out: bool) -> None:
         raise ValueError(
             f"{len(bad)} pictures cannot be read: {' '.join(bad[:3])}{more} --skip-damaged leaves them out."
         )
-
-
-def _takes_image_size(model: str, args: dict[str, Any]) -> bool:
-    """Tell whether a model is built for one image size."""
-    if "img_size" in args:
-        return False
-    return bool(record_of(create_model(model, **args)).pretrained_cfg.get("fixed_input_size"))
 
 
 def _batch_size(count: int) -> int:
