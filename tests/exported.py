@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import onnxruntime
@@ -79,7 +79,19 @@ def own_folder(family: str, folder: Path) -> Path:
 def told_by_graph(graph: str | Path, files: Sequence[str | Path]) -> dict[str, dict[str, float]]:
     """Return the probabilities that an ONNX classifier gives pictures, which go in and come out as its metadata say."""
     session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
-    facts = session.get_modelmeta().custom_metadata_map
+    entry = session.get_inputs()[0].name
+
+    def run(image: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(session.run(None, {entry: image.numpy()})[0])
+
+    return told(run, session.get_modelmeta().custom_metadata_map, files)
+
+
+@torch.no_grad()
+def told(
+    run: Callable[[torch.Tensor], torch.Tensor], facts: Mapping[str, str], files: Sequence[str | Path]
+) -> dict[str, dict[str, float]]:
+    """Return the probabilities of each file's classes by a network and the metadata of its exported file."""
     transform = create_transform(
         tuple(json.loads(facts["input_size"])),
         mean=json.loads(facts["mean"]),
@@ -88,9 +100,8 @@ def told_by_graph(graph: str | Path, files: Sequence[str | Path]) -> dict[str, d
         crop_mode=facts.get("crop_mode"),
         interpolation=facts["interpolation"],
     )
-    labels, entry = json.loads(facts["labels"]), session.get_inputs()[0].name
-    found = {}
+    labels, found = json.loads(facts["labels"]), {}
     for file in files:
-        (scores,) = session.run(None, {entry: transform(read_eight_bit(file))[None].numpy()})
-        found[str(file)] = dict(zip(labels, torch.from_numpy(scores[0]).softmax(0).tolist(), strict=True))
+        scores = run(transform(read_eight_bit(file))[None])[0]
+        found[str(file)] = dict(zip(labels, scores.softmax(0).tolist(), strict=True))
     return found
