@@ -1,4 +1,4 @@
-"""What is exported of a user's own folder, in every family: the graph and its metadata tell what `zoo classify` tells."""
+"""What is exported of a user's own folder, in every family: network and metadata tell what `zoo classify` tells."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zoo.cli import main
 def test_own_models_of_all_families(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is exported of a user's folder, the merged network and its metadata, tells pictures as zoo classify does.
 
-    That the file then computes what the network does is tests/export's on small models; one family goes through the file here, too.
+    That the file computes what the network does is tested beside this; one family goes through the file here, too.
     """
     folder, files = own_folder(family, tmp_path / "mine"), [tmp_path / f"{index}.png" for index in range(2)]
     for index, file in enumerate(files):
