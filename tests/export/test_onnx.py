@@ -45,12 +45,12 @@ def test_metadata_of_a_classifier(classifier: tuple[Path, torch.nn.Module]) -> N
 
 
 def test_labels_are_stored_where_they_fit(tmp_path: Path) -> None:
-    model = build("repapoolformer", num_classes=2)
+    model = build("repavit", num_classes=2)
     model.pretrained_cfg = {**model.pretrained_cfg, "label_names": ("cat", "dog")}
-    facts = _facts(export(model, tmp_path / "two.onnx", image_size=64))
+    facts = _facts(export(model, tmp_path / "two.onnx"))
     assert json.loads(facts["labels"]) == ["cat", "dog"]
     model.reset_classifier(3)
-    assert "labels" not in _facts(export(model, tmp_path / "three.onnx", image_size=64))
+    assert "labels" not in _facts(export(model, tmp_path / "three.onnx"))
 
 
 def test_the_file_is_merged(classifier: tuple[Path, torch.nn.Module]) -> None:
