@@ -20,6 +20,7 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import zoo
 from zoo.ffn.reparam import reparameterize
@@ -28,8 +29,11 @@ __all__ = [
     "ExportError",
     "Kind",
     "Network",
+    "call_network",
     "capture",
     "compare",
+    "eager_copy",
+    "open_network",
     "prepare",
     "sample_inputs",
     "weights_digest",
@@ -77,6 +81,23 @@ class _Classifier(nn.Module):
         return self.model(image)
 
 
+class _Call(nn.Module):
+    """Call a model with tensors in the places where a call had them, and the call's other arguments as they were."""
+
+    def __init__(self, model: nn.Module, leaves: list[Any], spec: Any) -> None:
+        super().__init__()
+        self.model, self.spec = model, spec
+        self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves = list(self.constants)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            leaves[place] = tensor
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return tuple(leaf for leaf in tree_flatten(self.model(*args, **kwargs))[0] if isinstance(leaf, Tensor))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Network:
     """A network that is ready to be written.
@@ -84,9 +105,10 @@ class Network:
     Args:
         module: In evaluation mode, merged, float32, on the CPU; a copy of the user's model.
         inputs: Example inputs by name.
-        output: Name of the output.
+        output: Name of the output; empty where there may be several.
         dynamic_shapes: Open dimensions of each input, in the words of `torch.export`.
         metadata: Facts for the file: what it is, what its inputs mean, which weights it holds.
+        by_position: Inputs go by position, their names are only the file's.
     """
 
     module: nn.Module
@@ -94,6 +116,12 @@ class Network:
     output: str
     dynamic_shapes: dict[str, dict[int, Any]]
     metadata: dict[str, str]
+    by_position: bool = False
+
+    @property
+    def arguments(self) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """The example inputs as the module takes them."""
+        return (tuple(self.inputs.values()), {}) if self.by_position else ((), self.inputs)
 
 
 def prepare(
@@ -119,10 +147,8 @@ def prepare(
     kind = kind_of(model, kind)
     if getattr(model, "is_cache_enabled", False):
         raise ValueError("A cache is enabled on the model, and a file cannot hold it: call zoo.disable_cache first.")
-    inner = copy.deepcopy(model).eval().float().cpu()
+    inner = eager_copy(model).float().cpu()
     reparameterize(inner, measure=False)
-    for parameter in inner.parameters():
-        parameter.requires_grad_(False)
     wrapper = {"classifier": _Classifier, "restorer": _Restorer, "denoiser": _Denoiser}[kind]
     batch = Dim("batch")
     inputs = sample_inputs(model, kind, image_size, dynamic_size)[1]
@@ -157,10 +183,75 @@ def capture(network: Network, purpose: str) -> torch.export.ExportedProgram:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # about torch's own use of deprecated functions
         try:
-            return torch.export.export(network.module, (), kwargs=network.inputs, dynamic_shapes=network.dynamic_shapes)
+            args, kwargs = network.arguments
+            return torch.export.export(
+                network.module, args, kwargs=kwargs, dynamic_shapes=network.dynamic_shapes or None
+            )
         except Exception as error:  # tracing runs the user's code, which raises what it likes
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ExportError(f"The network cannot be {purpose}: {reason}") from error
+
+
+def eager_copy(model: nn.Module) -> nn.Module:
+    """Return a copy in evaluation mode, without gradients, that runs in eager mode where the model has an engine."""
+    inner = copy.deepcopy(model).eval().requires_grad_(False)
+    if getattr(vars(inner).get("forward"), "is_engine", False):
+        del inner.forward
+    return inner
+
+
+def open_network(model: nn.Module, image: Tensor) -> Network | None:
+    """Describe a classifier or restorer that is called with one image, as it is: no merging, no clipping.
+
+    Batch size, and height and width where the network can take any, are open.
+
+    Args:
+        model: The model; a copy is taken.
+        image: (B, C, H, W); an example.
+
+    Returns:
+        None where the model is neither of them.
+    """
+    try:
+        kind = kind_of(model)
+    except ValueError:
+        return None
+    if kind == "denoiser" or image.ndim != 4:
+        return None
+    shapes: dict[int, Any] = {0: Dim("batch")}
+    if _any_size(model, kind):
+        step = _step(model, kind)
+        for axis, side in ((2, "height"), (3, "width")):
+            shapes[axis] = Dim(side) if step == 1 else step * Dim(f"{side}_{step}")
+        height, width = (max(3 * step, side // step * step) for side in _example_size(model, kind, None))
+    else:
+        height, width = image.shape[-2:]
+    return Network(
+        module=_Classifier(eager_copy(model)),
+        inputs={"image": torch.rand(2, image.shape[1], height, width)},
+        output="output",
+        dynamic_shapes={"image": shapes},
+        metadata=_metadata(model, kind, None),
+    )
+
+
+def call_network(model: nn.Module, leaves: list[Any], spec: Any) -> Network:
+    """Describe one call of any module: all shapes and all arguments that are no tensors stay as they are.
+
+    Args:
+        model: The model; a copy is taken.
+        leaves: Of `tree_flatten((args, kwargs))`.
+        spec: Of the same.
+    """
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return Network(
+        module=_Call(eager_copy(model), leaves, spec).eval(),
+        inputs={f"input_{index}": tensor.detach() for index, tensor in enumerate(tensors)},
+        output="",
+        dynamic_shapes={},
+        metadata={"name": type(model).__name__, "kind": "call"},
+        by_position=True,
+    )
 
 
 def kind_of(model: nn.Module, kind: Kind | None = None) -> Kind:
@@ -336,7 +427,7 @@ def compare(
         ExportError: An output has another shape, or is not finite where the model's is.
     """
     kind = kind_of(model, kind)
-    eager = copy.deepcopy(model).eval().float().cpu()
+    eager = eager_copy(model).float().cpu()
     wrapper = {"classifier": _Classifier, "restorer": _Restorer, "denoiser": _Denoiser}[kind](eager)
     worst = 0.0
     for inputs in sample_inputs(model, kind, image_size, dynamic_size):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from zoo.export.network import ExportError, Kind, Network, capture, compare, prepare, whole
 
-__all__ = ["SUFFIX", "check", "export"]
+__all__ = ["SUFFIX", "check", "export", "write"]
 
 SUFFIX = ".onnx"
 _INSTALL = "pip install 'ffn-zoo[export]'"
@@ -50,22 +50,37 @@ def export(
         raise ImportError(f"ONNX export needs {error.name}, which is missing: {_INSTALL}.") from error
     with whole(out) as temporary:
         network = prepare(model, kind=kind, name=name, image_size=image_size, dynamic_size=dynamic_size)
-        program = _translate(capture(network, "written as ONNX"), network)
-        program.model.metadata_props.update(network.metadata)
-        program.save(temporary)
+        write(network, temporary)
     return Path(out)
 
 
+def write(network: Network, path: Path) -> None:
+    """Write a network that is ready.
+
+    Args:
+        network: What `prepare`, `open_network` or `call_network` returned.
+        path: File to write.
+
+    Raises:
+        ExportError: It has something that ONNX cannot express.
+    """
+    program = _translate(capture(network, "written as ONNX"), network)
+    program.model.metadata_props.update(network.metadata)
+    program.save(path)
+
+
 def _translate(program: torch.export.ExportedProgram, network: Network) -> Any:
+    args, kwargs = network.arguments
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # about the exporter's own use of deprecated functions
         try:
             return torch.onnx.export(
                 program,
-                kwargs=network.inputs,
+                args,
+                kwargs=kwargs,
                 input_names=list(network.inputs),
-                output_names=[network.output],
-                dynamic_shapes=network.dynamic_shapes,  # names of the open dimensions
+                output_names=[network.output] if network.output else None,
+                dynamic_shapes=network.dynamic_shapes or None,  # names of the open dimensions
                 dynamo=True,
                 verbose=False,
             )

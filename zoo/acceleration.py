@@ -1,16 +1,17 @@
-"""Make a model fast for inference with one call: merge, type, layout, kernels, integers, compiler, cache, in order."""
+"""Make a model fast for inference with one call: merge, type, layout, kernels, integers, compiler, cache, engine."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import nn
 
+from zoo.engines import EngineName, attach, check_engine, detach, installed
 from zoo.ffn.reparam import reparameterize
 from zoo.kernels.dispatch import Backend, check_backend, get_backend, runs_kernel, set_backend
 from zoo.text import table_lines
@@ -70,6 +71,10 @@ def accelerate(
     cache: Any = None,
     *,
     quantize: Quantization | None = None,
+    engine: EngineName | None = None,
+    example: Any = None,
+    dynamic: bool = False,
+    threads: int | None = None,
 ) -> Model:
     """Make a model fast for inference, in place: every step that fits it, in the order in which they work.
 
@@ -82,6 +87,10 @@ def accelerate(
     7. `torch.compile`: the repeated blocks of a diffusers model, else, and for CUDA graphs, the whole model; it sees
        all of the above. The compiler runs at the first call.
     8. The cache, last: its hooks have to lie outside of what is compiled.
+    9. Where one is asked for, the engine: another runtime runs `forward`. Its graph is built at the first call of a
+       shape, through `zoo.export`, and kept on disk (in `ZOO_CACHE`, or zoo in the platform's cache folder) under a
+       digest of weights, code, shapes and versions; the first result is compared with the model's, 1e-4 of the largest
+       output at most. Weights that change later make a new one. All else of the model stays as it is.
 
     Args:
         model: A backbone or restorer of zoo or timm, any other module, a diffusers model, or a pipeline, whose
@@ -94,6 +103,15 @@ def accelerate(
         quantize: "int8" keeps the weights of linear layers, of a pipeline those of its denoisers, as 8-bit integers,
             and computes in the model's type; "int8-dynamic" multiplies integers, too, with inputs rounded as they come.
             Needs torchao (the extra `quantize`). Adapters (LoRA) keep their type.
+        engine: "onnxruntime" (extra `export`), "openvino" (extra `openvino`), "inductor" (needs a C++ compiler, and a
+            minute for each shape), "eager", or "auto": times what is installed on each new shape, in turns, and takes
+            the fastest, eager where nothing is; inductor takes part with `compile=True`. None leaves the model's own.
+            Engines run float32 on the CPU.
+        example: An input, or a tuple of inputs: the engine is made ready for its shape now instead of at the first
+            call.
+        dynamic: Have the engine keep one graph for all shapes, instead of one for each of the last four: for inputs
+            that are never alike. Costs speed in OpenVINO.
+        threads: Of the engine; None takes torch's number at the time of the call.
 
     Returns:
         The model, whose `zoo_report` says what was done and what was not.
@@ -103,7 +121,8 @@ def accelerate(
         ValueError: An argument is unknown, arguments do not go together, the model is not a diffusion model and a cache
             is asked for, or it is compiled or cached already.
         RuntimeError: The backend of the kernels cannot run here.
-        ImportError: torchao is not installed, and integer weights are asked for.
+        ImportError: torchao or the engine is not installed; the message names the extra.
+        EngineError: The engine lacks an operator of the model, or computes something else.
 
     Example:
         >>> model = zoo.accelerate(timm.create_model("repavit_small"), dtype="bfloat16", compile=True)
@@ -112,6 +131,7 @@ def accelerate(
     diffusion = _is_diffusion(model)
     if not diffusion and not isinstance(model, nn.Module):
         raise TypeError(f"accelerate takes a torch module or a diffusers pipeline, got {type(model).__name__}.")
+    engine = None if engine is None else check_engine(engine)
     precision, mode = _precision(dtype), _mode(compile)
     backend = get_backend() if kernels is None else check_backend(kernels)
     if cache is not None and not diffusion:
@@ -119,6 +139,15 @@ def accelerate(
     if cache is not None and mode in _GRAPHS:
         raise ValueError(f'compile="{mode}" records CUDA graphs, which overwrite what a cache keeps: use compile=True.')
     _check_quantization(quantize)
+    foreign = engine not in (None, "eager")
+    if foreign and cache is not None:
+        raise ValueError(f"A cache skips blocks of the denoiser, and the engine {engine!r} runs it whole: choose one.")
+    if foreign and mode is not None and engine != "auto":
+        raise ValueError(f"compile=True is for eager PyTorch and engine='auto', not for the engine {engine!r}.")
+    if foreign and precision not in (None, torch.float32):
+        raise ValueError(f"The engine {engine!r} runs float32, not {dtype}.")
+    if foreign and quantize is not None:
+        raise ValueError(f"quantize is for eager PyTorch, not for the engine {engine!r}: choose one.")
     parts, networks = _parts(model, diffusion)
     for part in parts:
         if hasattr(part, "_orig_mod") or any(module._compiled_call_impl for module in part.modules()):
@@ -130,10 +159,15 @@ def accelerate(
         _reorder(parts),
         _use_kernels(networks, backend, diffusion),
         *(() if quantize is None else (_quantize(networks, quantize),)),
-        _compile(networks, mode),
+        _compile(networks, None if foreign else mode),
         _enable_cache(model, cache, diffusion),
     )
     cast(Any, model).zoo_report = AccelerationReport(steps=steps)
+    if engine is not None:
+        _use_engine(model, networks, engine, mode is not None, dynamic, threads)
+    if example is not None:
+        with torch.no_grad():
+            cast(Any, model)(*(example if isinstance(example, tuple) else (example,)))
     return model
 
 
@@ -319,3 +353,27 @@ def _enable_cache(model: Any, cache: Any, diffusion: bool) -> AccelerationStep:
 
     enable_cache(model, cache)
     return AccelerationStep(name="cache", done=True, said=type(active_cache(model)).__name__)
+
+
+def _use_engine(
+    model: Any, networks: list[nn.Module], engine: EngineName, compiler: bool, dynamic: bool, threads: int | None
+) -> None:
+    """Attach an engine, and keep the report true once it is chosen and built."""
+    report: AccelerationReport = model.zoo_report
+    if engine == "eager":
+        for network in networks:
+            detach(network)
+        step = AccelerationStep(name="engine", done=False, said="eager, as asked for")
+        model.zoo_report = replace(report, steps=(*report.steps, step))
+        return
+    said: list[str] = []
+
+    def tell(words: str) -> None:
+        said.append(words)
+        step = AccelerationStep(name="engine", done=True, said="; ".join(said[-4:]))
+        model.zoo_report = replace(report, steps=(*report.steps, step))
+
+    chosen = [name for name in installed() if name != "eager" and (compiler or name != "inductor")]
+    for network in networks:
+        attach(network, engine, dynamic=dynamic, threads=threads, candidates=chosen, told=tell)
+    tell(f"{engine}, made ready at the first call of each shape")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from zoo import catalog
-from zoo.cli.inputs import add_device, find_pictures, one_line, report_failures
+from zoo.cli.inputs import add_device, add_engine, find_pictures, one_line, report_failures
 from zoo.cli.models import add_model_args, find_model, model_args
-from zoo.cli.output import UsageError, hush, pick_device, print_json, print_table, progress, table
+from zoo.cli.output import UsageError, hush, note, pick_device, print_json, print_table, progress, table
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from zoo.engines import EngineName
 
 _NARROWEST = 200  # most times that a side is as long as the other
 
@@ -29,6 +33,7 @@ def add_parser(subparsers: Any) -> None:
     add_model_args(parser)
     parser.add_argument("--topk", type=int, default=3, metavar="K", help="classes for each picture (default: 3)")
     add_device(parser)
+    add_engine(parser)
 
 
 def default_model(task: str) -> str:
@@ -58,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
             print_json({"model": name, "results": [], "failed": missing})
         return report_failures(args, missing, len(missing))
     hush(args)
-    classifier = Classifier(name, device=args.device, dtype=args.dtype, **arguments)
+    told = partial(note, args)
+    classifier = Classifier(name, device=args.device, dtype=args.dtype, engine=args.engine, told=told, **arguments)
     results: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     with progress(args) as bar:
@@ -88,27 +94,43 @@ class Classifier:
         name: As `--model` takes it.
         device: As `--device` takes it.
         dtype: Name of the precision.
+        engine: As `--engine` takes it.
+        told: Told in words what an engine does.
         **arguments: Of the model.
 
     Raises:
         UsageError: There is no such device, or the model has no classes.
         ValueError: There is no such model; the message names the nearest.
         CheckpointError: The weights are missing or damaged, or do not fit.
+        ImportError: The engine is not installed.
     """
 
-    def __init__(self, name: str, *, device: str = "auto", dtype: str = "float32", **arguments: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        device: str = "auto",
+        dtype: str = "float32",
+        engine: EngineName = "eager",
+        told: Callable[[str], object] | None = None,
+        **arguments: Any,
+    ) -> None:
         import torch
         from timm.data import create_transform, resolve_model_data_config
 
+        from zoo.engines import attach, check_engine
         from zoo.factory import create_model
         from zoo.ffn.reparam import reparameterize
 
         self.name = name
+        check_engine(engine)
         self._device, self._dtype = pick_device(device), getattr(torch, dtype)
         model = create_model(name, pretrained=True, **arguments).eval()
         self.labels = _labels(model)
         reparameterize(model, measure=False)
         self._model: nn.Module = model.to(self._device, self._dtype)
+        if engine != "eager":
+            attach(self._model, engine, told=told)
         data = resolve_model_data_config(model)
         self._transform: Any = create_transform(**data)
         self._mode: Literal["RGB", "L"] = "L" if data["input_size"][0] == 1 else "RGB"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.catalog import nearest
+from zoo.cli.inputs import add_engine
 from zoo.cli.output import (
     UsageError,
     check_target,
@@ -66,6 +67,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--batch-size", type=int, metavar="N", help="pictures at a time (default: 32 of classes, one of prompts)"
     )
+    add_engine(parser)
     parser.add_argument("--fps", type=float, default=16, help="frames a second of a video (default: 16)")
     parser.add_argument(
         "-o",
@@ -92,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
         check_target(args.timeline, force=args.force)
     check_name(name)
     pipe, device = load_pipeline(args, name)
+    _use_engine(args, pipe)
     plan = plan_calls(args, pipe, name=name, count=args.count, classes=16, batch=args.batch_size, seed=args.seed)
     of_classes = "class_labels" in plan.items[0]
     target = plan_target(args.output, plan.names, video=plan.is_video, grid=of_classes, force=args.force)
@@ -107,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         "device": str(device),
         "dtype": args.dtype,
         "cache": args.cache,
+        "engine": args.engine,
     }
     panels: list[Panel] = []
     with progress(args) as bar:
@@ -123,7 +127,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _use_engine(args: argparse.Namespace, pipe: Any) -> None:
+    """Let an engine run the denoisers of a pipeline."""
+    from zoo.caching.core import denoisers
+    from zoo.engines import attach, check_engine
+
+    engine = check_engine(args.engine)
+    for network in denoisers(pipe)[1] if engine != "eager" else ():
+        attach(network.eval(), engine, told=lambda words: note(args, f"{words}."))
+
+
 def _check_cache(args: argparse.Namespace) -> None:
+    if args.cache != "none" and args.engine != "eager":
+        raise UsageError(
+            f"--cache {args.cache} skips blocks of the denoiser, and --engine {args.engine} runs it whole: choose one."
+        )
     known = ["none", *_CACHES, "auto"]
     if args.cache not in known and not Path(args.cache).is_file():
         near = nearest(args.cache, known, 1)

@@ -14,7 +14,7 @@ from pathlib import Path
 from zoo.cli.output import FailureError, note
 from zoo.files import is_hidden
 
-__all__ = ["Picture", "add_device", "find_pictures", "one_line", "report_failures", "suffixes"]
+__all__ = ["ENGINES", "Picture", "add_device", "add_engine", "find_pictures", "one_line", "report_failures", "suffixes"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,20 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     """Add --device and --dtype."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+
+
+ENGINES = ("eager", "onnxruntime", "openvino", "inductor", "auto")
+"""The same names as `zoo.engines.ENGINE_NAMES`, which costs the import of torch."""
+
+
+def add_engine(parser: argparse.ArgumentParser, default: str = "eager", more: str = "") -> None:
+    """Add --engine."""
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=default,
+        help=f"what runs the network; auto times what is installed{more} (default: {default})",
+    )
 
 
 def report_failures(args: argparse.Namespace, failed: list[dict[str, str]], total: int) -> int:

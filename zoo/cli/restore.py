@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo import catalog
-from zoo.cli.inputs import add_device, find_pictures, one_line, report_failures
+from zoo.cli.inputs import add_device, add_engine, find_pictures, one_line, report_failures
 from zoo.cli.output import FailureError, UsageError, check_target, hush, note, number, pick_device, progress
 from zoo.cli.restoring import TASKS, Job, print_results
 from zoo.cli.targets import FIELDS, of_same_names, plan
@@ -88,6 +88,7 @@ def add_parser(subparsers: Any) -> None:
     existing.add_argument("--skip-existing", action="store_true", help="leave existing results as they are")
     existing.add_argument("--force", action="store_true", help="replace existing results")
     add_device(parser)
+    add_engine(parser, "auto", ", and stays eager for what takes less than two minutes")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -200,6 +201,8 @@ def load_networks(args: argparse.Namespace) -> Networks:
     except ValueError as error:
         raise UsageError(str(error)) from error
     options: dict[str, Any] = {"sigma": args.sigma, "device": pick_device(args.device), "dtype": args.dtype}
+    if args.engine not in ("auto", "eager"):
+        options["engine"] = args.engine
     networks = Networks(size, task, _model(args), args.weights, kind=args.kind, quality=args.quality, **options)
     if args.model is None and args.weights is None:
         _say_cost(args, task, networks)

@@ -121,6 +121,12 @@ class Job:
         if self.args.strip:
             source = dataclasses.replace(source, metadata=stripped(source.metadata))
         networks = self.networks.reaching(source.size, source)
+        if self.args.engine == "auto":
+            from zoo.pictures.engine import engine_if_worthwhile
+
+            for network in networks:
+                if said := engine_if_worthwhile(network, source.size):
+                    note(self.args, f"{said}.")
         chosen = self.args.model is None and self.args.weights is None and bool(networks)
         if chosen:
             entry["model"], entry["because"] = self.networks.name, self.networks.reason
@@ -188,8 +194,19 @@ class Job:
     def report(self) -> dict[str, Any]:
         """Return everything for programs."""
         args, parameter = self.args, next(self.model.parameters())
-        options = ["weights", "sigma", "budget", "tile", "overlap", "exact", "self_ensemble", "quality", "kind"]
-        options += ["format", "template", "jpeg_quality", "strip", "width", "height", "max_side", "crop"]
+        options = [
+            "weights",
+            "sigma",
+            "budget",
+            "tile",
+            "overlap",
+            "exact",
+            "self_ensemble",
+            "quality",
+            "kind",
+            "engine",
+        ]
+        options += ["engine", "format", "template", "jpeg_quality", "strip", "width", "height", "max_side", "crop"]
         report: dict[str, Any] = {"model": self.name, "task": self.task, "scale": self.size.scale or self.scale}
         report |= {"device": str(parameter.device), "dtype": str(parameter.dtype).removeprefix("torch.")}
         report["settings"] = {name: getattr(args, name) for name in options}

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from zoo.engines import engine_of
+
 __all__ = ["Plan", "Planner", "Span", "StreamPlan", "TilePlan", "out_channels", "parse_bytes", "plan_tiles", "spans"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -22,6 +24,7 @@ _DEFAULT_OVERLAP = 32  # of a restorer whose receptive field is unknown or the w
 _RUNTIME_BYTES = 96 * 10**6  # what the maths libraries take on their first use
 _DEAR = 2.0  # times the work of the whole map from which tiles are blended over less, unless exact ones are asked for
 _BLENDED_PART = 8  # overlap of such tiles, as a part of their side: less than twice the work where they are many
+_ENGINE_BYTES = 2  # times the working memory of eager PyTorch that another runtime takes
 _LEAST_TILE = 64  # side of the smallest blended tiles that a budget chooses, input pixels
 
 
@@ -193,8 +196,14 @@ class Span:
         return weight
 
 
-def spans(edges: tuple[int, ...], overlap: int, blend: bool) -> Iterator[Span]:
-    """Yield the tiles along one axis."""
+def spans(edges: tuple[int, ...], overlap: int, blend: bool, alike: bool = False) -> Iterator[Span]:
+    """Yield the tiles along one axis; alike: all see equally much, those at the ends more of their inner side."""
+    if alike:
+        found = list(spans(edges, overlap, blend))
+        longest = max(span.seen[1] - span.seen[0] for span in found)
+        starts = (min(span.seen[0], edges[-1] - longest) for span in found)
+        yield from (replace(span, seen=(start, start + longest)) for span, start in zip(found, starts, strict=True))
+        return
     last, sizes = len(edges) - 2, [stop - start for start, stop in pairwise(edges)]
     for index, (start, stop) in enumerate(pairwise(edges)):
         seen = (max(start - overlap, 0), min(stop + overlap, edges[-1]))
@@ -224,6 +233,7 @@ class Planner:
     ) -> None:
         self.model, self.x, self.tile, self.insist = model, x, tile, exact
         self.levels, self.passes = levels, 8 if self_ensemble else 1
+        self.workers = torch.get_num_threads() if engine_of(model) is not None else 1  # tiles at once, a thread each
         self.step = int(getattr(model, "multiple_of", 1))
         self.tiling = str(getattr(model, "tiling", "supported"))
         self.name = str(getattr(model, "name", type(model).__name__))
@@ -260,7 +270,8 @@ class Planner:
         allowed = parse_bytes(budget)
         if whole.pixels * self._pixel_bytes() <= allowed - self._held(blended=False):
             return whole
-        if hasattr(self.model, "stream") and getattr(self.model, "foreign_part", lambda: None)() is None:
+        streams = hasattr(self.model, "stream") and (engine_of(self.model) is None or self.reach is None)
+        if streams and getattr(self.model, "foreign_part", lambda: None)() is None:
             memory = allowed - self._held(blended=False) - self._stream_maps()
             if memory >= self._least_stream():
                 return StreamPlan(memory)
@@ -359,6 +370,8 @@ class Planner:
         """Return the network's working memory for each input pixel."""
         itemsize, channels = next(self.model.parameters()).element_size(), self.x.shape[1]
         stated = getattr(self.model, "bytes_per_pixel", _DEFAULT_BYTES_PER_PIXEL)
+        if engine_of(self.model) is not None:
+            stated *= _ENGINE_BYTES * self.workers
         apart = channels if int(getattr(self.model, "in_chans", channels)) == 1 else 1
         return int(stated * itemsize / 4) * self.x.shape[0] * apart
 

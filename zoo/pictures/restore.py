@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
+from zoo.engines import EngineName
 from zoo.pictures.judging import Kind, judge
 from zoo.pictures.metadata import stripped
 from zoo.pictures.picture import Picture, PictureError, pair_views
@@ -70,6 +71,7 @@ def restore(
     exact: bool = False,
     quality: Quality | None = None,
     kind: Literal["auto", "clean", "real"] = "auto",
+    engine: EngineName | None = None,
 ) -> Any:
     """Restore a picture of any kind and size.
 
@@ -106,6 +108,7 @@ def restore(
         quality: "fast" takes the shipped network of the least work, "balanced" the one of the highest PSNR, "best"
             averages that over flips and turns. None is "fast" on a CPU, else "balanced".
         kind: Shipped weights for "clean" pictures, or for "real" photos with JPEG blocks and noise; "auto" looks.
+        engine: What runs the networks, as in `zoo.accelerate`: tiles then run side by side, one on each thread.
 
     Returns:
         A Pillow image, or an array where an array was given.
@@ -123,7 +126,7 @@ def restore(
     picture = pair_views(*pictures) if len(pictures) == 2 else pictures[0]
     if strip:
         picture = dataclasses.replace(picture, metadata=stripped(picture.metadata))
-    options: dict[str, Any] = dict(sigma=sigma, device=device, dtype=dtype, quality=quality)
+    options: dict[str, Any] = dict(sigma=sigma, device=device, dtype=dtype, quality=quality, engine=engine)
     networks = Networks(size, task, model, weights, kind=kind, **options)
     restored = restore_picture(
         picture,

@@ -15,6 +15,7 @@ from torch import nn
 
 from zoo import catalog
 from zoo.cfg import RestorationCfg
+from zoo.engines import EngineName, attach, check_engine, engine_of
 from zoo.ffn.reparam import reparameterize
 from zoo.loading import foreign_hint, foreign_restorer, from_record
 from zoo.pictures.judging import Kind
@@ -56,6 +57,7 @@ def load_restorer(
     dtype: str | torch.dtype | None = None,
     quality: Quality | None = None,
     kind: Kind = "clean",
+    engine: EngineName | None = None,
 ) -> nn.Module:
     """Find, load and prepare a restorer: evaluation mode, re-parameterised, on its device; arguments as in `restore`.
 
@@ -63,9 +65,12 @@ def load_restorer(
     precision. Where nothing is named, `kind` chooses between shipped weights for clean and for real photos.
 
     Raises:
-        ValueError: There is no such restorer, nothing shipped fits, or the scale or the noise is not the model's.
+        ValueError: There is no such restorer or engine, nothing shipped fits, or the scale or the noise is not the
+            model's.
         CheckpointError: The weights do not exist, are damaged, or do not fit.
+        ImportError: The engine is not installed.
     """
+    engine = None if engine is None else check_engine(engine)
     precision = _dtype(dtype)
     if isinstance(model, nn.Module) and hasattr(model, "require_dtype"):
         cast(Any, model).require_dtype(precision)
@@ -90,6 +95,10 @@ def load_restorer(
     own = int(getattr(restorer, "scale", 1))
     if scale is not None and scale != own:
         raise ValueError(f"This {type(restorer).__name__} restores at scale {own}, not {scale}.")
+    if engine not in (None, "eager") and engine_of(restorer) is None:
+        if restorer is model:
+            restorer = copy.deepcopy(restorer).eval()
+        attach(restorer, engine)
     return restorer
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.engines import engine_of
 from zoo.pictures.plans import Plan, Planner, Span, StreamPlan, TilePlan, out_channels, parse_bytes, plan_tiles, spans
 
 __all__ = ["parse_bytes", "plan_tiles", "restore_tensor"]
@@ -125,30 +129,73 @@ def _run_plan(
     shape = (x.shape[0], out_channels(model, x), scale * x.shape[2], scale * x.shape[3])
     blend = not plan.exact and plan.overlap > 0
     out = torch.zeros(shape) if blend else torch.empty(shape, dtype=_result_type(levels))
-    rows, columns = (list(spans(edges, plan.overlap, blend)) for edges in (plan.rows, plan.columns))
-    blocks = _blocks(model)
-    parts = max(1, len(blocks)) * (8 if self_ensemble else 1)  # of a tile
-    done = 0
-    for row in rows:
-        for column in columns:
-            with _told(blocks, done, parts, parts * plan.count, progress):
-                tile = _run_tile(model, _cut(x, row, column), self_ensemble).cpu()
-            top, left = scale * row.kept[0], scale * column.kept[0]
-            bottom, right = min(scale * row.kept[1], shape[2]), min(scale * column.kept[1], shape[3])
-            kept = tile[
-                ...,
-                top - scale * row.seen[0] : bottom - scale * row.seen[0],
-                left - scale * column.seen[0] : right - scale * column.seen[0],
-            ]
-            if blend:
-                weight = row.weight(scale)[: bottom - top, None] * column.weight(scale)[: right - left]
-                out[..., top:bottom, left:right] += weight * kept
-            else:
-                out[..., top:bottom, left:right] = _round(kept, levels)
-            done += parts
-            if progress is not None:
-                progress(done, parts * plan.count)
+    engine = engine_of(model)
+    rows, columns = (list(spans(edges, plan.overlap, blend, engine is not None)) for edges in (plan.rows, plan.columns))
+    places = list(itertools.product(rows, columns))
+    run = partial(_tile_at, model, x, self_ensemble)
+    blocks = _blocks(model) if engine is None else []  # an engine tells of none
+    parts = max(1, len(blocks)) * (8 if self_ensemble and blocks else 1)  # of a tile
+    total = parts * plan.count
+    if engine is not None and plan.count > 1:
+        restored = _side_by_side(run, places)
+    else:
+        restored = _in_order(run, places, blocks, parts, progress)
+    for done, ((row, column), tile) in enumerate(zip(places, restored, strict=True), 1):
+        top, left = scale * row.kept[0], scale * column.kept[0]
+        bottom, right = min(scale * row.kept[1], shape[2]), min(scale * column.kept[1], shape[3])
+        kept = tile[
+            ...,
+            top - scale * row.seen[0] : bottom - scale * row.seen[0],
+            left - scale * column.seen[0] : right - scale * column.seen[0],
+        ]
+        if blend:
+            weight = row.weight(scale)[: bottom - top, None] * column.weight(scale)[: right - left]
+            out[..., top:bottom, left:right] += weight * kept
+        else:
+            out[..., top:bottom, left:right] = _round(kept, levels)
+        if progress is not None:
+            progress(parts * done, total)
     return _round(out, levels) if blend else out
+
+
+def _tile_at(model: nn.Module, x: Tensor, self_ensemble: bool, place: tuple[Span, Span]) -> Tensor:
+    with torch.no_grad():  # a thread has its own setting
+        return _run_tile(model, _cut(x, *place), self_ensemble).cpu()
+
+
+def _in_order(
+    run: Callable[[tuple[Span, Span]], Tensor],
+    places: list[tuple[Span, Span]],
+    blocks: list[nn.Module],
+    parts: int,
+    progress: Progress | None,
+) -> Iterator[Tensor]:
+    """Yield tiles in their order, one after the other; `progress` is told of blocks within each."""
+    for index, place in enumerate(places):
+        with _told(blocks, parts * index, parts, parts * len(places), progress):
+            tile = run(place)
+        yield tile
+
+
+def _side_by_side(run: Callable[[tuple[Span, Span]], Tensor], places: list[tuple[Span, Span]]) -> Iterator[Tensor]:
+    """Yield tiles in their order, as many at a time as there are threads, each on one thread.
+
+    That keeps all cores busy where a network's own threads wait for each other at every layer.
+    """
+    workers = torch.get_num_threads()
+    torch.set_num_threads(1)  # holds for threads that begin now
+    pool = ThreadPoolExecutor(workers)
+    try:
+        waiting: deque[Future[Tensor]] = deque()
+        for place in places:
+            waiting.append(pool.submit(run, place))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(workers)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

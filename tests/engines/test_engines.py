@@ -1,0 +1,259 @@
+"""Engines compute what their models do, are kept on disk, notice changed weights, and refuse in one line."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from registered import build, images, relative
+from torch import Tensor, nn
+
+import zoo
+from zoo.cli.inputs import ENGINES as CLI_ENGINES
+from zoo.engines import ENGINE_NAMES, EngineError, attach, call, check_engine, detach, engine_of
+from zoo.engines.store import engines_dir, fingerprint
+from zoo.pictures.engine import engine_if_worthwhile
+from zoo.pictures.plans import spans
+from zoo.pictures.tiling import restore_tensor
+
+pytestmark = [
+    pytest.mark.slow,  # exports: some seconds for each new graph
+    pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="needs the export extra"),
+]
+needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs the openvino extra")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Engines of these tests go to a folder of their own, and are built once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZOO_CACHE", str(tmp_path_factory.mktemp("zoo")))
+        yield engines_dir()
+
+
+@pytest.fixture
+def restorer() -> tuple[nn.Module, Tensor]:
+    return zoo.accelerate(build("cfsr")), images("cfsr")
+
+
+class Opaque(nn.Module):
+    """Takes and returns more than one tensor, by name, with an argument that is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, *, other: Tensor, factor: float = 1.0) -> dict[str, Any]:
+        return {"sum": self.linear(x) + other, "rest": (x * factor, None)}
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) if float(x.sum()) > 0 else x
+
+
+@torch.no_grad()
+def test_onnxruntime_is_the_model_with_another_forward(restorer: tuple[nn.Module, Tensor], folder: Path) -> None:
+    """Every size from one artefact; all else of the model stays; copies and pickles run too."""
+    model, x = restorer
+    twin = copy.deepcopy(model)
+    assert zoo.accelerate(model, engine="onnxruntime") is model
+    assert model.zoo_report.steps[-1].name == "engine"
+    for image in (x, x[:1], x[..., :13, :], torch.rand(3, 3, 5, 40)):
+        assert relative(model(image), twin(image)) < 1e-4
+    artefacts = [path for path in folder.iterdir() if path.is_dir()]
+    assert len(artefacts) == 1
+    assert sorted(path.name for path in artefacts[0].iterdir()) == ["facts.json", "model.onnx"]
+    assert "ONNX Runtime: built in" in str(model.zoo_report)
+    assert list(model.state_dict()) == list(twin.state_dict())
+    assert (model.scale, model.receptive_field) == (twin.scale, twin.receptive_field)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert engine_of(again) is not None
+        assert engine_of(again).model is again
+        assert relative(again(x), twin(x)) < 1e-4
+    zoo.accelerate(model, engine="eager")
+    assert engine_of(model) is None
+    assert torch.equal(model(x), twin(x))
+
+
+@needs_openvino
+@torch.no_grad()
+def test_openvino_reads_the_same_file(restorer: tuple[nn.Module, Tensor], folder: Path) -> None:
+    model, x = restorer
+    expected = model(x)
+    attach(model, "onnxruntime")(x)
+    before = {path.name for path in folder.iterdir()}
+    attach(model, "openvino")
+    assert relative(model(x), expected) < 1e-4
+    assert {path.name for path in folder.iterdir()} == before
+    attach(model, "openvino", dynamic=True)
+    assert relative(model(x[:1]), expected[:1]) < 1e-4
+
+
+@torch.no_grad()
+def test_auto_takes_the_fastest_and_remembers(
+    restorer: tuple[nn.Module, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the machine does: what is said to be fastest is taken, eager unless another is clearly faster."""
+    model, x = restorer
+    expected = model(x)
+    said: list[str] = []
+    attach(model, "auto", candidates=["onnxruntime"], told=said.append)
+    monkeypatch.setattr(call, "_in_turns", lambda calls: {name: 1.0 if name == "eager" else 0.99 for name in calls})
+    assert torch.equal(model(x), expected)
+    assert "auto takes eager for 2x3x16x16" in said[-1]
+    monkeypatch.setattr(call, "_in_turns", lambda calls: {name: 1.0 if name == "eager" else 0.5 for name in calls})
+    assert relative(model(x[:1]), expected[:1]) < 1e-4
+    assert "auto takes onnxruntime for 1x3x16x16" in said[-1]
+    monkeypatch.setattr(call, "_in_turns", lambda calls: pytest.fail("timed again"))
+    attach(model, "auto", candidates=["onnxruntime"], told=said.append)
+    model(x[:1])
+    assert "auto takes onnxruntime" in said[-1]
+    assert "as timed before" in said[-1]
+
+
+@torch.no_grad()
+def test_timing_is_in_turns() -> None:
+    order: list[str] = []
+    times = call._in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")})
+    assert order[:6] == ["a", "b"] * 3
+    assert times.keys() == {"a", "b"}
+
+
+@torch.no_grad()
+def test_any_call_of_any_module() -> None:
+    """Tensors by name, structured results, arguments that are no tensors; weights changed later are noticed."""
+    torch.manual_seed(0)
+    model = Opaque().eval()
+    twin = copy.deepcopy(model)
+    x, other = torch.rand(2, 3), torch.rand(3)
+    zoo.accelerate(model, engine="onnxruntime")
+    for _ in range(2):
+        found, expected = model(x, other=other, factor=2.0), twin(x, other=other, factor=2.0)
+        assert relative(found["sum"], expected["sum"]) < 1e-4
+        assert relative(found["rest"][0], expected["rest"][0]) < 1e-4
+        assert found["rest"][1] is None
+    for each in (model, twin):
+        each.linear.weight.mul_(2.0)
+    assert relative(model(x, other=other, factor=2.0)["sum"], twin(x, other=other, factor=2.0)["sum"]) < 1e-4
+
+
+@torch.no_grad()
+def test_a_wrong_engine_is_not_used(
+    restorer: tuple[nn.Module, Tensor], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What differs is refused, by name or by auto; a damaged artefact is built anew."""
+    model, x = restorer
+    attach(model, "onnxruntime")(x)
+    for path in folder.glob("*/facts.json"):
+        facts = json.loads(path.read_text())
+        path.write_text(json.dumps({**facts, "checked": {}}))
+    runtime = call.ENGINES["onnxruntime"]
+    load = runtime.load
+
+    def wrong(*args: Any) -> Any:
+        run = load(*args)
+        return lambda inputs: [1.01 * output for output in run(inputs)]
+
+    object.__setattr__(runtime, "load", wrong)
+    try:
+        with pytest.raises(EngineError, match=r"differs from CFSR itself by 1\.\de-02 .*: not used"):
+            attach(model, "onnxruntime")(x)
+        said: list[str] = []
+        attach(model, "auto", candidates=["onnxruntime"], told=said.append)
+        model(x[..., :7])
+        assert "auto takes eager" in said[-1]
+        assert "not used" in said[-1]
+    finally:
+        object.__setattr__(runtime, "load", load)
+    built: list[str] = []
+    for path in folder.glob("*/model.onnx"):
+        path.write_bytes(path.read_bytes()[:-100])
+    attach(model, "onnxruntime", told=built.append)(x)
+    assert "built in" in built[0]
+
+
+def test_operators_that_are_lacking(folder: Path) -> None:
+    before = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    model = Untraceable().eval()
+    attach(model, "onnxruntime")
+    with pytest.raises(EngineError, match="ONNX Runtime cannot run Untraceable") as caught, torch.no_grad():
+        model(torch.ones(1, 3))
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in folder.iterdir()) == before, "nothing half-written"
+
+
+def test_inference_only() -> None:
+    model = attach(Opaque().eval(), "onnxruntime").model
+    with pytest.raises(RuntimeError, match="has no gradients"):
+        model(torch.rand(1, 3, requires_grad=True), other=torch.rand(3))
+    model.train()
+    with pytest.raises(RuntimeError, match=r"training mode: call eval\(\)"):
+        model(torch.rand(1, 3), other=torch.rand(3))
+
+
+def test_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(CLI_ENGINES) == set(ENGINE_NAMES)
+    with pytest.raises(ValueError, match=r"got 'onxruntime'\. Did you mean onnxruntime\?"):
+        zoo.accelerate(nn.Linear(2, 2), engine="onxruntime")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"runs float32; this Linear is bfloat16"):
+        attach(nn.Linear(2, 2).eval().bfloat16(), "onnxruntime")
+    with pytest.raises(ValueError, match="training mode"):
+        attach(nn.Linear(2, 2), "onnxruntime")
+    with pytest.raises(ValueError, match="runs float32, not bfloat16"):
+        zoo.accelerate(nn.Linear(2, 2), engine="onnxruntime", dtype="bfloat16")
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else real(name))
+    with pytest.raises(ImportError, match=r"openvino is missing: pip install 'ffn-zoo\[openvino\]'"):
+        check_engine("openvino")
+
+
+def test_fingerprint_sees_more_than_weights() -> None:
+    """An attribute, a module in place of another, a buffer that is in no state dict."""
+    first, second = build("cfsr"), build("cfsr")
+    assert fingerprint(first) == fingerprint(second)
+    second.layers[0].blocks[0].ffn.halo = 2
+    assert fingerprint(first) != fingerprint(second)
+    second = build("cfsr")
+    second.mean.add_(0.1)
+    assert fingerprint(first) != fingerprint(second)
+    assert fingerprint(nn.Sequential(nn.ReLU())) != fingerprint(nn.Sequential(nn.GELU()))
+
+
+@torch.no_grad()
+def test_tiles_side_by_side_are_the_same(restorer: tuple[nn.Module, Tensor]) -> None:
+    """In their order, all of one shape, with the result of the whole map."""
+    model, x = restorer[0], torch.rand(1, 3, 70, 90)
+    expected = model(x)
+    attach(model, "onnxruntime")
+    threads = torch.get_num_threads()
+    seen: list[tuple[int, int]] = []
+    found = restore_tensor(model, x, tile=50, exact=True, progress=lambda done, total: seen.append((done, total)))
+    assert relative(found, expected) < 1e-4
+    assert seen == [(done, len(seen)) for done in range(1, len(seen) + 1)]
+    assert len(seen) > 4
+    assert torch.get_num_threads() == threads
+    detach(model)
+    lengths = {span.seen[1] - span.seen[0] for span in spans((0, 20, 41, 62, 70), 9, False, alike=True)}
+    assert len(lengths) == 1
+    assert all(0 <= span.seen[0] <= span.kept[0] for span in spans((0, 20, 41, 62, 70), 9, False, alike=True))
+
+
+def test_worthwhile_only_where_it_takes_long(restorer: tuple[nn.Module, Tensor]) -> None:
+    model = restorer[0]
+    assert engine_if_worthwhile(model, (64, 64), worthwhile=1e9) == ""
+    assert engine_of(model) is None
+    assert "minutes in eager mode" in engine_if_worthwhile(model, (64, 64), worthwhile=0.0)
+    assert engine_of(model) is not None
+    assert engine_if_worthwhile(build("restormer"), (64, 64), worthwhile=0.0) == "", "it streams"

@@ -1,0 +1,445 @@
+"""The call of a model that an engine runs: built at the first use of a shape, compared with the model, kept on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import platform
+import shutil
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
+
+from zoo.engines.runtimes import ENGINES, EngineError, EngineName, Runner, installed
+from zoo.engines.store import digest, engines_dir, facts_of, fingerprint, note_facts
+from zoo.files import whole
+
+__all__ = ["TOLERANCE", "EngineCall", "attach", "detach", "engine_of"]
+
+TOLERANCE = 1e-4
+"""Largest difference of an engine's output from the model's, over the largest output; float32."""
+
+_POOL = 4  # shapes that are ready at once
+_CHECK_SIDE = 64  # pixels a side of what a network of any size is compared on
+_TIMED_SIDE = 256  # pixels a side on which engines are timed at most, where the network takes any size
+_ROUNDS = 7  # in turns
+_SECONDS = 6.0  # of timing at most, after the first round
+_GAIN = 1.03  # times as fast as eager from which another engine is taken: less is noise
+
+_log = logging.getLogger(__name__)
+
+
+def attach(
+    model: nn.Module,
+    engine: EngineName,
+    *,
+    dynamic: bool = False,
+    threads: int | None = None,
+    candidates: Sequence[str] | None = None,
+    told: Callable[[str], object] | None = None,
+) -> EngineCall:
+    """Let an engine run a model's `forward`, in place; all else of the model stays as it is.
+
+    Args:
+        model: In evaluation mode, float32, on the CPU.
+        engine: Checked by `check_engine`.
+        dynamic: Keep one open graph for all shapes instead of one for each of the last four.
+        threads: Of one call; None takes torch's number at the time of the call.
+        candidates: What "auto" times; None is all that is installed and built within seconds.
+        told: Told in words what was chosen or built.
+
+    Raises:
+        ValueError: The model is in training mode, in another type, or elsewhere.
+    """
+    detach(model)
+    if model.training:
+        raise ValueError(
+            f"An engine runs inference only; this {type(model).__name__} is in training mode: call eval()."
+        )
+    tensors = [*model.parameters(), *model.buffers()]
+    kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    if kinds - {torch.float32}:
+        wrong = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        raise ValueError(f"The engine {engine!r} runs float32; this {type(model).__name__} is {wrong}.")
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        raise ValueError(
+            f"The engine {engine!r} runs on the CPU; this {type(model).__name__} is on {tensors[0].device}."
+        )
+    call = EngineCall(model, engine, dynamic=dynamic, threads=threads, candidates=candidates, told=told)
+    model.forward = call  # type: ignore[method-assign]  # nn.Module calls what it finds under this name
+    return call
+
+
+def detach(model: nn.Module) -> None:
+    """Let a model run in eager mode again."""
+    if engine_of(model) is not None:
+        del model.forward
+
+
+def engine_of(model: nn.Module) -> EngineCall | None:
+    """Return the engine that runs a model, None in eager mode."""
+    found = vars(model).get("forward")
+    return found if isinstance(found, EngineCall) else None
+
+
+class EngineCall:
+    """Stands in for the `forward` of a model; see `attach`.
+
+    The graph is built at the first call, through `zoo.export`, and kept on disk under a digest of weights, code, shapes
+    and versions. Before its results are used, one is compared with the model's. Weights that change later are noticed.
+
+    Attributes:
+        said: What was chosen and built, one line a shape.
+    """
+
+    is_engine = True  # for zoo.export, which is below this package
+
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: EngineName,
+        *,
+        dynamic: bool = False,
+        threads: int | None = None,
+        candidates: Sequence[str] | None = None,
+        told: Callable[[str], object] | None = None,
+    ) -> None:
+        self.model, self.engine, self.dynamic, self.threads = model, engine, dynamic, threads
+        self.candidates, self.told = candidates, told
+        self.said: list[str] = []
+        self._lock = threading.RLock()
+        self._tensors: list[
+            Tensor
+        ] = []  # a copy of a model gets its call before its weights: they are read when called
+        self._seen: Any = None
+        self._print = ""
+        self._ready: OrderedDict[Any, tuple[Runner | None, Any]] = OrderedDict()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EngineCall:
+        return EngineCall(
+            copy.deepcopy(self.model, memo),
+            self.engine,
+            dynamic=self.dynamic,
+            threads=self.threads,
+            candidates=self.candidates,
+        )
+
+    def __reduce__(self) -> Any:
+        arguments = dict(dynamic=self.dynamic, threads=self.threads, candidates=self.candidates)
+        return _again, (self.model, self.engine, arguments)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self._require_inference(tensors)
+        if self._state() != self._seen:
+            with self._lock:
+                self._forget()
+        threads = self.threads or torch.get_num_threads()
+        constants = tuple(
+            (index, type(leaf).__name__, repr(leaf))
+            for index, leaf in enumerate(leaves)
+            if not isinstance(leaf, Tensor)
+        )
+        shapes = tuple((tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors)
+        key = (threads, str(spec), constants, shapes)
+        entry = self._ready.get(key)
+        if entry is None:
+            with self._lock:
+                entry = self._ready.get(key) or self._prepare(key, leaves, spec, threads)
+        run, form = entry
+        if run is None:
+            return self.eager(*args, **kwargs)
+        outputs = run(tensors)
+        if form is None:
+            return outputs[0]
+        spec_out, places, others = form
+        found = list(others)
+        for place, output in zip(places, outputs, strict=True):
+            found[place] = output
+        return tree_unflatten(found, spec_out)
+
+    def eager(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model itself."""
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+    def _require_inference(self, tensors: Sequence[Tensor]) -> None:
+        name = type(self.model).__name__
+        if self.model.training:
+            raise RuntimeError(f"An engine runs inference only; this {name} is in training mode: call eval().")
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise RuntimeError(f'The engine {self.engine!r} has no gradients: zoo.accelerate(model, engine="eager").')
+        if any(tensor.device.type != "cpu" for tensor in tensors):
+            raise RuntimeError(f"The engine {self.engine!r} runs on the CPU; the input of {name} is elsewhere.")
+
+    def _forget(self) -> None:
+        """Drop all that is ready, and note the state of the model."""
+        self._tensors = [*self.model.parameters(), *self.model.buffers()]
+        self._seen = self._state()
+        self._print = ""
+        self._ready.clear()
+
+    def _state(self) -> Any:
+        """Return what differs once weights or parts are changed; a few microseconds, so not all of it."""
+        parts = [id(part) for child in self.model.children() for part in (child, *child._modules.values())]
+        versions = sum(0 if tensor.is_inference() else tensor._version for tensor in self._tensors)
+        first = self._tensors[0] if self._tensors else None
+        return parts, versions, None if first is None else (first.data_ptr(), first.dtype)
+
+    def _digest(self) -> str:
+        if not self._print:
+            self._print = fingerprint(self.model)
+        return self._print
+
+    # Preparation: which engine, from disk or built, compared
+
+    def _prepare(self, key: Any, leaves: list[Any], spec: Any, threads: int) -> tuple[Runner | None, Any]:
+        if not any(isinstance(leaf, Tensor) for leaf in leaves):
+            raise EngineError(f"{type(self.model).__name__} was called without a tensor: an engine has nothing to run.")
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor | bool | int | float | str | None):
+                raise EngineError(f"An engine takes tensors, numbers and text, not a {type(leaf).__name__}.")
+        if len({known[2] for known in self._ready if known[3] == key[3] and known[2] != key[2]}) >= _POOL:
+            raise EngineError(
+                f"An argument of {type(self.model).__name__} that is no tensor changes from call to call, and an "
+                "engine is built for one value: pass it as a tensor."
+            )
+        if self.engine == "auto":
+            entry = self._choose(leaves, spec, threads)
+        else:
+            entry = self._obtain(self.engine, leaves, spec, threads)
+        self._ready[key] = entry
+        while len(self._ready) > _POOL:
+            self._ready.popitem(last=False)
+        return entry
+
+    def _say(self, words: str) -> None:
+        self.said.append(words)
+        _log.info("%s.", words)
+        if self.told is not None:
+            self.told(words)
+
+    def _obtain(self, engine: str, leaves: list[Any], spec: Any, threads: int) -> tuple[Runner | None, Any]:
+        """Return a runner for a call and the form of its output."""
+        if engine == "eager":
+            return None, None
+        runtime = ENGINES[engine]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        image = tensors[0] if len(leaves) == 1 and len(tensors) == 1 else None
+        network = self._open(image) if image is not None and runtime.open_shapes else None
+        size = None if network is None or len(network.dynamic_shapes["image"]) > 1 else tuple(tensors[0].shape[2:])
+        name = digest(
+            model=self._digest(),
+            versions=runtime.versions(),
+            kind="open" if network is not None else "call",
+            size=size if network is not None else [tuple(tensor.shape) for tensor in tensors],
+            inputs=[str(tensor.dtype) for tensor in tensors],
+            constants=[repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor)],
+            places=str(spec),
+            threads=None if runtime.open_shapes else threads,
+            file="onnx" if runtime.open_shapes else engine,
+        )
+        folder = engines_dir() / name
+        facts = facts_of(folder)
+        if not facts:
+            facts = self._build(engine, network, leaves, spec, folder, threads)
+        shapes = None if self.dynamic and network is not None else [tuple(tensor.shape) for tensor in tensors]
+        run = runtime.load(folder, shapes, threads)
+        form = facts.get("form")
+        if facts["checked"].get(f"{engine} {runtime.version()}") is None:
+            form = self._check(engine, run, network is not None and size is None, leaves, spec, folder, facts, threads)
+        return run, None if form is None else (treespec_loads(form["spec"]), form["places"], form["others"])
+
+    def _open(self, image: Tensor) -> Any:
+        from zoo.export.network import open_network
+
+        return open_network(self.model, image)
+
+    def _build(
+        self, engine: str, network: Any, leaves: list[Any], spec: Any, folder: Path, threads: int
+    ) -> dict[str, Any]:
+        """Write an artefact; it appears whole, and what another process wrote in the meantime is as good."""
+        from zoo.export.network import ExportError, call_network
+
+        runtime, start = ENGINES[engine], time.perf_counter()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".zoo-"))
+        try:
+            try:
+                with _torch_threads(threads), torch.no_grad():
+                    runtime.build(network or call_network(self.model, leaves, spec), temporary, threads)
+            except ExportError as error:
+                raise EngineError(f"{runtime.label} cannot run {type(self.model).__name__}: {error}") from error
+            facts: dict[str, Any] = {"model": type(self.model).__name__, "versions": runtime.versions(), "checked": {}}
+            note_facts(temporary, facts)
+            if folder.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # damaged, or never finished
+            with contextlib.suppress(FileExistsError):
+                temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self._say(f"{runtime.label}: built in {time.perf_counter() - start:.0f} s, kept in {folder}")
+        return facts
+
+    def _check(
+        self,
+        engine: str,
+        run: Runner,
+        any_size: bool,
+        leaves: list[Any],
+        spec: Any,
+        folder: Path,
+        facts: dict[str, Any],
+        threads: int,
+    ) -> dict[str, Any] | None:
+        """Compare an engine with the model on the user's own input, or its middle; return the form of the output.
+
+        Raises:
+            EngineError: They differ by more than `TOLERANCE`.
+        """
+        runtime = ENGINES[engine]
+        if any_size and (small := _middle(leaves[0], _CHECK_SIDE)) is not leaves[0]:
+            leaves = [small]
+            run = runtime.load(folder, [tuple(small.shape)], threads)
+        args, kwargs = tree_unflatten(leaves, spec)
+        with torch.no_grad():
+            expected, spec_out = tree_flatten(self.eager(*args, **kwargs))
+        wanted = [leaf for leaf in expected if isinstance(leaf, Tensor)]
+        found = run([leaf for leaf in leaves if isinstance(leaf, Tensor)])
+        name = type(self.model).__name__
+        if [tuple(one.shape) for one in found] != [tuple(one.shape) for one in wanted]:
+            raise EngineError(f"{runtime.label} returns other shapes than {name} itself: not used.")
+        worst = max((_difference(one, other) for one, other in zip(found, wanted, strict=True)), default=0.0)
+        if not worst <= TOLERANCE:
+            raise EngineError(
+                f"{runtime.label} differs from {name} itself by {worst:.1e} of the largest output, allowed is "
+                f"{TOLERANCE:.0e}: not used."
+            )
+        form = None
+        if not (len(expected) == 1 and isinstance(expected[0], Tensor) and spec_out.is_leaf()):
+            others = [None if isinstance(leaf, Tensor) else leaf for leaf in expected]
+            places = [index for index, leaf in enumerate(expected) if isinstance(leaf, Tensor)]
+            form = {"spec": treespec_dumps(spec_out), "places": places, "others": others}
+        facts["checked"][f"{engine} {runtime.version()}"] = worst
+        facts["form"] = form
+        if all(bool(torch.isfinite(one).all()) and float(one.std()) > 0 for one in wanted if one.numel() > 1):
+            with contextlib.suppress(OSError):  # a full disk costs another comparison next time, no more
+                note_facts(folder, facts)
+        self._say(f"{runtime.label}: differs from {name} itself by {worst:.0e} of the largest output")
+        return form
+
+    def _choose(self, leaves: list[Any], spec: Any, threads: int) -> tuple[Runner | None, Any]:
+        """Time what is installed on this call, in turns, and take the fastest; eager unless one is clearly faster."""
+        names = list(self.candidates or [name for name in installed() if name not in ("eager", "inductor")])
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        timed, shown = leaves, "x".join(map(str, tensors[0].shape))
+        if len(leaves) == 1 and tensors[0].ndim == 4 and self._takes_any_size(tensors[0]):
+            timed = [_middle(tensors[0], _TIMED_SIDE)]
+        choice = digest(
+            model=self._digest(),
+            shapes=[tuple(leaf.shape) if isinstance(leaf, Tensor) else repr(leaf) for leaf in timed],
+            threads=threads,
+            versions=[(name, ENGINES[name].version()) for name in names],
+            processor=platform.processor() or platform.node(),
+        )
+        kept = engines_dir() / f"{choice}.json"
+        before = _read_choice(kept)
+        if before in (*names, "eager"):
+            self._say(f"auto takes {before} for {shown} on {threads} thread{'s' * (threads > 1)}, as timed before")
+            return self._obtain(before, leaves, spec, threads)
+        calls: dict[str, Callable[[], object]] = {}
+        args, kwargs = tree_unflatten(timed, spec)
+        given = [leaf for leaf in timed if isinstance(leaf, Tensor)]
+        refused: list[str] = []
+        for name in names:
+            try:
+                run = self._obtain(name, timed, spec, threads)[0]
+            except (EngineError, ImportError, OSError) as error:
+                refused.append(str(error).rstrip("."))
+                continue
+            calls[name] = lambda run=run: run(given)  # type: ignore[misc]
+        calls["eager"] = lambda: self.eager(*args, **kwargs)
+        times = _in_turns(calls) if len(calls) > 1 else {"eager": 0.0}
+        best = min(times, key=lambda name: times[name] * (1 if name == "eager" else _GAIN))
+        figures = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in times.items() if seconds)
+        figures = "; ".join(filter(None, [figures, *refused])) or "nothing else is installed"
+        self._say(f"auto takes {best} for {shown} on {threads} thread{'s' * (threads > 1)} ({figures})")
+        with contextlib.suppress(OSError), whole(kept) as temporary:  # else it is timed again next time
+            temporary.write_text(json.dumps({"engine": best, "figures": figures}), encoding="utf-8")
+        return self._obtain(best, leaves, spec, threads)
+
+    def _takes_any_size(self, image: Tensor) -> bool:
+        network = self._open(image)
+        return network is not None and len(network.dynamic_shapes["image"]) > 1
+
+
+def _read_choice(path: Path) -> str:
+    """Return the engine that was chosen before; nothing where none was."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["engine"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _again(model: nn.Module, engine: EngineName, arguments: dict[str, Any]) -> EngineCall:
+    return EngineCall(model, engine, **arguments)
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference over the largest expected value; values that are finite in neither are alike."""
+    found, expected = found.double(), expected.double()
+    known = torch.isfinite(expected)
+    if not bool((torch.isfinite(found) == known).all()):
+        return float("inf")
+    if not bool(known.any()):
+        return 0.0
+    scale = expected[known].abs().max().clamp_min(1e-12)
+    return float((found[known] - expected[known]).abs().max() / scale)
+
+
+def _middle(image: Tensor, side: int) -> Tensor:
+    """Cut the middle out of an image, sides rounded to 64 pixels, which every network takes."""
+    height, width = (min(size, side) for size in image.shape[-2:])
+    if (height, width) == tuple(image.shape[-2:]):
+        return image
+    height, width = ((size // 64 * 64) or own for size, own in zip((height, width), image.shape[-2:], strict=True))
+    top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
+    return image[..., top : top + height, left : left + width].contiguous()
+
+
+@torch.no_grad()
+def _in_turns(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Return the shortest time of each call, seconds: a busy machine only lengthens."""
+    best = dict.fromkeys(calls, float("inf"))
+    for call in calls.values():
+        call()
+    start = time.perf_counter()
+    for _ in range(_ROUNDS):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            best[name] = min(best[name], time.perf_counter() - begin)
+        if time.perf_counter() - start > _SECONDS:
+            break
+    return best
+
+
+@contextlib.contextmanager
+def _torch_threads(threads: int) -> Any:
+    """Let what is compiled now use so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
