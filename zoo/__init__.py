@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from zoo.caching import (
         BACConfig,
         CGTaylorConfig,
+        StepForecastConfig,
         TaylorSeerConfig,
         cache_summary,
         cached,
@@ -36,6 +37,7 @@ _LAZY = {
     "BACConfig": "zoo.caching",
     "CGTaylorConfig": "zoo.caching",
     "MoEConfig": "zoo.moe",
+    "StepForecastConfig": "zoo.caching",
     "TaylorSeerConfig": "zoo.caching",
     "accelerate": "zoo.acceleration",
     "cache_summary": "zoo.caching",
@@ -59,6 +61,7 @@ __all__ = [
     "BACConfig",
     "CGTaylorConfig",
     "MoEConfig",
+    "StepForecastConfig",
     "TaylorSeerConfig",
     "accelerate",
     "cache_summary",

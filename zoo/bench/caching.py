@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import zoo
+from zoo.bench.latency import processor_clock
 from zoo.bench.report import Benchmark, Entry, Goal
 from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
 from zoo.caching.presets import CacheSetting, Subject, cache_settings
@@ -144,7 +145,10 @@ def measure_caches(
             runs[candidate.name] = (steps, candidate.config)
     methods = {candidate.name: candidate.method for candidate in candidates}
     calls = {name: generate(name, *run) for name, run in runs.items()}
-    found = compare(calls, settings, reference=uncached, progress=_stage(progress, "with and without caches"))
+    clock = processor_clock(settings.device)
+    found = compare(
+        calls, settings, reference=uncached, progress=_stage(progress, "with and without caches"), clock=clock
+    )
     same_time = {
         name: max(1, min(steps, round(steps / speed.median)))
         for name, (_, speed) in found.items()
@@ -158,6 +162,7 @@ def measure_caches(
             settings,
             reference=uncached,
             progress=_stage(progress, "fewer steps"),
+            clock=clock,
         )
         found |= {name: again[name] for name in ladder}
     for done, (name, run) in enumerate(runs.items()):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Latency", "compare_latency", "latency", "summarize", "time_in_turns"]
+__all__ = ["Latency", "compare_latency", "latency", "processor_clock", "summarize", "time_in_turns"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ def time_in_turns(
     warmup: int = 2,
     runs: int = 15,
     device: str | torch.device = "cpu",
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, list[float]]:
     """Time several calls in turns, so that a busy moment of the machine falls on all of them alike.
 
@@ -50,6 +51,7 @@ def time_in_turns(
         warmup: Untimed rounds.
         runs: Timed rounds.
         device: Where the work runs; it is waited for before the clock is read.
+        clock: Gives seconds; None is the wall clock.
 
     Returns:
         Name -> milliseconds in each round.
@@ -60,16 +62,27 @@ def time_in_turns(
     if runs < 1:
         raise ValueError(f"runs must be at least 1, got {runs}.")
     device = torch.device(device)
+    now = clock or time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warmup + runs):
         for name, call in calls.items():
             _wait_for(device)
-            start = time.perf_counter()
+            start = now()
             call()
             _wait_for(device)
             if turn >= warmup:
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(1e3 * (now() - start))
     return times
+
+
+def processor_clock(device: str | torch.device) -> Callable[[], float]:
+    """Return a clock, seconds, that other programs on the same cores do not disturb.
+
+    On the CPU with one thread it is the time of this process; with more threads, whose times would add up, and on other
+    devices it is the wall clock.
+    """
+    alone = torch.device(device).type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
 
 
 @torch.inference_mode()

@@ -110,6 +110,7 @@ def compare(
     *,
     reference: str,
     progress: Progress | None = None,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, tuple[Latency, Ratio | None]]:
     """Time calls in turns.
 
@@ -118,6 +119,7 @@ def compare(
         settings: Rounds, warm-up and device; the caller sets the threads.
         reference: Name of the call that the others are compared with.
         progress: Told after each call.
+        clock: As for `time_in_turns`.
 
     Returns:
         Name -> time, and how many times as fast as the reference (None for the reference).
@@ -139,6 +141,7 @@ def compare(
         warmup=settings.warmup,
         runs=settings.rounds,
         device=settings.device,
+        clock=clock,
     )
     return {
         name: (

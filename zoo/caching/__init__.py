@@ -7,6 +7,8 @@ from zoo.caching.cg_taylor import CGTaylorConfig
 from zoo.caching.core import cache_summary, cached, disable_cache, enable_cache, reset_cache
 from zoo.caching.saved import SavedSetting
 from zoo.caching.schedules import BACSchedule
+from zoo.caching.step_forecast import StepForecastConfig
+from zoo.caching.step_schedules import StepSchedule
 from zoo.caching.summary import CacheSummary
 from zoo.caching.taylorseer import TaylorSeerConfig
 from zoo.caching.timeline import timeline
@@ -19,6 +21,8 @@ __all__ = [
     "CacheSummary",
     "ModelBlocks",
     "SavedSetting",
+    "StepForecastConfig",
+    "StepSchedule",
     "TaylorSeerConfig",
     "cache_summary",
     "cached",

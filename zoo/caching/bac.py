@@ -16,14 +16,13 @@ from typing import Literal
 from torch import nn
 
 from zoo.caching.blocks import model_units
+from zoo.caching.fitting import find_fit, wrong_steps
 from zoo.caching.registry import is_count, place, require, require_evaluation
 from zoo.caching.runs import RunTracker
 from zoo.caching.schedules import BACSchedule, Metric, uniform_steps
 from zoo.caching.units import Turn, place_units
 
 __all__ = ["BACConfig", "uniform_schedule"]
-
-_SAME_TIMESTEPS = 0.01  # of the largest: schedules of other timesteps do not fit
 
 
 @dataclass(kw_only=True)
@@ -139,37 +138,20 @@ class _Plan:
             self._checked = self._run.log
         at = step + self._offset
         if at >= len(self._turns):
-            raise ValueError(self._wrong_steps(f"{at + 1} or more"))
+            raise ValueError(wrong_steps("BAC", self._schedule, f"{at + 1} or more"))
         return self._turns[at]
 
     def _check_run(self) -> None:
-        schedule, run = self._schedule, self._run
-        timesteps = run.own_timesteps
-        self._offset = 0
-        wrong = None
-        if run.num_steps is not None and run.num_steps != schedule.num_steps:
-            if run.timesteps is not None and len(run.timesteps) == schedule.num_steps:
-                self._offset = run.start  # image-to-image: the end of the schedule's own timesteps
-                timesteps = run.timesteps
-            else:
-                wrong = self._wrong_steps(str(run.num_steps))
-        scheduler = type(run.scheduler).__name__
-        if wrong is None and timesteps and schedule.timesteps:
-            largest = max(map(abs, schedule.timesteps))
-            pairs = zip(timesteps, schedule.timesteps, strict=True)
-            if any(abs(ours - theirs) > _SAME_TIMESTEPS * largest for ours, theirs in pairs):
-                wrong = (
-                    f"The BAC schedule is for other timesteps ({schedule.scheduler}) than those of this run "
-                    f"({scheduler}): calibrate anew with zoo.calibrate_cache."
-                )
-            elif scheduler != schedule.scheduler:
-                self._warn(f"The BAC schedule was found with {schedule.scheduler}, not {scheduler}.")
-        if wrong is None:
-            self._take(schedule)
-        elif self._resamples and run.num_steps is not None:
-            self._resample(run.num_steps, timesteps[self._offset :], wrong)
+        fit = find_fit("BAC", self._schedule, self._run)
+        self._offset = fit.offset
+        if fit.other_scheduler is not None:
+            self._warn(fit.other_scheduler)
+        if fit.wrong is None:
+            self._take(self._schedule)
+        elif self._resamples and self._run.num_steps is not None:
+            self._resample(self._run.num_steps, fit.timesteps[fit.offset :], fit.wrong)
         else:
-            raise ValueError(wrong)
+            raise ValueError(fit.wrong)
 
     def _resample(self, num_steps: int, timesteps: list[float], wrong: str) -> None:
         key = tuple(timesteps) or (float(num_steps),)
@@ -183,12 +165,6 @@ class _Plan:
         if text not in self._said:
             self._said.add(text)
             warnings.warn(text, stacklevel=2)
-
-    def _wrong_steps(self, steps: str) -> str:
-        return (
-            f"The BAC schedule is for {self._schedule.num_steps} steps, this run has {steps}: calibrate for it with "
-            f"zoo.calibrate_cache."
-        )
 
 
 def _place(path: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Calibration of BAC: how alike the outputs of a model's parts are at any two steps of uncached runs."""
+"""Calibration of caches. Of BAC: how alike the outputs of a model's parts are at any two steps of uncached runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -30,9 +30,13 @@ from zoo.caching.schedules import (
     similarity,
     top_errors,
 )
+from zoo.caching.step_calibration import calibrate_steps
+from zoo.caching.step_forecast import StepForecastConfig
 from zoo.caching.streams import UnitOutput
 
 __all__ = ["Calibration", "calibrate", "calibrate_cache"]
+
+Planned = TypeVar("Planned", BACConfig, StepForecastConfig)
 
 _RECORD_HOOK = "zoo_bac_record"
 _DIGITS = 6  # of the likenesses in a saved schedule
@@ -280,16 +284,16 @@ def _record(config: _Record, model: nn.Module, run: RunTracker) -> None:
 
 def calibrate_cache(
     pipe_or_model: DiffusionPipeline | nn.Module,
-    config: BACConfig,
+    config: Planned,
     run: Callable[[], object],
     *,
     guidance: float | None = None,
-) -> BACConfig:
-    """Find the steps at which each part of a model is to be computed.
+) -> Planned:
+    """Find the steps at which each part of a model, or the whole of it, is to be computed.
 
     Args:
         pipe_or_model: A pipeline or a denoiser without a cache.
-        config: What to look for.
+        config: What to look for: a `BACConfig` or a `StepForecastConfig`.
         run: Makes one or more whole uncached runs, for example `lambda: pipe("a cat", num_inference_steps=50)`, with
             the steps, scheduler and guidance of later use.
         guidance: Scale of classifier-free guidance in `run`, to be noted in the schedule and its file name.
@@ -304,4 +308,9 @@ def calibrate_cache(
         >>> config = zoo.calibrate_cache(pipe, zoo.BACConfig(updates=10), lambda: pipe(["cat"]))
         >>> zoo.enable_cache(pipe, config)
     """
+    if isinstance(config, StepForecastConfig):
+        steps = calibrate_steps(pipe_or_model, config, run)
+        return dataclasses.replace(config, schedule=steps.plan(config, guidance))
+    if not isinstance(config, BACConfig):
+        raise TypeError(f"BACConfig and StepForecastConfig are calibrated, not {type(config).__name__}.")
     return dataclasses.replace(config, schedule=calibrate(pipe_or_model, config, run).plan(config, guidance))

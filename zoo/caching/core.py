@@ -15,7 +15,13 @@ from diffusers import CacheMixin, DiffusionPipeline
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
-from zoo.caching import bac, builtin, cg_taylor, taylorseer  # noqa: F401  they register their configurations
+from zoo.caching import (  # noqa: F401  they register their configurations
+    bac,
+    builtin,
+    cg_taylor,
+    step_forecast,
+    taylorseer,
+)
 from zoo.caching.discovery import require_own_blocks
 from zoo.caching.hooks import (
     PlacedHook,
@@ -94,7 +100,7 @@ def enable_cache(
 
     Args:
         pipe_or_model: A pipeline, all of whose denoisers get the cache, or a denoiser. Modular pipelines count.
-        config: `CGTaylorConfig`, `BACConfig` or `TaylorSeerConfig`, or one of diffusers' configurations
+        config: `StepForecastConfig`, `CGTaylorConfig`, `BACConfig` or `TaylorSeerConfig`, or one of diffusers' own
             (`FirstBlockCacheConfig`, `TaylorSeerCacheConfig`, `MagCacheConfig`, `PyramidAttentionBroadcastConfig`,
             `FasterCacheConfig`, `SeaCacheConfig`, `TextKVCacheConfig`). A missing `current_timestep_callback` is filled
             in. A `TaylorSeerCacheConfig` without identifiers takes the attention modules. Threshold 0, interval 1 and a
@@ -275,7 +281,7 @@ def _enable(model: nn.Module, config: Any, pipeline: DiffusionPipeline | None, t
         place(copy.copy(config), model, run)
         hooks = new_hooks()
         name, method = type(model).__name__, type(config).__name__
-        if all(placed.module is model for placed in hooks):
+        if all(placed.module is model and not hasattr(placed.hook, "works_alone") for placed in hooks):
             raise ValueError(f"{method} finds no module to work on in {name}.")
         if hasattr(model, "_hf_hook") and any(placed.module is model for placed in hooks):
             raise ValueError(f"{method} must be enabled before offloading: it hooks the whole {name}.")

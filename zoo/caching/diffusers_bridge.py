@@ -14,11 +14,12 @@ from diffusers import CacheMixin
 from zoo.caching.bac import BACConfig
 from zoo.caching.cg_taylor import CGTaylorConfig
 from zoo.caching.core import disable_cache, enable_cache
+from zoo.caching.step_forecast import StepForecastConfig
 from zoo.caching.taylorseer import TaylorSeerConfig
 
 __all__ = ["install", "uninstall"]
 
-_OURS = (BACConfig, CGTaylorConfig, TaylorSeerConfig)
+_OURS = (BACConfig, CGTaylorConfig, StepForecastConfig, TaylorSeerConfig)
 _METHODS = ("enable_cache", "disable_cache")
 
 

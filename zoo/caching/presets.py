@@ -17,10 +17,21 @@ from zoo.caching.bac import BACConfig
 from zoo.caching.calibration import Calibration, calibrate
 from zoo.caching.cg_taylor import CGTaylorConfig
 from zoo.caching.core import cached
+from zoo.caching.step_calibration import StepCalibration, calibrate_steps
+from zoo.caching.step_forecast import StepForecastConfig
 from zoo.caching.taylorseer import TaylorSeerConfig
 from zoo.diffusion.blocks import as_patterns, attention_modules, feed_forward_modules
 
-__all__ = ["PRESETS", "CacheSetting", "Preset", "Subject", "cache_setting", "cache_settings", "planned_bac"]
+__all__ = [
+    "PRESETS",
+    "CacheSetting",
+    "Preset",
+    "Subject",
+    "cache_setting",
+    "cache_settings",
+    "planned_bac",
+    "planned_steps",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +76,11 @@ class Subject:
         return calibrate(self.pipe, BACConfig(), self.run)
 
     @cached_property
+    def step_calibration(self) -> StepCalibration:
+        """The denoiser's outputs at all steps, for step forecasts."""
+        return calibrate_steps(self.pipe, StepForecastConfig(), self.run)
+
+    @cached_property
     def magnitude_ratios(self) -> list[float]:
         """How the blocks' residual changes from step to step, for MagCache.
 
@@ -89,7 +105,8 @@ class Preset:
         method: Its name, for people.
         knob: What is set; empty where nothing is.
         label: The setting for people, the value as {}.
-        values: Values from mild to strong for so many steps; the second, or the only one, is the default.
+        values: Values from mild to strong for so many steps.
+        standard: Which of them is the default; of fewer values the last one.
         config: Makes the configuration.
     """
 
@@ -98,17 +115,24 @@ class Preset:
     label: str
     values: Callable[[int], Sequence[float]]
     config: Callable[[Subject, Any], Any]
+    standard: int = 1
 
     def default(self, steps: int) -> float:
         """Return the value to take where none is asked for."""
         values = self.values(steps)
-        return values[min(1, len(values) - 1)]
+        return values[min(self.standard, len(values) - 1)]
 
 
 def planned_bac(subject: Subject, updates: int, **settings: Any) -> BACConfig:
     """Return BAC with a schedule made on a subject; `settings` are more of `BACConfig`."""
     config = BACConfig(updates=updates, **settings)
     return replace(config, schedule=subject.calibration.plan(config, subject.guidance))
+
+
+def planned_steps(subject: Subject, updates: int) -> StepForecastConfig:
+    """Return step forecasts with a schedule made on a subject."""
+    config = StepForecastConfig(updates=updates)
+    return replace(config, schedule=subject.step_calibration.plan(config, subject.guidance))
 
 
 def _updates(steps: int) -> Sequence[int]:
@@ -136,6 +160,14 @@ def _half(module: Any) -> float:
 
 
 PRESETS: dict[str, Preset] = {
+    "step-forecast": Preset(
+        method="Step forecast",
+        knob="updates",
+        label="{} steps computed",
+        values=lambda steps: sorted({max(2, round(steps / each)) for each in (1.3, 1.6, 2, 3, 4, 6)}, reverse=True),
+        config=planned_steps,
+        standard=3,
+    ),
     "cg-taylor": Preset(
         method="CG-Taylor",
         knob="threshold",

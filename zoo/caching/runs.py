@@ -229,6 +229,11 @@ class RunTracker:
         """Whether this is known to be the last step of the run."""
         return self.num_steps is not None and self.step >= self.num_steps - 1
 
+    @property
+    def sample(self) -> list[Tensor]:
+        """The noisy images of the current call: one tensor, or a list of them."""
+        return self._last.sample if self._last else []
+
     def current_timestep(self) -> float:
         """Return the timestep of the current call: that of the scheduler, or else the largest of all tokens."""
         if self.step < len(self.own_timesteps):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from zoo.caching.registry import place
 from zoo.caching.schedules import BACSchedule, keyed_name
+from zoo.caching.step_schedules import StepSchedule
 from zoo.files import whole
 from zoo.weights import cards_dir
 
@@ -118,7 +119,7 @@ def _to_values(config: Any) -> dict[str, Any]:
         value = getattr(config, one.name)
         if isinstance(value, torch.dtype):
             value = {"dtype": str(value).removeprefix("torch.")}
-        elif isinstance(value, BACSchedule):
+        elif isinstance(value, BACSchedule | StepSchedule):
             value = {"schedule": value.to_values()}
         elif isinstance(value, Tensor):
             value = value.tolist()
@@ -138,7 +139,8 @@ def _from_values(values: dict[str, Any], name: str) -> Any:
         if isinstance(value, dict) and "dtype" in value:
             fields[key] = getattr(torch, value["dtype"])
         elif isinstance(value, dict):
-            fields[key] = BACSchedule.from_values(value["schedule"], name)
+            kind: Any = StepSchedule if "forecasts" in value["schedule"] else BACSchedule
+            fields[key] = kind.from_values(value["schedule"], name)
     return classes[values["class"]](**fields)
 
 
