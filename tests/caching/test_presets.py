@@ -39,7 +39,7 @@ def test_values() -> None:
     assert cache_setting("cg-taylor", made).name == "CG-Taylor, threshold 0.02, orders 2"
     assert cache_setting("bac", made, 4).config.schedule.updates == 4
     assert [each.setting for each in cache_settings(made, ["bac"])] == ["3 updates", "2 updates"]
-    with pytest.raises(ValueError, match="No cache is called 'bag'; there are cg-taylor, bac"):
+    with pytest.raises(ValueError, match="No cache is called 'bag'; there are step-forecast, cg-taylor, bac"):
         cache_setting("bag", made)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +17,14 @@ import torch
 from hooked import assert_clean, class_pipeline
 from PIL import Image
 from tiny_folders import denoiser_folder
+from torch import nn
 
 import zoo
 from zoo.bench.caching import PSNR, psnr_of_all
 from zoo.bench.timing import Settings
-from zoo.bench.tuning import Budget, Tuning, _between, _beyond, _cg_line, as_images, tune_cache
+from zoo.bench.tuning import Budget, Tuning, _between, _beyond, _cg_line, _Sweep, as_images, best_entries, tune_cache
 from zoo.caching import CGTaylorConfig
-from zoo.caching.presets import PRESETS
+from zoo.caching.presets import PRESETS, Preset, Subject
 from zoo.caching.saved import SavedSetting
 from zoo.cli import main
 
@@ -32,6 +36,29 @@ QUICK = Settings(rounds=1, threads=1)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "user"))
     return tmp_path / "user"
+
+
+class Work:
+    """A clock that counts what is computed, so that nothing depends on the machine: a linear layer takes 1 ms."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def count(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.seconds += 1e-3 * isinstance(module, nn.Linear)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def work() -> Iterator[Work]:
+    clock = Work()
+    handle = nn.modules.module.register_module_forward_hook(clock.count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zoo.bench.tuning.processor_clock", lambda device: clock)
+        yield clock
+    handle.remove()
 
 
 def runner(pipe: Any, made: list[int] | None = None) -> Any:
@@ -77,13 +104,75 @@ def test_everything_is_tried(tuned: tuple[Any, Tuning, list[int]]) -> None:
     _, tuning, _ = tuned
     methods = {entry.series.split(", ")[0] for entry in tuning.benchmark.entries}
     rivals = {PRESETS[name].method for name in ("first-block", "diffusers-taylorseer", "mag")}
-    assert methods == {"CG-Taylor", "BAC", "TaylorSeer", "no cache", *rivals}
+    assert methods == {"Step forecast", "CG-Taylor", "BAC", "TaylorSeer", "no cache", *rivals}
     names = [entry.name for entry in tuning.benchmark.entries]
     assert len(names) == len(set(names))
     steps = {entry.name: entry.values["steps computed"] for entry in tuning.benchmark.entries}
     assert steps["no cache, 4 steps"] == 4
     assert all(0 < value <= STEPS for value in steps.values())
     assert all(entry.values["held (MiB)"] > 0 for entry in tuning.benchmark.entries if entry.series[:2] != "no")
+
+
+def test_where_fewer_steps_serve_better_nothing_is_saved(
+    cache: Path, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def slow(*args: Any) -> Iterator[None]:
+        with zoo.cached(*args):
+            yield
+        work.seconds += 10
+
+    monkeypatch.setattr("zoo.bench.tuning.cached", slow)
+    pipe = class_pipeline()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        tuning = tune_cache(pipe, runner(pipe), budget="psnr>=1", steps=STEPS, settings=QUICK)
+    assert tuning.fewer_steps is not None
+    assert tuning.path is None
+    assert not cache.exists()
+    assert f"take {tuning.fewer_steps} steps without a cache" in str(tuning)
+    assert "Nothing is saved" in str(tuning)
+
+
+def test_the_best_at_each_speed(tuned: tuple[Any, Tuning, list[int]]) -> None:
+    entries = tuned[1].benchmark.entries
+    speeds = [entry.speedup.median for entry in entries[1:] if entry.speedup]
+    assert speeds == sorted(speeds)
+    front = best_entries(entries)
+    assert front[0] is entries[0]
+    assert len(front) < len(entries)
+    for entry in entries[1:]:
+        likeness = entry.values[PSNR]
+        assert any(
+            best.speedup and best.speedup.median >= entry.speedup.median and best.values[PSNR] >= likeness
+            for best in front[1:]
+        )
+
+
+def test_a_disturbed_run_is_measured_again(work: Work) -> None:
+    pipe = class_pipeline()
+    run, made = runner(pipe), list[int]()
+
+    def disturbed(steps: int) -> Any:
+        made.append(steps)
+        if made.count(4) == 1 and steps == 4:
+            work.seconds += 10
+        return run(steps)
+
+    subject = Subject(pipe=pipe, run=lambda: run(STEPS), steps=STEPS)
+    sweep = _Sweep(subject=subject, run=disturbed, settings=QUICK, budget=Budget.parse("psnr>=1"), progress=None)
+    line = Preset(
+        method="no cache",
+        knob="steps",
+        label="{:g}",
+        values=lambda steps: (6, 4, 3),
+        config=lambda subject, value: None,
+    )
+    found = [sweep.candidate(line, value) for value in (6, 4, 3)]
+    sweep.measure_line([each for each in found if each is not None], "trying")
+    assert made.count(4) == 2
+    assert made.count(3) == made.count(6) == 1
+    assert [round(trial.speedup, 2) for trial in sweep.trials.values()] == [1.33, 2.0, 2.67]
 
 
 def test_a_speed_to_reach(cache: Path) -> None:

@@ -319,7 +319,8 @@ def test_exact_caches_change_nothing(config: Any) -> None:
 def test_units_are_branches_with_their_norm() -> None:
     """What a schedule names; reusing all of them leaves the embedding and the head."""
     model = diffusion_policy()
-    config = zoo.calibrate_cache(model, BACConfig(updates=1, always_update_last=False), lambda: denoise(model))
+    with pytest.warns(UserWarning, match="updates=1"):
+        config = zoo.calibrate_cache(model, BACConfig(updates=1, always_update_last=False), lambda: denoise(model))
     assert list(config.schedule.units)[:3] == [f"transformer_blocks.0.{name}" for name in ("attn1", "attn2", "ff")]
     called = []
     for name, module in model.named_modules():

@@ -28,7 +28,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # what each cache lets one set; the table is zoo.caching.presets, which is not imported to parse a command
-_CACHES = {"cg-taylor": "threshold", "bac": "updates", "taylorseer": "interval", "first-block": "threshold"}
+_CACHES = {
+    "step-forecast": "updates",
+    "cg-taylor": "threshold",
+    "bac": "updates",
+    "taylorseer": "interval",
+    "first-block": "threshold",
+}
 _WARM_UP = 2  # steps
 
 

@@ -53,6 +53,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FOLDER", help="where to save the setting (default: beside the model)"
     )
+    parser.add_argument("--all", action="store_true", help="show every setting, not only the best at each speed")
     parser.add_argument("--force", action="store_true", help="replace existing pictures")
 
 
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         )
     _draw(args, pipe, call, tuning)
     _report(args, tuning)
-    return 0 if tuning.setting is not None else 1
+    return 0 if tuning.setting is not None or tuning.fewer_steps is not None else 1
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -134,6 +135,7 @@ def _draw(args: argparse.Namespace, pipe: Any, call: Callable[[int], Any], tunin
 
 def _report(args: argparse.Namespace, tuning: Tuning) -> None:
     from zoo.bench.report import columns, facts, to_json
+    from zoo.bench.tuning import best_entries
 
     if args.json:
         setting = tuning.setting
@@ -157,7 +159,8 @@ def _report(args: argparse.Namespace, tuning: Tuning) -> None:
     shown = columns(benchmark)
     headings = [column.heading for column in shown]
     rows = table(*headings, title=benchmark.title, right=headings[1:])
-    for entry in benchmark.entries:
+    entries = benchmark.entries if args.all else best_entries(benchmark.entries)
+    for entry in entries:
         best = tuning.setting is not None and entry.name == tuning.setting.name
         rows.add_row(*(column.text(entry) for column in shown), style="bold" if best else None)
     print_table(rows, facts(benchmark.conditions), facts(benchmark.environment), *benchmark.notes, "", *tuning.verdict)
