@@ -187,7 +187,7 @@ def test_work_that_fails_is_exit_code_1(capsys: Captured, monkeypatch: pytest.Mo
         raise RuntimeError("first line\n  second line")
 
     monkeypatch.setattr("zoo.cli.listing.run_info", fail)
-    assert error_of(capsys, "info", "cfsr_x2", code=1) == "zoo: error: first line second line\n"
+    assert error_of(capsys, "info", "cfsr_x2", code=1) == "zoo: error: first line second line [Z900]\n"
 
 
 # --- list and info

@@ -33,6 +33,7 @@ from zoo.cli import (
     train,
     tuning,
 )
+from zoo.cli.errors import code_of, with_code
 from zoo.cli.output import UsageError
 from zoo.version import __version__
 
@@ -74,7 +75,8 @@ def _parser() -> tuple[_Parser, Any]:
     parser = _Parser(
         prog="zoo",
         description="Vision and diffusion models whose feed-forward networks are made fast.",
-        epilog="`zoo COMMAND --help` explains a command. Models are called NAME or, with weights, NAME.TAG.",
+        epilog="`zoo COMMAND --help` explains a command. Models are called NAME or, with weights, NAME.TAG. "
+        "The code at the end of an error line leads to its cure in the documents: docs/errors.md.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"ffn-zoo {__version__}")
@@ -148,5 +150,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # every failure is one line here; --debug shows the rest
         if "--debug" in given:
             raise
-        print(f"zoo: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        said = " ".join(str(error).split()) or type(error).__name__
+        print(f"zoo: error: {with_code(said, code_of(error))}", file=sys.stderr)
         return 2 if isinstance(error, _WRONG_CALL) else 1

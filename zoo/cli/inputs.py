@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from zoo.cli.errors import code_for, with_code
 from zoo.cli.output import FailureError, note
 from zoo.files import is_hidden
 
@@ -135,7 +136,8 @@ def report_failures(args: argparse.Namespace, failed: list[dict[str, str]], tota
     """List inputs that failed on the standard error, and return the exit code."""
     if failed and not args.json:
         for entry in failed:
-            print(f"zoo: {entry['file']}: {entry['error']}", file=sys.stderr)
+            said = with_code(entry["error"], code_for(entry["error"], "pictures"))
+            print(f"zoo: {entry['file']}: {said}", file=sys.stderr)
         note(args, f"{len(failed)} of {total} failed.")
     return 1 if failed else 0
 

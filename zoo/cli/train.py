@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.catalog import nearest
+from zoo.cli.errors import code_for, with_code
 
 __all__ = ["add_parser", "configs_dir", "find_config", "main"]
 
@@ -76,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import lightning.pytorch.cli  # noqa: F401
     except ImportError as error:
-        print(f"error: Training needs {error.name}, which is missing: pip install 'ffn-zoo[train]'.", file=sys.stderr)
+        said = f"Training needs {error.name}, which is missing: pip install 'ffn-zoo[train]'."
+        print(f"error: {with_code(said, code_for(said))}", file=sys.stderr)
         return 2
     from zoo.tasks.command import run_lightning
 
@@ -89,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # every failure is one line here; --debug shows the rest
         if debug:
             raise
-        print(f"error: {reason(error)}", file=sys.stderr)
+        said = reason(error)
+        print(f"error: {with_code(said, code_for(said, 'tasks'))}", file=sys.stderr)
         return 1
     return 0
 

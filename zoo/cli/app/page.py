@@ -15,6 +15,7 @@ import gradio as gr
 
 from zoo.cli.app import exploring, generating
 from zoo.cli.app.service import Answer, Restored, Service
+from zoo.cli.errors import code_for, code_of, with_code
 from zoo.cli.inputs import one_line
 from zoo.cli.output import FailureError, UsageError
 from zoo.cli.restoring import TASKS
@@ -138,7 +139,12 @@ def _require_free(host: str, port: int) -> None:
 
 def _said(error: Exception) -> Exception:
     """Return what the page shows of an error: its line."""
-    return gr.Error(html.escape(one_line(error)), duration=30, title="This did not work", print_exception=False)
+    return gr.Error(
+        html.escape(with_code(one_line(error), code_of(error))),
+        duration=30,
+        title="This did not work",
+        print_exception=False,
+    )
 
 
 def _classify_tab(service: Service) -> None:
@@ -173,7 +179,7 @@ def answers_html(found: Sequence[tuple[str, Sequence[Answer]]], failed: Sequence
         rows.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
     head = "".join(f"<th>{html.escape(name)}</th>" for name in models)
     table = f"<table><tr><th>picture</th>{head}</tr>{''.join(rows)}</table>" if rows else ""
-    wrong = "".join(f"<p>⚠ {html.escape(line)}</p>" for line in failed)
+    wrong = "".join(f"<p>⚠ {html.escape(with_code(line, code_for(line, 'pictures')))}</p>" for line in failed)
     return f'<div class="zoo">{table}{wrong}</div>'
 
 
