@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick mutate lowest catalog check-catalog clean
+.PHONY: demo test quick docs mutate lowest catalog check-catalog clean
 
 # Tests that need no large model: most of what goes wrong while one edits shows here.
 QUICK := tests/test_catalog.py tests/test_files.py tests/test_hub.py tests/test_weights.py tests/test_loading_mutants.py \
@@ -29,6 +29,10 @@ quick: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/mypy & types=$$!; \
 	$(BIN)/python -m pytest -m 'not slow' --durations=0 --durations-min=2 $(QUICK) && wait $$types
+
+# The documents as a site, offline; a warning is an error. Open docs/_build/index.html.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 # Seed 200 bugs of one line and tell which of them the tests let live; `make mutate COUNT=20 AREAS='hub data'`.
 COUNT ?= 200
@@ -57,4 +61,4 @@ check-catalog: $(STAMP)
 	$(BIN)/python -m zoo.cards.catalog_writer --check
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist docs/_build *.egg-info

@@ -27,8 +27,8 @@ def load() -> dict[str, dict[str, Any]]:
 
 
 def nearest(name: str, names: list[str], most: int = 3) -> list[str]:
-    """Return the names most like `name`, nearest first."""
-    return difflib.get_close_matches(name, names, most, cutoff=0.5)
+    """Return the names most like `name`, nearest first, each once."""
+    return difflib.get_close_matches(name, list(dict.fromkeys(names)), most, cutoff=0.5)
 
 
 def unknown(name: str, others: Iterable[str] = ()) -> str:

@@ -6,6 +6,7 @@ Classifiers and restorers live in timm's registry, denoisers in diffusers folder
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from zoo.loading import (
     record_of_file,
     require_architecture,
 )
+from zoo.profiling import count_macs, count_params
 from zoo.record import CONFIG_NAME, KEY, RecordError, described, note_build, read_config, record_of
 from zoo.sources import WEIGHT_FILES, CheckpointError, Source, describe, find, timm_names
 from zoo.weights import cards_dir, read_weights, verify_component
@@ -88,7 +90,18 @@ def model_info(name: str | Path) -> dict[str, Any]:
     if source.architecture in catalog.load():
         return catalog.entry(name)
     cfg: Any = get_pretrained_cfg(name)
-    return describe(source, described(str(source.architecture), vars(cfg), {}))
+    facts = describe(source, described(str(source.architecture), vars(cfg), {}))
+    return facts | _counted(str(source.architecture), facts.get("input_size") or [3, 224, 224])
+
+
+def _counted(architecture: str, input_size: Sequence[int]) -> dict[str, int]:
+    """Return parameters and MACs of a model of timm's, built without memory; empty where timm cannot build it so."""
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(architecture).eval()
+            return {"params": count_params(model), "macs": count_macs(model, torch.empty(1, *input_size))}
+    except (RuntimeError, NotImplementedError, TypeError):  # a few compute with values while they are built
+        return {}
 
 
 def create_model(name: str | Path, pretrained: bool = False, **kwargs: Any) -> nn.Module:

@@ -32,11 +32,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 __all__ = [
     "HubError",
     "HubFileMissingError",
     "blob_digest",
+    "check_repo_id",
     "download",
     "files_of",
     "is_offline",
@@ -169,6 +171,18 @@ def files_of(folder: Path) -> list[Path]:
         for path in folder.rglob("*")
         if path.is_file() and not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
     )
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuse what the Hub would refuse as the name of a repository, without asking it.
+
+    Raises:
+        HubError: It is not `org/name`, of letters, digits, `-`, `_` and `.`.
+    """
+    with _explained(repo_id):
+        validate_repo_id(repo_id)
+    if repo_id.count("/") != 1:
+        raise HubError(f"{repo_id!r} is no Hub id: it must be 'org/name'.")
 
 
 @contextmanager

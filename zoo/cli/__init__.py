@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from zoo.catalog import nearest
@@ -80,6 +81,7 @@ def _parser() -> tuple[_Parser, Any]:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"ffn-zoo {__version__}")
+    parser.add_argument("--print-completion", metavar="SHELL", help="print completion for bash, zsh or tcsh")
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Command)
     for module in _MODULES:
         known = set(commands.choices)
@@ -96,6 +98,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.print_help()
         raise SystemExit(2)
     command = argv[0]
+    if command == "--print-completion":
+        _print_completion(parser, argv[1:])
+        raise SystemExit(0)
     if not command.startswith("-") and command not in commands:
         near = nearest(command, list(commands), 1)
         hint = f"Did you mean {near[0]}? " if near else ""
@@ -109,6 +114,28 @@ def parse(argv: list[str]) -> argparse.Namespace:
             + (f"Did you mean {near[0]}?" if near else f"`zoo {command} --help` shows what it takes.")
         )
     return args
+
+
+def _print_completion(parser: argparse.ArgumentParser, given: list[str]) -> None:
+    """Print what a shell needs to complete commands, options, choices and files."""
+    import shtab
+
+    shells = list(shtab.SUPPORTED_SHELLS)
+    if len(given) != 1 or given[0] not in shells:
+        raise UsageError(f"--print-completion takes {', '.join(shells)}; got {' '.join(given) or 'nothing'}.")
+    parser.prog = "zoo"
+    parsers = [parser]
+    for each in parsers:
+        for action in each._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += list(dict.fromkeys(action.choices.values()))
+            elif not action.choices and action.nargs != 0 and (action.type is Path or action.metavar in _OF_FILES):
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(parser, given[0]))
+
+
+_OF_FILES = ("FILE", "FOLDER", "DIR", "MODEL", "NAME", "NAME.TAG", "PHOTOS")
+"""Names of values for which a shell offers files."""
 
 
 def _run_package() -> None:

@@ -295,7 +295,7 @@ KINDS = (
         cure="The line says what is allowed. `help(zoo.create_model)` and the page of the family say what each means; "
         "`zoo info NAME` shows the usual values.",
         words=r"has no (argument|attribute)|unexpected keyword argument|global_pool|num_classes must|input_size must",
-        modules=("backbones", "restoration", "layers", "factory", "cfg", "__init__"),
+        modules=("backbones", "restoration", "layers", "factory", "cfg", "deprecation"),
     ),
     Kind(
         code="Z203",

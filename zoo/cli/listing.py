@@ -65,7 +65,9 @@ def run_list(args: argparse.Namespace) -> int:
 
 
 def _print_list(chosen: list[tuple[str, dict[str, Any]]]) -> None:
-    rows = table("name", "task", "params", "MACs", "input", "weights", "licence", right=("params", "MACs"))
+    columns = ("name", "task", "params", "MACs", "input", "shipped", "authors' weights", "licence")
+    drop = ("input", "licence", "MACs", "authors' weights", "params")
+    rows = table(*columns, right=("params", "MACs"), drop=drop)
     rows.columns[0].no_wrap = True
     for name, facts in chosen:
         licences = sorted({weight["license"] or "not stated" for weight in facts["weights"].values()})
@@ -75,13 +77,15 @@ def _print_list(chosen: list[tuple[str, dict[str, Any]]]) -> None:
             change(millions(facts["params"]), _merged(facts, "params", millions)),
             change(billions(facts["macs"]), _merged(facts, "macs", billions)),
             _size(facts),
-            joined(list(facts["weights"])),
+            joined([tag for tag, weight in facts["weights"].items() if weight["source"] == "shipped"]),
+            joined([tag for tag, weight in facts["weights"].items() if weight["source"] != "shipped"]),
             joined(licences),
         )
     merged = any("merged_params" in facts for _, facts in chosen)
     free = any(facts.get("any_size") for _, facts in chosen)
     print_table(
         rows,
+        "Weights are called NAME.TAG; shipped ones came with this package, the authors' are fetched over the net once.",
         f"{len(chosen)} model{'s' if len(chosen) > 1 else ''}. MACs: multiply-accumulates for one input of that size"
         f"{' (* any size works)' if free else ''}.{' a -> b: before and after merging.' if merged else ''}",
     )
@@ -154,6 +158,8 @@ def _run_own(args: argparse.Namespace, source: Source) -> int:
             value = ", ".join(f"{key}={entry}" for key, entry in value.items())
         elif label == "input_size":
             value = "x".join(map(str, value))
+        elif label in ("params", "macs") and isinstance(value, int):
+            value = (millions if label == "params" else billions)(value)
         elif isinstance(value, list | tuple):
             value = joined(list(value), "")
         if value not in ("", None):
@@ -169,7 +175,13 @@ def _run_own(args: argparse.Namespace, source: Source) -> int:
     return 0
 
 
-_LABELS = {"base": "trained from", "num_classes": "classes", "label_names": "names of classes", "params": "parameters"}
+_LABELS = {
+    "base": "trained from",
+    "num_classes": "classes",
+    "label_names": "names of classes",
+    "params": "parameters",
+    "macs": "MACs",
+}
 
 
 def info_lines(facts: dict[str, Any], shown: dict[str, Any], tag: str | None) -> Iterator[tuple[str, str]]:

@@ -16,8 +16,9 @@ from zoo.files import whole
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
     from rich.progress import Progress
-    from rich.table import Table
+    from rich.table import Column, Table
 
 __all__ = [
     "FailureError",
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 _PIPE_WIDTH = 10_000  # columns where the output is no terminal: nothing may be cut off or folded
+_LONGEST_WORD = 28  # cells that a narrow terminal does not break; paths can be longer
 
 
 class UsageError(ValueError):
@@ -55,13 +57,14 @@ def print_json(data: Any) -> None:
     print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
 
 
-def table(*columns: str, title: str | None = None, right: Iterable[str] = ()) -> Table:
+def table(*columns: str, title: str | None = None, right: Iterable[str] = (), drop: Sequence[str] = ()) -> Table:
     """Return an empty rich table.
 
     Args:
         *columns: Headings.
         title: Line above.
         right: Headings of right-aligned columns.
+        drop: Headings of columns that a narrow terminal leaves out first, in this order; then the last ones go.
     """
     from rich import box
     from rich.table import Table
@@ -70,6 +73,7 @@ def table(*columns: str, title: str | None = None, right: Iterable[str] = ()) ->
     aligned = set(right)
     for column in columns:
         out.add_column(column, justify="right" if column in aligned else "left", overflow="fold")
+    out.drop = list(drop)  # type: ignore[attr-defined]
     return out
 
 
@@ -85,8 +89,44 @@ def print_table(*parts: Any) -> None:
         if isinstance(part, Table) and part.title:  # rich would fold it to the width of the table
             console.print(part.title, style="table.title", soft_wrap=True)
             part.title = None
+        left_out = _narrow(part, console) if isinstance(part, Table) else []
         # lines are not broken: a terminal wraps them, programs read them whole
         console.print(part, soft_wrap=isinstance(part, str))
+        if left_out:
+            console.print(f"Left out at {console.width} columns: {', '.join(left_out)}.", soft_wrap=True)
+
+
+def _narrow(part: Table, console: Console) -> list[str]:
+    """Take columns out of a table until no word has to be broken, and return their headings."""
+    from rich.cells import cell_len
+
+    def needs(column: Column) -> tuple[int, int]:
+        """Return the least width, which breaks no word and no number from its unit, and that of whole lines."""
+        texts = [str(column.header), *map(str, column.cells)]
+        widest = max(cell_len(line) for text in texts for line in text.splitlines() or [""])
+        if column.no_wrap or column.justify == "right":
+            return widest, widest
+        longest = max(cell_len(word) for text in texts for word in text.split() or [""])
+        return min(longest, _LONGEST_WORD), widest
+
+    left_out: list[str] = []
+    while True:
+        widths = [needs(column) for column in part.columns]
+        spare = console.width - 3 * len(widths) + 1 - sum(least for least, _ in widths)  # three between two columns
+        if spare >= 0 or len(widths) <= 2:
+            break
+        headings = [str(column.header) for column in part.columns]
+        first = next((name for name in getattr(part, "drop", ()) if name in headings), None)
+        index = len(headings) - 1 if first is None else headings.index(first)
+        left_out.append(headings[index])
+        del part.columns[index]
+        for place, column in enumerate(part.columns):
+            column._index = place
+    if spare >= 0 and sum(widest - least for least, widest in widths) > spare:
+        for column, (least, widest) in zip(part.columns, widths, strict=True):
+            column.width = least + min(spare, widest - least)
+            spare -= column.width - least
+    return left_out
 
 
 def note(args: argparse.Namespace, text: str) -> None:

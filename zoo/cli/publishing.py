@@ -81,6 +81,8 @@ def run_publish(args: argparse.Namespace) -> int:
     """Check a card and upload it; exit code 1 if the card has a problem."""
     folder = _folder(args.name)
     from zoo import hub
+
+    hub.check_repo_id(args.repo_id)  # in a dry run, too
     from zoo.cards.card import check_card
 
     hush(args, diffusers=(folder / "model_index.json").is_file())
