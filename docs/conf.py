@@ -6,7 +6,9 @@ Formulas become MathML, which browsers draw without a script from elsewhere.
 
 from __future__ import annotations
 
+import re
 import sys
+import textwrap
 from pathlib import Path
 
 from docutils import nodes
@@ -37,21 +39,21 @@ suppress_warnings = ["myst.header"]  # tables of benchmarks begin with a second 
 nb_execution_mode = "off"  # tests/test_tutorials.py runs them
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_inherit_docstrings = False  # those of Lightning and diffusers are theirs to render
 autodoc_mock_imports = ["triton"]
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 
 
 def _plain(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Keep what docstrings write as text from being read as markup: stars, bars, underscores at a word's end."""
-    for place, line in enumerate(lines):
-        parts = line.split("`")
-        for index in range(0, len(parts), 2):  # outside of backticks
-            text = parts[index].replace("\\", "\\\\").replace("*", r"\*").replace("|", r"\|")
-            parts[index] = "".join(
-                f"\\{letter}" if letter == "_" and not text[at + 1 : at + 2].isalnum() else letter
-                for at, letter in enumerate(text)
-            )
-        lines[place] = "`".join(parts)
+    pieces = re.split(r"(```.*?```|`[^`]+`|^ *(?:>>>|\.\.\.).*$)", "\n".join(lines), flags=re.S | re.M)
+    for index, piece in enumerate(pieces):
+        if index % 2 == 0:
+            pieces[index] = re.sub(r"(_)(?![^\W_])", r"\\\1", re.sub(r"([\\*|])", r"\\\1", piece))
+        elif piece.startswith("```"):
+            body = piece.partition("\n")[2].rpartition("\n")[0]
+            pieces[index] = "::\n\n" + textwrap.indent(body, "    ") + "\n"
+    lines[:] = "".join(pieces).split("\n")
 
 
 def _math(self: HTML5Translator, node: nodes.Element) -> None:

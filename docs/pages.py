@@ -167,7 +167,8 @@ def families() -> dict[str, str]:
 
 
 def _automodule(module: str, heading: str) -> str:
-    return f"\n\n{heading}\n\n```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n   :show-inheritance:\n```\n"
+    directive = f".. automodule:: {module}\n   :members:\n   :exclude-members: ModelMixin\n   :show-inheritance:\n"
+    return f"\n\n{heading}\n\n```{{eval-rst}}\n{directive}```\n"
 
 
 def modules() -> dict[str, list[str]]:
@@ -184,7 +185,8 @@ def modules() -> dict[str, list[str]]:
         family = (
             package in ("backbones", "restoration") and (ROOT / "model_cards" / f"{name.split('.')[-1]}.md").is_file()
         )
-        if "__all__" in file.read_text(encoding="utf-8") and not family:
+        passes_on = source.is_dir() and package != "demo"  # its names stand with the modules that define them
+        if "__all__" in file.read_text(encoding="utf-8") and not family and not passes_on:
             found.setdefault(package, []).append(name)
     return found
 

@@ -44,6 +44,7 @@ def test_what_the_commands_need_is_among_them(packed: set[str]) -> None:
         "zoo/configs/classification/repavit_tiny_cifar10.yaml",
         "zoo/model_cards/emov2_1m.cifar10/model.safetensors",
         "zoo/model_cards/emov2_1m.cifar10/config.json",
+        "zoo/benchmarks/models.json",
         "zoo/export/onnx.py",
         "zoo/catalog.json",
         "zoo/py.typed",
