@@ -15,6 +15,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 from PIL import Image
+from pipeline_folders import saved
 from skimage import data
 from timm.data import create_transform
 
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
 COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines() if line.strip()]
 WALK = next(text.splitlines() for language, text in BLOCKS if language == "bash" and "zoo finetune" in text)
+PIPELINES = {"FLUX": "flux", "WAN": "wan"}
 SLOW_TARGETS = {"make demo", "make test"}  # the demo has its own test; this suite is the other
 
 
@@ -84,6 +86,9 @@ def test_command(
         assert end.value.code == 0, capsys.readouterr().err
         return
     assert program == "zoo"
+    if len(words) > 1 and words[1] in PIPELINES:  # a tiny one in the place of the user's
+        saved(PIPELINES[words[1]], place / words[1])
+        words = ["16" if word == "512" else word for word in words]
     if words[0] == "train":
         words += ["--trainer.fast_dev_run=1", "--data.init_args.batch_size=4", "--data.init_args.eval_batch_size=4"]
     if command == "zoo verify --all":  # each card is checked in test_registry_cards.py
