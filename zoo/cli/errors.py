@@ -325,6 +325,13 @@ KINDS = (
         modules=("export", "cli.export"),
     ),
     Kind(
+        code="Z804",
+        title="An engine does not run this model as it is",
+        cure="The line says what the engine takes: device, precision, sizes. `engine=\"auto\"` takes the fastest that "
+        "agrees with the model, and plain torch always works.",
+        modules=("engines",),
+    ),
+    Kind(
         code="Z805",
         title="The page cannot be served, or asks for a choice",
         cure="`zoo app --port N` takes another port; the limits of the page are options of `zoo app`.",
