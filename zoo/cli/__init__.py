@@ -93,6 +93,14 @@ def _parser() -> tuple[_Parser, Any]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    """Return the options of a command as its `run` takes them.
+
+    Args:
+        argv: Arguments after the program's name.
+
+    Raises:
+        UsageError: There is no such command or option; the message names the nearest.
+    """
     parser, commands = _parser()
     if not argv:
         parser.print_help()
