@@ -64,6 +64,18 @@ def test_generate(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "choose one" in capsys.readouterr().err
 
 
+def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each model on each engine, the first being the reference; what cannot run is left out with a note."""
+    command = ["bench", "repavit_tiny", "--size", "32", "--batch", "1", "--threads", "1", "--rounds", "2", "--json"]
+    assert main([*command, "--engine", "eager,onnxruntime"]) == 0
+    (benchmark,) = json.loads(capsys.readouterr().out)["benchmarks"]
+    names = [entry["name"] for entry in benchmark["entries"]]
+    assert names == ["repavit_tiny (merged), eager", "repavit_tiny (merged), onnxruntime"]
+    assert benchmark["reference"] == "repavit_tiny (merged), eager"
+    assert main([*command, "--engine", "eager,onnx"]) == 2
+    assert "Did you mean onnxruntime?" in capsys.readouterr().err
+
+
 def test_wrong_calls(picture: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["classify", str(picture), "--engine", "onnx"]) == 2
     assert "Did you mean onnxruntime?" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,18 @@ from torch import Tensor, nn
 from zoo import catalog, factory
 from zoo.bench.memory import in_fresh_process, peak_memory, resident_peak
 from zoo.bench.report import Benchmark, Check, Entry, Goal
-from zoo.bench.timing import Progress, Settings, cast, compare, environment, now, require_close, torch_threads
+from zoo.bench.timing import (
+    BenchError,
+    Progress,
+    Settings,
+    cast,
+    compare,
+    environment,
+    now,
+    require_close,
+    torch_threads,
+)
+from zoo.engines import EngineError, attach, check_engine, detach
 from zoo.ffn.reparam import reparameterize
 from zoo.profiling import count_macs, count_params, denoiser_inputs
 from zoo.record import record_of
@@ -32,6 +44,7 @@ class Subject:
     Args:
         name: What it is called in the table.
         source: The name that it was built from.
+        engine: What runs it.
         merged: It was re-parameterised.
         task: "classification", "sr", "generation", ...
         model: In evaluation mode.
@@ -48,6 +61,7 @@ class Subject:
     inputs: tuple[Tensor, ...]
     named: dict[str, Any]
     checks: tuple[Check, ...] = ()
+    engine: str = "eager"
 
     def __call__(self) -> Any:
         return self.model(*self.inputs, **self.named)
@@ -71,6 +85,7 @@ class Subject:
     @torch.no_grad()
     def macs(self) -> int:
         """Count multiply-accumulates of one call on the meta device, where attention is counted; the weights go."""
+        detach(self.model)
         named = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in self.named.items()}
         return count_macs(self.model.to("meta"), *(value.to("meta") for value in self.inputs), **named)
 
@@ -83,6 +98,7 @@ def subject(
     merge: bool = True,
     check: bool = True,
     label: str | None = None,
+    engine: str = "eager",
 ) -> Subject:
     """Build a model with random weights (a denoiser: with its own) and an input for it.
 
@@ -93,11 +109,14 @@ def subject(
         merge: Re-parameterise what can be.
         check: Check in float32 that merging leaves the output as it is.
         label: What it is called in the table; None is its name.
+        engine: What runs it, as in `zoo.accelerate`.
 
     Raises:
-        ValueError: There is no such model; the message names the nearest.
+        ValueError: There is no such model or engine; the message names the nearest.
+        ImportError: The engine is not installed.
         BenchError: Merging changes the output.
     """
+    check_engine(engine)
     torch.manual_seed(0)
     is_denoiser = find(name).kind == "pipeline"
     task, model, x, named = (_denoiser if is_denoiser else _network)(name, size)
@@ -111,6 +130,8 @@ def subject(
             if merged and before is not None:
                 checks = (require_close(f"{name} merged and as it is trained", _first(model(x, **named)), before),)
     cast(model, settings)
+    if engine != "eager":
+        attach(model, check_engine(engine))
     batch = x.expand(settings.batch, *x.shape[1:]).contiguous().to(settings.device, settings.torch_dtype)
     named = {key: _batch_of(value, settings) if isinstance(value, Tensor) else value for key, value in named.items()}
     return Subject(
@@ -122,6 +143,7 @@ def subject(
         inputs=(batch,),
         named=named,
         checks=checks,
+        engine=engine,
     )
 
 
@@ -173,16 +195,39 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+@torch.inference_mode()
+def _ready(subjects: list[Subject]) -> tuple[str, ...]:
+    """Build and check engines before anything is timed; take out those that cannot run, and return what to note.
+
+    Raises:
+        BenchError: None can.
+    """
+    notes = []
+    for each in list(subjects):
+        each.name = f"{each.name}, {each.engine}"
+        try:
+            each()
+        except EngineError as error:
+            subjects.remove(each)
+            notes.append(str(error))
+    if not subjects:
+        raise BenchError(" ".join(notes))
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load > cores:
+        notes.append(f"The machine was busy: a load of {load:.1f} on {cores} cores, so that times are too long.")
+    return tuple(notes)
+
+
 def _peak(each: Subject, settings: Settings, size: int | None) -> int:
     """Return the bytes by which memory grows in one call."""
     if torch.device(settings.device).type == "cuda":
         return peak_memory(each, settings.device)
-    return in_fresh_process(_peak_here, each.source, settings, size, each.merged)
+    return in_fresh_process(_peak_here, each.source, settings, size, each.merged, each.engine)
 
 
-def _peak_here(name: str, settings: Settings, size: int | None, merge: bool) -> int:
+def _peak_here(name: str, settings: Settings, size: int | None, merge: bool, engine: str) -> int:
     with torch_threads(settings.threads):
-        before, peak = resident_peak(subject(name, settings, size=size, merge=merge, check=False))
+        before, peak = resident_peak(subject(name, settings, size=size, merge=merge, check=False, engine=engine))
     return peak - before
 
 
@@ -197,6 +242,7 @@ def compare_models(
     name: str = "models",
     title: str | None = None,
     progress: Progress | None = None,
+    engines: Sequence[str] = (),
 ) -> Benchmark:
     """Time models in turns.
 
@@ -213,6 +259,8 @@ def compare_models(
         name: Short name of the benchmark.
         title: What is compared, in words; None names the models.
         progress: Told after each step.
+        engines: Run each model on each of these; the first model on the first is the reference. An engine that cannot
+            run a model is left out, and the notes say why.
 
     Raises:
         ValueError: A name is unknown or repeated, or the models do different tasks.
@@ -221,13 +269,18 @@ def compare_models(
     if not names or len(set(names)) != len(names):
         raise ValueError(f"Give one or more different models, got {', '.join(names) or 'none'}.")
     with torch_threads(settings.threads):
-        subjects = [subject(model, settings, size=size, merge=merge) for model in names]
+        subjects = [
+            subject(model, settings, size=size, merge=merge, engine=engine, check=engine == (*engines, "eager")[0])
+            for model in names
+            for engine in engines or ("eager",)
+        ]
+        notes = _ready(subjects) if engines else ()
         if len({each.task for each in subjects}) > 1:
-            tasks = ", ".join(f"{model}: {each.task}" for model, each in zip(names, subjects, strict=True))
+            tasks = ", ".join(f"{each.source}: {each.task}" for each in subjects)
             raise ValueError(f"Models of different tasks cannot be compared: {tasks}.")
-        if len(subjects) == 1 and subjects[0].checks:
+        if len(subjects) == 1 and subjects[0].checks and not engines:
             subjects.append(subject(names[0], settings, size=size, merge=False, label=f"{names[0]} (training form)"))
-        reference = subjects[1].name if len(subjects) > 1 else subjects[0].name
+        reference = subjects[1].name if len(subjects) > 1 and not engines else subjects[0].name
         with torch.inference_mode():
             timed = compare({each.name: each for each in subjects}, settings, reference=reference, progress=progress)
         peaks = [_peak(each, settings, size) if memory else None for each in subjects]
@@ -250,6 +303,7 @@ def compare_models(
     if goal is not None and first is not None:
         goals = (Goal(what=f"{entries[0].name} against {reference}, times as fast", value=first.median, wanted=goal),)
     shapes = {"x".join(map(str, each.inputs[0].shape[1:])) for each in subjects}
+    plain = subjects[0].task not in catalog.PIPELINE_TASKS
     return Benchmark(
         name=name,
         title=title or _title(names, entries),
@@ -260,7 +314,5 @@ def compare_models(
         entries=entries,
         checks=tuple(itertools.chain.from_iterable(each.checks for each in subjects)),
         goals=goals,
-        notes=("Weights, random or trained, do not change the time.",)
-        if subjects[0].task not in catalog.PIPELINE_TASKS
-        else (),
+        notes=(("Weights, random or trained, do not change the time.",) if plain else ()) + notes,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.catalog import nearest
+from zoo.cli.inputs import ENGINES
 from zoo.cli.models import find_model
 from zoo.cli.output import (
     UsageError,
@@ -60,6 +61,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--batch", type=int, metavar="N", help="inputs of one call (default: 4; or the benchmark's own)"
     )
+    parser.add_argument(
+        "--engine",
+        metavar="A,B",
+        help="run each model on each of these, the first being the reference: eager, onnxruntime, openvino, inductor",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch (default: 2)")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (default: 15; or the benchmark's own)")
@@ -110,6 +116,13 @@ def _check(args: argparse.Namespace, suites: list[str]) -> None:
                 raise UsageError(f"--{option.replace('_', '-')} is for models; {suites[0]} is a named benchmark.")
         if args.plot and len(suites) > 1:
             raise UsageError("--plot takes one named benchmark; with -o, each that can be drawn gets a plot.")
+    engines = _engines(args)
+    if engines and (suites or args.count is not None):
+        raise UsageError("--engine is for models; give their names.")
+    if wrong := [name for name in engines if name not in ENGINES or name == "auto"]:
+        near = nearest(wrong[0], ENGINES[:-1], 1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UsageError(f"--engine takes {', '.join(ENGINES[:-1])}, got {wrong[0]!r}.{hint}")
     if args.plot and args.plot.suffix.lower() not in _PLOTS:
         raise UsageError(f"--plot writes {', '.join(_PLOTS)}, not {args.plot.name!r}.")
     if args.count is not None and suites and "caching" not in suites:
@@ -135,6 +148,11 @@ def _check(args: argparse.Namespace, suites: list[str]) -> None:
         except ValueError as error:
             near = nearest(name, list(SUITES), 1)
             raise UsageError(f"{error}{f' A named benchmark is called {near[0]}.' if near else ''}") from error
+
+
+def _engines(args: argparse.Namespace) -> list[str]:
+    """Return the engines that are asked for, each once."""
+    return list(dict.fromkeys(name.strip() for name in (args.engine or "").split(",") if name.strip()))
 
 
 def _targets(args: argparse.Namespace, suites: list[str]) -> list[Path]:
@@ -176,6 +194,7 @@ def _measure(args: argparse.Namespace, suites: list[str]) -> list[Benchmark]:
                 size=args.size,
                 merge=not args.no_merge,
                 memory=args.memory,
+                engines=_engines(args),
                 progress=tell,
             )
         ]
