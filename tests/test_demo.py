@@ -36,6 +36,7 @@ from zoo.demo.parts import (
     generate,
     merge,
     photos,
+    shown,
     upscale,
 )
 from zoo.demo.report import Results
@@ -119,7 +120,7 @@ def results(photo: Photo) -> Results:
     )
     return Results(
         generation=generation,
-        upscalings=[upscaling],
+        upscalings=[upscaling, dataclasses.replace(upscaling, scale=1, jpeg=40, psnr=(28.0, 29.5), model="net_real")],
         merge=merged,
         classified=[classified],
         denoiser="denoiser.tag",
@@ -164,14 +165,14 @@ def test_page_stands_on_its_own(results: Results) -> None:
     assert "//" not in re.sub(r"data:image/png;base64,[\w+/=]+", "", html)
     seen = read(html)
     images = [attributes for tag, attributes in seen if tag == "img"]
-    assert len(images) >= 8 + 2 + 4 + 2
+    assert len(images) >= 8 + 2 * (2 + 4) + 2
     assert all((image["src"] or "").startswith("data:image/png;base64,iVBOR") for image in images)
     assert all(image["alt"] for image in images)
     assert not [tag for tag, _ in seen if tag in ("link", "iframe", "object", "embed")]
     assert all(not attributes.get("src") for tag, attributes in seen if tag == "script")
     targets = {attributes.get("id") for _, attributes in seen}
     links = [attributes["href"] or "" for tag, attributes in seen if tag == "a"]
-    assert len(links) == 4
+    assert len(links) == 5
     assert {link.removeprefix("#") for link in links} <= targets
     assert 'name="viewport"' in html
     assert "prefers-color-scheme: dark" in html
@@ -185,6 +186,7 @@ def test_page_shows_the_results(results: Results) -> None:
     assert "without a network connection" in html
     assert "31.25 dB" in html
     assert "+1.25 dB" in html
+    assert "JPEG 40 28.00 dB, <strong>net_real 29.50 dB</strong>" in html
     assert html.count('class="hit"') == 3 + 2
     assert "equal" in html  # a cache that changes nothing
     assert "None of the ten classes fits" in html
@@ -256,6 +258,19 @@ def test_upscale(photo: Photo) -> None:
     assert found.restored.dtype == np.uint8
     assert all(np.isfinite(found.psnr))
     assert all(0 < value < 1 for value in found.ssim)
+    compressed = upscale(photo, small_cfsr(), "small", jpeg=20)
+    assert compressed.jpeg == 20
+    assert np.array_equal(compressed.original, found.original)
+    assert not np.array_equal(compressed.small, found.small)
+
+
+def test_what_is_shown_is_cut_out() -> None:
+    for photo in photos().values():
+        cut = shown(photo)
+        assert all(side % 8 == 0 for side in cut.pixels.shape[:2])
+        (top, left, side), (y, x, _) = photo.detail, cut.detail
+        detail = cut.pixels[y : y + side, x : x + side]
+        assert np.array_equal(detail, photo.pixels[top : top + side, left : left + side])
 
 
 def small_classifier(classes: int) -> torch.nn.Module:
@@ -332,12 +347,14 @@ def test_run(pipe: PixelDiTPipeline, monkeypatch: pytest.MonkeyPatch, photo: Pho
     monkeypatch.setattr(zoo.demo, "photos", lambda: album)
     cache = CacheSetting(method="FBC", setting="0.1", config=FirstBlockCacheConfig(threshold=0.1))
     monkeypatch.setattr(parts, "cache_settings", lambda *_: [cache])
-    models = Models(pipe=pipe, classifier=small_classifier(2), upscalers={"small": small_cfsr()})
+    models = Models(
+        pipe=pipe, classifier=small_classifier(2), upscalers={"small": small_cfsr()}, real={"real": small_cfsr()}
+    )
     monkeypatch.setattr(zoo.demo, "merge", lambda settings, **_: merge(QUICK, name="repavit_tiny", rival="test_vit"))
     told: list[str] = []
     found = run_demo(models, threads=1, per_class=1, steps=3, progress=lambda what, done, total: told.append(what))
     stages = list(dict.fromkeys(what.partition(":")[0] for what in told))
-    assert stages == ["trying caches", "generating", "enlarging photos"]
+    assert stages == ["trying caches", "generating", "restoring photos"]
     read(render(found))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from zoo.bench.timing import Progress, Settings, environment, now, torch_threads
-from zoo.demo.parts import classify_photos, generate, merge, photos, upscale
+from zoo.demo.parts import classify_photos, generate, merge, photos, shown, upscale
 from zoo.demo.report import Results, headline, render
 from zoo.evaluation.fid_c import Judge
 from zoo.factory import create_model, create_pipeline
@@ -22,6 +22,8 @@ __all__ = ["Models", "Results", "headline", "load_models", "render", "run_demo"]
 DENOISER = "pixeldit.cifar10"
 CLASSIFIER = "repavit_tiny.cifar10"
 UPSCALERS = ("cfsr_x2.bsds", "cfsr_x4.bsds")
+REAL = ("restormer_tiny_restore_color.real", "cfsr_x2.real", "cfsr_x4.real")  # for photos as phones write them
+JPEG_QUALITY = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +34,13 @@ class Models:
         pipe: Makes pictures of the classifier's classes.
         classifier: In evaluation mode.
         upscalers: By name.
+        real: Restorers of compressed photos, by name.
     """
 
     pipe: Any
     classifier: nn.Module
     upscalers: dict[str, nn.Module]
+    real: dict[str, nn.Module]
 
 
 def load_models() -> Models:
@@ -45,15 +49,15 @@ def load_models() -> Models:
     Raises:
         CheckpointError: Some are not there, or damaged; the message names them.
     """
-    missing = [name for name in (DENOISER, CLASSIFIER, *UPSCALERS) if not (cards_dir() / name).is_dir()]
+    missing = [name for name in (DENOISER, CLASSIFIER, *UPSCALERS, *REAL) if not (cards_dir() / name).is_dir()]
     if missing:
         raise CheckpointError(f"The demo needs the weights {', '.join(missing)}, which are not in {cards_dir()}.")
     pipe = create_pipeline(DENOISER)
     pipe.set_progress_bar_config(disable=True)
     classifier = create_model(CLASSIFIER, pretrained=True).eval()
     reparameterize(classifier, measure=False)
-    upscalers = {name: load_restorer(model=name, device="cpu") for name in UPSCALERS}
-    return Models(pipe=pipe, classifier=classifier, upscalers=upscalers)
+    upscalers, real = ({name: load_restorer(model=name, device="cpu") for name in names} for names in (UPSCALERS, REAL))
+    return Models(pipe=pipe, classifier=classifier, upscalers=upscalers, real=real)
 
 
 def run_demo(
@@ -93,11 +97,12 @@ def run_demo(
             progress=progress,
         )
         upscalings = []
-        tasks = [(album[key], name) for key in ("cat", "astronaut", "coffee") for name in models.upscalers]
-        for done, (photo, name) in enumerate(tasks, 1):
-            upscalings.append(upscale(photo, models.upscalers[name], name))
+        tasks = [(album[key], name, None) for key in ("cat", "astronaut", "coffee") for name in models.upscalers]
+        tasks += [(shown(album["coffee"]), name, JPEG_QUALITY) for name in models.real]
+        for done, (photo, name, jpeg) in enumerate(tasks, 1):
+            upscalings.append(upscale(photo, {**models.upscalers, **models.real}[name], name, jpeg))
             if progress is not None:
-                progress("enlarging photos", done, len(tasks))
+                progress("restoring photos", done, len(tasks))
         names = list(generation.names)
         chosen = [(album["cat"], True), (album["coffee"], False), (album["rocket"], False)]
         classified = classify_photos(models.classifier, names, chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from zoo.bench.caching import (
 from zoo.bench.report import Check, Entry
 from zoo.bench.timing import Progress, Settings, compare, require_close
 from zoo.caching.presets import CacheSetting, cache_settings
+from zoo.data.degradations import JpegCompression
 from zoo.data.resize import imresize
 from zoo.evaluation.metrics import psnr, ssim
 from zoo.ffn.reparam import ReparamReport
@@ -251,21 +253,30 @@ def photos() -> dict[str, Photo]:
     }
 
 
+def shown(photo: Photo) -> Photo:
+    """Return what the report shows of a photo, cut out, its sides multiples of 8."""
+    top, left, height, width = photo.window
+    pixels = photo.pixels[top : top + height // 8 * 8, left : left + width // 8 * 8]
+    inner = photo.detail[0] - top, photo.detail[1] - left, photo.detail[2]
+    return dataclasses.replace(photo, pixels=pixels, window=(0, 0, *pixels.shape[:2]), detail=inner)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Upscaling:
-    """A photo that was shrunk and enlarged again.
+    """A photo that was shrunk, perhaps compressed, and restored.
 
     Args:
         photo: The photo.
         scale: Factor.
         original: The photo, cut to a multiple of the factor.
         small: The shrunk photo, which both methods get.
-        bicubic: Enlarged by bicubic interpolation.
-        restored: Enlarged by the network.
+        bicubic: Enlarged by bicubic interpolation; at scale 1 the shrunk photo itself.
+        restored: Restored by the network.
         psnr: Of bicubic and network, dB, luma.
         ssim: Of bicubic and network, luma.
         seconds: Time of the network.
         model: Name of the network.
+        jpeg: Quality at which the shrunk photo was compressed; None is not at all.
     """
 
     photo: Photo
@@ -278,24 +289,28 @@ class Upscaling:
     ssim: tuple[float, float]
     seconds: float
     model: str
+    jpeg: int | None = None
 
 
-def upscale(photo: Photo, restorer: nn.Module, name: str) -> Upscaling:
-    """Shrink a photo as MATLAB does, and enlarge it by bicubic interpolation and by a network.
+def upscale(photo: Photo, restorer: nn.Module, name: str, jpeg: int | None = None) -> Upscaling:
+    """Shrink a photo as MATLAB does, compress it or not, and restore it by bicubic interpolation and by a network.
 
     Args:
         photo: What to take.
         restorer: From `load_restorer`; its `scale` is the factor.
         name: Of the network, for people.
+        jpeg: Quality of the compression, 1 to 100.
     """
     scale = int(restorer.scale)  # type: ignore[arg-type]
     height, width = (side // scale * scale for side in photo.pixels.shape[:2])
     original = photo.pixels[:height, :width]
-    small = imresize(original, 1 / scale)
+    small = original if scale == 1 else imresize(original, 1 / scale)
+    if jpeg is not None:
+        small = JpegCompression.compress(small, jpeg)
     start = time.perf_counter()
     restored = restore(small, model=restorer)
     seconds = time.perf_counter() - start
-    bicubic = imresize(small, float(scale))
+    bicubic = small if scale == 1 else imresize(small, float(scale))
     target = _to_tensor(original)
     found = [_to_tensor(result) for result in (bicubic, restored)]
     ratios = [float(psnr(result, target, space="y", crop=scale)) for result in found]
@@ -311,6 +326,7 @@ def upscale(photo: Photo, restorer: nn.Module, name: str) -> Upscaling:
         ssim=(likeness[0], likeness[1]),
         seconds=seconds,
         model=name,
+        jpeg=jpeg,
     )
 
 

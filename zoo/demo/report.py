@@ -21,7 +21,7 @@ class Results:
 
     Args:
         generation: Samples and caches.
-        upscalings: Photos, enlarged.
+        upscalings: Photos, enlarged; those that were compressed before come in a section of their own.
         merge: A merged ViT.
         classified: Classified photos.
         denoiser: Name of the denoiser's weights.
@@ -58,14 +58,14 @@ def _decibels(value: float | None) -> str:
 
 
 def _gain(results: Results, scale: int) -> float:
-    gains = [found.psnr[1] - found.psnr[0] for found in results.upscalings if found.scale == scale]
+    gains = [found.psnr[1] - found.psnr[0] for found in results.upscalings if found.scale == scale and not found.jpeg]
     return sum(gains) / len(gains)
 
 
 def headline(results: Results) -> list[tuple[str, str]]:
     """Return the key numbers: (value, what it is)."""
     generation, merge = results.generation, results.merge
-    scales = sorted({found.scale for found in results.upscalings})
+    scales = sorted({found.scale for found in results.upscalings if not found.jpeg})
     gains = " / ".join(f"{_gain(results, scale):+.2f}" for scale in scales) + " dB"
     count = len(generation.labels)
     return [
@@ -107,7 +107,8 @@ def render(results: Results) -> str:
         tiles=headline(results),
         sections=[
             ("Generate, and let a cache skip work", _generation(results)),
-            ("Enlarge photos", _upscaling(results.upscalings)),
+            ("Enlarge photos", _upscaling([found for found in results.upscalings if not found.jpeg])),
+            ("Restore compressed photos", _compressed([found for found in results.upscalings if found.jpeg])),
             ("Merge a vision transformer", _merge(results.merge)),
             ("Classify photos", _photos(results)),
         ],
@@ -209,11 +210,25 @@ def _short(entry: Entry) -> str:
 
 
 def _upscaling(found: Sequence[Upscaling]) -> str:
-    parts = [
+    return (
         "<p>Each photo is shrunk as MATLAB&rsquo;s bicubic <code>imresize</code> does it, the way of the "
         "super-resolution benchmarks, then enlarged by <code>zoo.restore</code> and by bicubic interpolation. Drag the "
-        "divider.</p>"
-    ]
+        "divider.</p>" + _restored(found)
+    )
+
+
+def _compressed(found: Sequence[Upscaling]) -> str:
+    quality = " and ".join(dict.fromkeys(str(each.jpeg) for each in found))
+    return (
+        f"<p>Photos from phones and from the web are compressed. This one is shrunk where it is to be enlarged, saved "
+        f"as JPEG of quality {quality}, and restored by the weights for real photos, which <code>zoo.restore</code> "
+        "takes by itself where it sees blocks or noise.</p>" + _restored(found)
+    )
+
+
+def _restored(found: Sequence[Upscaling]) -> str:
+    """Return sliders, details and a table."""
+    parts = []
     for name in dict.fromkeys(each.photo.name for each in found):
         own = [each for each in found if each.photo.name == name]
         sliders = "".join(_slider(each) for each in own)
@@ -229,19 +244,26 @@ def _upscaling(found: Sequence[Upscaling]) -> str:
         )
         for each in found
     ]
+    plain = "bicubic, or as it is" if any(each.scale == 1 for each in found) else "bicubic"
     credits = "; ".join(dict.fromkeys(f"{each.photo.name}: {each.photo.credit}" for each in found))
     return "".join(parts) + (
-        table(("photo", "scale", "bicubic: PSNR / SSIM", "network: PSNR / SSIM", "gain", "time, once"), rows)
-        + f'<p class="soft">PSNR and SSIM of the whole photo on luma (BT.601), 8 bits, the scale&rsquo;s border pixels '
-        f"left out. Photos from scikit-image. {text(credits)}.</p>"
+        table(("photo", "scale", f"{plain}: PSNR / SSIM", "network: PSNR / SSIM", "gain", "time, once"), rows)
+        + f'<p class="soft">PSNR and SSIM of the whole picture on luma (BT.601), 8 bits, the scale&rsquo;s border '
+        f"pixels left out. Photos from scikit-image. {text(credits)}.</p>"
     )
+
+
+def _plain(each: Upscaling) -> str:
+    """Name what stands beside the network."""
+    return f"JPEG {each.jpeg}" if each.scale == 1 else "bicubic"
 
 
 def _slider(each: Upscaling) -> str:
     top, left, height, width = each.photo.window
     views = [image[top : top + height, left : left + width] for image in (each.bicubic, each.restored)]
-    caption = f"x{each.scale}: bicubic {each.psnr[0]:.2f} dB, <strong>{text(each.model)} {each.psnr[1]:.2f} dB</strong>"
-    return before_after(views[0], views[1], ("bicubic", each.model), caption)
+    plain = _plain(each)
+    caption = f"x{each.scale}: {plain} {each.psnr[0]:.2f} dB, <strong>{text(each.model)} {each.psnr[1]:.2f} dB</strong>"
+    return before_after(views[0], views[1], (plain, each.model), caption)
 
 
 def _crops(each: Upscaling) -> str:
@@ -250,7 +272,7 @@ def _crops(each: Upscaling) -> str:
     cells = []
     for image, name in (
         (each.small.repeat(each.scale, 0).repeat(each.scale, 1), f"shrunk to 1/{each.scale}"),
-        (each.bicubic, "bicubic"),
+        (each.bicubic, _plain(each)),
         (each.restored, each.model),
         (each.original, "original"),
     ):
