@@ -23,7 +23,7 @@ from zoo.pictures import restore as inference
 from zoo.pictures import restorers
 from zoo.pictures.metadata import Metadata
 from zoo.pictures.picture import Picture, PictureError
-from zoo.pictures.read import open_picture
+from zoo.pictures.read import open_picture, peek
 from zoo.pictures.restore import Networks, Size, load_restorer, restore, restore_picture
 from zoo.pictures.restored_image import as_image
 from zoo.pictures.write import write_picture
@@ -273,6 +273,14 @@ def test_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(PictureError, match=r"its 60x50 pixels are more than 2999"):
         open_picture(tmp_path / "large.png", max_pixels=2999)
     assert open_picture(tmp_path / "large.png", max_pixels=3000).size == (50, 60)
+    pages = [Image.new("RGB", (20, 10), (50 * shade, 0, 0)) for shade in range(5)]
+    for name in ("pages.tif", "moving.gif", "moving.webp"):
+        pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+        with pytest.raises(PictureError, match=r"its 5 frames of 20x10 pixels are more than 999"):
+            open_picture(tmp_path / name, every_frame=True, max_pixels=999)
+        with pytest.raises(PictureError, match=r"5 frames"):
+            peek(tmp_path / name, max_pixels=999)
+        assert len(open_picture(tmp_path / name, every_frame=True, max_pixels=1000).frames) == 4
 
 
 def test_frames(tmp_path: Path) -> None:

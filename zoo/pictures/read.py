@@ -65,8 +65,8 @@ def open_picture(
             Array (H, W) or (H, W, 1 to 4): uint8, uint16, bool, or floating point in [0, 1]; 2 and 4 channels end in
             alpha. Or a binary file that can seek.
         every_frame: Read all frames of an animation, or pages; otherwise the first alone.
-        max_pixels: Most pixels that are read, against files made to fill the memory; None is twice Pillow's
-            MAX_IMAGE_PIXELS, 179 million.
+        max_pixels: Most pixels that are read, of all frames together, against files made to fill the memory; None is
+            twice Pillow's MAX_IMAGE_PIXELS, 179 million.
 
     Raises:
         PictureError: It is no readable image, is truncated, is too large to be safe, or is of another kind.
@@ -142,13 +142,15 @@ def _readers(file: Path | BinaryIO) -> str:
     return "Pillow (without the plugins of `pip install 'ffn-zoo[formats]'`)" if missing else "Pillow"
 
 
-def _check_size(name: str, width: int, height: int, max_pixels: int | None) -> None:
+def _check_size(name: str, width: int, height: int, max_pixels: int | None, frames: int = 1) -> None:
+    """Refuse what does not fit the memory: all frames that are read are held at once."""
     limit = max_pixels
     if limit is None:
         limit = None if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:
+    if limit is not None and frames * width * height > limit:
+        size = f"{frames} frames of {width}x{height}" if frames > 1 else f"{width}x{height}"
         raise PictureError(
-            f"{name} is refused: its {width}x{height} pixels are more than {limit}. Allow more by --max-pixels "
+            f"{name} is refused: its {size} pixels are more than {limit}. Allow more by --max-pixels "
             "(max_pixels in Python) if you trust the file."
         )
 
@@ -178,6 +180,8 @@ def _read_tiff(name: str, file: Path | BinaryIO, every_frame: bool, max_pixels: 
             pages = pages_of(tiff)
             for page in pages:
                 _check_size(name, page.imagewidth, page.imagelength, max_pixels)
+            if every_frame and pages:
+                _check_size(name, pages[0].imagewidth, pages[0].imagelength, max_pixels, len(pages))
             turns = [int(page.tags[274].value) if 274 in page.tags else 1 for page in pages]
         if not isinstance(file, Path):
             file.seek(0)
@@ -222,6 +226,7 @@ def _read_pillow(name: str, file: Path | BinaryIO, data: bytes, every_frame: boo
             else:
                 _warn_frames(name, count)
         if count > 1 and every_frame and alike:
+            _check_size(name, image.width, image.height, max_pixels, count)
             return _read_frames(image, name, kind, count)
         settings: dict[str, Any] = {}
         deep = None if count > 1 else _deep(image, file, data)
@@ -525,6 +530,7 @@ def peek(path: Path, max_pixels: int | None = None) -> Kind:
             bits = 32 if mode == "F" else 16 if mode.startswith("I") else 1 if mode == "1" else _bits(kind, data)
             size = image.size if upright(_orientation(image))[0] else image.size[::-1]
             count = int(getattr(image, "n_frames", 1)) if kind in _ANIMATED or kind in _PAGED else 1
+            _check_size(name, image.width, image.height, max_pixels, count)
             return Kind(
                 format="JPEG" if kind == "MPO" else kind, size=size, colors=colors, alpha=alpha, bits=bits, frames=count
             )
@@ -535,7 +541,7 @@ def _peek_tiff(path: Path, name: str, max_pixels: int | None) -> Kind:
         with tifffile.TiffFile(str(path)) as tiff:
             pages = pages_of(tiff)
             page = pages[0]
-            _check_size(name, page.imagewidth, page.imagelength, max_pixels)
+            _check_size(name, page.imagewidth, page.imagelength, max_pixels, len(pages))
             size = (page.imagelength, page.imagewidth)
             turn = int(page.tags[274].value) if 274 in page.tags else 1
             number = int(page.photometric)

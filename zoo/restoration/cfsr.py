@@ -670,6 +670,7 @@ default_cfgs = generate_default_cfgs(
         "cfsr_x2.authors": _authors(2, "e6440c1a70af2cfa16c51287593f681438c8f307a81f90367a24e42086522f2c"),
         "cfsr_x3.authors": _authors(3),
         "cfsr_x4.bsds": _ours(4, "bsds"),
+        "cfsr_x4.real": _ours(4, "real"),
         "cfsr_x4.authors": _authors(4, "59c779a61c72238aed87683a908248d6e9e3cdb78a29a71da196d20092b6f2f6"),
     }
 )

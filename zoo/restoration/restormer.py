@@ -535,7 +535,9 @@ default_cfgs = generate_default_cfgs(
         "restormer_tiny_denoise_color.bsds": _cfg(
             "denoise", file=shipped("restormer_tiny_denoise_color.bsds"), sigma=(0.0, 50.0), license="apache-2.0"
         ),
-        "restormer_tiny_restore_color": _cfg("restore"),
+        "restormer_tiny_restore_color.real": _cfg(
+            "restore", file=shipped("restormer_tiny_restore_color.real"), license="apache-2.0"
+        ),
     }
 )
 
