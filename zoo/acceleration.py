@@ -271,7 +271,7 @@ def _quantize(networks: list[nn.Module], quantize: Quantization) -> Acceleration
             for name, module in network.named_modules()
             if type(module) is nn.Linear and "lora_" not in name and id(module) not in kept
         }
-        size += sum(network.get_submodule(name).weight.nbytes for name in layers)
+        size += sum(cast(torch.Tensor, network.get_submodule(name).weight).nbytes for name in layers)
         changed += len(layers)
         torchao.quantization.quantize_(network, config, filter_fn=lambda module, name, layers=layers: name in layers)
     if not changed:

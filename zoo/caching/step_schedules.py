@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -137,7 +138,7 @@ class StepSchedule:
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> StepSchedule:
+    def load(cls, path: str | os.PathLike[str]) -> StepSchedule:
         """Read a file that `save` wrote.
 
         Raises:

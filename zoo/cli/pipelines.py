@@ -267,7 +267,7 @@ class Plan:
 @contextmanager
 def _telling(pipe: Any, tell: Callable[[], None] | None, takes: frozenset[str]) -> Iterator[dict[str, Any]]:
     """Yield the arguments with which a pipeline tells of each step; without a callback its scheduler does."""
-    scheduler = getattr(pipe, "scheduler", None)
+    scheduler: Any = getattr(pipe, "scheduler", None)
     if tell is None or ("callback_on_step_end" not in takes and scheduler is None):
         yield {}
         return

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from zoo.bench.timing import Progress, Settings, environment, now, torch_threads
-from zoo.demo.parts import classify_photos, generate, merge, photos, shown, upscale
+from zoo.demo.parts import Photo, classify_photos, generate, merge, photos, shown, upscale
 from zoo.demo.report import Results, headline, render
 from zoo.evaluation.fid_c import Judge
 from zoo.factory import create_model, create_pipeline
@@ -97,6 +97,7 @@ def run_demo(
             progress=progress,
         )
         upscalings = []
+        tasks: list[tuple[Photo, str, int | None]]
         tasks = [(album[key], name, None) for key in ("cat", "astronaut", "coffee") for name in models.upscalers]
         tasks += [(shown(album["coffee"]), name, JPEG_QUALITY) for name in models.real]
         for done, (photo, name, jpeg) in enumerate(tasks, 1):
