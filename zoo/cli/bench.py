@@ -120,7 +120,7 @@ def _check(args: argparse.Namespace, suites: list[str]) -> None:
     if engines and (suites or args.count is not None):
         raise UsageError("--engine is for models; give their names.")
     if wrong := [name for name in engines if name not in ENGINES or name == "auto"]:
-        near = nearest(wrong[0], ENGINES[:-1], 1)
+        near = nearest(wrong[0], list(ENGINES[:-1]), 1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UsageError(f"--engine takes {', '.join(ENGINES[:-1])}, got {wrong[0]!r}.{hint}")
     if args.plot and args.plot.suffix.lower() not in _PLOTS:
