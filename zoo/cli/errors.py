@@ -376,20 +376,24 @@ def code_of(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return code_for("Out of memory")
     said = " ".join(str(error).split()) or type(error).__name__
-    return code_for(said, _module(error.__traceback__) if isinstance(error, _EXPECTED) else "")
+    module, is_own = _module(error.__traceback__)
+    if isinstance(error, RuntimeError) and not is_own:
+        module = ""  # of a library: no fault that the caller could have made
+    return code_for(said, module if isinstance(error, _EXPECTED) else "")
 
 
 _EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 
-def _module(trace: TracebackType | None) -> str:
-    """Return the innermost module of zoo that an error went through, without `zoo.`."""
-    found = ""
+def _module(trace: TracebackType | None) -> tuple[str, bool]:
+    """Return the innermost module of zoo that an error went through, without `zoo.`, and whether it arose there."""
+    found, is_own = "", False
     while trace is not None:
         name = str(trace.tb_frame.f_globals.get("__name__", ""))
-        found = name.removeprefix("zoo.") if name.startswith("zoo.") else found
+        is_own = name.startswith("zoo.")
+        found = name.removeprefix("zoo.") if is_own else found
         trace = trace.tb_next
-    return found
+    return found, is_own
 
 
 def with_code(said: str, code: str) -> str:
