@@ -145,7 +145,7 @@ class JpegCompression(Degradation):
             buffer, "JPEG", quality=quality, subsampling=0 if pixels.shape[2] == 1 else subsampling
         )
         with Image.open(buffer) as coded:
-            return np.asarray(coded).reshape(pixels.shape)
+            return np.array(coded).reshape(pixels.shape)  # a copy: that of the picture cannot be written
 
 
 class MotionBlur(Degradation):
