@@ -32,7 +32,7 @@ quick: $(STAMP)
 
 # The documents as a site, offline. Open docs/_build/index.html.
 docs: $(STAMP)
-	$(BIN)/python -m sphinx -q -b html docs docs/_build
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
 
 # Seed 200 bugs of one line and tell which of them the tests let live; `make mutate COUNT=20 AREAS='hub data'`.
 COUNT ?= 200

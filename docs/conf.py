@@ -50,6 +50,8 @@ def _plain(app: Sphinx, what: str, name: str, obj: object, options: object, line
     for index, piece in enumerate(pieces):
         if index % 2 == 0:
             pieces[index] = re.sub(r"(_)(?![^\W_])", r"\\\1", re.sub(r"([\\*|])", r"\\\1", piece))
+            if index and re.match(r"\w", piece) and pieces[index - 1].endswith("`"):
+                pieces[index] = "\\ " + pieces[index]  # a plural: the end of the name must be seen
         elif piece.startswith("```"):
             body = piece.partition("\n")[2].rpartition("\n")[0]
             pieces[index] = "::\n\n" + textwrap.indent(body, "    ") + "\n"

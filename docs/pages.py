@@ -161,13 +161,19 @@ def families() -> dict[str, str]:
             (f"zoo.{kind}.{card.stem}" for kind in ("backbones", "restoration")
              if (ROOT / "zoo" / kind / f"{card.stem}.py").is_file()), None,
         )  # fmt: skip
+        text = re.sub(r"\[`?([^\]`]+)`?\]\(\1\)", r"`\1`", text)  # folders of weights are no pages here
         found[card.stem] = text.strip() + (_automodule(module, "## Reference") if module else "") + "\n"
     found["index"] = "# Families\n\n```{toctree}\n:maxdepth: 1\n:glob:\n\n*\n```\n"
     return found
 
 
 def _automodule(module: str, heading: str) -> str:
-    directive = f".. automodule:: {module}\n   :members:\n   :exclude-members: ModelMixin\n   :show-inheritance:\n"
+    """Return the reference of a module, without names that it only passes on: they stand with their own module."""
+    loaded = importlib.import_module(module)
+    own = {name: getattr(getattr(loaded, name), "__module__", module) for name in getattr(loaded, "__all__", ())}
+    others = [name for name, where in own.items() if where != module and str(where).startswith("zoo.")]
+    left = ", ".join(["ModelMixin", *others])
+    directive = f".. automodule:: {module}\n   :members:\n   :exclude-members: {left}\n   :show-inheritance:\n"
     return f"\n\n{heading}\n\n```{{eval-rst}}\n{directive}```\n"
 
 
