@@ -28,7 +28,7 @@ quick: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy & types=$$!; \
-	$(BIN)/python -m pytest -m 'not slow' --durations=0 --durations-min=2 $(QUICK) && wait $$types
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow' --durations=0 --durations-min=2 $(QUICK) && wait $$types
 
 # The documents as a site, offline. Open docs/_build/index.html.
 docs: $(STAMP)
