@@ -88,7 +88,7 @@ def add_parser(subparsers: Any) -> None:
     existing.add_argument("--skip-existing", action="store_true", help="leave existing results as they are")
     existing.add_argument("--force", action="store_true", help="replace existing results")
     add_device(parser)
-    add_engine(parser, "auto", ", and stays eager for what takes less than two minutes")
+    add_engine(parser, "eager", ", where it takes two minutes or more")
 
 
 def run(args: argparse.Namespace) -> int:
