@@ -45,9 +45,7 @@ if __name__ == "__main__":
     sys.exit(main(["app", *MODELS, "--host", "0.0.0.0", "--port", "7860", "--max-pixels", "4M", "--max-queue", "8"]))
 '''
 
-_REQUIREMENTS = """--extra-index-url https://download.pytorch.org/whl/cpu
-ffn-zoo[app]=={version}
-"""
+_REQUIREMENTS = "ffn-zoo[app]=={version}\n"
 
 
 def space_files() -> dict[str, str]:
