@@ -64,9 +64,12 @@ class Untraceable(nn.Module):
 
 
 @torch.no_grad()
-def test_onnxruntime_is_the_model_with_another_forward(restorer: tuple[nn.Module, Tensor], folder: Path) -> None:
+def test_onnxruntime_is_the_model_with_another_forward(
+    restorer: tuple[nn.Module, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every size from one artefact; all else of the model stays; copies and pickles run too."""
-    model, x = restorer
+    monkeypatch.setenv("ZOO_CACHE", str(tmp_path))  # of its own: other tests build in that of the module
+    folder, (model, x) = engines_dir(), restorer
     twin = copy.deepcopy(model)
     assert zoo.accelerate(model, engine="onnxruntime") is model
     assert model.zoo_report.steps[-1].name == "engine"
