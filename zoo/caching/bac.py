@@ -10,7 +10,6 @@ import re
 import warnings
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Literal
 
 from torch import nn
@@ -19,7 +18,7 @@ from zoo.caching.blocks import model_units
 from zoo.caching.fitting import find_fit, wrong_steps
 from zoo.caching.registry import is_count, place, require, require_evaluation
 from zoo.caching.runs import RunTracker
-from zoo.caching.schedules import BACSchedule, Metric, uniform_steps
+from zoo.caching.schedules import BACSchedule, Metric, schedule_of, uniform_steps
 from zoo.caching.units import Turn, place_units
 
 __all__ = ["BACConfig", "uniform_schedule"]
@@ -177,15 +176,7 @@ def _place(path: str) -> tuple[str, str]:
 def _bac(config: BACConfig, model: nn.Module, run: RunTracker) -> None:
     config.check()
     require_evaluation(config, model)
-    if config.schedule is None:
-        raise ValueError(
-            "BACConfig has no schedule: calibrate first, config = zoo.calibrate_cache(pipe, BACConfig(), run=lambda: "
-            "pipe(...)), or give it the file of one."
-        )
-    schedule = config.schedule
-    if not isinstance(schedule, BACSchedule):
-        schedule = BACSchedule.load(Path(schedule))
-    schedule.check()
+    schedule = schedule_of(config, BACSchedule)
     units = model_units(model, "BACConfig")
     # a unit that the run of the calibration did not call has no steps, and is always computed; a block of a list that
     # it went through has some, or the schedule is for a model of another depth

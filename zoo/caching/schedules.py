@@ -7,8 +7,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,12 +18,14 @@ __all__ = [
     "BACSchedule",
     "Kind",
     "Metric",
+    "StoredSchedule",
     "adjacent_steps",
     "anchor_steps",
     "block_error",
     "bubbling_union",
     "choose_steps",
     "keyed_name",
+    "schedule_of",
     "similarity",
     "top_errors",
     "uniform_steps",
@@ -219,8 +222,83 @@ def keyed_name(kind: str, model: str, scheduler: str | None, num_steps: int, gui
     return re.sub(r"[^\w.-]", "-", f"{kind}_{model}_{scheduler or 'any'}_{num_steps}_{scale}") + ".json"
 
 
+class StoredSchedule:
+    """A schedule that is kept as plain data, in JSON; for frozen dataclasses."""
+
+    _called: ClassVar[str]
+    """What a file of it is, for messages."""
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """Read a file that `save` wrote.
+
+        Raises:
+            ValueError: It is no schedule.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no {cls._called}: {error}") from error
+        return cls.from_values(values, str(path))
+
+    def to_values(self) -> dict[str, Any]:
+        """Return plain data, for JSON."""
+        values: Any = self
+        return {"version": _VERSION, **asdict(values)}
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any], name: str) -> Self:
+        """Return what `to_values` took apart.
+
+        Args:
+            values: Plain data.
+            name: Where it is from, for messages.
+
+        Raises:
+            ValueError: It is no schedule.
+        """
+        try:
+            values = dict(values)
+            if values.pop("version") != _VERSION:
+                raise ValueError("of another version")
+            schedule = cls(**cls._decoded(values))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{name} is no {cls._called}: {error}") from error
+        schedule.check(name)
+        return schedule
+
+    @classmethod
+    def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Return values of JSON as those of the dataclass."""
+        raise NotImplementedError
+
+    def check(self, name: str = "The schedule") -> None:
+        """Raise ValueError where the schedule contradicts itself."""
+        raise NotImplementedError
+
+
+_Schedule = TypeVar("_Schedule", bound=StoredSchedule)
+
+
+def schedule_of(config: Any, kind: type[_Schedule]) -> _Schedule:
+    """Return the checked schedule of a configuration, read where it is a file.
+
+    Raises:
+        ValueError: There is none, or it contradicts itself.
+    """
+    name = type(config).__name__
+    if config.schedule is None:
+        raise ValueError(
+            f"{name} has no schedule: calibrate first, config = zoo.calibrate_cache(pipe, {name}(), run=lambda: "
+            "pipe(...)), or give it the file of one."
+        )
+    schedule = config.schedule if isinstance(config.schedule, kind) else kind.load(config.schedule)
+    schedule.check()
+    return schedule
+
+
 @dataclass(frozen=True, kw_only=True)
-class BACSchedule:
+class BACSchedule(StoredSchedule):
     """Which steps compute which unit of a model.
 
     Args:
@@ -239,6 +317,8 @@ class BACSchedule:
         metric: What `matrices` holds.
         matrices: Likeness of each unit's features at any two steps, where runs of other steps are to be served too.
     """
+
+    _called = "BAC schedule"
 
     model: str
     num_steps: int
@@ -319,7 +399,7 @@ class BACSchedule:
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        path: str | PathLike[str],
         *,
         num_steps: int | None = None,
         scheduler: str | None = None,
@@ -337,12 +417,12 @@ class BACSchedule:
             FileNotFoundError: There is no such file, or none in the folder that fits.
             ValueError: It is no schedule, or several in the folder fit.
         """
-        path = Path(path)
+        path, read = Path(path), super().load
         if not path.is_dir():
-            return cls._read(path)
+            return read(path)
         wanted = {"num_steps": num_steps, "scheduler": scheduler, "guidance": guidance}
         wanted = {key: value for key, value in wanted.items() if value is not None}
-        found = {file.name: cls._read(file) for file in sorted(path.glob("bac_*.json"))}
+        found = {file.name: read(file) for file in sorted(path.glob("bac_*.json"))}
         fitting = [each for each in found.values() if all(getattr(each, key) == wanted[key] for key in wanted)]
         if len(fitting) != 1:
             said = ", ".join(f"{key}={value}" for key, value in wanted.items()) or "no condition"
@@ -352,43 +432,11 @@ class BACSchedule:
         return fitting[0]
 
     @classmethod
-    def _read(cls, file: Path) -> BACSchedule:
-        try:
-            values = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is no BAC schedule: {error}") from error
-        return cls.from_values(values, str(file))
-
-    def to_values(self) -> dict[str, Any]:
-        """Return plain data, for JSON."""
-        return {"version": _VERSION, **asdict(self)}
-
-    @classmethod
-    def from_values(cls, values: dict[str, Any], name: str) -> BACSchedule:
-        """Return what `to_values` took apart.
-
-        Args:
-            values: Plain data.
-            name: Where it is from, for messages.
-
-        Raises:
-            ValueError: It is no schedule.
-        """
-        try:
-            values = dict(values)
-            if values.pop("version") != _VERSION:
-                raise ValueError("of another version")
-            values["units"] = {unit: tuple(steps) for unit, steps in values["units"].items()}
-            values["timesteps"] = tuple(values["timesteps"])
-            values["union"] = tuple(values["union"])
-            values["matrices"] = {
-                unit: tuple(tuple(row) for row in rows) for unit, rows in values.get("matrices", {}).items()
-            }
-            schedule = cls(**values)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{name} is no BAC schedule: {error}") from error
-        schedule.check(name)
-        return schedule
+    def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        tuples = {name: tuple(values[name]) for name in ("timesteps", "union")}
+        units = {unit: tuple(steps) for unit, steps in values["units"].items()}
+        matrices = {unit: tuple(tuple(row) for row in rows) for unit, rows in values.get("matrices", {}).items()}
+        return {**values, **tuples, "units": units, "matrices": matrices}
 
     def check(self, name: str = "The schedule") -> None:
         """Raise ValueError where the schedule contradicts itself."""

@@ -23,6 +23,7 @@ from zoo.caching.fitting import find_fit, wrong_steps
 from zoo.caching.hooks import ContextStates, outside_graphs
 from zoo.caching.registry import is_count, place, require, require_evaluation
 from zoo.caching.runs import RunTracker
+from zoo.caching.schedules import schedule_of
 from zoo.caching.step_schedules import StepSchedule
 from zoo.caching.streams import Path, rebuilt, tensors
 
@@ -180,15 +181,7 @@ def _weighted_sum(outputs: dict[int, dict[Path, Tensor]], weights: Any, path: Pa
 def _step_forecast(config: StepForecastConfig, model: nn.Module, run: RunTracker) -> None:
     config.check()
     require_evaluation(config, model)
-    if config.schedule is None:
-        raise ValueError(
-            "StepForecastConfig has no schedule: calibrate first, config = zoo.calibrate_cache(pipe, "
-            "StepForecastConfig(), run=lambda: pipe(...)), or give it the file of one."
-        )
-    schedule = config.schedule
-    if not isinstance(schedule, StepSchedule):
-        schedule = StepSchedule.load(schedule)
-    schedule.check()
+    schedule = schedule_of(config, StepSchedule)
     if schedule.model != type(model).__name__:
         raise ValueError(f"The step forecast schedule is for a {schedule.model}, this is a {type(model).__name__}.")
     HookRegistry.check_if_exists_or_initialize(model).register_hook(_ForecastHook(schedule, run), _HOOK)

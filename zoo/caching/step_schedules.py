@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zoo.caching.schedules import keyed_name
+from zoo.caching.schedules import StoredSchedule, keyed_name
 
 __all__ = ["StepSchedule", "plan_steps"]
 
-_VERSION = 1
 _MOST_STEPS = 256  # the plan takes steps³ numbers
 _RIDGE = 1e-6  # of two outputs that are nearly the same
 
@@ -94,7 +92,7 @@ def _costs(products: Tensor, effects: Tensor, before: int, last: int) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepSchedule:
+class StepSchedule(StoredSchedule):
     """Which steps compute the whole denoiser, and from what its outputs at the others are forecast.
 
     Args:
@@ -106,6 +104,8 @@ class StepSchedule:
         timesteps: Of the scheduler, empty if unknown.
         guidance: Scale of classifier-free guidance in the calibration, None if not said.
     """
+
+    _called = "schedule of step forecasts"
 
     model: str
     num_steps: int
@@ -138,47 +138,13 @@ class StepSchedule:
         return path
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> StepSchedule:
-        """Read a file that `save` wrote.
-
-        Raises:
-            ValueError: It is no schedule.
-        """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no schedule of step forecasts: {error}") from error
-        return cls.from_values(values, str(path))
-
-    def to_values(self) -> dict[str, Any]:
-        """Return plain data, for JSON."""
-        return {"version": _VERSION, **asdict(self)}
-
-    @classmethod
-    def from_values(cls, values: dict[str, Any], name: str) -> StepSchedule:
-        """Return what `to_values` took apart.
-
-        Args:
-            values: Plain data.
-            name: Where it is from, for messages.
-
-        Raises:
-            ValueError: It is no schedule.
-        """
-        try:
-            values = dict(values)
-            if values.pop("version") != _VERSION:
-                raise ValueError("of another version")
-            values["steps"], values["timesteps"] = tuple(values["steps"]), tuple(values["timesteps"])
-            values["forecasts"] = {
-                int(step): {int(used): float(weight) for used, weight in weights.items()}
-                for step, weights in values["forecasts"].items()
-            }
-            schedule = cls(**values)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{name} is no schedule of step forecasts: {error}") from error
-        schedule.check(name)
-        return schedule
+    def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        forecasts = {
+            int(step): {int(used): float(weight) for used, weight in weights.items()}
+            for step, weights in values["forecasts"].items()
+        }
+        tuples = {name: tuple(values[name]) for name in ("steps", "timesteps")}
+        return {**values, **tuples, "forecasts": forecasts}
 
     def check(self, name: str = "The schedule") -> None:
         """Raise ValueError where the schedule contradicts itself."""
