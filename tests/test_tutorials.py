@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
+from test_site import module
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 NOTEBOOKS = sorted((DOCS / "tutorials").glob("*.ipynb"))
 
-spec = importlib.util.spec_from_file_location("zoo_notebooks", DOCS / "notebooks.py")
-assert spec is not None
-assert spec.loader is not None
-notebooks = importlib.util.module_from_spec(spec)
-sys.modules["zoo_notebooks"] = notebooks
-spec.loader.exec_module(notebooks)
+notebooks = module("notebooks")
 
 
 def test_there_are_tutorials() -> None:

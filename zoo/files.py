@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["is_hidden", "whole"]
+__all__ = ["cache_dir", "is_hidden", "whole"]
 
 _SYSTEM_NAMES = ("__macosx", "@eadir", "$recycle.bin", "thumbs.db", "desktop.ini")  # in small letters
 
@@ -17,6 +17,13 @@ _SYSTEM_NAMES = ("__macosx", "@eadir", "$recycle.bin", "thumbs.db", "desktop.ini
 def is_hidden(name: str) -> bool:
     """Tell whether a file or folder is not the user's: hidden, or written by a system (`__MACOSX`, `Thumbs.db`)."""
     return name.startswith(".") or name.lower() in _SYSTEM_NAMES
+
+
+def cache_dir() -> Path:
+    """Return the user's folder for what zoo keeps: that of `ZOO_CACHE`, or zoo in the platform's cache folder."""
+    if folder := os.environ.get("ZOO_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zoo"
 
 
 @contextmanager

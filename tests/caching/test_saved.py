@@ -17,7 +17,8 @@ from tiny_folders import denoiser_folder
 import zoo
 from zoo.caching import BACConfig, CGTaylorConfig, SavedSetting, TaylorSeerConfig
 from zoo.caching.bac import uniform_schedule
-from zoo.caching.saved import default_guidance, fingerprint, folder_for, settings_dir
+from zoo.caching.saved import default_guidance, fingerprint, folder_for
+from zoo.files import cache_dir
 from zoo.weights import cards_dir
 
 
@@ -148,7 +149,7 @@ def test_folders(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     folder = denoiser_folder(tmp_path / "model")
     pipe = zoo.create_pipeline(str(folder))
     assert folder_for(pipe) == folder_for(pipe.transformer) == folder
-    assert folder_for(class_pipeline()) == cache == settings_dir()
+    assert folder_for(class_pipeline()) == cache == cache_dir()
     pipe.register_to_config(_name_or_path=str(cards_dir() / "pixeldit.cifar10"))
     assert folder_for(pipe) == cache
     pipe.register_to_config(_name_or_path=str(folder))
@@ -160,7 +161,7 @@ def test_folders(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert zoo.cache_summary(pipe).denoisers[0].config.threshold == 2
     monkeypatch.delenv("ZOO_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert settings_dir() == tmp_path / "xdg" / "zoo"
+    assert cache_dir() == tmp_path / "xdg" / "zoo"
     assert default_guidance(pipe) == 3.0
 
 

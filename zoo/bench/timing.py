@@ -5,8 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from zoo.bench.latency import Latency, summarize, time_in_turns
 from zoo.bench.report import Check, Ratio
+from zoo.engines.call import torch_threads
 from zoo.version import __version__
 
 __all__ = [
@@ -91,17 +91,6 @@ class Settings:
         """Return the settings for people, with what a benchmark adds."""
         own = {"batch": self.batch, "dtype": self.dtype, "threads": self.threads, "rounds": self.rounds}
         return {**own, "warm-up rounds": self.warmup, **more}
-
-
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """Let torch use so many CPU threads within a `with` block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def compare(

@@ -20,20 +20,13 @@ from torch import Tensor, nn
 from zoo.caching.registry import place
 from zoo.caching.schedules import BACSchedule, keyed_name
 from zoo.caching.step_schedules import StepSchedule
-from zoo.files import whole
+from zoo.files import cache_dir, whole
 from zoo.weights import cards_dir
 
-__all__ = ["SavedSetting", "default_guidance", "find_setting", "fingerprint", "folder_for", "settings_dir"]
+__all__ = ["SavedSetting", "default_guidance", "find_setting", "fingerprint", "folder_for"]
 
 _VERSION = 1
 _KIND = "cache"
-
-
-def settings_dir() -> Path:
-    """Return the user's folder of settings: that of `ZOO_CACHE`, or zoo in the platform's cache folder."""
-    if folder := os.environ.get("ZOO_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zoo"
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -165,15 +158,15 @@ def folder_for(pipe_or_model: DiffusionPipeline | nn.Module) -> Path:
     """
     folder = _own_folder(pipe_or_model)
     if folder is None or not os.access(folder, os.W_OK):
-        return settings_dir()
+        return cache_dir()
     foreign = (cards_dir(), Path(constants.HF_HUB_CACHE))
-    return settings_dir() if any(folder.resolve().is_relative_to(each.resolve()) for each in foreign) else folder
+    return cache_dir() if any(folder.resolve().is_relative_to(each.resolve()) for each in foreign) else folder
 
 
 def _candidates(pipe_or_model: DiffusionPipeline | nn.Module, model: nn.Module) -> Iterator[SavedSetting]:
     """Yield all settings for a model, of one file name only that in the user's folder."""
     seen: set[str] = set()
-    for folder in (settings_dir(), _own_folder(pipe_or_model)):
+    for folder in (cache_dir(), _own_folder(pipe_or_model)):
         if folder is None:
             continue
         for file in sorted(folder.glob(f"{_KIND}_{type(model).__name__}-{fingerprint(model)}_*.json")):

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from zoo.engines.runtimes import ENGINES, EngineError, EngineName, Runner, insta
 from zoo.engines.store import digest, engines_dir, facts_of, fingerprint, note_facts
 from zoo.files import whole
 
-__all__ = ["TOLERANCE", "EngineCall", "attach", "detach", "engine_of"]
+__all__ = ["TOLERANCE", "EngineCall", "attach", "detach", "engine_of", "torch_threads"]
 
 TOLERANCE = 1e-4
 """Largest difference of an engine's output from the model's, over the largest output; float32."""
@@ -276,7 +276,7 @@ class EngineCall:
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".zoo-"))
         try:
             try:
-                with _torch_threads(threads), torch.no_grad():
+                with torch_threads(threads), torch.no_grad():
                     runtime.build(network or call_network(self.model, leaves, spec), temporary, threads)
             except ExportError as error:
                 raise EngineError(f"{runtime.label} cannot run {type(self.model).__name__}: {error}") from error
@@ -435,8 +435,8 @@ def _in_turns(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _torch_threads(threads: int) -> Any:
-    """Let what is compiled now use so many threads."""
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let torch use so many CPU threads within a `with` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -7,7 +7,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.files import whole
+from zoo.files import cache_dir, whole
 from zoo.version import __version__
+from zoo.weights import sha256_of
 
 __all__ = ["digest", "engines_dir", "facts_of", "fingerprint", "note_facts"]
 
@@ -29,10 +29,8 @@ _OTHERS = ("torch.", "timm.", "torchvision.", "diffusers.", "transformers.")  # 
 
 
 def engines_dir() -> Path:
-    """Return the folder of engines: below that of `ZOO_CACHE`, or zoo in the platform's cache folder."""
-    root = os.environ.get("ZOO_CACHE")
-    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zoo"
-    return base / "engines"
+    """Return the folder of engines, in the user's folder of zoo."""
+    return cache_dir() / "engines"
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -86,7 +84,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
     """Return what is noted of an artefact; nothing where it was never finished, or is damaged."""
     try:
         facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-        sound = all(_checksum(folder / name) == value for name, value in facts["files"].items())
+        sound = all(sha256_of(folder / name) == value for name, value in facts["files"].items())
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return {}
     return dict(facts) if sound else {}
@@ -99,11 +97,6 @@ def note_facts(folder: Path, facts: dict[str, Any]) -> None:
         OSError: The folder cannot be written to.
     """
     files = [path for path in folder.iterdir() if path.is_file() and path.name != _FACTS and path.suffix != ".json"]
-    facts = {**facts, "files": {path.name: _checksum(path) for path in files}}
+    facts = {**facts, "files": {path.name: sha256_of(path) for path in files}}
     with whole(folder / _FACTS) as temporary:
         temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
