@@ -34,6 +34,7 @@ import zoo.restoration
 from zoo import catalog, hub
 from zoo.cfg import ModelCfg
 from zoo.ffn.ewa import collapse_state_dict
+from zoo.ffn.structured import drop_guides
 from zoo.ffn.technique import rebuild
 from zoo.record import CONFIG_NAME, KEY, ModelRecord, RecordError, attach, described, read_record, record_of
 from zoo.sources import CheckpointError, Source, card_sha256, front_matter, task_of, timm_names, weight_file
@@ -219,7 +220,7 @@ def from_record(record: ModelRecord, state_dict: dict[str, Tensor], source: str,
 
 
 def _as_used(record: ModelRecord, state_dict: dict[str, Tensor]) -> tuple[ModelRecord, dict[str, Tensor]]:
-    """Return the dense weights of a training with averaged experts or adapters, and a record without them."""
+    """Return the weights without what only training has, averaged experts, adapters and guides, and such a record."""
     kept = []
     for change in record.changes:
         if change["technique"] == "ewa":
@@ -227,6 +228,8 @@ def _as_used(record: ModelRecord, state_dict: dict[str, Tensor]) -> tuple[ModelR
         elif change["technique"] == "lora":
             state_dict = merge_adapters(state_dict)
         else:
+            if change["technique"] == "structured":
+                state_dict = drop_guides(state_dict)
             kept.append(change)
     return dataclasses.replace(record, changes=tuple(kept)), state_dict
 

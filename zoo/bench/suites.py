@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from zoo.bench.backbones import backbones
 from zoo.bench.caching import caching
+from zoo.bench.ffn import ffn
 from zoo.bench.kernels import kernels
 from zoo.bench.models import compare_models
 from zoo.bench.moe import moe
@@ -217,11 +218,11 @@ class Suite:
     """A named benchmark.
 
     Args:
-        run: Called with settings and a progress report.
+        run: Called with settings and a progress report, and the options of its own that are given.
         settings: The conditions under which its number has to be reached.
     """
 
-    run: Callable[[Settings, Progress | None], list[Benchmark]]
+    run: Callable[..., list[Benchmark]]
     settings: Settings = field(default_factory=Settings)
 
 
@@ -234,22 +235,31 @@ SUITES = {
     "restorers": Suite(run=restorers, settings=Settings(batch=1, rounds=3, warmup=0)),
     "caching": Suite(run=caching, settings=Settings(batch=20, rounds=3, warmup=1)),
     "moe": Suite(run=moe, settings=Settings(batch=1)),
+    "ffn": Suite(run=ffn, settings=Settings(batch=64, threads=1, rounds=7, warmup=1, count=2000)),
     "kernels": Suite(run=kernels, settings=Settings(batch=4, rounds=5)),
     "policy": Suite(run=policy, settings=Settings(batch=1, threads=1, rounds=7, warmup=1)),
 }
 """The benchmarks that `zoo bench NAME` knows."""
 
 
-def run(names: Sequence[str], progress: Progress | None = None, **overrides: Any) -> list[Benchmark]:
+def run(
+    names: Sequence[str],
+    progress: Progress | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> list[Benchmark]:
     """Run named benchmarks, each under its own conditions.
 
     Args:
         names: Keys of `SUITES`.
         progress: Told after each step.
+        options: Of the benchmark "ffn": the arguments of `zoo.bench.ffn.ffn`.
         **overrides: Fields of `Settings` that replace a benchmark's own.
     """
     found = []
     for name in names:
         suite = SUITES[name]
-        found += suite.run(replace(suite.settings, **overrides), progress)
+        own = dict(options or {}) if name == "ffn" else {}
+        found += suite.run(replace(suite.settings, **overrides), progress, **own)
     return found

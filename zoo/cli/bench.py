@@ -32,14 +32,26 @@ SUITES = {
     "restorers": "merged and streamed restorers against their authors' formulation, time and memory",
     "caching": "every cache of diffusers against fewer steps in the same time",
     "moe": "a mixture of experts against the masked loop over its experts and the dense layer",
+    "ffn": "techniques that make feed-forward layers smaller, by budget, on a trained classifier, with rivals",
     "kernels": "Triton kernels against eager and compiled PyTorch and library calls; on a CPU, plain formulas",
     "policy": "caches on a diffusion policy: plans a second and success against fewer steps",
 }
 """Named benchmarks; the same names as `zoo.bench.suites.SUITES`, which costs the import of torch."""
 
 _PLOTS = (".png", ".svg", ".pdf")
-_PICTURED = ("caching", "kernels", "pipelines")
+_PICTURED = ("caching", "ffn", "kernels", "pipelines")
 """Benchmarks that write a plot beside their table."""
+
+_FFN = {
+    "data": "data",
+    "model": "model",
+    "samples": "samples",
+    "budgets": "budgets",
+    "recover": "recovery",
+    "techniques": "techniques",
+    "rival": "rivals",
+}
+"""Options of `zoo bench ffn`, and what its function calls them."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -83,11 +95,25 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw quality or work against time: png, svg, pdf")
     parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="write NAME.json and NAME.md there")
     parser.add_argument("--force", action="store_true", help="replace existing files")
+    group = parser.add_argument_group("zoo bench ffn", "all leaves it out unless --data is given")
+    group.add_argument("--data", metavar="DIR", help="labelled images, as for zoo compress; accuracy needs them")
+    group.add_argument(
+        "--model", metavar="NAME", help="classifier by name, file or folder; without weights only times are measured"
+    )
+    group.add_argument("--samples", type=int, metavar="N", help="images for calibration (default: 256)")
+    group.add_argument("--budgets", metavar="A,B", help="shares of the work that stay (default: 0.75,0.5,0.35)")
+    group.add_argument("--recover", type=int, metavar="STEPS", help="let the best learn from the dense model")
+    group.add_argument("--techniques", metavar="A;B", help='such as "prune, activation; RePa" (default: all)')
+    group.add_argument(
+        "--rival", action="append", metavar="NAME", help="model that was trained smaller; may be given again"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print and write."""
-    suites = list(SUITES) if args.names == ["all"] else [name for name in args.names if name in SUITES]
+    suites = [name for name in args.names if name in SUITES]
+    if args.names == ["all"]:
+        suites = [name for name in SUITES if name != "ffn" or args.data]
     _check(args, suites)
     targets = _targets(args, suites)
     for target in targets:
@@ -116,6 +142,11 @@ def _check(args: argparse.Namespace, suites: list[str]) -> None:
                 raise UsageError(f"--{option.replace('_', '-')} is for models; {suites[0]} is a named benchmark.")
         if args.plot and len(suites) > 1:
             raise UsageError("--plot takes one named benchmark; with -o, each that can be drawn gets a plot.")
+    if given := [name for name in _FFN if getattr(args, name) is not None]:
+        if "ffn" not in suites:
+            raise UsageError(f"--{given[0]} is for `zoo bench ffn`.")
+        if args.data is not None and not Path(args.data).is_dir():
+            raise UsageError(f"--data names no folder: {args.data}.")
     engines = _engines(args)
     if engines and (suites or args.count is not None):
         raise UsageError("--engine is for models; give their names.")
@@ -125,8 +156,8 @@ def _check(args: argparse.Namespace, suites: list[str]) -> None:
         raise UsageError(f"--engine takes {', '.join(ENGINES[:-1])}, got {wrong[0]!r}.{hint}")
     if args.plot and args.plot.suffix.lower() not in _PLOTS:
         raise UsageError(f"--plot writes {', '.join(_PLOTS)}, not {args.plot.name!r}.")
-    if args.count is not None and suites and "caching" not in suites:
-        raise UsageError("--count is for `zoo bench caching` and for pipelines: images that quality is measured on.")
+    if args.count is not None and suites and not {"caching", "ffn"} & set(suites):
+        raise UsageError("--count is for `zoo bench caching`, `ffn` and pipelines: images that quality is measured on.")
     if args.count is not None and not suites:
         for option in ("size", "no_merge", "memory"):
             if getattr(args, option):
@@ -138,7 +169,7 @@ def _check(args: argparse.Namespace, suites: list[str]) -> None:
         raise UsageError(f"{folders[0]} is a pipeline: --count N says on how many images its quality is measured.")
     if args.tune and ("kernels" not in suites or not args.device.startswith("cuda")):
         raise UsageError("--tune is for `zoo bench kernels --device cuda`: tiles of kernels are found on their GPU.")
-    for name in ("batch", "threads", "rounds", "size", "count"):
+    for name in ("batch", "threads", "rounds", "size", "count", "samples", "recover"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, got {value}.")
@@ -148,6 +179,23 @@ def _check(args: argparse.Namespace, suites: list[str]) -> None:
         except ValueError as error:
             near = nearest(name, list(SUITES), 1)
             raise UsageError(f"{error}{f' A named benchmark is called {near[0]}.' if near else ''}") from error
+
+
+def _ffn_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `zoo.bench.ffn.ffn` that are given.
+
+    Raises:
+        UsageError: The budgets are no numbers.
+    """
+    options = {_FFN[name]: getattr(args, name) for name in _FFN if getattr(args, name) is not None}
+    if args.budgets is not None:
+        try:
+            options["budgets"] = tuple(float(part) for part in args.budgets.split(","))
+        except ValueError as error:
+            raise UsageError(f"--budgets takes shares such as 0.75,0.5, got {args.budgets!r}.") from error
+    if args.techniques is not None:
+        options["techniques"] = [part.strip() for part in args.techniques.split(";") if part.strip()]
+    return options
 
 
 def _engines(args: argparse.Namespace) -> list[str]:
@@ -182,7 +230,7 @@ def _measure(args: argparse.Namespace, suites: list[str]) -> list[Benchmark]:
             display.update(task, description=what, completed=done, total=total)
 
         if suites:
-            return run_suites(suites, tell, **overrides)
+            return run_suites(suites, tell, options=_ffn_options(args), **overrides)
         if args.count is not None:
             from zoo.bench.pipelines import compare_pipelines
 
@@ -240,10 +288,14 @@ def _write(args: argparse.Namespace, suites: list[str], benchmarks: list[Benchma
 
 
 def _draw(benchmarks: list[Benchmark], suites: list[str], path: Path) -> None:
-    """Draw times as fast of all kernels, or quality against time of another benchmark."""
+    """Draw times as fast of all kernels, accuracy of smaller layers, or quality against time of another benchmark."""
     from zoo.bench.report import plot, plot_ratios
 
-    if suites == ["kernels"]:
+    if suites == ["ffn"]:
+        from zoo.bench.ffn import plot_accuracy
+
+        plot_accuracy(benchmarks[0], path)
+    elif suites == ["kernels"]:
         plot_ratios(benchmarks, path)
     else:
         plot(benchmarks[0], path)

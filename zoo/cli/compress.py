@@ -12,10 +12,10 @@ from zoo.cli.output import UsageError, check_target, hush, millions, note, print
 from zoo.files import whole
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 _METHODS = ("prune", "low-rank", "repa", "depth")  # keys of zoo.ffn.compressing.METHODS, which imports torch
-_SCORES = ("activation", "cfsp", "taylor", "magnitude", "random")
+_SCORES = ("activation", "cfsp", "obs", "taylor", "magnitude", "random")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -78,11 +78,12 @@ def run_compress(args: argparse.Namespace) -> int:
 
     from zoo.cards import Metric
     from zoo.cards.own import write_own_model
+    from zoo.data.images import draw
     from zoo.ffn.compressing import compress, config_for_budget, config_of, recover, resized
     from zoo.record import record_of
 
     model, data = _model_and_data(args)
-    calibration = _batches(data, "train", args.samples, args.batch)
+    calibration = list(draw(data, "train", args.samples))
     config = config_of(args.method)
     if args.scores:
         config = dataclasses.replace(config, scores=args.scores)  # type: ignore[type-var]
@@ -159,12 +160,13 @@ def run_inspect(args: argparse.Namespace) -> int:
         if importlib.util.find_spec("matplotlib") is None:
             raise UsageError("--plot draws with matplotlib, which is missing: pip install 'ffn-zoo[demo]'.")
     hush(args)
+    from zoo.data.images import draw
     from zoo.ffn.inspection import inspect_ffns, plot_inspection
 
     model, data = _model_and_data(args)
     with progress(args) as bar:
         bar.add_task("inspecting", total=None)
-        report = inspect_ffns(model, _batches(data, "train", args.samples, args.batch))
+        report = inspect_ffns(model, list(draw(data, "train", args.samples)))
     if args.plot is not None:
         with whole(args.plot) as temporary:
             drawn = temporary.with_name(f"{temporary.stem}{args.plot.suffix}")
@@ -203,43 +205,11 @@ def _check(args: argparse.Namespace) -> None:
 
 def _model_and_data(args: argparse.Namespace) -> tuple[nn.Module, Any]:
     """Return the model and its data module, whose preprocessing is the model's own."""
-    import timm
-
-    from zoo.data.images import ImageClassification
+    from zoo.data.images import images_for
     from zoo.factory import create_model
 
     model = create_model(args.name, pretrained=True).eval()
-    classes = getattr(model, "num_classes", 0)
-    if not isinstance(classes, int) or classes < 1:
-        raise UsageError(f"{args.name} is no classifier; in Python zoo.compress takes denoisers and other models too.")
-    cfg = timm.data.resolve_model_data_config(model)
-    data = ImageClassification(
-        args.data,
-        image_size=cfg["input_size"][-1],
-        batch_size=args.batch,
-        eval_batch_size=args.batch,
-        scale=(0.5, 1.0),
-        crop_pct=cfg["crop_pct"],
-        mean=cfg["mean"],
-        std=cfg["std"],
-        interpolation=cfg["interpolation"],
-    )
-    if len(data.class_names) > classes:
-        raise UsageError(f"{args.data} has {len(data.class_names)} classes, {args.name} knows {classes}.")
-    return model, data
-
-
-def _batches(data: Any, split: str, samples: int, size: int) -> list[tuple[Tensor, Tensor]]:
-    """Return batches of images of all classes, drawn with a fixed seed."""
-    import torch
-
-    images = data._open(split, training=False)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:samples].tolist()
-    pairs = [images[index] for index in order]
-    return [
-        (torch.stack([image for image, _ in part]), torch.tensor([label for _, label in part]))
-        for part in (pairs[start : start + size] for start in range(0, len(pairs), size))
-    ]
+    return model, images_for(model, args.data, args.batch)
 
 
 def _accuracy(model: nn.Module, data: Any, bar: Any, task: Any) -> float:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from lightning import LightningDataModule
 from PIL import Image
-from timm.data import create_transform
-from torch import Tensor
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 
@@ -33,6 +33,8 @@ __all__ = [
     "ImageClassification",
     "ImageDiffusion",
     "LabelledImages",
+    "draw",
+    "images_for",
     "open_labelled_images",
     "stratified_split",
 ]
@@ -264,6 +266,51 @@ class ImageClassification(_Images):
         if self.crop_padding is not None:
             transform.transforms[0] = transforms.RandomCrop(self.image_size, padding=self.crop_padding)
         return transform
+
+
+def images_for(model: nn.Module, data_dir: str, batch_size: int) -> ImageClassification:
+    """Return a folder's images as a classifier takes them; in training cropped from half their area on.
+
+    Args:
+        model: Its preprocessing and number of classes are read.
+        data_dir: As for `ImageClassification`.
+        batch_size: Images at a time.
+
+    Raises:
+        ValueError: The model is no classifier, or the data have more classes than it knows.
+    """
+    classes = getattr(model, "num_classes", 0)
+    if not isinstance(classes, int) or classes < 1:
+        raise ValueError(
+            f"{type(model).__name__} is no classifier; in Python zoo.compress takes denoisers and other models too."
+        )
+    cfg = resolve_model_data_config(model)
+    data = ImageClassification(
+        data_dir,
+        image_size=cfg["input_size"][-1],
+        batch_size=batch_size,
+        scale=(0.5, 1.0),
+        crop_pct=cfg["crop_pct"],
+        mean=cfg["mean"],
+        std=cfg["std"],
+        interpolation=cfg["interpolation"],
+    )
+    if len(data.class_names) > classes:
+        raise ValueError(f"{data_dir} has {len(data.class_names)} classes, the model knows {classes}.")
+    return data
+
+
+def draw(data: ImageClassification, split: str, count: int) -> DataLoader[Any]:
+    """Return batches of images as they are evaluated, drawn from all classes with a fixed seed.
+
+    Args:
+        data: Where from, and how many at a time.
+        split: "train", "validation", "test".
+        count: Images in all; fewer where there are not as many.
+    """
+    images = data._open(split, training=False)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    return DataLoader(Subset(images, order), batch_size=data.eval_batch_size)
 
 
 class ImageDiffusion(_Images):

@@ -172,8 +172,9 @@ def chunk_sparsification(logits: Tensor, chunk: int = 8) -> Tensor:
 
     Args:
         logits: (B, T, N) before ReLU; p is relu(logits), divided by its sum over experts.
-        chunk: L, tokens of a chunk; tokens that are left over at the end are left out.
+        chunk: L, tokens of a chunk, at most all; tokens that are left over at the end are left out.
     """
+    chunk = min(chunk, logits.shape[1])
     active = F.relu(logits)
     p = active / active.sum(-1, keepdim=True).clamp_min(1e-12)
     tokens = p.shape[1] // chunk * chunk
@@ -188,5 +189,6 @@ def token_level_sparsity(logits: Tensor) -> float:
 
 def chunk_level_sparsity(logits: Tensor, chunk: int = 8) -> float:
     """Return the mean share of experts that all tokens of a chunk leave off."""
+    chunk = min(chunk, logits.shape[1])
     tokens = logits.shape[1] // chunk * chunk
     return float((logits[:, :tokens].unflatten(1, (-1, chunk)) <= 0).all(2).float().mean())

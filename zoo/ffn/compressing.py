@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import itertools
 import math
 import re
 import time
@@ -190,6 +191,7 @@ def recover(
     epochs: int = 1,
     lr: float = 2e-4,
     features: float = 1.0,
+    steps: int | None = None,
     progress: Callable[[int, int, float], object] | None = None,
 ) -> list[float]:
     """Let a compressed model learn from the dense one: its output, and what each feed-forward layer gives.
@@ -204,20 +206,22 @@ def recover(
         epochs: Passes over the data.
         lr: Peak learning rate of AdamW on one cosine with a short warm-up.
         features: Weight of the layers' part.
+        steps: Batches to learn from, over as many passes as they take; instead of `epochs`.
         progress: Called with (steps done, steps in all, loss).
 
     Returns:
         The loss of every step.
 
     Raises:
-        ValueError: `epochs` is below 1, or there are no data.
+        ValueError: `epochs` or `steps` is below 1, or there are no data.
     """
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}.")
+    for what, count in (("epochs", epochs), ("steps", steps)):
+        if count is not None and count < 1:
+            raise ValueError(f"{what} must be at least 1, got {count}.")
     batches = data if isinstance(data, Sequence) or hasattr(data, "__len__") else listed(data, "Recovery")
-    total = epochs * len(batches)  # type: ignore[arg-type]
-    if not total:
+    if not len(batches):  # type: ignore[arg-type]
         raise ValueError("Recovery needs data: there is no batch.")
+    total = steps or epochs * len(batches)  # type: ignore[arg-type]
     names = [name for name in ffn_layers(dense) if name in dict(model.named_modules())]
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=0.0)
@@ -230,8 +234,8 @@ def recover(
     model.train()
     losses: list[float] = []
     with _Features(model, names) as ours, _Features(dense, names) as theirs:
-        for _ in range(epochs):
-            for batch in batches:
+        while len(losses) < total:
+            for batch in itertools.islice(batches, total - len(losses)):
                 with torch.no_grad():
                     target = model_output(dense, batch)
                 output = model_output(model, batch)

@@ -4,7 +4,8 @@ Scores and widths after 2SSP (https://arxiv.org/abs/2501.17771) and CFSP (https:
 scores after Dense2MoE, magnitudes and random ones as baselines. Both papers are on language models; that images give
 the calibration, that CFSP's weight term is normalised over the whole matrix (its released normalisation cancels) and
 that its block importances are standardised are readings of ours. The least-squares update of the second product is the
-closed form on the kept channels.
+closed form on the kept channels; ZipLM (https://arxiv.org/abs/2302.04089) prunes by it too, and "obs" is its choice of
+channels, in groups and without its search over layers.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from zoo.profiling import count_params
 
 __all__ = ["PruneConfig", "apply", "choose_widths", "keep_channels", "restructure", "set_hidden_dim"]
 
-PruneScores = Literal["activation", "cfsp", "taylor", "magnitude", "random"]
+PruneScores = Literal["activation", "cfsp", "obs", "taylor", "magnitude", "random"]
 Allocation = Literal["uniform", "global", "cfsp"]
 Compensation = Literal["none", "bias", "least_squares"]
 
@@ -49,8 +50,9 @@ class PruneConfig:
     Args:
         keep: Share of all hidden channels that stay, 0 ... 1; in layers of one shape also the share of their MACs.
         scores: "activation": 2SSP's, the norm of a channel's activation over the data; "cfsp": that norm times CFSP's
-            weight term; "taylor": first-order change of the loss (needs labels or targets); "magnitude": norms of the
-            channel's weights; "random".
+            weight term; "obs": what the layer's output loses once the others make up for the channel, one group after
+            another (optimal brain surgeon; ZipLM's structured form); "taylor": first-order change of the loss (needs
+            labels or targets); "magnitude": norms of the channel's weights; "random".
         allocation: Widths of the layers: "uniform", all the same share (2SSP); "global", one threshold for all scores,
             each layer's divided by its mean; "cfsp", by the angle by which a block turns its input.
         round_to: Widths are multiples of this, for fast kernels; 1 keeps every width.
@@ -120,7 +122,8 @@ def apply(
     before = {name: ffn.hidden_dim for name, ffn in ffns.items()}
 
     outputs: list[Tensor] = []
-    moments = {name: Moments(second=config.compensation == "least_squares") for name in ffns}
+    second = config.compensation == "least_squares" or config.scores == "obs"
+    moments = {name: Moments(second=second) for name in ffns}
     angles = {name: [0.0, 0] for name in ffns}
     if batches:
         with evaluating(model), _watch(model, ffns, moments, angles if config.allocation == "cfsp" else None):
@@ -302,6 +305,9 @@ def _scores(
         up, down = channels.up.double(), channels.down.double()
         if config.scores == "magnitude":
             score = (up.square().sum((0, 2)) + down.square().sum(0)).sqrt()
+        elif config.scores == "obs":
+            gram = moments[name].covariance if ffn.owns_output_bias else moments[name].second_moment
+            score = _obs_scores(gram, down, config.damping)
         else:
             score = moments[name].rms
             if config.scores == "cfsp":
@@ -309,6 +315,37 @@ def _scores(
                 score = weights * score * score
         scores[name] = score.float().cpu()
     return scores
+
+
+def _obs_scores(gram: Tensor, down: Tensor, damping: float) -> Tensor:
+    """Return for each hidden channel what the output loses when it goes, the cheapest having gone before.
+
+    With H the damped second moment and W the second product, channel j costs |W_j|^2 / (H^-1)_jj; the least-squares
+    update of W, and H^-1 without the channel, follow in closed form. A sixty-fourth of the channels goes at a time.
+
+    Args:
+        gram: (H, H), second moment or covariance of the hidden channels.
+        down: (O, H).
+        damping: Added to `gram`, relative to its mean diagonal.
+    """
+    count = len(gram)
+    amount = damping * gram.diagonal().mean() + 1e-12
+    inverse = torch.linalg.inv(gram + amount * torch.eye(count, dtype=gram.dtype, device=gram.device))
+    weight, score = down.clone(), torch.zeros(count, dtype=gram.dtype, device=gram.device)
+    left, so_far = torch.arange(count, device=gram.device), 0.0
+    while len(left):
+        cost = weight.square().sum(0) / inverse.diagonal().clamp_min(1e-30)
+        group = cost.topk(min(len(left), max(1, count // 64)), largest=False)
+        # a channel that goes later is never worth less: the rest leans on it
+        score[left[group.indices]] = group.values.clamp_min(so_far)
+        so_far = float(group.values.max().clamp_min(so_far))
+        stays = torch.ones(len(left), dtype=torch.bool, device=gram.device)
+        stays[group.indices] = False
+        update = torch.linalg.solve(inverse[group.indices][:, group.indices], inverse[group.indices])[:, stays]
+        weight = weight[:, stays] - weight[:, group.indices] @ update
+        inverse = inverse[stays][:, stays] - inverse[stays][:, group.indices] @ update
+        left = left[stays]
+    return score
 
 
 def _compensated(

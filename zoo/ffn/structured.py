@@ -26,6 +26,7 @@ __all__ = [
     "SelfGuided",
     "StructuredConfig",
     "apply",
+    "drop_guides",
     "guide_share",
     "restructure",
     "set_guide",
@@ -271,6 +272,17 @@ def set_guide(model: nn.Module, share: float) -> None:
         module.share = share
         if share == 0:
             replace_module(model, name, module.structured)
+
+
+def drop_guides(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a training with guides as those of its structured products alone."""
+    guided = {key.removesuffix("guide.weight") for key in state_dict if key.endswith(".guide.weight")}
+    kept = {}
+    for key, value in state_dict.items():
+        prefix = next((name for name in guided if key.startswith(name)), "")
+        if key != f"{prefix}guide.weight":
+            kept[prefix + key.removeprefix(prefix).removeprefix("structured.") if prefix else key] = value
+    return kept
 
 
 def apply(model: nn.Module, config: StructuredConfig | None = None, data: Iterable[Any] | None = None) -> FFNReport:

@@ -23,6 +23,7 @@ from zoo.layers.init import mimetic_init_
 from zoo.moe import MoEConfig, record_balance
 from zoo.moe.dense2moe import to_experts
 from zoo.record import ModelRecord
+from zoo.tasks.ffn_training import FFNTraining
 from zoo.tasks.freezing import fixed_norms
 from zoo.tasks.labels import check_classes, check_labels
 from zoo.tasks.lora import add_lora, idle_adapters, merge_lora
@@ -63,10 +64,12 @@ class Classification(TimmOptimModule):
         balance: Weight of the experts' balance loss.
         log_images: Number of validation images written to TensorBoard, framed green where the class is right, else red.
         lora: Rank of low-rank adapters: only these and the classifier learn, see `zoo.tasks.lora`.
+        ffn: Technique of `zoo.ffn` that the feed-forward layers are trained with: its name, or {"technique":
+            "matformer", "sampling": "sandwich"}, see `zoo.tasks.ffn_training`.
 
     Raises:
-        ValueError: There is no such model, `freeze` names no parameter, `freeze` and `lora` are both given, or a
-            feed-forward layer cannot be divided.
+        ValueError: There is no such model, technique or setting of it, `freeze` names no parameter, two of `freeze`,
+            `lora`, `experts` and `ffn` exclude each other, or a feed-forward layer cannot be changed.
         CheckpointError: The weights do not exist or do not fit.
     """
 
@@ -93,6 +96,7 @@ class Classification(TimmOptimModule):
         balance: float = 1e-2,
         log_images: int = 16,
         lora: int | None = None,
+        ffn: str | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -103,6 +107,9 @@ class Classification(TimmOptimModule):
             mimetic_init_(self.model)
         if experts is not None:
             to_experts(self.model, experts)
+        if ffn is not None and (experts is not None or lora is not None):
+            raise ValueError("ffn changes the feed-forward layers: leave experts and lora out.")
+        self.technique = None if ffn is None else FFNTraining(self.model, ffn)
         self.freeze_parts(self.model, freeze, model)
         self._adapted: tuple[Any, ...] = ()  # no module of its own: its layers are those of the model
         if lora is not None:
@@ -188,6 +195,21 @@ class Classification(TimmOptimModule):
         probabilities = None if self.teachers is None else self._ask(self.teachers, images)
         if self.low_res and self.schedule_step < self.low_res[1] * self.trainer.estimated_stepping_batches:
             images = nn.functional.interpolate(images, size=self.low_res[0], mode="bilinear", antialias=True)
+        if self.technique is None:
+            return self._loss(images, targets, probabilities)
+        steps = int(self.trainer.estimated_stepping_batches)
+        losses = []
+        for _ in self.technique.passes(self.model, self.schedule_step, steps):
+            with self.technique.watch(self.model) as seen:
+                total = self._loss(images, targets, probabilities)
+            for name, loss in self.technique.losses(seen).items():
+                self.log(f"train/{name}", loss)
+                total = total + loss
+            losses.append(total)
+        return torch.stack(losses).sum()
+
+    def _loss(self, images: Tensor, targets: Tensor, probabilities: Tensor | None) -> Tensor:
+        """Run the model once and return its loss, with all that is added to it."""
         watch: AbstractContextManager[list[Tensor]] = nullcontext([])
         if self.balance is not None:
             watch = record_balance(self.model)

@@ -1,0 +1,111 @@
+"""`zoo bench ffn`: a small classifier through the whole path, what it says about data, and its goals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import zoo
+from tests.image_sets import image_folder
+from zoo.bench import Entry, Settings
+from zoo.bench.ffn import DENSE, LEFT, RECOVERED, TECHNIQUES, TOP1, TORCH_PRUNING, ffn, goals
+from zoo.cards import Metric
+from zoo.cards.own import write_own_model
+from zoo.cli import main
+from zoo.record import record_of
+
+SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 2}
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small ViT of the user's own, a smaller one beside it, and pictures."""
+    place = tmp_path_factory.mktemp("own")
+    for name, ratio in (("mine", 4), ("smaller", 2)):
+        torch.manual_seed(0)
+        model = zoo.create_model("vit_tiny_patch16_224", mlp_ratio=ratio, **SMALL).eval()
+        record = record_of(model).of_own_weights().updated(label_names=("circle", "square"), crop_pct=1.0)
+        metric = Metric(name="Top-1 accuracy", value=50.0, unit="%", dataset="shapes", protocol="made in a test")
+        write_own_model(place / name, model, record, metrics=[metric], training="Not trained.")
+    image_folder(place / "data", 12, 6, size=16)
+    return place
+
+
+def test_a_small_classifier_through_the_whole_path(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every technique has a line at its budget, the best are recovered, rivals stand beside, a plot is drawn."""
+    pytest.importorskip("torch_pruning")
+    call = ["bench", "ffn", "--model", str(own / "mine"), "--data", str(own / "data"), "--rival", str(own / "smaller")]
+    call += ["--budgets", "0.5", "--samples", "16", "--count", "8", "--batch", "2", "--rounds", "1", "--recover", "1"]
+    assert main([*call, "--json", "-o", str(tmp_path)]) in (0, 1)  # goals are for trained weights
+    (found,) = json.loads(capsys.readouterr().out)["benchmarks"]
+    lines = {entry["name"]: entry["values"] for entry in found["entries"]}
+    assert list(lines) == [DENSE, *(f"{name}, 0.5" for name in TECHNIQUES), str(own / "smaller")]
+    assert all(0 <= values[TOP1] <= 100 for values in lines.values())
+    left = {name.removesuffix(", 0.5"): values[LEFT] for name, values in lines.items() if LEFT in values}
+    assert left.pop(DENSE) == 100
+    widths = {name: value for name, value in left.items() if name.startswith(("prune", TORCH_PRUNING, "RePa", "depth"))}
+    assert widths == pytest.approx(dict.fromkeys(widths, 50), abs=3)
+    assert all(
+        value <= 50 for name, value in left.items() if name not in widths
+    )  # ranks and features are whole numbers
+    recovered = [name for name, values in lines.items() if RECOVERED in values]
+    assert len(recovered) == 4
+    assert sum(name.startswith(TORCH_PRUNING) for name in recovered) == 1
+    assert found["conditions"]["validation images"] == 8
+    assert len(found["goals"]) == (2 if any(name.startswith("prune") for name in recovered) else 1)
+    assert (tmp_path / "ffn.png").read_bytes()[:4] == b"\x89PNG"
+    assert "Smaller feed-forward layers" in (tmp_path / "ffn.md").read_text(encoding="utf-8")
+
+
+def test_random_weights_give_times_only() -> None:
+    settings = Settings(batch=2, rounds=1, warmup=0, threads=1)
+    (found,) = ffn(settings, model="vit_tiny_patch16_224", model_args=SMALL, techniques=["RePa"], budgets=[0.5, 0.05])
+    assert [entry.name for entry in found.entries] == [DENSE, "RePa, 0.5"]
+    assert not any(TOP1 in entry.values for entry in found.entries)
+    assert "The weights are random: times only." in found.notes
+    assert any("Not measured: RePa at 0.05. RePa cannot keep 0.05" in note for note in found.notes)
+    assert found.goals == ()
+
+
+def test_goals_compare_the_best_at_half_of_the_work() -> None:
+    def entry(name: str, top1: float, recovered: float | None = None) -> Entry:
+        return Entry(name=name, values={TOP1: top1} | ({} if recovered is None else {RECOVERED: recovered}))
+
+    entries = [
+        entry(DENSE, 80),
+        entry("prune, activation, 0.5", 70, 78),
+        entry("prune, CFSP, 0.5", 71),
+        entry("prune, CFSP, 0.75", 79),
+        entry("RePa, 0.5", 75, 79),
+        entry(f"{TORCH_PRUNING}, Taylor, 0.5", 60),
+        entry(f"{TORCH_PRUNING}, magnitude, 0.5", 40),
+    ]
+    above, below = goals(entries)
+    assert (above.value, above.reached) == (11, True)
+    assert above.what.startswith(f"prune, CFSP, 0.5: points of top-1 above {TORCH_PRUNING}, Taylor, 0.5")
+    assert (below.value, below.reached) == (2, False)
+    assert goals(entries[:1]) == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["ffn", "--model", "MINE"], "give --data DIR"),
+        (["ffn", "--model", "MINE", "--data", "no"], "--data names no folder: no"),
+        (["ffn", "--model", "MINE", "--data", "DATA", "--techniques", "prune, CFPS"], "Did you mean 'prune, CFSP'?"),
+        (["ffn", "--model", "MINE", "--data", "DATA", "--budgets", "half"], "--budgets takes shares such as 0.75,0.5"),
+        (["ffn", "--model", "MINE", "--data", "DATA", "--budgets", "1.5"], "A budget is a share"),
+        (["cfsr", "--budgets", "0.5"], "--budgets is for `zoo bench ffn`"),
+    ],
+)
+def test_a_wrong_call_is_one_line(words: list[str], said: str, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = {"MINE": str(own / "mine"), "DATA": str(own / "data")}
+    assert main(["bench", *(places.get(word, word) for word in words)]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1

@@ -1,0 +1,114 @@
+"""Techniques of `zoo.ffn` that a model is trained with, switched on by one setting of a task."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.catalog import nearest
+from zoo.ffn.block_ffn import chunk_sparsification, locality, record_logits
+from zoo.ffn.matformer import MatFormerConfig, set_width, training_widths
+from zoo.ffn.structured import SelfGuided, guide_share
+from zoo.ffn.versatile import set_temperature
+
+__all__ = ["FFNTraining"]
+
+_CONFIGS = {
+    "block_ffn": "BlockFFNConfig",
+    "fdconv": "FDConvConfig",
+    "freqnet": "FreqNetConfig",
+    "hourglass": "HourglassConfig",
+    "hybrid_norm": "HybridNormConfig",
+    "macaron": "MacaronConfig",
+    "matformer": "MatFormerConfig",
+    "mofme": "MoFMEConfig",
+    "structured": "StructuredConfig",
+    "versatile": "VersatileConfig",
+}
+_ELSEWHERE = {
+    "ewa": "the callback zoo.tasks.callbacks.AverageExperts",
+    "moe": "the setting experts",
+    "forget": "zoo.ffn.forget",
+}
+_LOSSES = {"locality": 1e-3, "sparsification": 5e-2}  # the paper's weights, without its adaptation while training
+
+
+class FFNTraining:
+    """What a technique does to a model before and while it is trained.
+
+    Args:
+        model: Changed in place; keep it elsewhere.
+        settings: Name of a technique, or {"technique": name, **fields of its configuration}: block_ffn, fdconv,
+            freqnet, hourglass, hybrid_norm, macaron, matformer, mofme, structured, versatile. block_ffn also takes the
+            weights of its losses, "locality" and "sparsification".
+
+    Raises:
+        ValueError: There is no such technique or field (the message names the nearest), or the model cannot be changed.
+    """
+
+    def __init__(self, model: nn.Module, settings: str | Mapping[str, Any]) -> None:
+        fields = {"technique": settings} if isinstance(settings, str) else dict(settings)
+        self.technique = str(fields.pop("technique", ""))
+        if self.technique in _ELSEWHERE:
+            raise ValueError(f"ffn: {self.technique} is switched on by {_ELSEWHERE[self.technique]}.")
+        if self.technique not in _CONFIGS:
+            near = nearest(self.technique, list(_CONFIGS), 1)
+            raise ValueError(
+                f"ffn: no technique to train with is called {self.technique!r}."
+                f"{f' Did you mean {near[0]}?' if near else ''} Techniques: {', '.join(_CONFIGS)}."
+            )
+        self.weights = (
+            {name: float(fields.pop(name, default)) for name, default in _LOSSES.items()}
+            if self.technique == "block_ffn"
+            else {}
+        )
+        module = importlib.import_module(f"zoo.ffn.{self.technique}")
+        kind = getattr(module, _CONFIGS[self.technique])
+        known = [field.name for field in dataclasses.fields(kind)] + list(self.weights)
+        if wrong := [name for name in fields if name not in known]:
+            raise ValueError(f"ffn: {self.technique} has no setting {wrong[0]!r}; it has {', '.join(known)}.")
+        if self.technique == "freqnet":  # tokens before the map of patches
+            fields.setdefault("prefix_tokens", getattr(model, "num_prefix_tokens", 1))
+        self.config = kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+        module.apply(model, self.config)
+
+    def passes(self, model: nn.Module, step: int, total: int) -> Iterator[None]:
+        """Prepare the model for each forward pass of a training step; the losses of all passes are summed.
+
+        Args:
+            model: That was changed.
+            step: Optimizer steps done.
+            total: Optimizer steps of the whole training.
+        """
+        if isinstance(self.config, MatFormerConfig):
+            for width in training_widths(self.config):
+                set_width(model, width)
+                yield
+            set_width(model, 1.0)
+            return
+        if self.technique == "structured":
+            for module in model.modules():
+                if isinstance(module, SelfGuided):
+                    module.share = guide_share(step, total)
+        elif self.technique == "versatile":
+            set_temperature(model, step / max(1, total))
+        yield
+
+    def watch(self, model: nn.Module) -> AbstractContextManager[list[Tensor]]:
+        """Collect what `losses` needs while the model runs."""
+        return record_logits(model) if self.technique == "block_ffn" else nullcontext([])
+
+    def losses(self, seen: list[Tensor]) -> dict[str, Tensor]:
+        """Return the technique's own losses by name, weighted; there may be none."""
+        parts = {"locality": locality, "sparsification": chunk_sparsification}
+        return {
+            name: weight * torch.stack([parts[name](logits) for logits in seen]).mean()
+            for name, weight in self.weights.items()
+            if weight and seen
+        }
