@@ -95,7 +95,8 @@ def test_goals_compare_the_best_at_half_of_the_work() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["ffn", "--model", "MINE"], "give --data DIR"),
+        (["ffn"], "needs a classifier and labelled images: --model"),
+        (["ffn", "--model", "MINE"], "is measured on labelled images: --data DIR"),
         (["ffn", "--model", "MINE", "--data", "no"], "--data names no folder: no"),
         (["ffn", "--model", "MINE", "--data", "DATA", "--techniques", "prune, CFPS"], "Did you mean 'prune, CFSP'?"),
         (["ffn", "--model", "MINE", "--data", "DATA", "--budgets", "half"], "--budgets takes shares such as 0.75,0.5"),

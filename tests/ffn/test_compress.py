@@ -16,7 +16,7 @@ from zoo.ffn.depth import DepthConfig
 from zoo.ffn.low_rank import LowRankConfig
 from zoo.ffn.prune import PruneConfig
 from zoo.ffn.repa import RePaConfig
-from zoo.ffn.technique import ffn_layers, model_output, rebuild
+from zoo.ffn.technique import ffn_layers, model_output, rebuild, thinned
 
 
 def _output(model: nn.Module, kind: str) -> torch.Tensor:
@@ -83,7 +83,7 @@ def test_sliced_equals_masked(kind: str) -> None:
     assert torch.allclose(_output(model, kind), _output(dense, kind), atol=1e-12)
 
 
-@pytest.mark.parametrize("scores", ["activation", "cfsp", "taylor", "magnitude", "random"])
+@pytest.mark.parametrize("scores", ["activation", "cfsp", "obs", "taylor", "magnitude", "random"])
 def test_scores_follow_a_permutation(scores: str) -> None:
     """Permuted channels are pruned alike: the output is the same (all scores but random ones)."""
     model, data = vit(depth=1).double(), [_double(batch) for batch in batches("timm")]
@@ -103,6 +103,36 @@ def test_least_squares_beats_bias_beats_nothing() -> None:
         report = prune.apply(model, PruneConfig(keep=0.5, compensation=compensation), batches("timm"))
         errors.append(report.error)
     assert errors[2] < errors[1] < errors[0]
+
+
+def test_obs_scores_are_what_least_squares_loses() -> None:
+    """The first channel to go costs exactly its fit's error, and the choice of many beats that by activation."""
+    torch.manual_seed(0)
+    hidden = torch.randn(400, 20, dtype=torch.float64) @ torch.randn(20, 20, dtype=torch.float64)
+    down = torch.randn(5, 20, dtype=torch.float64)
+    gram = hidden.t() @ hidden / len(hidden)
+
+    def loss(kept: list[int]) -> float:
+        wanted = hidden @ down.t()
+        fitted = hidden[:, kept] @ torch.linalg.lstsq(hidden[:, kept], wanted).solution
+        return float((fitted - wanted).square().sum() / len(hidden))
+
+    scores = prune.obs_scores(gram, down, damping=0.0)
+    without = [loss([j for j in range(20) if j != gone]) for gone in range(20)]
+    assert int(scores.argmin()) == without.index(min(without))
+    assert float(scores.min()) == pytest.approx(min(without), rel=1e-8)
+    by_activation = gram.diagonal().argsort(descending=True)[:10].tolist()
+    assert loss(scores.argsort(descending=True)[:10].tolist()) < 0.7 * loss(by_activation)
+
+
+def test_moments_of_much_data_are_taken_from_part_of_it() -> None:
+    """8 rows a channel over all batches, the same places for equal numbers of rows; few rows all stay."""
+    rows = torch.arange(1000.0)[:, None]
+    part = thinned(rows, channels=10, parts=4)
+    assert len(part) == 20
+    assert len(set(part.flatten().tolist())) == 20
+    assert torch.equal(thinned(2 * rows, channels=10, parts=4), 2 * part)
+    assert thinned(rows, channels=500, parts=4) is rows
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global", "cfsp"])

@@ -51,3 +51,12 @@ def test_recovery_comes_nearer_to_the_dense_model(kind: str, method: str) -> Non
     losses = recover(model, dense, data, epochs=20, lr=5e-4)
     assert sum(losses[-2:]) < 0.9 * sum(losses[:2])
     assert not model.training
+
+
+def test_recovery_takes_so_many_steps() -> None:
+    """`steps` counts batches, over as many passes as they take."""
+    model, data = vit(depth=1), batches("timm", count=3)
+    assert len(recover(model, vit(depth=1), data, steps=2)) == 2
+    assert len(recover(model, vit(depth=1), data, steps=4)) == 4
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        recover(model, vit(depth=1), data, steps=0)

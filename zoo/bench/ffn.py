@@ -36,7 +36,6 @@ from zoo.sources import find
 
 __all__ = ["TECHNIQUES", "TORCH_PRUNING", "ffn", "goals", "plot_accuracy"]
 
-MODEL = "vit_tiny.cifar10"
 BUDGETS = (0.75, 0.5, 0.35)
 DENSE = "dense"
 TRAINED = "trained so"
@@ -296,7 +295,7 @@ def ffn(
     settings: Settings,
     progress: Progress | None = None,
     *,
-    model: str = MODEL,
+    model: str | None = None,
     data: str | Path | None = None,
     samples: int = 256,
     budgets: Sequence[float] = BUDGETS,
@@ -321,7 +320,8 @@ def ffn(
         model_args: Arguments of the model.
 
     Raises:
-        ValueError: A technique is unknown, a budget is no share, or trained weights come without data.
+        ValueError: There is no model, a technique is unknown, a budget is no share, or trained weights come without
+            data.
         ImportError: Torch-Pruning is not installed.
     """
     if wrong := [name for name in techniques or () if name not in TECHNIQUES]:
@@ -332,13 +332,15 @@ def ffn(
         )
     if outside := [budget for budget in budgets if not 0 < budget < 1]:
         raise ValueError(f"A budget is a share of the feed-forward work, above 0 and below 1, got {outside[0]:g}.")
+    if model is None:
+        raise ValueError(
+            "zoo bench ffn needs a classifier and labelled images: --model NAME.TAG, file or folder, and --data DIR "
+            "(class folders or Parquet); or one without weights, such as vit_small_patch16_224, for times only."
+        )
     source = find(model)
     trained = source.kind != "model" or bool(source.tag)
     if trained and data is None:
-        raise ValueError(
-            f"Accuracy of {model} is measured on labelled images: give --data DIR (class folders or Parquet), or "
-            "--model with a model without weights, such as vit_small_patch16_224, for times only."
-        )
+        raise ValueError(f"Accuracy of {model} is measured on labelled images: --data DIR (class folders or Parquet).")
     names = list(techniques or TECHNIQUES)
     if any(name.startswith(TORCH_PRUNING) for name in names) and find_spec("torch_pruning") is None:
         raise ImportError("Torch-Pruning needs the 'benchmark' extra: pip install 'ffn-zoo[benchmark]'")

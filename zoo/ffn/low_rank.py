@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import DenseFFN
 from zoo.ffn.technique import (
+    ERROR_SAMPLES,
     FFNReport,
     LayerChange,
     Moments,
@@ -27,6 +28,7 @@ from zoo.ffn.technique import (
     output_error,
     refuse_twice,
     replace_module,
+    thinned,
     watch_inputs,
 )
 from zoo.profiling import count_params
@@ -166,7 +168,11 @@ def apply(model: nn.Module, config: LowRankConfig | None = None, data: Iterable[
     moments = {name: Moments() for name in products}
     outputs: list[Tensor] = []
     if batches:
-        with evaluating(model), watch_inputs(products, lambda name, rows: moments[name].add(rows)):
+
+        def see(name: str, rows: Tensor) -> None:
+            moments[name].add(thinned(rows, rows.shape[-1], len(batches)))
+
+        with evaluating(model), watch_inputs(products, see):
             outputs = [model_output(model, batch) for batch in batches]
     changes, ranks = [], {}
     for layer, ffn in ffns.items():
@@ -194,7 +200,7 @@ def apply(model: nn.Module, config: LowRankConfig | None = None, data: Iterable[
         technique="low_rank",
         layers=tuple(changes),
         params=(params_before, count_params(model)),
-        error=output_error(model, batches, outputs) if batches else None,
+        error=output_error(model, batches, outputs, ERROR_SAMPLES) if batches else None,
     )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from zoo.ffn.dense_ffn import DenseFFN
 from zoo.ffn.importance import Loss, default_loss, score_channels
 from zoo.ffn.technique import (
+    ERROR_SAMPLES,
     FFNReport,
     LayerChange,
     Moments,
@@ -32,11 +33,12 @@ from zoo.ffn.technique import (
     note_change,
     output_error,
     refuse_twice,
+    thinned,
     watch_inputs,
 )
 from zoo.profiling import count_params
 
-__all__ = ["PruneConfig", "apply", "choose_widths", "keep_channels", "restructure", "set_hidden_dim"]
+__all__ = ["PruneConfig", "apply", "choose_widths", "keep_channels", "obs_scores", "restructure", "set_hidden_dim"]
 
 PruneScores = Literal["activation", "cfsp", "obs", "taylor", "magnitude", "random"]
 Allocation = Literal["uniform", "global", "cfsp"]
@@ -126,7 +128,10 @@ def apply(
     moments = {name: Moments(second=second) for name in ffns}
     angles = {name: [0.0, 0] for name in ffns}
     if batches:
-        with evaluating(model), _watch(model, ffns, moments, angles if config.allocation == "cfsp" else None):
+        with (
+            evaluating(model),
+            _watch(model, ffns, moments, angles if config.allocation == "cfsp" else None, len(batches)),
+        ):
             outputs = [model_output(model, batch) for batch in batches]
     scores = _scores(model, ffns, moments, config, batches, loss)
     importance = {name: total / max(count, 1) for name, (total, count) in angles.items()}
@@ -154,7 +159,7 @@ def apply(
             for name, ffn in ffns.items()
         ),
         params=(params_before, count_params(model)),
-        error=output_error(model, batches, outputs) if batches else None,
+        error=output_error(model, batches, outputs, ERROR_SAMPLES) if batches else None,
     )
 
 
@@ -258,14 +263,20 @@ def _rescaled(shares: Tensor, weights: Tensor, keep: float) -> list[float]:
 
 
 def _watch(
-    model: nn.Module, ffns: Mapping[str, DenseFFN], moments: Mapping[str, Moments], angles: dict[str, list[Any]] | None
+    model: nn.Module,
+    ffns: Mapping[str, DenseFFN],
+    moments: Mapping[str, Moments],
+    angles: dict[str, list[Any]] | None,
+    parts: int,
 ) -> ExitStack:
     """Collect moments of hidden activations and, for CFSP, the angles between a block's input and output."""
     stack = ExitStack()
     stack.enter_context(
         watch_inputs(
             {name: ffn.down for name, ffn in ffns.items()},
-            lambda name, rows: moments[name].add(rows[:, ffns[name].first_column :]),
+            lambda name, rows: moments[name].add(
+                thinned(rows, ffns[name].hidden_dim, parts)[:, ffns[name].first_column :]
+            ),
         )
     )
     for name in angles or ():
@@ -307,7 +318,7 @@ def _scores(
             score = (up.square().sum((0, 2)) + down.square().sum(0)).sqrt()
         elif config.scores == "obs":
             gram = moments[name].covariance if ffn.owns_output_bias else moments[name].second_moment
-            score = _obs_scores(gram, down, config.damping)
+            score = obs_scores(gram, down, config.damping)
         else:
             score = moments[name].rms
             if config.scores == "cfsp":
@@ -317,7 +328,7 @@ def _scores(
     return scores
 
 
-def _obs_scores(gram: Tensor, down: Tensor, damping: float) -> Tensor:
+def obs_scores(gram: Tensor, down: Tensor, damping: float) -> Tensor:
     """Return for each hidden channel what the output loses when it goes, the cheapest having gone before.
 
     With H the damped second moment and W the second product, channel j costs |W_j|^2 / (H^-1)_jj; the least-squares
@@ -332,13 +343,14 @@ def _obs_scores(gram: Tensor, down: Tensor, damping: float) -> Tensor:
     amount = damping * gram.diagonal().mean() + 1e-12
     inverse = torch.linalg.inv(gram + amount * torch.eye(count, dtype=gram.dtype, device=gram.device))
     weight, score = down.clone(), torch.zeros(count, dtype=gram.dtype, device=gram.device)
-    left, so_far = torch.arange(count, device=gram.device), 0.0
+    left, highest = torch.arange(count, device=gram.device), 0.0
     while len(left):
         cost = weight.square().sum(0) / inverse.diagonal().clamp_min(1e-30)
         group = cost.topk(min(len(left), max(1, count // 64)), largest=False)
-        # a channel that goes later is never worth less: the rest leans on it
-        score[left[group.indices]] = group.values.clamp_min(so_far)
-        so_far = float(group.values.max().clamp_min(so_far))
+        for channel, value in zip(left[group.indices].tolist(), group.values.tolist(), strict=True):
+            # one that goes later is worth more, since the rest leans on it
+            highest = max(value, highest * (1 + 1e-6))
+            score[channel] = highest
         stays = torch.ones(len(left), dtype=torch.bool, device=gram.device)
         stays[group.indices] = False
         update = torch.linalg.solve(inverse[group.indices][:, group.indices], inverse[group.indices])[:, stays]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from zoo.ffn.dense_ffn import DenseFFN
 from zoo.ffn.prune import keep_channels
 from zoo.ffn.technique import (
+    ERROR_SAMPLES,
     FFNReport,
     LayerChange,
     Moments,
@@ -31,6 +32,7 @@ from zoo.ffn.technique import (
     output_error,
     refuse_twice,
     replace_module,
+    thinned,
 )
 from zoo.profiling import count_params
 
@@ -120,7 +122,7 @@ def apply(model: nn.Module, config: RePaConfig | None = None, data: Iterable[Any
     outputs: list[Tensor] = []
     inputs = {name: Moments() for name in ffns}
     sums = {name: _Sums() for name in ffns}
-    with evaluating(model), _watch(model, ffns, inputs, sums):
+    with evaluating(model), _watch(ffns, inputs, sums, len(batches)):
         outputs = [model_output(model, batch) for batch in batches]
     changes, facts = [], {}
     for name, ffn in ffns.items():
@@ -142,7 +144,7 @@ def apply(model: nn.Module, config: RePaConfig | None = None, data: Iterable[Any
         technique="repa",
         layers=tuple(changes),
         params=(params_before, count_params(model)),
-        error=output_error(model, batches, outputs),
+        error=output_error(model, batches, outputs, ERROR_SAMPLES),
     )
 
 
@@ -181,20 +183,21 @@ class _Sums:
         self.x = self.u = None
 
 
-def _watch(
-    model: nn.Module, ffns: Mapping[str, DenseFFN], inputs: Mapping[str, Moments], sums: Mapping[str, _Sums]
-) -> Any:
+def _watch(ffns: Mapping[str, DenseFFN], inputs: Mapping[str, Moments], sums: Mapping[str, _Sums], parts: int) -> Any:
+    def rows(value: Tensor, name: str) -> Tensor:
+        return thinned(value.detach().flatten(0, -2), ffns[name].hidden_dim, parts)
+
     stack = ExitStack()
     for name, ffn in ffns.items():
 
         def see_up(module: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
-            x, u = (at_least_float32(value.detach().flatten(0, -2)) for value in (args[0], output))
+            x, u = (at_least_float32(rows(value, name)) for value in (args[0], output))
             inputs[name].add(x)
             sums[name].pre.add(u)
             sums[name].x, sums[name].u = x, u
 
         def see_down(module: nn.Module, args: Any, name: str = name) -> None:
-            sums[name].see_activation(args[0].detach().flatten(0, -2))
+            sums[name].see_activation(rows(args[0], name))
 
         stack.callback(ffn.up.register_forward_hook(see_up).remove)
         stack.callback(ffn.down.register_forward_pre_hook(see_down).remove)

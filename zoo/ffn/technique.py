@@ -23,6 +23,7 @@ from zoo.layers.ffn import RePaFFN
 from zoo.profiling import count_params
 
 __all__ = [
+    "ERROR_SAMPLES",
     "FFNReport",
     "LayerChange",
     "Moments",
@@ -38,9 +39,13 @@ __all__ = [
     "replace_layers",
     "replace_module",
     "restructure_layers",
+    "thinned",
     "vit_blocks",
     "watch_inputs",
 ]
+
+ERROR_SAMPLES = 64
+"""A report's error is measured on as many samples at least; running all again would take as long as the fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +73,8 @@ class FFNReport:
         technique: Name of the module in `zoo.ffn`.
         layers: The layers that changed, in the model's order.
         params: Parameters of the whole model before and after.
-        error: Norm of the change of the model's output over the norm of the output, on the data; None without data.
+        error: Norm of the change of the model's output over the norm of the output, on the data (of much, on part).
+            None without data.
     """
 
     technique: str
@@ -201,15 +207,42 @@ def watch_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], 
         yield
 
 
-def output_error(model: nn.Module, batches: Sequence[Any], before: Sequence[Tensor]) -> float:
-    """Return the norm of the change of the model's outputs over the norm of the outputs before."""
-    changed, kept = 0.0, 0.0
+def output_error(
+    model: nn.Module, batches: Sequence[Any], before: Sequence[Tensor], samples: int | None = None
+) -> float:
+    """Return the norm of the change of the model's outputs over the norm of the outputs before.
+
+    Args:
+        model: Changed.
+        batches: Data.
+        before: Outputs of each batch.
+        samples: Enough: no batch is run after as many; None is all.
+    """
+    changed, kept, seen = 0.0, 0.0, 0
     with evaluating(model):
         for batch, old in zip(batches, before, strict=True):
+            if samples is not None and seen >= samples:
+                break
+            seen += len(old)
             new = model_output(model, batch)
             changed += float((new.double() - old.double()).square().sum())
             kept += float(old.double().square().sum())
     return (changed / max(kept, 1e-30)) ** 0.5
+
+
+def thinned(rows: Tensor, channels: int, parts: int) -> Tensor:
+    """Return rows (T, C), or as many drawn from them as second moments need: 8 a channel over all batches.
+
+    Args:
+        rows: Of one batch; equal numbers of rows are thinned alike.
+        channels: Of the widest side that is measured.
+        parts: Batches in all.
+    """
+    most = max(1, 8 * channels // parts)
+    if len(rows) <= most:
+        return rows
+    # drawn, not every k-th: these would be the same few places of every image
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:most].to(rows.device)]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
