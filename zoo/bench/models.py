@@ -233,7 +233,7 @@ def _peak_here(name: str, settings: Settings, size: int | None, merge: bool, eng
 
 def compare_models(
     names: Sequence[str],
-    settings: Settings = Settings(),  # noqa: B008  frozen
+    settings: Settings = Settings(),
     *,
     size: int | None = None,
     merge: bool = True,

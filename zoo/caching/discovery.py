@@ -11,6 +11,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
 from zoo.caching.schedules import Kind
+from zoo.profiling import count_params
 
 __all__ = ["FoundUnits", "find_lists", "find_units", "require_own_blocks"]
 
@@ -33,15 +34,11 @@ class FoundUnits(NamedTuple):
     whole: bool
 
 
-def _weights(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def _unit_kind(name: str, module: nn.Module) -> Kind | None:
     """Return what a module of a block is by its name and class; None where it is no unit."""
     cls = type(module).__name__
     if not any(True for _ in module.children()):
-        if not _LEAF.fullmatch(name) or _NO_UNIT_CLASS.search(cls) or not _weights(module):
+        if not _LEAF.fullmatch(name) or _NO_UNIT_CLASS.search(cls) or not count_params(module):
             return None
     elif _NO_UNIT.search(name) or _NO_UNIT_CLASS.search(cls):
         return None
@@ -79,7 +76,7 @@ def _work(block: nn.Module) -> int:
     own = 0
     for name, child in block.named_children():
         if not _NO_UNIT.search(name) and not _NO_UNIT_CLASS.search(type(child).__name__):
-            own += _weights(child)
+            own += count_params(child)
     return own
 
 
@@ -91,7 +88,7 @@ def find_units(block: nn.Module) -> FoundUnits:
     """
     found = list(_units(block, "", 3))
     kinds: dict[str, Kind] = {name: kind for name, _, kind in found}
-    covered = sum(_weights(module) for _, module, _ in found)
+    covered = sum(count_params(module) for _, module, _ in found)
     return FoundUnits(kinds, bool(kinds) and covered < _COVERED * _work(block))
 
 
@@ -137,7 +134,7 @@ def require_own_blocks(model: nn.Module) -> None:
                 continue
             place, first = f"{path}.{name}" if path else name, places.get(id(child))
             places.setdefault(id(child), place)
-            if first is None or not _weights(child):
+            if first is None or not count_params(child):
                 continue
             inner = unwrap_module(child)
             if find_units(inner).kinds if is_list else _unit_kind(name, inner):

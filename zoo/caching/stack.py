@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from zoo.caching.hooks import outside_graphs
 from zoo.caching.streams import PlacedBlock, View, leaves, rebuilt, tensors
+from zoo.profiling import count_params
 
 __all__ = ["BlockStack", "Role"]
 
@@ -227,7 +228,7 @@ class BlockStack:
         """Return first and last calls of runs to try, the longest first; each holds a whole list at least."""
         sizes = {group: 0 for group in self._ends}
         for block in self._calls:
-            sizes[block.group] += sum(parameter.numel() for parameter in block.module.parameters())
+            sizes[block.group] += count_params(block.module)
         ends = {group: (first.number, last.number) for group, (first, last) in self._ends.items()}
         found = {
             (ends[one][0], max(ends[other][1] for other in (one, another)))

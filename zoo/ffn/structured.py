@@ -63,12 +63,21 @@ class StructuredConfig:
         if self.blocks < 1 or not 0 < self.rank <= 1:
             raise ValueError(f"blocks must be at least 1 and rank in 0 ... 1, got {self.blocks} and {self.rank}.")
 
-    def build(self, inputs: int, outputs: int, bias: bool, **dd: Any) -> nn.Module:
+    def build(
+        self,
+        inputs: int,
+        outputs: int,
+        bias: bool,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> nn.Module:
         """Return a structured product (outputs, inputs).
 
         Raises:
             ValueError: The widths are not divisible by the blocks.
         """
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         rank = max(1, round(self.rank * inputs))
         if self.structure == "low_rank":
             return LowRankLinear(inputs, rank, outputs, bias, **dd)

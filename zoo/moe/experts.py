@@ -322,11 +322,16 @@ class MoEFFN(nn.Module):
         )
 
 
-def _linear(inputs: int, outputs: int, bias: bool, **dd: Any) -> nn.Linear:
+def _linear(
+    inputs: int,
+    outputs: int,
+    bias: bool,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Linear:
     """Return an `nn.Linear` whose weights are set by the caller; 0 inputs are allowed without a warning."""
-    return nn.utils.skip_init(
-        nn.Linear, inputs, outputs, bias=bias, **{"device": "cpu", **{k: v for k, v in dd.items() if v}}
-    )
+    return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, device=device or "cpu", dtype=dtype)
 
 
 def masked_experts(moe: MoEFFN, rows: Tensor, weights: Tensor, index: Tensor) -> Tensor:

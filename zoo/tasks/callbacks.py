@@ -178,7 +178,7 @@ class AverageExperts(Callback):
         config: Experts, share rate, which layers.
     """
 
-    def __init__(self, config: EWAConfig = EWAConfig()) -> None:  # noqa: B008  frozen
+    def __init__(self, config: EWAConfig = EWAConfig()) -> None:
         self.config = config
         self._step = 0
 

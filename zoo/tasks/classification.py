@@ -79,7 +79,7 @@ class Classification(TimmOptimModule):
         num_classes: int,
         model_args: dict[str, Any] | None = None,
         pretrained: bool = False,
-        optim: OptimConfig = OptimConfig(),  # noqa: B008  never changed
+        optim: OptimConfig = OptimConfig(),
         label_smoothing: float = 0.1,
         mixup: float = 0.0,
         cutmix: float = 0.0,

@@ -124,7 +124,7 @@ class Detection(TimmOptimModule):
         min_size: int = 800,
         max_size: int = 1333,
         model_args: dict[str, Any] | None = None,
-        optim: OptimConfig = OptimConfig(),  # noqa: B008  never changed
+        optim: OptimConfig = OptimConfig(),
         *,
         freeze: list[str] | None = None,
         frozen_norms: bool = True,

@@ -56,7 +56,7 @@ class Diffusion(TimmOptimModule):
         self,
         model: PixelDiT,
         class_names: list[str] | None = None,
-        optim: OptimConfig = OptimConfig(),  # noqa: B008  not changed
+        optim: OptimConfig = OptimConfig(),
         beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2",
         prediction_type: Literal["epsilon", "sample", "v_prediction"] = "v_prediction",
         timestep_sampling: Literal["uniform", "logit-normal"] = "uniform",

@@ -75,11 +75,11 @@ class MoEDistillation(_Staged, Diffusion):
         self,
         student: str,
         teacher: str,
-        steps: StageSteps = StageSteps(),  # noqa: B008  not changed
+        steps: StageSteps = StageSteps(),
         groups: list[BlockGroup] | None = None,
         balance: float = 1e-2,
         freeze_shared: bool = True,
-        optim: OptimConfig = OptimConfig(),  # noqa: B008  not changed
+        optim: OptimConfig = OptimConfig(),
         timestep_sampling: Literal["uniform", "logit-normal"] = "uniform",
         *,
         sample_steps: int = 25,
@@ -146,11 +146,11 @@ class FlowDistillation(_Staged, TimmOptimModule):
         self,
         student: str,
         teacher: str,
-        steps: StageSteps = StageSteps(),  # noqa: B008  not changed
+        steps: StageSteps = StageSteps(),
         groups: list[BlockGroup] | None = None,
         balance: float = 1e-2,
         freeze_shared: bool = True,
-        optim: OptimConfig = OptimConfig(),  # noqa: B008  not changed
+        optim: OptimConfig = OptimConfig(),
         guidance: float | None = 3.5,
     ) -> None:
         super().__init__()

@@ -44,7 +44,7 @@ class DiffusionPolicy(TimmOptimModule):
     def __init__(
         self,
         model: DiffusionPolicyTransformer,
-        optim: OptimConfig = OptimConfig(lr=1e-4, betas=(0.9, 0.95), weight_decay=1e-3),  # noqa: B008  not changed
+        optim: OptimConfig = OptimConfig(lr=1e-4, betas=(0.9, 0.95), weight_decay=1e-3),
         num_train_timesteps: int = 100,
         n_action_steps: int = 8,
         eval_episodes: int = 50,

@@ -57,7 +57,7 @@ class Restoration(TimmOptimModule):
         pretrained: bool = False,
         init_from: str | None = None,
         init_except: list[str] | None = None,
-        optim: OptimConfig = OptimConfig(),  # noqa: B008  not changed
+        optim: OptimConfig = OptimConfig(),
         loss: Loss = "l1",
         fft_weight: float = 0.0,
         *,

@@ -159,7 +159,7 @@ def _classify_tab(service: Service) -> None:
         with gr.Column(scale=2):
             answers = gr.HTML("", elem_id="answers")
 
-    def classify(files: list[str] | None, models: list[str], progress: Any = gr.Progress()) -> str:  # noqa: B008
+    def classify(files: list[str] | None, models: list[str], progress: Any = gr.Progress()) -> str:
         try:
             found, failed = service.classify(
                 files, models, lambda done, total: progress((done, total), unit="pictures")
@@ -218,7 +218,7 @@ def _restore_tab(service: Service) -> None:
         scale: str,
         budget: str,
         model: str,
-        progress: Any = gr.Progress(),  # noqa: B008
+        progress: Any = gr.Progress(),
     ) -> tuple[Any, str, Any]:
         try:
             done = service.restore(
@@ -297,7 +297,7 @@ def _generate_tab(service: Service) -> None:
         seed: float,
         steps: float,
         cache: str,
-        progress: Any = gr.Progress(),  # noqa: B008
+        progress: Any = gr.Progress(),
     ) -> tuple[Any, Any, str | None, str]:
         try:
             made = generating.generate(
