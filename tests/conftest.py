@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import logging
 import os
 import random
@@ -9,6 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import fresh_process
 import numpy as np
 import pytest
 import torch
@@ -25,14 +28,27 @@ for _name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give each of several test processes one thread: more of them would only wait for each other."""
+    """Give each of several test processes one thread, as more would only wait for each other, and a twin."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+    if "PYTEST_XDIST_WORKER" in os.environ or not config.getoption("numprocesses", 0):  # a process that runs tests
+        importlib.import_module("timm")
+        fresh_process.start()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
+gc.disable()  # importing leaves no garbage, but a million objects to look through again and again
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Collect garbage again, of what tests make only."""
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Remove the caches of this process."""
+    """Remove the caches of this process, and what was left out of collecting, which bindings count at the end."""
+    gc.unfreeze()
     shutil.rmtree(_CACHE, ignore_errors=True)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import onnxruntime
 import timm
 import torch
-from registered import BACKBONES, RESTORERS, TINY, build, randomize
+from registered import BACKBONES, RESTORERS, TINY, build, randomize, small_graph
 from timm.data import create_transform
 from torch import nn
 
@@ -22,7 +23,7 @@ def _denoiser() -> nn.Module:
     from zoo.diffusion import PixelDiT
 
     torch.manual_seed(0)
-    sizes = dict(num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=8, patch_size=2, num_classes=4)
+    sizes = dict(num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8, patch_size=2, num_classes=4)
     return randomize(PixelDiT(**sizes)).eval()
 
 
@@ -43,8 +44,7 @@ class MultipleOfFour(nn.Module):
 
 
 EXPORTED: dict[str, Callable[[], nn.Module]] = {
-    **{family: (lambda family=family: build(family)) for family in (*BACKBONES, *RESTORERS)},
-    "affnet": lambda: build("affnet", depths=(1, 1, 1)),  # a node of its open sizes takes 30 ms to trace
+    **{family: partial(small_graph, family) for family in (*BACKBONES, *RESTORERS)},
     "pixel_dit": _denoiser,
     "multiple_of_four": lambda: MultipleOfFour().eval(),
 }

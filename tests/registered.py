@@ -43,6 +43,21 @@ TINY = {
     "restormer": Tiny(dict(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, mlp_ratio=2.0), 16),
 }
 
+SMALL_GRAPH: dict[str, dict[str, Any]] = {
+    "repavit": dict(depth=1),
+    "repaswin": dict(depths=(2, 1), num_heads=(1, 2)),
+    "repamlpmixer": dict(num_blocks=1),
+    "repapoolformer": dict(depths=(1, 1), dims=(16, 24)),
+    "ffnet": dict(depths=(1, 1, 1, 1)),
+    "emov2": dict(depths=(1, 1, 1, 1)),
+    "affnet": dict(depths=(0, 0, 1)),
+    "efficientvit_msra": dict(depth=(1, 1, 1)),
+    "cfsr": dict(depths=(1,)),
+    "dat": dict(depths=(3,)),
+    "ffnetsr": dict(depth=1),
+}
+"""What leaves one block of every kind in a tiny model: compilers and exporters take as long as there are nodes."""
+
 
 def _names(kind: str) -> dict[str, list[str]]:
     """Return the registered names of each family in `zoo.<kind>`."""
@@ -85,6 +100,11 @@ def build(family: str, **kwargs: Any) -> nn.Module:
     model, state = _built[key]
     torch.set_rng_state(state)
     return copy.deepcopy(model)
+
+
+def small_graph(family: str) -> nn.Module:
+    """Build the tiny model of a family with as few blocks as `SMALL_GRAPH` says."""
+    return build(family, **SMALL_GRAPH.get(family, {}))
 
 
 def randomize(model: nn.Module) -> nn.Module:

@@ -298,8 +298,8 @@ def test_caching_suite(monkeypatch: pytest.MonkeyPatch) -> None:
         return list({setting.method: setting for setting in reversed(cache_settings(subject))}.values())[::-1]
 
     monkeypatch.setattr("zoo.bench.caching.cache_settings", mildest)
-    (found,) = caching(Settings(batch=1, count=3, rounds=1, warmup=0, threads=1), steps=8)
-    assert found.conditions["images"] == 3
+    (found,) = caching(Settings(batch=1, count=2, rounds=1, warmup=0, threads=1), steps=6)
+    assert found.conditions["images"] == 2
     uncached, *others = found.entries
     assert set(uncached.values) == {FID_C, RECOGNISED, STEPS}
     for entry in others:

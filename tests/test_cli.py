@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fresh_process
 import numpy as np
 import pytest
 from PIL import Image
@@ -83,15 +84,15 @@ def test_answers_at_once_without_torch(argv: list[str]) -> None:
 
 def test_scripts_of_any_name_get_the_models(tmp_path: Path) -> None:
     """Importing zoo registers, whatever the script is called; nothing is hooked into imports."""
-    script = tmp_path / "zoo"
-    script.write_text(
-        "import sys, zoo, timm\n"
+    code = (
+        f"import sys; sys.argv = [{str(tmp_path / 'zoo')!r}]\n"
+        "import zoo, timm\n"
         "assert timm.is_model('repavit_tiny')\n"
         "assert 'diffusers' not in sys.modules\n"
         "assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith('zoo.')]\n"
         "assert callable(zoo.spandrel.install)\n"
     )
-    done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = fresh_process.run(code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
@@ -103,7 +104,7 @@ def test_the_command_registers_before_it_works() -> None:
         "main()\n"
         "import zoo; assert callable(zoo.create_model)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = fresh_process.run(code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh_process
 import pytest
 import timm
 import torch
@@ -209,4 +208,5 @@ def test_classifiers_do_without_diffusers() -> None:
         "model = zoo.create_model('vit_tiny_patch16_224', **sizes);"
         "assert zoo.compress(model.eval(), 'prune', [torch.randn(2, 3, 16, 16)]).layers"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = fresh_process.run(code)
+    assert done.returncode == 0, done.stderr

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh_process
 import pytest
 import torch
 from torch import nn
@@ -78,7 +77,7 @@ def test_peak_memory_sees_what_was_freed() -> None:
         "import time, torch; from zoo.bench.memory import peak_memory; "
         "print(peak_memory(lambda: (torch.ones(16 * 2**20), time.sleep(0.5))))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = fresh_process.run(code)
     assert 60e6 < int(done.stdout) < 90e6
 
 

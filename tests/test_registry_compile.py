@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from registered import BACKBONES, FAMILIES, RESTORERS, build, images, relative
+from registered import BACKBONES, FAMILIES, images, relative, small_graph
 from torch._dynamo.testing import CompileCounter
 
 import zoo
@@ -25,7 +25,7 @@ def _fresh_compiler() -> Iterator[None]:
 @torch.no_grad()
 def test_compile_without_graph_breaks(family: str, merged: bool) -> None:
     """Equal to eager, and at most one recompilation over three sizes."""
-    model = build(family)
+    model = small_graph(family)
     if merged:
         zoo.reparameterize(model, measure=False)
     counter = CompileCounter()
@@ -41,7 +41,7 @@ def test_compile_without_graph_breaks(family: str, merged: bool) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiled_training_step(family: str) -> None:
     """The training graph compiles too, and gives eager's gradients."""
-    model = build(family).train()
+    model = small_graph(family).train()
     eager, compiled = {}, {}
     for store, run in ((eager, model), (compiled, torch.compile(model, fullgraph=True, backend="eager"))):
         for name, buffer in model.named_buffers():  # both start from the same statistics
@@ -58,11 +58,9 @@ def test_compiled_training_step(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_export_with_open_batch(family: str) -> None:
-    model = build(family)
+    """In training form; merged, with open sizes where there are any, it is tested in tests/export."""
+    model = small_graph(family)
     shapes = {0: torch.export.Dim("batch")}
-    if family in RESTORERS and not getattr(model, "graph_depends_on_size", False):
-        step = getattr(model, "multiple_of", 1)
-        shapes |= {2: step * torch.export.Dim("height"), 3: step * torch.export.Dim("width")}
     program = torch.export.export(model, (images(family, 2),), dynamic_shapes=(shapes,)).module()
     for batch in (1, 2, 5):
         sample = images(family, batch)
@@ -73,7 +71,7 @@ def test_export_with_open_batch(family: str) -> None:
 @torch.no_grad()
 def test_torchscript(family: str) -> None:
     """Backbones only, as in timm's own tests: PyTorch has deprecated it."""
-    model, batch = build(family), images(family)
+    model, batch = small_graph(family), images(family)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scripted = torch.jit.script(model)

@@ -22,7 +22,18 @@ from torch import nn
 import zoo
 from zoo.bench.caching import PSNR, psnr_of_all
 from zoo.bench.timing import Settings
-from zoo.bench.tuning import Budget, Tuning, _between, _beyond, _cg_line, _Sweep, as_images, best_entries, tune_cache
+from zoo.bench.tuning import (
+    Budget,
+    Tuning,
+    _between,
+    _beyond,
+    _cg_line,
+    _lines,
+    _Sweep,
+    as_images,
+    best_entries,
+    tune_cache,
+)
 from zoo.caching import CGTaylorConfig
 from zoo.caching.presets import PRESETS, Preset, Subject
 from zoo.caching.saved import SavedSetting
@@ -59,6 +70,17 @@ def work() -> Iterator[Work]:
         patch.setattr("zoo.bench.tuning.processor_clock", lambda device: clock)
         yield clock
     handle.remove()
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try one line of CG-Taylor, BAC and fewer steps: a sweep takes as long as there are lines."""
+
+    def lines(*args: Any) -> Iterator[Preset]:
+        found = {line.method: line for line in _lines(*args)}
+        return iter([found[method] for method in ("CG-Taylor", "BAC", "no cache") if method in found])
+
+    monkeypatch.setattr("zoo.bench.tuning._lines", lines)
 
 
 def runner(pipe: Any, made: list[int] | None = None) -> Any:
@@ -113,6 +135,7 @@ def test_everything_is_tried(tuned: tuple[Any, Tuning, list[int]]) -> None:
     assert all(entry.values["held (MiB)"] > 0 for entry in tuning.benchmark.entries if entry.series[:2] != "no")
 
 
+@pytest.mark.usefixtures("few")
 def test_where_fewer_steps_serve_better_nothing_is_saved(
     cache: Path, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +198,7 @@ def test_a_disturbed_run_is_measured_again(work: Work) -> None:
     assert [round(trial.speedup, 2) for trial in sweep.trials.values()] == [1.33, 2.0, 2.67]
 
 
+@pytest.mark.usefixtures("few")
 def test_a_speed_to_reach(cache: Path) -> None:
     """Where no cache is fast enough, that is said, nothing is saved, and fewer steps may serve."""
     pipe = class_pipeline()
@@ -207,6 +231,7 @@ def test_failure_in_mid_sweep(failing: int, cache: Path) -> None:
     assert not cache.exists()
 
 
+@pytest.mark.usefixtures("few")
 def test_a_cache_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """One method breaking in mid-run does not end the sweep; it is named."""
 
@@ -268,6 +293,7 @@ def test_what_a_run_may_return() -> None:
         as_images(images[0, 0])
 
 
+@pytest.mark.usefixtures("few")
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Table, JSON, plot and timeline; the setting lies beside the model, and `zoo generate --cache auto` takes it."""
     folder = denoiser_folder(tmp_path / "model")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh_process
 import numpy as np
 import pytest
 import torch
@@ -239,5 +238,5 @@ def test_diffusers_finds_the_class_in_a_new_process(tmp_path: Path, first: str) 
         f"{imports}; load = diffusers.DiffusionPipeline.from_pretrained; print(type(load({str(tmp_path)!r})));"
         f"assert type(load({str(shipped)!r}).transformer).__name__ == 'MoEPixelDiT'"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = fresh_process.run(program)
     assert "<class 'zoo.diffusion.pipelines.PixelDiTPipeline'>" in done.stdout, done.stderr

@@ -12,13 +12,20 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from denoisers import pixel_dit
 from exported import EXPORTED, MultipleOfFour
 from registered import BACKBONES, build
 from zoo.export import FORMATS, ExportError, target
-from zoo.export.network import kind_of, sample_inputs
+from zoo.export.network import kind_of, prepare, sample_inputs
 from zoo.export.onnx import check, export
 
 import zoo
+
+LABELS = ["cat", "dog", *map(str, range(8))]
+
+
+def _small(**kwargs: Any) -> torch.nn.Module:
+    return build("repavit", depth=1, **kwargs)
 
 
 def _facts(path: Path) -> dict[str, str]:
@@ -27,7 +34,8 @@ def _facts(path: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module]:
-    model = build("repavit")
+    model = _small()
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": LABELS}
     return export(model, tmp_path_factory.mktemp("onnx") / "model.onnx", name="repavit_tiny.test"), model
 
 
@@ -44,20 +52,21 @@ def test_metadata_of_a_classifier(classifier: tuple[Path, torch.nn.Module]) -> N
     assert [node.name for node in session.get_outputs()] == ["logits"]
 
 
-def test_labels_are_stored_where_they_fit(tmp_path: Path) -> None:
-    model = build("repavit", num_classes=2)
-    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": ("cat", "dog")}
-    facts = _facts(export(model, tmp_path / "two.onnx"))
-    assert json.loads(facts["labels"]) == ["cat", "dog"]
-    model.reset_classifier(3)
-    assert "labels" not in _facts(export(model, tmp_path / "three.onnx"))
+def test_labels_are_stored_where_they_fit(classifier: tuple[Path, torch.nn.Module]) -> None:
+    """As of the other facts, of the file; where they do not fit, of what is written into one."""
+    path, model = classifier
+    assert json.loads(_facts(path)["labels"]) == LABELS
+    assert prepare(model).metadata["labels"] == _facts(path)["labels"]
+    other = _small(num_classes=3)
+    other.pretrained_cfg = {**other.pretrained_cfg, "label_names": LABELS}
+    assert "labels" not in prepare(other).metadata
 
 
 def test_the_file_is_merged(classifier: tuple[Path, torch.nn.Module]) -> None:
     path, _ = classifier
     names = {node.op_type for node in onnx.load(path).graph.node}
     assert "BatchNormalization" not in names
-    merged = zoo.reparameterize(build("repavit")).params_after
+    merged = zoo.reparameterize(_small()).params_after
     stored = sum(int(np.prod(value.dims)) for value in onnx.load(path).graph.initializer if value.data_type == 1)
     assert stored <= merged + 100  # and a few constants
 
@@ -66,12 +75,12 @@ def test_a_difference_is_noticed(classifier: tuple[Path, torch.nn.Module]) -> No
     """The check can fail: other weights give another error, another network another shape."""
     path, model = classifier
     assert check(path, model) < 1e-5
-    other = build("repavit")
+    other = _small()
     with torch.no_grad():
         other.head.bias += 1.0
     assert check(path, other) > 1e-2
     with pytest.raises(ExportError, match=r"returns \(1, 10\), the model \(1, 9\)"):
-        check(path, build("repavit", num_classes=9))
+        check(path, _small(num_classes=9))
 
 
 def test_restored_images_stay_in_range(tmp_path: Path) -> None:
@@ -85,18 +94,13 @@ def test_restored_images_stay_in_range(tmp_path: Path) -> None:
     assert json.loads(_facts(path)["multiple_of"]) == 4
 
 
-def test_features_without_classes(tmp_path: Path) -> None:
-    model = build("repavit", num_classes=0)
+def test_features_without_classes_whatever_mode_and_type(tmp_path: Path) -> None:
+    """A file is in evaluation mode and in float32; the model stays in training."""
+    model = _small(num_classes=0, drop_rate=0.5, proj_drop_rate=0.5).train().double()
     path = export(model, tmp_path / "features.onnx")
-    assert check(path, model) < 1e-5
-    assert [output.name for output in onnx.load(path).graph.output] == ["features"]
-
-
-def test_training_mode_and_device_do_not_matter(tmp_path: Path) -> None:
-    model = build("repavit", drop_rate=0.5).train().double()
-    path = export(model, tmp_path / "model.onnx")
     assert model.training
     assert check(path, model) < 1e-5
+    assert [output.name for output in onnx.load(path).graph.output] == ["features"]
 
 
 def test_unwritable_output(tmp_path: Path) -> None:
@@ -104,7 +108,7 @@ def test_unwritable_output(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for out, reason in ((tmp_path / "file" / "model.onnx", "cannot be written"), (tmp_path, "is a folder")):
         with pytest.raises(OSError, match=reason) as caught:
-            export(build("repavit"), out)
+            export(_small(), out)
         assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -129,7 +133,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("no model")
     for path in (tmp_path / "text.onnx", tmp_path / "missing.onnx"):
         with pytest.raises(ExportError) as caught:
-            check(path, build("repavit"))
+            check(path, _small())
         assert "\n" not in str(caught.value)
 
 
@@ -164,7 +168,7 @@ def test_missing_extra(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    model, path = build("repavit"), tmp_path / "model.onnx"
+    model, path = _small(), tmp_path / "model.onnx"
     call = (lambda: export(model, path)) if missing == "onnxscript" else (lambda: check(path, model))
     with pytest.raises(ImportError, match=rf"{missing}.*pip install 'ffn-zoo\[export\]'"):
         call()
@@ -173,7 +177,7 @@ def test_missing_extra(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_an_enabled_cache_is_refused(tmp_path: Path) -> None:
     from diffusers import FirstBlockCacheConfig
 
-    model = EXPORTED["pixel_dit"]()
+    model = pixel_dit()
     model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(ValueError, match="disable_cache"):
         export(model, tmp_path / "model.onnx")

@@ -15,17 +15,17 @@ from zoo.export.torch_export import check, export, metadata
 
 def test_a_difference_is_noticed(tmp_path: Path) -> None:
     """The check can fail: other weights give another error, another network another shape."""
-    path = export(build("repavit"), tmp_path / "model.pt2", name="repavit_tiny.test")
+    path = export(build("repavit", depth=1), tmp_path / "model.pt2", name="repavit_tiny.test")
     assert metadata(path)["name"] == "repavit_tiny.test"
     assert json.loads(metadata(path)["mean"])
-    other = build("repavit")
+    other = build("repavit", depth=1)
     with torch.no_grad():
         other.head.bias += 1.0
     assert check(path, other) > 1e-2
     with pytest.raises(ExportError, match=r"returns \(1, 10\), the model \(1, 9\)"):
-        check(path, build("repavit", num_classes=9))
+        check(path, build("repavit", depth=1, num_classes=9))
     with pytest.raises(ExportError, match="cannot be run on"):
-        check(path, build("repavit", img_size=40), image_size=40)
+        check(path, build("repavit", depth=1, img_size=40), image_size=40)
 
 
 def test_fixed_size(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_fixed_size(tmp_path: Path) -> None:
 def test_unwritable_output(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot be written") as caught:
-        export(build("repavit"), tmp_path / "file" / "model.pt2")
+        export(build("repavit", depth=1), tmp_path / "file" / "model.pt2")
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -60,5 +60,5 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.pt2").write_text("no program")
     for path in (tmp_path / "text.pt2", tmp_path / "missing.pt2"):
         with pytest.raises(ExportError) as caught:
-            check(path, build("repavit"))
+            check(path, build("repavit", depth=1))
         assert "\n" not in str(caught.value)

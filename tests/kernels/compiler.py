@@ -12,6 +12,7 @@ import pytest
 import torch
 from kernel_cases import CASES, experts_case, frequencies
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -77,8 +78,12 @@ def test_kernel_compiles(name: str, dtype: torch.dtype, compiled: list[Any]) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_tiles_of_models_fit_a_multiprocessor(dtype: torch.dtype, compiled: list[Any]) -> None:
+def test_tiles_of_models_fit_a_multiprocessor(
+    dtype: torch.dtype, compiled: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the kernels whose programs hold whole rows or maps; H100 has 227 KiB of shared memory for a program."""
+    monkeypatch.setattr(CUDABackend, "make_ptx", lambda self, src, metadata, *_: metadata.update(name="none") or "")
+    monkeypatch.setattr(CUDABackend, "make_cubin", lambda *_: b"")  # shared memory is given out before these two
     maps = [tensor.to(dtype) for tensor in frequencies(1, 8, 12, 32, 32)]
     triton_frequency.forward(*maps, 0.0, torch.empty_like(maps[0]))
     assert [kernel.metadata.shared <= 227 * 1024 for kernel in compiled] == [True]

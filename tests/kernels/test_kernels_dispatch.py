@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 
+import fresh_process
 import pytest
 import torch
 
@@ -71,6 +70,6 @@ def test_imports_and_computes_without_triton() -> None:
         "x = torch.randn(1, 2, 4)\n"
         "print(kernels.modulate(x, x[:, 0], x[:, 1]).shape, torch.ops.zoo.modulate(x, x[:, 0], x[:, 1], 1e-6).shape)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = fresh_process.run(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("[1, 2, 4]") == 2

@@ -75,7 +75,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_parity_with_the_authors(form: str) -> None:
-    """Both forms give the authors' output; that streams give what a form gives is tested below."""
+    """Both forms give the authors' output; that merging changes no kind, and streams no form, is tested below."""
     state_dict, x, outputs = record(form)
     model = timm.create_model(FORMS[form], device="meta", dtype=torch.float64).to_empty(device="cpu").eval()
     load_strict(model, state_dict, checkpoint_filter_fn)
@@ -85,9 +85,10 @@ def test_parity_with_the_authors(form: str) -> None:
     found = [model(x)]
     hook.remove()
     assert protocol.rel_error(latent[0].permute(0, 3, 1, 2).numpy(), outputs["latent"]) < 1e-10
-    with torch.no_grad():
-        model.reparameterize()
-        found.append(model(x))
+    if form == "biasfree":
+        with torch.no_grad():
+            model.reparameterize()
+            found.append(model(x))
     for output in found:
         assert protocol.rel_error(output.numpy(), outputs["output"]) < 1e-10
 
