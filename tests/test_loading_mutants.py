@@ -12,7 +12,7 @@ from torch import nn
 
 from zoo import hub
 from zoo.cfg import ModelCfg
-from zoo.weights import CheckpointError, load_strict, read_checkpoint, save_checkpoint, verify_component
+from zoo.weights import CheckpointError, load_strict, merge_adapters, read_checkpoint, save_checkpoint, verify_component
 
 
 @pytest.mark.parametrize(("own", "given"), [((2, 3), (3, 2)), ((6, 1), (6,)), ((4,), (2, 2)), ((4,), (1, 4))])
@@ -116,3 +116,19 @@ def test_only_large_files_of_the_cache_have_a_digest(tmp_path: Path, place: tupl
     link = tmp_path / "model.safetensors"
     link.symlink_to(blob)
     assert hub.blob_digest(link) == (place[1] if known else None)
+
+
+def test_merged_adapters_leave_plain_weights_only() -> None:
+    """W + 2 B A, of linear layers and convolutions; the rest, biases too, stays."""
+    down, up = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [5.0]])
+    state = {"norm.weight": torch.ones(2)}
+    for name, weight in (("fc", torch.zeros(2, 2)), ("conv", torch.zeros(2, 2, 1, 1))):
+        state |= {f"{name}.base_layer.weight": weight, f"{name}.base_layer.bias": torch.ones(2)}
+        shape = weight.shape[2:]
+        state |= {f"{name}.lora_A.default.weight": down.view(1, 2, *shape)}
+        state |= {f"{name}.lora_B.default.weight": up.view(2, 1, *shape)}
+    merged = merge_adapters(state)
+    assert set(merged) == {"norm.weight", "fc.weight", "fc.bias", "conv.weight", "conv.bias"}
+    expected = torch.tensor([[6.0, 12.0], [10.0, 20.0]])
+    assert torch.equal(merged["fc.weight"], expected)
+    assert torch.equal(merged["conv.weight"], expected[..., None, None])

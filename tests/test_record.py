@@ -116,10 +116,21 @@ def test_every_field_of_timm_has_a_place() -> None:
     assert model == {entry.name for entry in dataclasses.fields(ModelCfg)} - fields
 
 
+def test_models_of_timm_have_a_record_where_their_cfg_names_them() -> None:
+    model = torch.nn.Module()
+    for cfg in (None, {}, {"num_classes": 5}):
+        model.pretrained_cfg = cfg
+        with pytest.raises(RecordError, match="Module was built from its class"):
+            record_of(model)
+    model.pretrained_cfg = {"architecture": "vit_tiny_patch16_224", "num_classes": 5}
+    assert (record_of(model).architecture, record_of(model).num_classes) == ("vit_tiny_patch16_224", 5)
+
+
 def test_arguments_that_are_no_data_are_named() -> None:
     record = described("vit_tiny_patch16_224", {"num_classes": 10}, {"act_layer": torch.nn.ReLU, "qk_norm": True})
     assert record.model_args == {"qk_norm": True}
     assert record.not_recorded == ("act_layer",)
+    assert record.input_size == (3, 224, 224)
     assert ModelRecord.from_config(record.to_config()).not_recorded == ("act_layer",)
 
 

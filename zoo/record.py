@@ -343,7 +343,7 @@ def record_of(model: Any) -> ModelRecord:
                 " zoo.create_model."
             )
         record = described(cfg["architecture"], cfg, {})
-    changes = getattr(model, "ffn_changes", None)
+    changes = getattr(model, "ffn_changes", None)  # what techniques of zoo.ffn noted
     if changes is not None:
         record = dataclasses.replace(record, changes=tuple(changes))
     classes = getattr(model, "num_classes", record.num_classes)
@@ -351,8 +351,7 @@ def record_of(model: Any) -> ModelRecord:
         record = dataclasses.replace(record, num_classes=classes, label_names=None)
     if record.label_names is not None and len(record.label_names) != record.num_classes:
         record = dataclasses.replace(record, label_names=None)
-    changes = getattr(model, "ffn_changes", None)  # what techniques of zoo.ffn noted
-    return record if changes is None else dataclasses.replace(record, changes=tuple(changes))
+    return record
 
 
 def record_in(checkpoint: Mapping[str, Any], source: str | Path = "The checkpoint") -> ModelRecord | None:
