@@ -15,13 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from zoo.bench.caching import NO_CACHE, PSNR, SSIM, STEPS, notes_of, psnr_of_all, ssim_of_all, without_cache
+from zoo.bench.caching import NO_CACHE, PSNR, SSIM, psnr_of_all, ssim_of_all, without_cache
 from zoo.bench.latency import processor_clock
 from zoo.bench.report import Benchmark, Entry
 from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
 from zoo.caching.cg_taylor import CGTaylorConfig
 from zoo.caching.core import active_cache, cache_summary, cached
-from zoo.caching.presets import PRESETS, Preset, Subject, planned_bac
+from zoo.caching.presets import PRESETS, STEPS, Preset, Subject, notes_of, planned_bac
 from zoo.caching.saved import SavedSetting, default_guidance, fingerprint, folder_for
 from zoo.caching.taylorseer import TaylorSeerConfig
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -16,22 +17,28 @@ from diffusers.hooks import MagCacheConfig, SeaCacheConfig, TaylorSeerCacheConfi
 from zoo.caching.bac import BACConfig
 from zoo.caching.calibration import Calibration, calibrate
 from zoo.caching.cg_taylor import CGTaylorConfig
-from zoo.caching.core import cached
+from zoo.caching.core import cache_summary, cached
 from zoo.caching.step_calibration import StepCalibration, calibrate_steps
 from zoo.caching.step_forecast import StepForecastConfig
 from zoo.caching.taylorseer import TaylorSeerConfig
 from zoo.diffusion.blocks import as_patterns, attention_modules, feed_forward_modules
 
 __all__ = [
+    "HELD",
     "PRESETS",
+    "STEPS",
     "CacheSetting",
     "Preset",
     "Subject",
     "cache_setting",
     "cache_settings",
+    "notes_of",
     "planned_bac",
     "planned_steps",
 ]
+
+STEPS = "steps computed"
+HELD = "held (MiB)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,27 @@ class CacheSetting:
     def name(self) -> str:
         """Method and setting."""
         return f"{self.method}, {self.setting}"
+
+    def on(self, pipe: Any) -> AbstractContextManager[None]:
+        """Have the cache on a pipeline within a `with` block.
+
+        Raises:
+            ValueError: It cannot work on this pipeline.
+        """
+        return cached(pipe, self.config)
+
+    def notes(self, pipe: Any) -> Mapping[str, float]:
+        """Return steps computed and memory held in the last run, the cache being still on, as far as it tells."""
+        return notes_of(pipe)
+
+
+def notes_of(pipe: Any) -> dict[str, float]:
+    """Return steps computed and memory held in the last run with a cache that is still on, as far as it tells."""
+    found = cache_summary(pipe).denoisers
+    counts = [one.computed_steps for one in found if one.computed_steps is not None]
+    held = [one.bytes_held for one in found if one.bytes_held is not None]
+    values = {STEPS: sum(counts) / len(counts)} if counts else {}
+    return values | ({HELD: sum(held) / 2**20} if held else {})
 
 
 @dataclass(kw_only=True)
@@ -135,8 +163,12 @@ def planned_steps(subject: Subject, updates: int) -> StepForecastConfig:
     return replace(config, schedule=subject.step_calibration.plan(config, subject.guidance))
 
 
+def _shares(steps: int, speeds: Sequence[float]) -> Sequence[int]:
+    return sorted({max(2, round(steps / each)) for each in speeds}, reverse=True)
+
+
 def _updates(steps: int) -> Sequence[int]:
-    return sorted({max(2, round(steps / each)) for each in (2, 3, 5)}, reverse=True)
+    return _shares(steps, (2, 3, 5))
 
 
 def _diffusers_taylorseer(subject: Subject, interval: int) -> TaylorSeerCacheConfig:
@@ -164,9 +196,10 @@ PRESETS: dict[str, Preset] = {
         method="Step forecast",
         knob="updates",
         label="{} steps computed",
-        values=lambda steps: sorted({max(2, round(steps / each)) for each in (1.3, 1.6, 2, 3, 4, 6)}, reverse=True),
+        # a little more than 3 and 4 times, of which some is lost to what else a step takes
+        values=lambda steps: _shares(steps, (1.3, 1.6, 2, 2.5, 3.2, 4.2, 6)),
         config=planned_steps,
-        standard=3,
+        standard=4,
     ),
     "cg-taylor": Preset(
         method="CG-Taylor",

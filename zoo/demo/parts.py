@@ -19,6 +19,7 @@ from zoo.bench.caching import (
     PSNR,
     CacheResults,
     Classify,
+    class_images,
     class_subject,
     measure_caches,
     recogniser,
@@ -123,22 +124,22 @@ def generate(
         candidates = cache_settings(subject, _TRIED)
     study = measure_caches(
         pipe,
-        list(range(classes)) * study_per_class,
+        class_images(pipe, list(range(classes)) * study_per_class, guidance_scale=guidance_scale),
+        classes * study_per_class,
         candidates,
         settings,
         steps=steps,
-        guidance_scale=guidance_scale,
         progress=_named(progress, "trying caches"),
     )
     chosen, rule = _choose(study, candidates, wanted_psnr)
     labels = [label for label in range(classes) for _ in range(per_class)]
     results = measure_caches(
         pipe,
-        labels,
+        class_images(pipe, labels, guidance_scale=guidance_scale),
+        len(labels),
         [chosen],
         settings,
         steps=steps,
-        guidance_scale=guidance_scale,
         judge=recogniser(classify, labels),
         fewer_steps=False,
         progress=_named(progress, "generating"),
