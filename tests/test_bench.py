@@ -14,6 +14,7 @@ import torch
 from denoisers import pixel_dit
 from diffusers import DDIMScheduler, FirstBlockCacheConfig
 from diffusers.hooks import SeaCacheConfig
+from pipeline_folders import saved
 
 import zoo
 import zoo.bench.suites
@@ -36,7 +37,7 @@ from zoo.bench.caching import (
 from zoo.bench.latency import Latency
 from zoo.bench.memory import in_fresh_process, resident_peak
 from zoo.bench.moe import moe
-from zoo.bench.pipelines import ACTIVATED, compare_pipelines
+from zoo.bench.pipelines import ACTIVATED
 from zoo.bench.report import columns, dumps, markdown, plot, to_json
 from zoo.bench.restorers import restorers
 from zoo.bench.suites import SUITES, cfsr, repaffn
@@ -415,7 +416,7 @@ def test_command_says_whether_goals_are_reached(
         (["repavit_tiny", "--plot", "p.txt"], "--plot writes .png"),
         (["cfsr", "--count", "3"], "--count is for `zoo bench caching`"),
         (["pixeldit.cifar10", "--count", "3", "--size", "8"], "--size is for models"),
-        (["repavit_tiny", "--count", "3"], "not a diffusion pipeline"),
+        (["repavit_tiny", "--count", "3"], "--count is for pipelines; repavit_tiny is a model"),
         (["repavit_tiny", "--batch", "0"], "--batch must be at least 1"),
         (["repavt"], "named benchmark is called repavit"),
         (["repavit_tiny", "--device", "tpu"], "tpu"),
@@ -467,6 +468,9 @@ def test_mixture_of_experts() -> None:
     assert [goal.wanted for goal in found.goals] == [3.0, 0.8]
 
 
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
 def test_pipelines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A mixture of experts is measured at every top-k; with all experts on it makes the images of the dense model."""
     torch.manual_seed(0)
@@ -474,21 +478,52 @@ def test_pipelines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     experts, _ = zoo.moe.convert(dense, zoo.MoEConfig(experts=3, top_k=1, scores="random"))
     pruned, _ = zoo.moe.convert(dense, zoo.MoEConfig(experts=3, top_k=0, scores="random"))
     for name, transformer in (("dense", dense), ("experts", experts), ("pruned", pruned)):
-        PixelDiTPipeline(transformer, DDIMScheduler()).save_pretrained(tmp_path / name)
-    settings = Settings(batch=2, count=3, rounds=1, warmup=0, threads=1)
-    found = compare_pipelines([str(tmp_path / name) for name in ("dense", "experts", "pruned")], settings, steps=2)
-    by_name = {entry.name: entry for entry in found.entries}
+        PixelDiTPipeline(transformer, DDIMScheduler(), dict(enumerate(CIFAR10))).save_pretrained(tmp_path / name)
+    call = ["bench", *(str(tmp_path / name) for name in ("dense", "experts", "pruned")), "--json"]
+    assert main([*call, "--count", "3", "--batch", "2", "--rounds", "1", "--steps", "2", "--threads", "1"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["benchmarks"]
+    by_name = {entry["name"]: entry["values"] for entry in found["entries"]}
     assert list(by_name) == ["dense", *(f"experts, top {k}" for k in (0, 1, 2, 3)), "pruned"]
-    assert by_name["experts, top 3"].values[PSNR] > 50 > by_name["experts, top 0"].values[PSNR]
-    activated = [by_name[f"experts, top {k}"].values[ACTIVATED] for k in (0, 1, 2, 3)]
+    assert by_name["experts, top 3"][PSNR] > 50 > by_name["experts, top 0"][PSNR]
+    activated = [by_name[f"experts, top {k}"][ACTIVATED] for k in (0, 1, 2, 3)]
     assert activated == sorted(set(activated))
-    assert by_name["pruned"].values[ACTIVATED] == activated[0]
-    assert all({FID_C, RECOGNISED} <= set(entry.values) for entry in found.entries)
-    assert main(["bench", str(tmp_path / "dense")]) == 2
-    assert "is a pipeline: --count" in capsys.readouterr().err
+    assert by_name["pruned"][ACTIVATED] == activated[0]
+    assert all({FID_C, RECOGNISED} <= set(values) for values in by_name.values())
+    assert (found["conditions"]["images"], found["conditions"]["steps"]) == (3, 2)
 
 
-def test_pipelines_of_other_classes(tmp_path: Path) -> None:
-    PixelDiTPipeline(pixel_dit(), DDIMScheduler()).save_pretrained(tmp_path / "four")
-    with pytest.raises(ValueError, match="10 classes of CIFAR-10"):
-        compare_pipelines([str(tmp_path / "four")], QUICK)
+def test_pipelines_of_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prompts in place of classes; nothing that knows CIFAR-10 alone judges other images, ten classes or not."""
+    words = [f"class {number}" for number in range(10)]
+    PixelDiTPipeline(pixel_dit(num_classes=10), DDIMScheduler(), dict(enumerate(words))).save_pretrained(
+        tmp_path / "ten"
+    )
+    quick = ["--rounds", "1", "--steps", "2", "--threads", "1", "--json"]
+    assert main(["bench", str(tmp_path / "ten"), "--count", "4", *quick]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["benchmarks"]
+    assert [entry["values"] for entry in found["entries"]] == [{}]
+    flux = saved("flux", tmp_path / "flux")
+    call = ["bench", flux, "--prompt", "a cat", "--height", "16", "--width", "16", *quick]
+    assert main([*call, "--caches", "taylorseer=2,first-block,cg-taylor"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["benchmarks"]
+    by_series = {entry["series"]: entry["values"] for entry in found["entries"]}
+    assert {"no cache", "TaylorSeer", "First Block Cache", "CG-Taylor"} <= set(by_series)
+    assert PSNR in by_series["TaylorSeer"]
+    assert FID_C not in by_series["TaylorSeer"]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (["pixeldit.cifar10", "--caches", "cgtaylor"], "Did you mean cg-taylor?"),
+        (["pixeldit.cifar10", "--caches", "cg-taylor=x"], "NAME=NUMBER"),
+        (["pixeldit.cifar10", "pixeldit_moe.cifar10", "--caches", "bac"], "takes one pipeline"),
+        (["pixeldit.cifar10", "repavit_tiny"], "repavit_tiny is a model and pixeldit.cifar10 a pipeline"),
+        (["pixeldit.cifar10", "--prompt", "a cat"], "give --classes instead of --prompt"),
+        (["caching", "--steps", "4"], "--steps is for pipelines; caching is a named benchmark"),
+        (["pixeldit.cifar10", "--steps", "0"], "--steps must be at least 1"),
+    ],
+)
+def test_wrong_calls_of_pipelines(call: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *call]) == 2
+    assert said in capsys.readouterr().err

@@ -16,7 +16,7 @@ from zoo.bench.cache_dit import cache_dit_settings
 from zoo.bench.latency import processor_clock
 from zoo.bench.report import Benchmark, Entry, Goal
 from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
-from zoo.caching.presets import STEPS, CacheSetting, Subject, cache_settings
+from zoo.caching.presets import CACHE_FAILURES, STEPS, CacheSetting, Subject, cache_settings
 from zoo.evaluation.fid_c import FEWEST, FID_C, RECOGNISED, SampleJudge
 from zoo.evaluation.metrics import ssim
 
@@ -30,6 +30,7 @@ __all__ = [
     "caching",
     "class_images",
     "class_subject",
+    "compare_caches",
     "measure_caches",
     "psnr_of_all",
     "recogniser",
@@ -141,10 +142,18 @@ def measure_caches(
 
     def generate(name: str, number: int, cache: CacheSetting | None = None, first: int = 0) -> Callable[[], None]:
         def call() -> None:
-            with contextlib.nullcontext() if cache is None else cache.on(pipe):
-                made = make(number, range(first, min(first + batch, count)))
-                if not first:
-                    notes[name] = {STEPS: float(number)} if cache is None else cache.notes(pipe)
+            if name in refused:
+                return
+            try:
+                with contextlib.nullcontext() if cache is None else cache.on(pipe):
+                    made = make(number, range(first, min(first + batch, count)))
+                    if not first:
+                        notes[name] = {STEPS: float(number)} if cache is None else cache.notes(pipe)
+            except CACHE_FAILURES as error:
+                if cache is None:
+                    raise
+                refused[name] = " ".join(str(error).split()) or type(error).__name__
+                return
             images[name] = torch.cat([images[name], made]) if first else made
 
         return call
@@ -155,8 +164,8 @@ def measure_caches(
         try:
             with candidate.on(pipe):
                 pass
-        except (ValueError, TypeError) as error:
-            refused[candidate.name] = str(error)
+        except CACHE_FAILURES as error:
+            refused[candidate.name] = " ".join(str(error).split()) or type(error).__name__
         else:
             runs[candidate.name] = (steps, candidate)
     methods = {candidate.name: candidate.method for candidate in candidates}
@@ -165,6 +174,8 @@ def measure_caches(
     found = compare(
         calls, settings, reference=uncached, progress=_stage(progress, "with and without caches"), clock=clock
     )
+    runs = {name: run for name, run in runs.items() if name not in refused}
+    found = {name: found[name] for name in runs}
     same_time = {
         name: max(1, min(steps, round(steps / speed.median)))
         for name, (_, speed) in found.items()
@@ -262,48 +273,89 @@ def caching(
     classes = pipe.transformer.config.num_classes
     count = settings.count or settings.batch
     labels = [index % classes for index in range(count)]
-    judge = SampleJudge(labels, settings.device)
     with torch_threads(settings.threads):
         subject = class_subject(pipe, labels[: settings.batch], steps=steps, guidance_scale=guidance_scale)
-        results = measure_caches(
-            pipe,
-            class_images(pipe, labels, guidance_scale=guidance_scale),
-            count,
-            [*cache_settings(subject), *cache_dit_settings(steps)],
-            settings,
-            steps=steps,
-            timed=settings.batch,
-            judge=judge,
-            progress=progress,
-        )
+        return [
+            compare_caches(
+                name,
+                class_images(pipe, labels, guidance_scale=guidance_scale),
+                count,
+                [*cache_settings(subject), *cache_dit_settings(steps)],
+                subject,
+                settings,
+                judge=SampleJudge(labels, settings.device),
+                has_goals=True,
+                progress=progress,
+            )
+        ]
+
+
+def compare_caches(
+    name: str,
+    make: Make,
+    count: int,
+    candidates: Sequence[CacheSetting],
+    subject: Subject,
+    settings: Settings,
+    *,
+    judge: SampleJudge | None = None,
+    has_goals: bool = False,
+    progress: Progress | None = None,
+) -> Benchmark:
+    """Measure caches on a pipeline, beside fewer steps in the same time.
+
+    Args:
+        name: Of the pipeline, for people.
+        make: Makes images with it.
+        count: Images in all.
+        candidates: Caches to measure.
+        subject: The pipeline, its steps and guidance.
+        settings: `batch` images are timed; rounds, threads and device.
+        judge: Of its images.
+        has_goals: Say whether ours reach what they have to on the shipped denoiser.
+        progress: Told after each run.
+    """
+    results = measure_caches(
+        subject.pipe,
+        make,
+        count,
+        candidates,
+        settings,
+        steps=subject.steps,
+        timed=settings.batch,
+        judge=judge,
+        progress=progress,
+    )
 
     def error(name: str, other: str) -> float:
+        assert judge is not None
         return judge.difference_error(results.images[name], results.images[other])
 
-    return [
-        Benchmark(
-            name="caching",
-            title=f"Caches of diffusion steps on {name}",
-            conditions=settings.conditions(
-                images=count,
-                scheduler=type(pipe.scheduler).__name__,
-                steps=steps,
-                **{"guidance scale": guidance_scale},
-            ),
-            environment=environment(settings.device),
-            date=now(),
-            reference=results.uncached.name,
-            entries=results.entries,
-            goals=_goals(results.entries, error if count >= FEWEST else None),
-            notes=(
-                f"PSNR and SSIM compare with the images of {results.uncached.name}, from the same noise; PSNR of all "
-                f"{count} images together.",
-                *judge.notes,
-                "Held: memory of stored features at most; without a number the cache does not tell.",
-                *(f"Not measured: {setting}. {reason}" for setting, reason in results.refused.items()),
-            ),
-        )
-    ]
+    conditions: dict[str, Any] = {
+        "images": count,
+        "scheduler": type(getattr(subject.pipe, "scheduler", None)).__name__,
+        "steps": subject.steps,
+    }
+    if subject.guidance is not None:
+        conditions["guidance scale"] = subject.guidance
+    told = error if judge is not None and count >= FEWEST else None
+    return Benchmark(
+        name="caching",
+        title=f"Caches of diffusion steps on {name}",
+        conditions=settings.conditions(**conditions),
+        environment=environment(settings.device),
+        date=now(),
+        reference=results.uncached.name,
+        entries=results.entries,
+        goals=_goals(results.entries, told) if has_goals else (),
+        notes=(
+            f"PSNR and SSIM compare with the images of {results.uncached.name}, from the same noise; PSNR of all "
+            f"{count} images together.",
+            *(() if judge is None else judge.notes),
+            "Held: memory of stored features at most; without a number the cache does not tell.",
+            *(f"Not measured: {setting}. {reason}" for setting, reason in results.refused.items()),
+        ),
+    )
 
 
 def _goals(entries: Sequence[Entry], error: Callable[[str, str], float] | None = None) -> tuple[Goal, ...]:

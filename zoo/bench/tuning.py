@@ -21,7 +21,7 @@ from zoo.bench.report import Benchmark, Entry
 from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
 from zoo.caching.cg_taylor import CGTaylorConfig
 from zoo.caching.core import active_cache, cache_summary, cached
-from zoo.caching.presets import PRESETS, STEPS, Preset, Subject, notes_of, planned_bac
+from zoo.caching.presets import CACHE_FAILURES, PRESETS, STEPS, Preset, Subject, notes_of, planned_bac
 from zoo.caching.saved import SavedSetting, default_guidance, fingerprint, folder_for
 from zoo.caching.taylorseer import TaylorSeerConfig
 
@@ -33,8 +33,6 @@ _FINALISTS = 6  # settings that are timed in turns at the end, of one method at 
 _SLOWER = 0.95  # of the speed of a milder setting: the run was disturbed
 _FACTORS = (1.0, 2.0, 4.0, 8.0)  # thresholds to try, times the median error of the gate from step to step
 _RIVALS = ("diffusers-taylorseer", "first-block", "mag")
-# what a cache that does not fit a model raises in mid-run; the run without a cache has gone well before
-_FAILURES = (ValueError, TypeError, RuntimeError, LookupError, AttributeError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +186,7 @@ class _Sweep:
                         notes[candidate.name] = (
                             {STEPS: float(candidate.steps)} if fewer else notes_of(self.subject.pipe)
                         )
-                except _FAILURES as error:
+                except CACHE_FAILURES as error:
                     self.refused[candidate.name] = " ".join(str(error).split()) or type(error).__name__
 
             return one
@@ -246,7 +244,7 @@ class _Sweep:
         fewer = line.method == NO_CACHE
         try:
             config = line.config(self.subject, value)
-        except _FAILURES as error:
+        except CACHE_FAILURES as error:
             self.refused.setdefault(line.method, " ".join(str(error).split()))
             return None
         found = _Candidate(line=line, value=value, steps=int(value) if fewer else steps, config=config)
@@ -375,7 +373,7 @@ def _gate_error(subject: Subject, refused: dict[str, str]) -> float | None:
         with cached(subject.pipe, CGTaylorConfig(threshold=0.0)):
             subject.run()
             errors = cache_summary(subject.pipe).denoisers[0].errors
-    except _FAILURES as error:
+    except CACHE_FAILURES as error:
         refused["CG-Taylor"] = " ".join(str(error).split())
         return None
     found = [error.error for error in errors if error.error > 0]  # False for NaN

@@ -24,6 +24,7 @@ from zoo.caching.taylorseer import TaylorSeerConfig
 from zoo.diffusion.blocks import as_patterns, attention_modules, feed_forward_modules
 
 __all__ = [
+    "CACHE_FAILURES",
     "HELD",
     "PRESETS",
     "STEPS",
@@ -39,6 +40,8 @@ __all__ = [
 
 STEPS = "steps computed"
 HELD = "held (MiB)"
+CACHE_FAILURES = (ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError)
+"""What a cache that does not fit a model raises in mid-run, where the run without a cache goes well."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from zoo.cli.models import find_model
 from zoo.cli.output import (
     UsageError,
     check_target,
+    note,
     pick_device,
     print_json,
     print_table,
@@ -19,9 +21,12 @@ from zoo.cli.output import (
     replacing,
     table,
 )
+from zoo.cli.pipelines import REQUEST, Plan, add_request, check_request, load_pipeline, plan_calls
 
 if TYPE_CHECKING:
-    from zoo.bench import Benchmark
+    from zoo.bench import Benchmark, Settings
+    from zoo.bench.timing import Progress
+    from zoo.caching.presets import CacheSetting, Subject
 
 SUITES = {
     "repavit": "merged RePaViT-Large against timm's ViT-Large",
@@ -39,6 +44,12 @@ SUITES = {
 """Named benchmarks; the same names as `zoo.bench.suites.SUITES`, which costs the import of torch."""
 
 _PLOTS = (".png", ".svg", ".pdf")
+_STEPS = 25
+_CACHES = (
+    "step-forecast", "cg-taylor", "bac", "bac-shared", "taylorseer", "diffusers-taylorseer", "first-block", "mag",
+    "pyramid", "faster", "sea", "text-kv",
+)  # fmt: skip
+"""The same names as `zoo.caching.presets.PRESETS`, which costs the import of torch."""
 _PICTURED = ("caching", "ffn", "kernels", "pipelines")
 """Benchmarks that write a plot beside their table."""
 
@@ -59,8 +70,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="measure speed and memory",
-        description="Time models in turns, in one process: the first against the second, and further ones. A model "
-        "alone runs merged against its training form. Exit code 1: a number that a named benchmark has to reach was "
+        description="Time models or pipelines in turns, in one process: the first against the second, and further "
+        "ones. A model alone runs merged against its training form, a pipeline with --caches without and with them. "
+        "Exit code 1: a number that a named benchmark has to reach was "
         "not reached.",
         epilog="named benchmarks: " + "; ".join(f"{name}: {what}" for name, what in SUITES.items()),
     )
@@ -68,7 +80,7 @@ def add_parser(subparsers: Any) -> None:
         "names",
         nargs="+",
         metavar="NAME",
-        help="models by name, file, folder or Hub id; pipelines (with --count); named benchmarks, or all",
+        help="models by name, file, folder or Hub id; pipelines likewise; named benchmarks, or all",
     )
     parser.add_argument(
         "--batch", type=int, metavar="N", help="inputs of one call (default: 4; or the benchmark's own)"
@@ -78,17 +90,21 @@ def add_parser(subparsers: Any) -> None:
         metavar="A,B",
         help="run each model on each of these, the first being the reference: eager, onnxruntime, openvino, inductor",
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch (default: 2)")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (default: 15; or the benchmark's own)")
     parser.add_argument(
-        "--count",
-        type=int,
-        metavar="N",
-        help="images in all that quality is measured on: caching, or pipelines by name",
+        "--count", type=int, metavar="N", help="pictures in all that quality is measured on: caching, or pipelines"
     )
+    parser.add_argument(
+        "--caches",
+        metavar="A,B=VALUE",
+        help="measure caches on one pipeline, beside fewer steps: "
+        f"{', '.join(_CACHES)}, cache-dit; a value sets updates, threshold or interval; all",
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help=f"of a pipeline's scheduler (default: {_STEPS})")
+    add_request(parser)
+    parser.set_defaults(device="cpu", is_of_pipelines=False)
     parser.add_argument("--tune", action="store_true", help="find and store the best tiles of kernels first, on a GPU")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     parser.add_argument("--size", type=int, metavar="PIXELS", help="height and width of the models' input")
     parser.add_argument("--no-merge", action="store_true", help="leave the models in training form")
     parser.add_argument("--memory", action="store_true", help="measure the models' peak memory too")
@@ -156,29 +172,63 @@ def _check(args: argparse.Namespace, suites: list[str]) -> None:
         raise UsageError(f"--engine takes {', '.join(ENGINES[:-1])}, got {wrong[0]!r}.{hint}")
     if args.plot and args.plot.suffix.lower() not in _PLOTS:
         raise UsageError(f"--plot writes {', '.join(_PLOTS)}, not {args.plot.name!r}.")
+    given = [option for option in ("caches", "steps", *REQUEST) if getattr(args, option) not in (None, [])]
+    if suites and given:
+        raise UsageError(f"--{given[0].replace('_', '-')} is for pipelines; {suites[0]} is a named benchmark.")
     if args.count is not None and suites and not {"caching", "ffn"} & set(suites):
-        raise UsageError("--count is for `zoo bench caching`, `ffn` and pipelines: images that quality is measured on.")
-    if args.count is not None and not suites:
-        for option in ("size", "no_merge", "memory"):
-            if getattr(args, option):
-                raise UsageError(
-                    f"--{option.replace('_', '-')} is for models, --count for pipelines: give one of them."
-                )
-    folders = [name for name in args.names if Path(name, "model_index.json").is_file()]
-    if folders and args.count is None:
-        raise UsageError(f"{folders[0]} is a pipeline: --count N says on how many images its quality is measured.")
+        raise UsageError(
+            "--count is for `zoo bench caching`, `ffn` and pipelines: pictures that quality is measured on."
+        )
+    check_request(args, "batch", "threads", "rounds", "size", "count", "steps", "samples", "recover")
+    if args.caches is not None and len(args.names) > 1:
+        raise UsageError("--caches takes one pipeline; without it, pipelines are compared with each other.")
+    _caches(args)
     if args.tune and ("kernels" not in suites or not args.device.startswith("cuda")):
         raise UsageError("--tune is for `zoo bench kernels --device cuda`: tiles of kernels are found on their GPU.")
-    for name in ("batch", "threads", "rounds", "size", "count", "samples", "recover"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} must be at least 1, got {value}.")
-    for name in [] if suites else args.names:
+    if not suites:
+        _check_names(args, given)
+
+
+def _check_names(args: argparse.Namespace, given: list[str]) -> None:
+    """Refuse names of nothing, and pipelines and models together."""
+    kinds = {}
+    for name in args.names:
         try:
-            find_model(name, weights=False)
+            kinds[name] = find_model(name, weights=False).kind
         except ValueError as error:
             near = nearest(name, list(SUITES), 1)
             raise UsageError(f"{error}{f' A named benchmark is called {near[0]}.' if near else ''}") from error
+    given += [] if args.count is None else ["count"]
+    pipelines = [name for name, kind in kinds.items() if kind == "pipeline"]
+    models = [name for name, kind in kinds.items() if kind not in ("pipeline", "hub")]  # a Hub id may be either
+    if models and pipelines:
+        raise UsageError(f"{models[0]} is a model and {pipelines[0]} a pipeline: give one kind.")
+    if models and given:
+        raise UsageError(f"--{given[0].replace('_', '-')} is for pipelines; {models[0]} is a model.")
+    args.is_of_pipelines = bool(given or pipelines)
+    for option in ("size", "no_merge", "memory", "engine") if args.is_of_pipelines else ():
+        if getattr(args, option):
+            raise UsageError(f"--{option.replace('_', '-')} is for models; {args.names[0]} is a pipeline.")
+
+
+def _caches(args: argparse.Namespace) -> dict[str, float | None]:
+    """Return the caches that are asked for, each with its value; None stands for all from mild to strong."""
+    found: dict[str, float | None] = {}
+    for part in (args.caches or "").split(","):
+        name, _, value = part.strip().partition("=")
+        known = [*_CACHES, "cache-dit", "all"]
+        if name not in known and args.caches is not None:
+            near = nearest(name, known, 1)
+            raise UsageError(
+                f"--caches takes {', '.join(known)}, got {name!r}.{f' Did you mean {near[0]}?' if near else ''}"
+            )
+        try:
+            found[part.strip()] = _number(value) if value else None
+        except ValueError as error:
+            raise UsageError(
+                f"--caches takes NAME=NUMBER, for example cg-taylor=0.03; got {part.strip()!r}."
+            ) from error
+    return found
 
 
 def _ffn_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -213,7 +263,9 @@ def _targets(args: argparse.Namespace, suites: list[str]) -> list[Path]:
 
 def _unnamed(args: argparse.Namespace) -> str:
     """Return what files are called where the user gave models or pipelines, no named benchmark."""
-    return "models" if args.count is None else "pipelines"
+    if not args.is_of_pipelines:
+        return "models"
+    return "pipelines" if args.caches is None else "caching"
 
 
 def _measure(args: argparse.Namespace, suites: list[str]) -> list[Benchmark]:
@@ -231,10 +283,8 @@ def _measure(args: argparse.Namespace, suites: list[str]) -> list[Benchmark]:
 
         if suites:
             return run_suites(suites, tell, options=_ffn_options(args), **overrides)
-        if args.count is not None:
-            from zoo.bench.pipelines import compare_pipelines
-
-            return [compare_pipelines(args.names, Settings(**overrides), progress=tell)]
+        if args.is_of_pipelines:
+            return [_measure_pipelines(args, Settings(**overrides), tell)]
         return [
             compare_models(
                 args.names,
@@ -246,6 +296,79 @@ def _measure(args: argparse.Namespace, suites: list[str]) -> list[Benchmark]:
                 progress=tell,
             )
         ]
+
+
+def _number(text: str) -> float:
+    """Return a number; whole ones as int, as counts have to be."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+def _measure_pipelines(args: argparse.Namespace, settings: Settings, tell: Progress) -> Benchmark:
+    """Compare pipelines, or caches on one."""
+    import torch
+
+    from zoo.bench.pipelines import Sampler, compare_pipelines
+
+    steps = args.steps or _STEPS
+    samplers, plans = [], []
+    for name in args.names:
+        pipe, _ = load_pipeline(args, name)
+        plan = plan_calls(args, pipe, name=name, count=args.count, batch=args.batch)
+        plans.append(plan)
+
+        def make(number: int, which: range, plan: Plan = plan) -> torch.Tensor:
+            return torch.cat(plan.run(number, which=which))
+
+        labels = [item["class_labels"] for item in plan.items] if "class_labels" in plan.items[0] else None
+        count, batch = len(plan.items), min(plan.batch, len(plan.items))
+        samplers.append(
+            Sampler(name=name, pipe=pipe, make=make, count=count, batch=batch, labels=labels, guidance=args.guidance)
+        )
+    if args.caches is None:
+        return compare_pipelines(samplers, settings, steps=steps, progress=tell)
+    from zoo.bench.caching import compare_caches
+    from zoo.bench.timing import torch_threads
+    from zoo.caching.presets import Subject
+
+    (sampler,), (plan,) = samplers, plans
+    other = replace(plan, seed=plan.seed + len(plan.items))  # calibrated on other noises than those measured
+    with torch_threads(settings.threads):
+        subject = Subject(
+            pipe=sampler.pipe, run=lambda: other.run(steps, count=sampler.batch), steps=steps, guidance=args.guidance
+        )
+        return compare_caches(
+            sampler.name,
+            sampler.make,
+            sampler.count,
+            _candidates(args, subject),
+            subject,
+            replace(settings, batch=sampler.batch),
+            judge=sampler.judge(settings.device),
+            progress=tell,
+        )
+
+
+def _candidates(args: argparse.Namespace, subject: Subject) -> list[CacheSetting]:
+    """Return the settings that --caches asks for; what does not fit the pipeline is said and left out."""
+    from zoo.bench.cache_dit import cache_dit_settings
+    from zoo.caching.presets import CACHE_FAILURES, PRESETS, cache_setting, cache_settings
+
+    found: list[CacheSetting] = []
+    for part, value in _caches(args).items():
+        name = part.partition("=")[0]
+        if name in ("cache-dit", "all"):
+            found += cache_dit_settings(subject.steps)
+            if name == "cache-dit" and not found:
+                raise UsageError("cache-dit is not installed: pip install cache-dit.")
+        for one in PRESETS if name == "all" else [name] if name in PRESETS else []:
+            try:
+                found += cache_settings(subject, [one]) if value is None else [cache_setting(one, subject, value)]
+            except CACHE_FAILURES as error:
+                if name != "all":
+                    raise UsageError(f"{name} does not work on this pipeline: {error}") from error
+                note(args, f"{PRESETS[one].method} does not work on this pipeline: {error}")
+    return found
 
 
 def _print(benchmarks: list[Benchmark]) -> None:

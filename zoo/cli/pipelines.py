@@ -222,22 +222,30 @@ class Plan:
     is_video: bool
     takes: frozenset[str] = field(repr=False)
 
-    def run(self, steps: int, tell: Callable[[], None] | None = None, count: int | None = None) -> list[Tensor]:
+    def run(
+        self,
+        steps: int,
+        tell: Callable[[], None] | None = None,
+        count: int | None = None,
+        which: range | None = None,
+    ) -> list[Tensor]:
         """Make the pictures, each from a noise of its own.
 
         Args:
             steps: Of the scheduler.
             tell: Called after each step.
             count: Only so many of the first; None is all.
+            which: Only those with these numbers, in place of `count`.
 
         Returns:
             Each as (frames, C, H, W) in [0, 1] on the CPU; a picture is one frame.
         """
         made: list[Tensor] = []
-        items = self.items[:count]
+        which = which or range(len(self.items[:count]))
         with _telling(self.pipe, tell, self.takes) as more:
-            for first in range(0, len(items), self.batch):
-                made += self._call(items[first : first + self.batch], self.seed + first, steps, more)
+            for first in range(which.start, which.stop, self.batch):
+                items = self.items[first : min(first + self.batch, which.stop)]
+                made += self._call(items, self.seed + first, steps, more)
         return made
 
     def _call(self, items: Sequence[dict[str, Any]], seed: int, steps: int, more: dict[str, Any]) -> list[Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ __all__ = [
     "Judge",
     "Reference",
     "SampleJudge",
+    "judge_of",
     "load_judge",
     "load_reference",
     "write_reference",
@@ -54,6 +55,7 @@ STATISTICS = Path(__file__).with_name("fid_c.safetensors")
 FEWEST = 4
 """Images of which halves have a distance, so that its error is known."""
 _BATCH = 250
+_CLASSES = 10
 _HALVES = 40
 
 
@@ -143,6 +145,20 @@ def load_reference(path: str | Path = STATISTICS) -> Reference:
     return Reference(mean=mean.double(), covariance=covariance, count=int(facts["images"]))
 
 
+def judge_of(names: Mapping[int, str] | None, labels: Sequence[int] | None, device: str = "cpu") -> SampleJudge | None:
+    """Return a judge of images of classes; None where these are not the ten of CIFAR-10, which alone it knows.
+
+    Args:
+        names: Of the classes, by number; None where they have none.
+        labels: The class that was asked for, one an image; None where images are of something else.
+        device: Where the classifier runs.
+    """
+    if labels is None or not names or len(names) != _CLASSES:
+        return None
+    judge = SampleJudge(labels, device)
+    return judge if [names.get(index) for index in range(_CLASSES)] == list(judge.class_names) else None
+
+
 class SampleJudge:
     """Judge samples of CIFAR-10 classes: the share of recognised ones and, from two images, FID-C.
 
@@ -161,6 +177,11 @@ class SampleJudge:
             "jackknife); smaller differences mean nothing.",
             f"Recognised: share of images that {CLASSIFIER} takes for the class that was asked for.",
         )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes that it knows, by number."""
+        return tuple(self._judge.model.pretrained_cfg["label_names"])
 
     def __call__(self, images: Tensor, original: Tensor | None = None) -> dict[str, float]:
         """Return values by heading.
