@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, cast
 
-from torch import nn
-from zoo.export.network import ExportError, Kind
+from torch import Tensor, nn
+from zoo.export.network import ExportError, Kind, Network
 
 __all__ = ["FORMATS", "ExportError", "Kind", "Target", "target"]
 
@@ -36,6 +37,14 @@ class Target(Protocol):
         dynamic_size: bool = True,
     ) -> Path:
         """Write `model` to `out` and return its path."""
+        ...
+
+    def write(self, network: Network, path: Path) -> None:
+        """Write a network that is ready."""
+        ...
+
+    def runner(self, path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
+        """Return what runs a file: inputs by name -> outputs."""
         ...
 
     def check(

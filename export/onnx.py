@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from zoo.export.network import ExportError, Kind, Network, capture, compare, prepare, whole
 
-__all__ = ["SUFFIX", "check", "export", "write"]
+__all__ = ["SUFFIX", "check", "export", "runner", "write"]
 
 SUFFIX = ".onnx"
 _INSTALL = "pip install 'ffn-zoo[export]'"
@@ -113,6 +114,23 @@ def check(
         ImportError: The `export` extra is missing.
         ExportError: The file cannot be run, or returns another shape or values that are not finite.
     """
+    run = runner(path)
+    return compare(lambda inputs: run(inputs)[0], model, kind=kind, image_size=image_size, dynamic_size=dynamic_size)
+
+
+def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
+    """Load an ONNX file into ONNX Runtime, on the CPU.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Inputs by name -> outputs; it raises ExportError where they do not fit the file.
+
+    Raises:
+        ImportError: The `export` extra is missing.
+        ExportError: The file cannot be run.
+    """
     try:
         import onnxruntime
         from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidProtobuf, NoSuchFile
@@ -124,11 +142,12 @@ def check(
         reason = str(error).splitlines()[0]
         raise ExportError(f"{path} is not an ONNX file that ONNX Runtime can run: {reason}") from error
 
-    def run(inputs: dict[str, Tensor]) -> Tensor:
+    def run(inputs: dict[str, Tensor]) -> list[Tensor]:
         try:
-            return torch.from_numpy(session.run(None, {key: value.numpy() for key, value in inputs.items()})[0])
+            found = session.run(None, {key: value.numpy() for key, value in inputs.items()})
+            return [torch.from_numpy(value) for value in found]
         except (Fail, InvalidArgument) as error:
             shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in inputs.items())
             raise ExportError(f"{path} cannot be run on {shapes}: {str(error).splitlines()[0]}") from error
 
-    return compare(run, model, kind=kind, image_size=image_size, dynamic_size=dynamic_size)
+    return run

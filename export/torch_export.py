@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from zipfile import BadZipFile
 
 import torch
 from torch import Tensor, nn
-from zoo.export.network import ExportError, Kind, capture, compare, prepare, whole
+from zoo.export.network import ExportError, Kind, Network, capture, compare, prepare, whole
 
-__all__ = ["SUFFIX", "check", "export", "metadata"]
+__all__ = ["SUFFIX", "check", "export", "metadata", "runner", "write"]
 
 SUFFIX = ".pt2"
 _FACTS = "metadata.json"
@@ -45,12 +46,24 @@ def export(
         OSError: `out` cannot be written.
     """
     with whole(out) as temporary:
-        network = prepare(model, kind=kind, name=name, image_size=image_size, dynamic_size=dynamic_size)
-        program = capture(network, "exported")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about torch's own use of deprecated functions
-            torch.export.save(program, temporary, extra_files={_FACTS: json.dumps(network.metadata)})
+        write(prepare(model, kind=kind, name=name, image_size=image_size, dynamic_size=dynamic_size), temporary)
     return Path(out)
+
+
+def write(network: Network, path: Path) -> None:
+    """Write a network that is ready.
+
+    Args:
+        network: What `prepare`, `open_network` or `call_network` returned.
+        path: File to write.
+
+    Raises:
+        ExportError: It has something that cannot be exported.
+    """
+    program = capture(network, "exported")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about torch's own use of deprecated functions
+        torch.export.save(program, path, extra_files={_FACTS: json.dumps(network.metadata)})
 
 
 def metadata(path: str | Path) -> dict[str, str]:
@@ -84,17 +97,35 @@ def check(
     Raises:
         ExportError: The file cannot be run, or returns another shape or values that are not finite.
     """
-    module = _load(path, {}).module()
+    run = runner(path)
+    return compare(lambda inputs: run(inputs)[0], model, kind=kind, image_size=image_size, dynamic_size=dynamic_size)
 
-    def run(inputs: dict[str, Tensor]) -> Tensor:
+
+def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
+    """Load an exported program.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Inputs by name -> outputs; it raises ExportError where they do not fit the file.
+
+    Raises:
+        ExportError: The file cannot be run.
+    """
+    program = _load(path, {})
+    module = program.module()
+    by_position = bool(program.example_inputs and program.example_inputs[0])
+
+    def run(inputs: dict[str, Tensor]) -> list[Tensor]:
         try:
-            output: Tensor = module(**inputs)
-        except (RuntimeError, AssertionError) as error:  # the program's own guards raise either
+            output = module(*inputs.values()) if by_position else module(**inputs)
+        except (RuntimeError, AssertionError, ValueError) as error:  # the program's own guards raise any
             shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in inputs.items())
             raise ExportError(f"{path} cannot be run on {shapes}: {str(error).splitlines()[0]}") from error
-        return output
+        return [output] if isinstance(output, Tensor) else list(output)
 
-    return compare(run, model, kind=kind, image_size=image_size, dynamic_size=dynamic_size)
+    return run
 
 
 def _load(path: str | Path, extra: dict[str, str]) -> torch.export.ExportedProgram:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import zoo
 from zoo.caching.blocks import model_units
 from zoo.caching.cg_taylor import CGTaylorConfig
+from zoo.caching.step_calibration import calibrate_steps
 from zoo.caching.taylorseer import TaylorSeerConfig
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "caching_support.md"
@@ -37,8 +38,8 @@ close to it where steps are left out. For diffusers' own (First Block Cache, Mag
 TaylorSeer; by `zoo.enable_cache`), those are named that leave something out and give finite numbers.
 `PYTHONPATH=tests python tests/caching/support.py` writes this file.
 
-| class | CG-Taylor | TaylorSeer | BAC | diffusers' own | note |
-| --- | --- | --- | --- | --- | --- |
+| class | CG-Taylor | TaylorSeer | BAC | step forecast | diffusers' own | note |
+| --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -73,6 +74,15 @@ def _bac(model: nn.Module, name: str, expected: list[Tensor]) -> None:
     schedule: Any = much.schedule
     every = dict.fromkeys(schedule.units, tuple(range(STEPS)))
     none = zoo.BACConfig(schedule=dataclasses.replace(schedule, units=every))
+    _works(model, name, expected, none, much)
+
+
+def _step_forecast(model: nn.Module, name: str, expected: list[Tensor]) -> None:
+    calibration = calibrate_steps(model, zoo.StepForecastConfig(), lambda: steps(model, name, STEPS))
+    none, much = (
+        zoo.StepForecastConfig(schedule=calibration.plan(zoo.StepForecastConfig(updates=count), None))
+        for count in (STEPS, 2)
+    )
     _works(model, name, expected, none, much)
 
 
@@ -131,9 +141,10 @@ def row(name: str) -> str:
             TaylorSeerConfig(interval=3, warmup_steps=2, max_order=0),
         ),
         lambda: _bac(model, name, expected),
+        lambda: _step_forecast(model, name, expected),
     ]
     if name in SPECS and not SPECS[name].time:
-        notes, cells, ours = ["no denoiser: it is called without a time, by which steps are told apart"], ["no"] * 3, []
+        notes, cells, ours = ["no denoiser: it is called without a time, by which steps are told apart"], ["no"] * 4, []
     for check in ours:
         try:
             check()
