@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import sys
 import threading
 from dataclasses import dataclass, field
 from typing import Any
@@ -296,6 +298,27 @@ def test_two_threads_are_refused() -> None:
     thread.start()
     thread.join()
     assert torch.equal(found[2], expected)  # type: ignore[arg-type]
+
+
+def test_frames_of_threads_are_read_safely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where another thread was there before, and without the collector, which may wait there for ever."""
+    pipe, looks = class_pipeline(), []
+    frames = sys._current_frames
+
+    def watched() -> dict[int, Any]:
+        looks.append(gc.isenabled())
+        return frames()
+
+    monkeypatch.setattr(sys, "_current_frames", watched)
+    with zoo.cached(pipe, zoo.TaylorSeerConfig(interval=2)):
+        generate(pipe)
+        assert looks == []
+        thread = threading.Thread(target=generate, args=(pipe,))
+        thread.start()
+        thread.join()
+    assert looks
+    assert not any(looks)
+    assert gc.isenabled()
 
 
 def test_threads_in_turns() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import operator
 import re
@@ -12,6 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -311,7 +313,7 @@ class RunTracker:
         own, owner, module = threading.get_ident(), self._thread, self._model()
         assert module is not None
         goes_on = not begins or (timesteps is not None and self._ousted.get(own) is timesteps)
-        taken = own in self._ousted or (owner != own and owner in sys._current_frames())
+        taken = own in self._ousted or (owner not in (None, own) and owner in _frames())
         if goes_on and taken:
             self._holder.pop("thread", None)
             self._refuse_thread(module)
@@ -537,9 +539,24 @@ def _find_pipeline() -> Any:
     return None
 
 
+def _frames() -> dict[int, FrameType]:
+    """Return what each thread is at.
+
+    The garbage collector is off meanwhile: run inside, it may wait for ever for a lock that is held there
+    (https://github.com/python/cpython/issues/106883).
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames()
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def _is_calling(thread: int, model: nn.Module) -> bool:
     """Return whether a thread is inside a call of a model."""
-    frame = sys._current_frames().get(thread)
+    frame = _frames().get(thread)
     while frame is not None:
         if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model:
             return True
