@@ -420,6 +420,29 @@ def test_real_photos_get_weights_of_their_own(shipped: Path, monkeypatch: pytest
     assert named.reaching(picture.size, picture) == [named.first]
 
 
+def test_a_task_without_the_weights_that_are_looked_for_says_so() -> None:
+    """On a compressed photo a denoiser names the task that is for it; what has one kind of weights says that."""
+    clean = resize.imresize(data.coffee()[:160, :160], 0.5)
+    coded = degradations.JpegCompression(40)(clean, np.random.default_rng(0))
+    denoise, restore_ = (Networks(Size(), task, device="cpu") for task in ("denoise", "restore"))
+    found = []
+    for networks, pixels in ((denoise, coded), (denoise, clean), (restore_, coded), (restore_, clean)):
+        picture = open_picture(pixels)
+        networks.reaching(picture.size, picture)
+        found.append((networks.name, networks.reason))
+    denoiser, restorer = "restormer_tiny_denoise_color.bsds", "restormer_tiny_restore_color.real"
+    assert [name for name, _ in found] == [denoiser, denoiser, restorer, restorer]
+    blocks, none, seen, unneeded = (reason for _, reason in found)
+    assert blocks.startswith("JPEG blocks")
+    assert blocks.endswith('this is for noise alone, the task "restore" for compressed photos')
+    assert none.startswith("no JPEG blocks")
+    assert seen.startswith("JPEG blocks")
+    assert unneeded.startswith("the task 'restore' has no others; no JPEG blocks")
+    asked = Networks(Size(), "denoise", kind="real", device="cpu")
+    asked.reaching(picture.size, picture)
+    assert asked.reason == "real weights are asked for, and the task 'denoise' has none"
+
+
 @pytest.mark.parametrize(
     ("task", "scale", "message"),
     [

@@ -88,6 +88,59 @@ def test_streams_what_does_not_fit_whole(ensemble: bool) -> None:
     assert calls == [(done, 2 * passes) for done in range(1, 2 * passes + 1)]
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_rows_of_a_stream_are_rounded_as_they_come(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merged CFSR streams large pictures within any budget; small ones, named tiles and a mean of turns do not."""
+    monkeypatch.setattr(plans, "_STREAMED", 60 * 40)
+    model = small()
+    x = torch.randint(0, 65536, (1, channels, 60, 40), dtype=torch.int32).to(torch.uint16)
+    whole = restore_tensor(model, x, levels=65535)
+    floats = restore_tensor(model, x)
+    model.reparameterize()
+    said: list[str] = []
+    calls: list[tuple[int, int]] = []
+    told = dict(inform=said.append, progress=lambda done, count: calls.append((done, count)))
+    for budget in (None, "8GB"):
+        calls.clear()
+        found = restore_tensor(model, x, levels=65535, budget=budget, **told)
+        assert found.dtype == torch.int32
+        assert (found - whole).abs().max() <= 1  # of 65535
+        assert calls[-1] == (len(calls), len(calls))
+    assert (restore_tensor(model, x, **told) - floats).abs().max() < 1e-5
+    restore_tensor(model, x[..., 1:].contiguous(), **told)
+    restore_tensor(model, x, tile=50, **told)
+    restore_tensor(model, x, self_ensemble=True, **told)
+    assert said[:4] == ["streamed, exact"] * 3 + ["whole"]
+    assert "tiles" in said[4]
+    assert said[5] == "whole"
+    with torch.no_grad():
+        model.conv_after_body.bias[0] = torch.nan
+    with pytest.raises(RuntimeError, match="output of CFSR is not finite"):
+        restore_tensor(model, x)
+
+
+def test_a_stream_without_memory_and_bound_gets_one(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans, "_STREAMED", 100)
+    model = Streamer(least=1000, faults=1, streams_rows=True)
+    model.stream = lambda x, **options: model.rows(x, **options)  # type: ignore[method-assign]
+    asked: list[int | None] = []
+
+    def rows(x: Tensor, *, memory: int | None, progress: object, write: Callable[[int, int, Tensor], object]) -> None:
+        asked.append(memory)
+        if len(asked) == 1:
+            raise torch.OutOfMemoryError("full")
+        write(0, 0, model(x)[0])
+
+    model.rows = rows
+    x = torch.rand(1, 3, 20, 30)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(restore_tensor(model, x), model(x))
+    assert asked == [None, 2000]
+    assert "Out of memory with a stream; trying a stream of 0 MB." in caplog.text
+
+
 def test_tiles_where_a_stream_does_not_fit_or_is_not_wanted() -> None:
     said: list[str] = []
     model, x = Streamer(least=10**12, receptive_field=4), torch.rand(1, 3, 90, 80)

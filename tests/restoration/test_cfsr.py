@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo  # noqa: F401  registers the models
 from zoo.bench.plain_restorers import plain_cfsr_block
+from zoo.engines.call import torch_threads
 from zoo.evaluation.metrics import psnr, ssim
 from zoo.restoration import cfsr
 from zoo.restoration.cfsr import CFSR, CFSRBlock, checkpoint_filter_fn, detect
@@ -94,6 +95,44 @@ def test_strips_are_the_whole_map(size: tuple[int, int], monkeypatch: pytest.Mon
     whole = model(x)
     with torch.no_grad():
         assert (model(x) - whole).abs().max() < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_stream_is_the_whole_map(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips through all blocks, on one thread and on several, with as little memory as can be: nothing changes."""
+    model = random_model()
+    model.reparameterize()
+    monkeypatch.setattr(cfsr, "_STRIP_PIXELS", 31 * 12)
+    for shape in ((2, 3, 45, 31), (1, 3, 1, 40), (1, 3, 9, 2)):
+        x = torch.rand(*shape, dtype=torch.float64)
+        with torch.enable_grad():
+            whole = model(x)  # whole maps
+        told: list[tuple[int, int]] = []
+        with torch_threads(threads):
+            for memory in (None, model.stream_bytes(*shape[2:])):
+                told.clear()
+                found = model.stream(x, memory=memory, progress=lambda *done, told=told: told.append(done))
+                assert (found - whole).abs().max() < 1e-12
+                assert told == [(done, len(told)) for done in range(1, len(told) + 1)]
+            assert torch.get_num_threads() == threads
+
+
+def test_a_stream_says_what_it_needs() -> None:
+    model, x = random_model(), torch.rand(1, 3, 90, 31, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"layers\.0\.blocks\.0 \(not merged\): call it"):
+        model.stream(x)
+    model.reparameterize()
+    least = model.stream_bytes(90, 31)
+    assert model.stream_bytes(90, 310) > 4 * least
+    assert model.stream_bytes(9000, 31) < 1.2 * least, "memory depends on the width"
+    with pytest.raises(ValueError, match=f"at least {least} bytes for 31x90 pixels, got 10"):
+        model.stream(x, memory=10)
+    with pytest.raises(RuntimeError, match="training mode"):
+        model.train().stream(x)
+    model.eval().layers[0].blocks[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"with layers\.0\.blocks\.0 "):
+        model.stream(x)
 
 
 @pytest.mark.parametrize("kernel_size", [5, 7, 9])

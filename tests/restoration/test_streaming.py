@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import shutil
+import threading
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from zoo.streaming.line import run_line
 from zoo.streaming.maps import FeatureMap, Workspace
 from zoo.streaming.strips import RowWindow, add_product, depthwise_strip, linear_strip, strips
 
@@ -132,3 +135,46 @@ def test_products_of_strips() -> None:
     found = add_product(x, weight.T.contiguous(), y)
     assert torch.allclose(found, x + torch.einsum("co,ohw->chw", weight.T, y), atol=1e-5)
     assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_a_line_keeps_the_order_and_flushes_each_stage(workers: int) -> None:
+    """Stages that give back what they got before: the last comes when no more do. Each works on one item at a time."""
+
+    def late() -> Callable[[int | None], int | None]:
+        kept: list[int] = []
+        lock = threading.Lock()
+
+        def stage(item: int | None) -> int | None:
+            assert lock.acquire(blocking=False), "two threads in one stage"
+            kept.extend([] if item is None else [item])
+            ready = kept.pop(0) if len(kept) == 2 or (kept and item is None) else None
+            lock.release()
+            return ready
+
+        return stage
+
+    out: list[int] = []
+    last = lambda item: out.extend([] if item is None else [item])  # noqa: E731
+    run_line(
+        [lambda item: item, late(), lambda item: None if item is None else 2 * item, late(), last], range(20), workers
+    )
+    assert out == list(range(0, 40, 2))
+    out.clear()
+    run_line([late(), last], [], workers)
+    assert out == []
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_error_in_a_stage_ends_the_line(workers: int) -> None:
+    seen: list[int] = []
+
+    def fail(item: int) -> int:
+        seen.append(item)
+        raise MemoryError("full")
+
+    threads = torch.get_num_threads()
+    with pytest.raises(MemoryError, match="full"):
+        run_line([lambda item: item, fail, lambda item: None], range(1000), workers)
+    assert seen == [0]
+    assert torch.get_num_threads() == threads

@@ -33,15 +33,20 @@ class Judgement:
     noise: float
 
     @property
+    def is_blocky(self) -> bool:
+        """Whether JPEG blocks are seen."""
+        return self.blockiness > _BLOCKY
+
+    @property
     def kind(self) -> Kind:
         """ "real" asks for weights trained on compressed and noisy photos, "clean" for the others."""
-        return "real" if self.blockiness > _BLOCKY or self.noise > _NOISY else "clean"
+        return "real" if self.is_blocky or self.noise > _NOISY else "clean"
 
     @property
     def words(self) -> str:
         """Why, in words."""
         seen = []
-        if self.blockiness > _BLOCKY:
+        if self.is_blocky:
             seen.append(f"JPEG blocks (steps at their edges {self.blockiness:.2f} times the others)")
         if self.noise > _NOISY:
             seen.append(f"noise of {self.noise:.1f} of 255")

@@ -25,6 +25,7 @@ _RUNTIME_BYTES = 96 * 10**6  # what the maths libraries take on their first use
 _DEAR = 2.0  # times the work of the whole map from which tiles are blended over less, unless exact ones are asked for
 _BLENDED_PART = 8  # overlap of such tiles, as a part of their side: less than twice the work where they are many
 _ENGINE_BYTES = 4  # times the memory of eager PyTorch that another runtime works in: 3.5 measured on CFSR
+_STREAMED = 512 * 512  # pixels from which a stream of rows is taken before whole maps: as fast on each thread, and even
 _LEAST_TILE = 64  # side of the smallest blended tiles that a budget chooses, input pixels
 
 
@@ -105,10 +106,12 @@ class StreamPlan:
     """How a map is streamed through a restorer that has `stream`.
 
     Args:
-        memory: Most bytes that the stream may hold beside the map and the result.
+        memory: Most bytes that the stream may hold beside the map and the result; None is no limit.
+        by_rows: It hands out its result by rows, so that no whole one in floating point is held.
     """
 
-    memory: int
+    memory: int | None
+    by_rows: bool = False
     is_notable: ClassVar[bool] = False
     words: ClassVar[str] = "streamed, exact"
 
@@ -265,16 +268,17 @@ class Planner:
                 beyond = f", more than twice the overlap {self.overlap}" if self.is_named or self.insist else ""
                 raise ValueError(f"tile must be at least {least}{beyond}; got {self.tile}.")
             return plan
+        by_rows = self._streams_rows()
+        rather = by_rows and whole.pixels >= _STREAMED and self._device.type == "cpu"
         if budget is None:
-            return whole
+            return StreamPlan(None, True) if rather else whole
         allowed = parse_bytes(budget)
-        if whole.pixels * self._pixel_bytes() <= allowed - self._held(blended=False):
+        if not rather and whole.pixels * self._pixel_bytes() <= allowed - self._held(blended=False):
             return whole
-        streams = hasattr(self.model, "stream") and (engine_of(self.model) is None or self.reach is None)
-        if streams and getattr(self.model, "foreign_part", lambda: None)() is None:
-            memory = allowed - self._held(blended=False) - self._stream_maps()
+        if self._streams():
+            memory = allowed - self._held(blended=False) - (0 if by_rows else self._stream_maps())
             if memory >= self._least_stream():
-                return StreamPlan(memory)
+                return StreamPlan(memory, by_rows)
         self._require_exact_tiles(f"tiles within {_megabytes(allowed)}")
         plan = self._choose(allowed)
         if plan is None:
@@ -289,8 +293,9 @@ class Planner:
     def halved(self, plan: Plan) -> Plan | None:
         """Return a plan that takes about half the memory, or None."""
         if isinstance(plan, StreamPlan):
-            memory = plan.memory // 2
-            return StreamPlan(memory) if memory >= self._least_stream() else None
+            least = self._least_stream()
+            memory = 2 * least if plan.memory is None else plan.memory // 2
+            return replace(plan, memory=memory) if memory >= least else None
         if self.insist and self.reach is None:
             return None
         return self._choose(None, plan.pixels // 2)
@@ -374,6 +379,17 @@ class Planner:
             stated *= _ENGINE_BYTES * self.workers
         apart = channels if int(getattr(self.model, "in_chans", channels)) == 1 else 1
         return int(stated * itemsize / 4) * self.x.shape[0] * apart
+
+    def _streams(self) -> bool:
+        """Whether the network can be streamed: it has the method, and its layers are its own."""
+        can = hasattr(self.model, "stream") and (engine_of(self.model) is None or self.reach is None)
+        return can and getattr(self.model, "foreign_part", lambda: None)() is None
+
+    def _streams_rows(self) -> bool:
+        """Whether its stream hands out rows of the result, float32: of a picture of its channels or of a gray one."""
+        fits = getattr(self.model, "in_chans", None) in (self.x.shape[1], self.x.shape[1] * 3)
+        single = next(self.model.parameters()).dtype == torch.float32 and self.passes == 1
+        return getattr(self.model, "streams_rows", False) and fits and single and self._streams()
 
     def _least_stream(self) -> int:
         least: Any = self.model.stream_bytes

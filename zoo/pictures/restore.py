@@ -18,12 +18,12 @@ from PIL import Image
 from torch import nn
 
 from zoo.engines import EngineName
-from zoo.pictures.judging import Kind, judge
+from zoo.pictures.judging import Judgement, Kind, judge
 from zoo.pictures.metadata import stripped
 from zoo.pictures.picture import Picture, PictureError, pair_views
 from zoo.pictures.read import open_picture
 from zoo.pictures.restored_image import as_image
-from zoo.pictures.restorers import Quality, load_restorer, shipped_scales
+from zoo.pictures.restorers import REAL, Quality, load_restorer, shipped_scales
 from zoo.pictures.sizes import Size, chain, crop_box, resize
 from zoo.pictures.tiling import Progress, restore_tensor
 
@@ -210,16 +210,35 @@ class Networks:
         photos, as the picture looks.
         """
         kind: Kind = "real" if self._kind == "real" else "clean"
-        self.reason = "" if self._kind == "auto" else f"{self._kind} weights are asked for"
+        seen = None
         if self._kind == "auto" and not self._is_named and picture is not None:
             seen = judge(picture.color, picture.peak)
-            kind, self.reason = seen.kind, seen.words
+            kind = seen.kind
         found = [self._of(scale, kind if step == 0 else "clean") for step, scale in enumerate(self._scales_for(size))]
         cfg: Any = getattr(found[0], "pretrained_cfg", None) if found else None
         self.name = ".".join(str(cfg.get(key)) for key in ("architecture", "tag") if cfg.get(key)) if cfg else ""
+        self.reason = self._why(kind, seen)
         if picture is not None and not self._is_named and found:
             _log.info("%s: %s.", self.name, self.reason)
         return found
+
+    def _why(self, kind: Kind, seen: Judgement | None) -> str:
+        """Say in words why `name` was chosen; weights of the kind that is looked for may not be shipped for a task."""
+        is_other = bool(self.name) and (kind == "real") != self.name.endswith(f".{REAL}")
+        if seen is None:
+            if self._kind == "auto":
+                return ""
+            asked = f"{self._kind} weights are asked for"
+            return f"{asked}, and the task {self._task!r} has none" if is_other else asked
+        if not is_other:
+            return seen.words
+        if kind == "clean":
+            return f"the task {self._task!r} has no others; {seen.words}"
+        if self._task == "denoise" and seen.is_blocky:
+            return f'{seen.words}; this is for noise alone, the task "restore" for compressed photos'
+        return (
+            seen.words if self._task == "denoise" else f"{seen.words}, but the task {self._task!r} has no real weights"
+        )
 
     def _of(self, scale: int, kind: Kind) -> nn.Module:
         """Return the network for a scale, loaded once."""

@@ -22,12 +22,13 @@ from zoo.pictures.judging import Kind
 from zoo.restoration import FAMILIES
 from zoo.weights import CheckpointError, load_strict, read_weights
 
-__all__ = ["Offer", "Quality", "load_restorer", "offers", "shipped_scales", "usual_quality"]
+__all__ = ["REAL", "Offer", "Quality", "load_restorer", "offers", "shipped_scales", "usual_quality"]
 
 Quality = Literal["fast", "balanced", "best"]
 """The shipped network of the least work; the one of the highest PSNR; that one, averaged over flips and turns."""
 
-_REAL = "real"  # tag of weights for compressed and noisy photos
+REAL = "real"
+"""Tag of weights for compressed and noisy photos."""
 _ENSEMBLE = 8  # times the work
 
 
@@ -244,7 +245,7 @@ def offers(task: str, scale: int | None = None, sigma: float | None = None, kind
                 continue
             error = _noise_error(cfg, sigma)
             if (cfg.task, cfg.scale) == (task, wanted) and error is not None:
-                fitting.append(((cfg.tag == _REAL) == (kind == "real"), -error, name))
+                fitting.append(((cfg.tag == REAL) == (kind == "real"), -error, name))
             noise = "" if cfg.sigma is None else f", {_noise_words(cfg.sigma)}"
             others.append(f"{name} ({cfg.task}, x{cfg.scale}{noise})")
     if not fitting:

@@ -88,6 +88,8 @@ def restore_tensor(
             try:
                 tell(plan.words)
                 if isinstance(plan, StreamPlan):
+                    if plan.by_rows:
+                        return _run_rows(model, x, plan, levels, progress)
                     return _run_stream(model, x, plan, self_ensemble, levels, progress)
                 return _run_plan(model, x, plan, self_ensemble, levels, progress)
             except (MemoryError, RuntimeError) as error:
@@ -105,7 +107,9 @@ def restore_tensor(
 
 
 def _brief(plan: Plan) -> str:
-    return f"a stream of {plan.memory / 1e6:.0f} MB" if isinstance(plan, StreamPlan) else f"{plan.count} tiles"
+    if isinstance(plan, TilePlan):
+        return f"{plan.count} tiles"
+    return "a stream" if plan.memory is None else f"a stream of {plan.memory / 1e6:.0f} MB"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -257,6 +261,23 @@ def _run_stream(
     return _round(_run_tile(model, pixels, self_ensemble, call).cpu(), levels)
 
 
+def _run_rows(model: nn.Module, x: Tensor, plan: StreamPlan, levels: int | None, progress: Progress | None) -> Tensor:
+    """Restore strip by strip into the result, whose rows are rounded as they come."""
+    scale, given = int(getattr(model, "scale", 1)), x.shape[1]
+    wanted = int(getattr(model, "in_chans", given))
+    out = torch.empty(x.shape[0], given, scale * x.shape[2], scale * x.shape[3], dtype=_result_type(levels))
+
+    def write(image: int, first: int, rows: Tensor) -> None:
+        if not bool(torch.isfinite(rows).all()):
+            raise RuntimeError(_not_finite(model))
+        rows = rows.cpu() if wanted == given else rows.cpu().mean(0, keepdim=True)  # a gray map went in three times
+        out[image, :, first : first + rows.shape[1]] = _round(rows, levels)
+
+    stream: Any = model.stream
+    stream(x.expand(-1, wanted, -1, -1), memory=plan.memory, progress=progress, write=write)
+    return out
+
+
 def _cut(x: Tensor, row: Span, column: Span) -> Tensor:
     """Cut what a tile sees as floating point, and mirror the image where a tile sees beyond its end."""
     part = x[..., row.seen[0] : row.seen[1], column.seen[0] : column.seen[1]]
@@ -313,7 +334,11 @@ def _run_tile(model: nn.Module, x: Tensor, self_ensemble: bool, call: Call | Non
             result = _ensemble(model, tile.float(), self_ensemble, call or model)
         if bool(torch.isfinite(result).all()):
             return result
-    raise RuntimeError(f"The output of {type(model).__name__} is not finite: its weights or its input are broken.")
+    raise RuntimeError(_not_finite(model))
+
+
+def _not_finite(model: nn.Module) -> str:
+    return f"The output of {type(model).__name__} is not finite: its weights or its input are broken."
 
 
 @contextmanager

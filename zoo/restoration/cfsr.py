@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from zoo.cfg import RestorationCfg
 from zoo.layers.conv_norm import fold_layer_norm
 from zoo.layers.derived import derive_after_loading
 from zoo.layers.own import first_foreign, require_mergeable
+from zoo.streaming.cfsr import BranchRows, even_strips, line_numbers, run_branches, stream
 from zoo.weights import build_model, shipped
 
 __all__ = ["CFSR", "detect"]
@@ -29,7 +31,7 @@ _EDGE_MASKS = (
     ((1.0, 0.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0)),
 )
 _EDGES = ("sobel_x", "sobel_y", "laplacian")
-_STRIP_PIXELS = 8192  # 3 MB for the widest map in float32
+_STRIP_PIXELS = 32768  # a call of an operation costs as much as 1000 pixels; larger strips leave the caches
 _SCALES = (2, 3, 4)
 _RGB_MEAN = (0.4488, 0.4371, 0.4040)
 
@@ -153,8 +155,8 @@ class ConvMixer(nn.Module):
         return torch.ops.aten.gelu_(a), v
 
     def mix(self, gate: Tensor, v: Tensor) -> Tensor:
-        """Return the mixed map of the gates of as many rows and `halo` more above and below."""
-        return self.proj(self.conv.inner_rows(gate).mul_(v[:, self.halo : -self.halo]))
+        """Return the mixed map of both gates, of which the first has `halo` more rows above and below."""
+        return self.proj(self.conv.inner_rows(gate).mul_(v))
 
 
 def _mask_table(channels: int) -> Tensor:
@@ -261,31 +263,6 @@ def _by_strips(x: Tensor) -> bool:
     return eager and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-def _add_by_strips(x: Tensor, norm: nn.Module, branch: ConvMixer | EdgeFFN, scale: nn.Module) -> Tensor:
-    """Return `x + scale(branch(norm(x)))` of a (B, H, W, C) map, computed in strips of rows.
-
-    Rows that two strips see are computed once and kept from one strip to the next. Against strips that compute them
-    twice, wide maps save most: at 1024 pixels of width, eight rows of a strip would see eight others.
-    """
-    height, width = x.shape[1:3]
-    halo, rows = branch.halo, max(_STRIP_PIXELS // width, 1)
-    out = torch.empty_like(x)
-    kept: list[Tensor] = []
-    done = 0
-    for first in range(0, height, rows):
-        last = min(first + rows, height)
-        ready = last + halo
-        maps = branch.ahead(norm(x[:, done:ready]))
-        above, below = (0 if kept else halo), ready - done - maps[0].shape[1]
-        if above or below:  # the zeros that the convolution sees beyond the map
-            maps = tuple(F.pad(new, (0, 0, 0, 0, above, below)) for new in maps)
-        if kept:
-            maps = tuple(torch.cat(pair, 1) for pair in zip(kept, maps, strict=True))
-        torch.add(x[:, first:last], scale(branch.mix(*maps)), out=out[:, first:last])
-        kept, done = [new[:, -2 * halo :] for new in maps], ready
-    return out
-
-
 class CFSRBlock(nn.Module):
     """One ConvFormer block: gated large-kernel mixing, then the edge-preserving feed-forward network.
 
@@ -323,10 +300,13 @@ class CFSRBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged and _by_strips(x) and first_foreign(self, _OWN) is None:
-            x = _add_by_strips(x, self.norm1, self.mixer, self.scale1)
-            return _add_by_strips(x, self.norm2, self.ffn, self.scale2)
+            return run_branches(x, self.rows(), max(_STRIP_PIXELS // x.shape[2], self.mixer.halo))
         x = x + self.scale1(self.mixer(self.norm1(x)))
         return x + self.scale2(self.ffn(self.norm2(x)))
+
+    def rows(self) -> list[BranchRows]:
+        """Return what takes a map through the merged block by strips of rows."""
+        return [BranchRows(self.norm1, self.mixer), BranchRows(self.norm2, self.ffn)]
 
     def example_input(self) -> Tensor:
         """Return a random map (1, 16, 16, dim) on which the block can be compared before and after merging."""
@@ -421,6 +401,7 @@ class CFSR(nn.Module):
     """
 
     multiple_of = 1
+    streams_rows = True  # `stream` takes `write`, and is as fast as whole maps
     mean: Tensor
 
     @property
@@ -511,6 +492,91 @@ class CFSR(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.forward_features(x)
         return self.shuffle(self.upsample(x)) + self.mean
+
+    @torch.no_grad()
+    def stream(
+        self,
+        x: Tensor,
+        *,
+        memory: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        write: Callable[[int, int, Tensor], object] | None = None,
+    ) -> Tensor | None:
+        """Return what `forward` returns in the merged form, up to rounding, within a bound of memory.
+
+        Strips of rows pass through all blocks one after the other, on as many threads as torch has; memory depends on
+        the width of the image and not on its height.
+
+        Args:
+            x: (B, in_chans, H, W), in [0, 1] or whole numbers up to the largest of their type.
+            memory: Bytes to hold beside `x` and the result; None is no limit.
+            progress: Called with (strips done, strips in all); other threads may call it.
+            write: Takes the result instead: called in order with the index of an image, the first row of a strip and
+                its result (in_chans, n, scale * W).
+
+        Returns:
+            (B, in_chans, scale * H, scale * W) on the device of `x`; None where `write` has taken it.
+
+        Raises:
+            RuntimeError: The model is in training mode or not merged, or a part is an adapter, quantised, or has hooks.
+            ValueError: `memory` is less than `stream_bytes`.
+        """
+        foreign = self.foreign_part()
+        if self.training or foreign is not None:
+            why = "in training mode: call model.eval() first" if self.training else f"with {foreign}: call it"
+            raise RuntimeError(f"CFSR cannot be streamed {why}.")
+        batch, _, height, width = x.shape
+        least, workers = self.kernel_size // 2, self._workers
+        rows = max(_STRIP_PIXELS // width, least)
+        while rows > least and memory is not None and self._line_bytes(height, width, rows) > memory:
+            rows = max(rows * 3 // 4, least)
+        if memory is not None and self._line_bytes(height, width, rows) > memory:
+            raise ValueError(
+                f"memory must be at least {self.stream_bytes(height, width)} bytes for {width}x{height} pixels, "
+                f"got {memory}."
+            )
+        out: Tensor | None = None
+        if write is None:
+            shape = (batch, self.in_chans, self.scale * height, self.scale * width)
+            out = torch.empty(shape, dtype=self.mean.dtype, device=x.device)
+        for image in range(batch):
+
+            def keep(first: int, result: Tensor, image: int = image) -> None:
+                if write is not None:
+                    write(image, first, result)
+                elif out is not None:
+                    out[image, :, first : first + result.shape[1]] = result
+
+            def tell(done: int, total: int, image: int = image) -> None:
+                if progress is not None:
+                    progress(image * total + done, batch * total)
+
+            stream(self, x[image], rows, workers, keep, tell)
+        return out
+
+    def foreign_part(self) -> str | None:
+        """Return name and class of the first part whose weights are not all that it computes with, or None."""
+        for name, part in self.named_modules():
+            if isinstance(part, CFSRBlock) and not part.merged:
+                return f"{name} (not merged)"
+        return first_foreign(self, (*_OWN, nn.Conv2d, nn.Sequential, nn.PixelShuffle, CFSRBlock, CFSRStage))
+
+    def stream_bytes(self, height: int, width: int) -> int:
+        """Return the least `memory` with which `stream` restores one image of this size."""
+        return self._line_bytes(height, width, self.kernel_size // 2)
+
+    @property
+    def _workers(self) -> int:
+        """Threads of a stream: no more than there are parts of about equal work."""
+        return min(torch.get_num_threads(), 2 * sum(self.depths)) if self.mean.device.type == "cpu" else 1
+
+    def _line_bytes(self, height: int, width: int, rows: int) -> int:
+        """Return the memory of a stream by strips of at least `rows` rows."""
+        first, end = even_strips(height, rows)[-1]  # none is larger
+        hidden = max(part.fc1.out_features for part in self.modules() if isinstance(part, EdgeFFN))
+        dim, halo = self.conv_first.out_channels, self.kernel_size // 2
+        numbers = line_numbers(sum(self.depths), dim, hidden, halo, end - first, self._workers)
+        return width * numbers * self.mean.element_size() + 2**20
 
     def reparameterize(self) -> tuple[str, ...]:
         """Merge and fold every block, see `CFSRBlock.reparameterize`; exact, in place, idempotent.
