@@ -130,6 +130,7 @@ def _load_onnx(folder: Path, shapes: Shapes | None, threads: int) -> Runner:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
+    options.enable_mem_pattern = False  # the second run would take a block for all it needs beside that of the first
     options.add_session_config_entry("session.intra_op.allow_spinning", "0" if threads > 1 else "1")  # cores are shared
     source = str(folder / _ONNX) if shapes is None else _fixed_onnx(folder / _ONNX, shapes)
     try:

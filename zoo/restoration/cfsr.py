@@ -31,7 +31,7 @@ _EDGE_MASKS = (
     ((1.0, 0.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0)),
 )
 _EDGES = ("sobel_x", "sobel_y", "laplacian")
-_STRIP_PIXELS = 32768  # a call of an operation costs as much as 1000 pixels; larger strips leave the caches
+_STRIP_PIXELS = 16384  # calls cost as much as 500 pixels each; maps of larger strips get new pages each time
 _SCALES = (2, 3, 4)
 _RGB_MEAN = (0.4488, 0.4371, 0.4040)
 
