@@ -19,6 +19,7 @@ import zoo
 from zoo.cli.inputs import ENGINES as CLI_ENGINES
 from zoo.engines import ENGINE_NAMES, EngineError, attach, call, check_engine, detach, engine_of
 from zoo.engines.store import engines_dir, fingerprint
+from zoo.pictures import plans
 from zoo.pictures.engine import engine_if_worthwhile
 from zoo.pictures.plans import spans
 from zoo.pictures.tiling import restore_tensor
@@ -235,7 +236,7 @@ def test_fingerprint_sees_more_than_weights() -> None:
 
 
 @torch.no_grad()
-def test_tiles_side_by_side_are_the_same(restorer: tuple[nn.Module, Tensor]) -> None:
+def test_tiles_side_by_side_are_the_same(restorer: tuple[nn.Module, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """In their order, all of one shape, with the result of the whole map."""
     model, x = restorer[0], torch.rand(1, 3, 70, 90)
     expected = model(x)
@@ -247,6 +248,12 @@ def test_tiles_side_by_side_are_the_same(restorer: tuple[nn.Module, Tensor]) -> 
     assert seen == [(done, len(seen)) for done in range(1, len(seen) + 1)]
     assert len(seen) > 4
     assert torch.get_num_threads() == threads
+    ready: list[int] = []  # shapes, each time that memory is counted: what builds an engine stays in memory
+    monkeypatch.setattr(plans, "held_bytes", lambda device: ready.append(len(engine_of(model)._ready)) or 10**8)
+    attach(model, "onnxruntime")
+    restore_tensor(model, x, budget="8GB")
+    assert ready
+    assert min(ready) > 0
     detach(model)
     lengths = {span.seen[1] - span.seen[0] for span in spans((0, 20, 41, 62, 70), 9, False, alike=True)}
     assert len(lengths) == 1

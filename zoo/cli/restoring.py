@@ -174,7 +174,7 @@ class Job:
         height, width = result.size
         extra = [own - size for own, size in zip(reference.size, result.size, strict=True)]
         if not all(0 <= more < self.scale for more in extra):
-            sizes = ["x".join(map(str, size)) for size in (reference.size, result.size)]
+            sizes = [f"{across}x{down}" for down, across in (reference.size, result.size)]
             entry.setdefault("warnings", []).append(f"the reference has {sizes[0]} pixels, the result {sizes[1]}")
             return
         planes = []
@@ -300,7 +300,7 @@ def print_results(args: argparse.Namespace, job: Job) -> None:
     chosen = ", ".join(sorted({entry["model"] for entry in job.restored if entry.get("model")}))
     rows = table(*columns, right=("seconds", *headings), title=chosen or job.title)
     for entry in job.restored:
-        sizes = ["x".join(map(str, entry[key])) for key in ("size", "output_size")]
+        sizes = [f"{width}x{height}" for height, width in (entry["size"], entry["output_size"])]
         values = [re.split(r" over |; |, \d", entry["method"])[0]] if methods else []  # what that costs was said before
         values += [f"{entry['metrics'][name]:.4f}" if "metrics" in entry else "-" for name in names]
         rows.add_row(entry["file"], sizes[0], entry["output"], sizes[1], f"{entry['seconds']:.2f}", *values)
