@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -23,8 +24,9 @@ class Branch(Protocol):
         """Return maps (B, n, W, C) of normed rows; the first is the one that is convolved."""
         ...
 
-    def mix(self, seen: Tensor, *maps: Tensor) -> Tensor:
-        """Return the branch's result of the first map, `halo` more rows of it above and below, and the others."""
+    @property
+    def mix(self) -> Callable[..., Tensor]:
+        """Takes the first map with `halo` more rows above and below, and the others; returns the branch's result."""
         ...
 
 
@@ -149,18 +151,15 @@ def stream(
     peak = 1.0 if x.is_floating_point() else float(torch.iinfo(x.dtype).max)
     following, done = iter(strips), 0
 
-    def embed(strip: tuple[int, int] | None) -> Tensor | None:
+    def embedded(first: int, end: int) -> Tensor:
         """Return the first convolution of rows of the picture."""
-        if strip is None:
-            return None
-        first, end = strip
         part = x[None, :, max(first - 1, 0) : end + 1].to(weight.device, weight.dtype)
         part = (part / peak - model.mean).permute(0, 2, 3, 1)
         return _convolved(model.conv_first, F.pad(part, (0, 0, 0, 0, int(first == 0), int(end == height))))
 
     def add_embedded(features: Tensor | None) -> Tensor | None:
         """Add the first convolution, made anew: to keep it would take as much memory as two blocks."""
-        return None if features is None else features + embed(next(following))
+        return None if features is None else features + embedded(*next(following))
 
     def finish(phases: Tensor | None) -> None:
         nonlocal done
@@ -172,11 +171,15 @@ def stream(
         if progress is not None:
             progress(done, len(strips))
 
-    stages: list[Callable[[Any], Any]] = [embed]
+    def add_convolved(conv: nn.Module, x: Tensor | None) -> Tensor | None:
+        return None if x is None else conv(x).add_(x)
+
+    stages: list[Callable[[Any], Any]] = [lambda strip: None if strip is None else embedded(*strip)]
     for layer in model.layers:
-        for block in layer.blocks:
+        part: Any = layer
+        for block in part.blocks:
             stages += block.rows()
-        stages.append(lambda x, conv=layer.conv: None if x is None else conv(x).add_(x))
+        stages.append(partial(add_convolved, part.conv))
     body = _ConvRows(model.conv_after_body)
     stages += [lambda x: body(None if x is None else model.norm(x)), add_embedded, _ConvRows(model.upsample), finish]
     run_line(stages, strips, workers)
