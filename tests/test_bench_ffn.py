@@ -57,7 +57,7 @@ def test_a_small_classifier_through_the_whole_path(
     assert len(recovered) == 4
     assert sum(name.startswith(TORCH_PRUNING) for name in recovered) == 1
     assert found["conditions"]["validation images"] == 8
-    assert len(found["goals"]) == (2 if any(name.startswith("prune") for name in recovered) else 1)
+    assert len(found["goals"]) == 2
     assert (tmp_path / "ffn.png").read_bytes()[:4] == b"\x89PNG"
     assert "Smaller feed-forward layers" in (tmp_path / "ffn.md").read_text(encoding="utf-8")
 
@@ -89,6 +89,9 @@ def test_goals_compare_the_best_at_half_of_the_work() -> None:
     assert (above.value, above.reached) == (11, True)
     assert above.what.startswith(f"prune, CFSP, 0.5: points of top-1 above {TORCH_PRUNING}, Taylor, 0.5")
     assert (below.value, below.reached) == (2, False)
+    assert below.what.endswith("below dense, recovered")
+    (alone,) = goals([entries[0], entries[2]])
+    assert (alone.value, alone.what) == (9, "prune, CFSP, 0.5: points of top-1 below dense, right away")
     assert goals(entries[:1]) == ()
 
 

@@ -19,12 +19,15 @@ from skimage import data
 from timm.data import create_transform
 from tiny_folders import denoiser_folder
 
+import zoo
 from tests.hub_server import HubServer, use_hub
 from tests.image_sets import CLASSES, parquet_folder, picture
 from zoo.bench import pipelines
 from zoo.cards import card
+from zoo.cards.own import write_own_model
 from zoo.cli import main
 from zoo.pictures.eight_bit import read_eight_bit
+from zoo.record import record_of
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
@@ -91,6 +94,8 @@ def test_command(
         words = ["16" if word == "512" else word for word in words]
     if words[0] == "tune-cache" and "pixeldit.cifar10" in words:  # a tiny one: it makes a hundred runs
         words[words.index("pixeldit.cifar10")] = str(denoiser_folder(place / "tiny"))
+    if "VIT" in words:
+        _save_vit(place / "VIT")
     if words[0] == "train":
         words += ["--trainer.fast_dev_run=1", "--data.init_args.batch_size=4", "--data.init_args.eval_batch_size=4"]
     if command == "zoo verify --all":  # each card is checked in test_registry_cards.py
@@ -137,6 +142,16 @@ def test_from_own_folder_to_published_model(
         assert set(right.values()) == {round(stated["value"] * len(files) / 100)}, (stated, right)
     finally:
         server.stop()
+
+
+def _save_vit(folder: Path) -> None:
+    """Write a small vision transformer of the user's own, for the classes of `DIR`."""
+    model = zoo.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=2
+    ).eval()
+    record = record_of(model).of_own_weights().updated(label_names=CLASSES, crop_pct=1.0)
+    metric = card.Metric(name="Top-1 accuracy", value=50.0, unit="%", dataset="shapes", protocol="made in a test")
+    write_own_model(folder, model, record, metrics=[metric], training="Not trained.")
 
 
 def told(files: list[str], model: str, capsys: pytest.CaptureFixture[str]) -> int:
