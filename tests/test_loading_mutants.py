@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from zoo import hub
+from zoo import hub, weights
 from zoo.cfg import ModelCfg
 from zoo.weights import CheckpointError, load_strict, merge_adapters, read_checkpoint, save_checkpoint, verify_component
 
@@ -132,3 +132,29 @@ def test_merged_adapters_leave_plain_weights_only() -> None:
     expected = torch.tensor([[6.0, 12.0], [10.0, 20.0]])
     assert torch.equal(merged["fc.weight"], expected)
     assert torch.equal(merged["conv.weight"], expected[..., None, None])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "files", "found"),
+    [
+        ("repavit_tiny", ["RePaViT-Tiny.pth", "RePaViT-Small.pth", "README.md"], "RePaViT-Tiny.pth"),
+        ("repavit_tiny", ["RePaDeiT-T.pth", "RePaDeiT-S.pth", "tiny.txt"], "RePaDeiT-T.pth"),
+        ("repavit_tiny", ["repa_vit_tiny.pth", "repa_vit_tiny_merged.pth", "repa_swin_tiny.pth"], "repa_vit_tiny.pth"),
+        ("repavit_small", ["RePaLVViT-S.pth", "RePaViT-S.safetensors"], "RePaViT-S.safetensors"),
+        ("repaswin_base", ["RePaViT-Base.pth", "RePa-Swin-Base.pth"], "RePa-Swin-Base.pth"),
+        ("repamlpmixer_s32", ["mixer_s32.pth"], None),
+        ("repavit_huge", ["RePaViT-Large.pth"], None),
+        ("repavit_tiny", ["a/RePaViT-Tiny.pth", "b/RePaViT-Tiny.pth"], None),
+        ("repavit_tiny", ["RePaViT-Tiny-deploy.pth", "RePaViT-Tiny-merged.pth"], None),
+    ],
+)
+def test_the_weight_file_of_a_repository_is_found_by_family_and_size(
+    architecture: str, files: list[str], found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training form, and only where one file alone has the name."""
+    monkeypatch.setattr(hub, "list_files", lambda repo_id: files)
+    if found is not None:
+        assert weights._search(architecture, "org/name") == found
+        return
+    with pytest.raises(CheckpointError, match=f"file.* name.? {architecture}"):
+        weights._search(architecture, "org/name")
