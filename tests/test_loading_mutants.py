@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from zoo import hub, weights
@@ -158,3 +160,42 @@ def test_the_weight_file_of_a_repository_is_found_by_family_and_size(
         return
     with pytest.raises(CheckpointError, match=f"file.* name.? {architecture}"):
         weights._search(architecture, "org/name")
+
+
+def _answer(code: int) -> HfHubHTTPError:
+    return HfHubHTTPError("busy", response=httpx.Response(code, request=httpx.Request("GET", "https://hub.test")))
+
+
+@pytest.mark.parametrize(
+    ("code", "words"), [(401, "refused access"), (403, "refused access"), (404, "answered 404"), (500, "answered 500")]
+)
+def test_a_refusal_says_that_a_token_is_needed(code: int, words: str) -> None:
+    with pytest.raises(hub.HubError, match=words), hub._explained("org/name"):
+        raise _answer(code)
+
+
+@pytest.mark.parametrize(
+    ("code", "left", "asked"), [(429, 1.5, 2), (503, 1.5, 2), (429, 0.5, 1), (500, -2.0, 1), (404, 1.5, 1)]
+)
+def test_a_busy_hub_is_asked_again_only_while_there_is_time(
+    code: int, left: float, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that comes with `left` seconds beyond the next wait: one of them is kept for asking."""
+    now, calls = [100.0], []
+    monkeypatch.setattr(hub.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(hub.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+
+    def ask(seconds: float) -> str:
+        calls.append(seconds)
+        if len(calls) > 1:
+            return "here"
+        now[0] += hub._PATIENCE - hub._WAITS[0] - left
+        raise _answer(code)
+
+    if asked == 2:
+        assert hub._few_tries(ask) == "here"
+        assert calls == [hub._PATIENCE, pytest.approx(left)]
+    else:
+        with pytest.raises(HfHubHTTPError):
+            hub._few_tries(ask)
+    assert len(calls) == asked
