@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
 import timm
 import torch
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from torch import nn
 
 from zoo import hub, weights
@@ -163,7 +163,8 @@ def test_the_weight_file_of_a_repository_is_found_by_family_and_size(
 
 
 def _answer(code: int) -> HfHubHTTPError:
-    return HfHubHTTPError("busy", response=httpx.Response(code, request=httpx.Request("GET", "https://hub.test")))
+    response: Any = SimpleNamespace(status_code=code, headers={}, request=None)
+    return HfHubHTTPError("busy", response=response)
 
 
 @pytest.mark.parametrize(
@@ -199,3 +200,30 @@ def test_a_busy_hub_is_asked_again_only_while_there_is_time(
         with pytest.raises(HfHubHTTPError):
             hub._few_tries(ask)
     assert len(calls) == asked
+
+
+def test_files_of_a_repository_are_listed_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["model.safetensors", "README.md", "a/b.txt"]
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+    asked = []
+    monkeypatch.setattr(hub, "is_offline", lambda: False)
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda self, name, **given: asked.append((name, given)) or info)
+    assert hub.list_files("org/name@v1") == sorted(names)
+    ((name, given),) = asked
+    assert (name, given["revision"]) == ("org/name", "v1")
+    assert 0 < given["timeout"] <= hub._PATIENCE
+    info.siblings = None
+    assert hub.list_files("org/name") == []
+
+
+@pytest.mark.parametrize(
+    ("error", "filename", "words"),
+    [
+        (HTTPError("too late"), "a.txt", r"name/a\.txt is not in the download cache .* \(HTTPError\)"),
+        (HTTPError("too late"), None, "^org/name: HTTPError: too late$"),
+        (OSError("disk full"), "a.txt", r"^org/name/a\.txt: OSError: disk full$"),
+    ],
+)
+def test_what_failed_is_said(error: Exception, filename: str | None, words: str) -> None:
+    with pytest.raises(hub.HubError, match=words), hub._explained("org/name", filename):
+        raise error
