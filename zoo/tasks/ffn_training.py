@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -53,7 +53,7 @@ class FFNTraining:
     """
 
     def __init__(self, model: nn.Module, settings: str | Mapping[str, Any]) -> None:
-        fields = {"technique": settings} if isinstance(settings, str) else dict(settings)
+        fields: dict[str, Any] = {"technique": settings} if isinstance(settings, str) else dict(settings)
         self.technique = str(fields.pop("technique", ""))
         if self.technique in _ELSEWHERE:
             raise ValueError(f"ffn: {self.technique} is switched on by {_ELSEWHERE[self.technique]}.")
@@ -106,7 +106,7 @@ class FFNTraining:
 
     def losses(self, seen: list[Tensor]) -> dict[str, Tensor]:
         """Return the technique's own losses by name, weighted; there may be none."""
-        parts = {"locality": locality, "sparsification": chunk_sparsification}
+        parts: dict[str, Callable[[Tensor], Tensor]] = {"locality": locality, "sparsification": chunk_sparsification}
         return {
             name: weight * torch.stack([parts[name](logits) for logits in seen]).mean()
             for name, weight in self.weights.items()
