@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from caching.tiny_pipelines import Subject, flux_text_to_image, flux_transformer
+from diffusers import FluxPipeline
 from diffusers.modular_pipelines import FluxAutoBlocks
 from hooked import assert_clean
 from peft import LoraConfig
@@ -118,3 +120,35 @@ def test_modular_pipelines() -> None:
     assert_clean(pipe.transformer)
     assert torch.equal(run(), expected)
     assert zoo.accelerate(pipe).zoo_report.steps
+
+
+@pytest.mark.parametrize("arguments", [{}, {"device_map": "cpu"}, {"device_map": "balanced"}], ids=str)
+def test_sharded_weights_and_device_maps(arguments: dict[str, str], sharded: Path) -> None:
+    """What is loaded in parts, and placed by a map, is cached exactly and made a mixture of experts."""
+    pipe = zoo.create_pipeline(str(sharded), **arguments)
+    pipe.set_progress_bar_config(disable=True)
+
+    def run() -> Tensor:
+        size = dict(height=16, width=16, num_inference_steps=STEPS)
+        return pipe("a cat", generator=torch.manual_seed(0), output_type="pt", **size).images
+
+    expected = run()
+    with zoo.cached(pipe, zoo.CGTaylorConfig(threshold=0.0)):
+        assert torch.equal(run(), expected)
+    with zoo.cached(pipe, zoo.TaylorSeerConfig(interval=2)):
+        first = run()
+        assert not torch.equal(first, expected)
+        assert torch.equal(run(), first)
+    assert torch.equal(run(), expected)
+    config = zoo.MoEConfig(experts=2, top_k=2, scores="random")
+    pipe.transformer, _ = zoo.moe.convert(pipe.transformer, config)
+    torch.testing.assert_close(run(), expected, atol=1e-3, rtol=0)  # all experts on
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Flux whose transformer lies in several files."""
+    folder = tmp_path_factory.mktemp("flux")
+    FluxPipeline(**flux_parts()).save_pretrained(folder, max_shard_size="20KB")
+    assert len(list((folder / "transformer").glob("*.safetensors"))) > 1
+    return folder
