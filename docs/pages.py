@@ -105,7 +105,7 @@ def models() -> str:
             kept = best.get(method)
             if kept is None or (method != "no cache" and entry["time"]["median"] < kept["time"]["median"]):
                 best[method] = entry
-    for entry in sorted(best.values(), key=lambda entry: -entry["time"]["median"])[:10]:
+    for entry in sorted(best.values(), key=lambda entry: -entry["time"]["median"]):
         psnr, steps = entry["values"].get("PSNR (dB)"), entry["values"].get("steps computed")
         lines.append(
             f"| {entry['name']} | {entry['time']['median'] / 1000:.2f} | {'' if psnr is None else f'{psnr:.1f} dB'} | "
