@@ -1,4 +1,4 @@
-"""Every command and snippet of README.md runs, on small pictures made here, with the shipped weights."""
+"""Every command and snippet of README.md and docs/commands.md runs, on small pictures, with the shipped weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from zoo.pictures.eight_bit import read_eight_bit
 from zoo.record import record_of
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+TEXT = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/commands.md"))
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.M | re.S)
 COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines() if line.strip()]
 WALK = next(text.splitlines() for language, text in BLOCKS if language == "bash" and "zoo finetune" in text)
 PIPELINES = {"FLUX": "flux", "WAN": "wan"}
