@@ -527,3 +527,22 @@ def test_pipelines_of_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_wrong_calls_of_pipelines(call: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *call]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_pipelines_of_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Folders whose last part is the same are told apart; what is drawn without a quality is their size."""
+    names = {}
+    for place, layers in (("a", 1), ("b", 2)):
+        pipe = PixelDiTPipeline(pixel_dit(num_layers=layers), DDIMScheduler())
+        pipe.save_pretrained(tmp_path / place / "pipeline")
+        names[place] = str(tmp_path / place / "pipeline")
+    quick = ["--rounds", "1", "--steps", "1", "--count", "1", "--threads", "1"]
+    assert main(["bench", *names.values(), *quick, "-o", str(tmp_path / "out")]) == 0
+    (found,) = json.loads((tmp_path / "out" / "pipelines.json").read_text())["benchmarks"]
+    assert [entry["name"] for entry in found["entries"]] == list(names.values())
+    assert (tmp_path / "out" / "pipelines.png").is_file()
+    assert main(["bench", names["a"], *quick, "-o", str(tmp_path / "one")]) == 0
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["pipelines.json", "pipelines.md"]
+    for wrong in ("mag=-1", "cg-taylor=-0.1", "taylorseer=2.5"):
+        assert main(["bench", names["a"], *quick, "--caches", wrong]) == 2
+        assert f"--caches {wrong}: " in capsys.readouterr().err

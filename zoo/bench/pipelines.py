@@ -77,7 +77,8 @@ def compare_pipelines(
     names = [sampler.name for sampler in samplers]
     if len(set(names)) != len(names):
         raise ValueError(f"Give different pipelines, got {', '.join(names)}.")
-    runs = {run.label: run for sampler in samplers for run in _runs(sampler)}
+    labels = _labels(names)
+    runs = {run.label: run for sampler in samplers for run in _runs(sampler, labels[sampler.name])}
     images: dict[str, list[Tensor]] = {}
 
     def sample(run: _Run, first: int) -> Tensor:
@@ -115,7 +116,7 @@ def compare_pipelines(
     notes = next((judge.notes for judge in judges.values() if judge is not None), ())
     return Benchmark(
         name="pipelines",
-        title=" against ".join(_short(name) for name in names) if len(names) < 3 else f"{len(names)} pipelines",
+        title=" against ".join(labels.values()) if len(names) < 3 else f"{len(names)} pipelines",
         conditions=settings.conditions(**samplers[0].conditions(steps)) | {"batch": samplers[0].batch},
         environment=environment(settings.device),
         date=now(),
@@ -152,10 +153,10 @@ class _Run:
                 network.set_top_k(self.top_k)
 
 
-def _runs(sampler: Sampler) -> Iterator[_Run]:
+def _runs(sampler: Sampler, series: str) -> Iterator[_Run]:
     """Yield what of a pipeline is measured."""
     network = denoisers(sampler.pipe)[1][0]
-    series, moe = _short(sampler.name), _experts(network)
+    moe = _experts(network)
     if not moe or moe["top_k"] == 0:
         yield _Run(series, series, sampler, None)
         return
@@ -169,6 +170,7 @@ def _experts(network: Any) -> Any:
     return getattr(network, "config", {}).get("moe")
 
 
-def _short(name: str) -> str:
-    """Return a published name, or the last part of a folder."""
-    return name.rstrip("/").rsplit("/", 1)[-1]
+def _labels(names: Sequence[str]) -> dict[str, str]:
+    """Return what each is called for people: the last part of its path, or all where two have the same."""
+    short = [name.rstrip("/").rsplit("/", 1)[-1] for name in names]
+    return dict(zip(names, short if len(set(short)) == len(names) else names, strict=True))

@@ -19,6 +19,7 @@ __all__ = [
     "Entry",
     "Goal",
     "Ratio",
+    "can_plot",
     "columns",
     "markdown",
     "plot",
@@ -381,6 +382,15 @@ def _short_name(name: str, series: str) -> str:
     return name
 
 
+def can_plot(benchmark: Benchmark) -> bool:
+    """Return whether `plot` finds two entries with both numbers."""
+    try:
+        _points(benchmark)
+    except ValueError:
+        return False
+    return True
+
+
 def _points(benchmark: Benchmark) -> tuple[str, list[tuple[Entry, float, float]]]:
     """Return the label of the second axis and (entry, time, quality) of all that have both."""
     timed = [(entry, entry.time.median) for entry in benchmark.entries if entry.time is not None]
@@ -392,6 +402,9 @@ def _points(benchmark: Benchmark) -> tuple[str, list[tuple[Entry, float, float]]
     found = [(entry, x, entry.macs / 1e9) for entry, x in timed if entry.macs is not None]
     if len(found) > 1:
         return "GMACs of one call", found
+    found = [(entry, x, entry.params / 1e6) for entry, x in timed if entry.params is not None]
+    if len(found) > 1:
+        return "parameters (M)", found
     raise ValueError(f"There is nothing to plot: {benchmark.title} has no two entries with a time and another number.")
 
 

@@ -363,10 +363,14 @@ def _candidates(args: argparse.Namespace, subject: Subject) -> list[CacheSetting
                 raise UsageError("cache-dit is not installed: pip install cache-dit.")
         for one in PRESETS if name == "all" else [name] if name in PRESETS else []:
             try:
-                found += cache_settings(subject, [one]) if value is None else [cache_setting(one, subject, value)]
+                made = cache_settings(subject, [one]) if value is None else [cache_setting(one, subject, value)]
+                if value is not None:
+                    with made[0].on(subject.pipe):
+                        pass  # a value that cannot be is refused before anything is measured
+                found += made
             except CACHE_FAILURES as error:
                 if name != "all":
-                    raise UsageError(f"{name} does not work on this pipeline: {error}") from error
+                    raise UsageError(f"--caches {part}: {error}") from error
                 note(args, f"{PRESETS[one].method} does not work on this pipeline: {error}")
     return found
 
@@ -392,7 +396,7 @@ def _print_ratios(benchmark: Benchmark) -> None:
 
 
 def _write(args: argparse.Namespace, suites: list[str], benchmarks: list[Benchmark]) -> None:
-    from zoo.bench.report import dumps, markdown
+    from zoo.bench.report import can_plot, dumps, markdown
 
     if args.plot is not None:
         with replacing(args.plot, force=args.force) as temporary:
@@ -405,7 +409,7 @@ def _write(args: argparse.Namespace, suites: list[str], benchmarks: list[Benchma
         for suffix, text in texts.items():
             with replacing(args.output / f"{name}.{suffix}", force=args.force) as temporary:
                 temporary.write_text(text, encoding="utf-8")
-        if name in _PICTURED:
+        if name in _PICTURED and (name not in ("caching", "pipelines") or can_plot(own[0])):
             with replacing(args.output / f"{name}.png", force=args.force) as temporary:
                 _draw(own, [name], temporary)
 

@@ -96,6 +96,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _export_steps(args: argparse.Namespace, pipe: Any, output: Path) -> int:
     """Export the denoisers of a pipeline as one run calls them."""
+    if args.model_args or args.fixed_size:
+        option = "--model-args" if args.model_args else "--fixed-size"
+        raise UsageError(f"{option} is for models; {args.name} is a pipeline, whose shapes are those of the run.")
     from torch import nn
 
     from zoo.caching.core import denoisers
