@@ -312,7 +312,7 @@ def test_restore_one_file(capsys: Captured, models: dict[str, str], tmp_path: Pa
     command = ["restore", source, "-o", out, "--model", models["restorer"]]
     code, text, _ = run(capsys, *command)
     assert code == 0
-    assert "9x12" in text
+    assert "12x9" in text
     assert Image.open(out).size == (24, 18)
     before = out.read_bytes()
     assert "--force replaces" in error_of(capsys, *command)

@@ -128,7 +128,7 @@ def test_references_that_do_not_fit(capsys: Captured, upscaler: str, photos: Pat
     code, _, err = run(capsys, *command, tmp_path / "HR")
     assert code == 0
     assert "photo1x2.png: no reference of this name" in err
-    assert "photo2x2.png: the reference has 36x50 pixels, the result 36x40" in err
+    assert "photo2x2.png: the reference has 50x36 pixels, the result 40x36" in err
     photo_folder(tmp_path / "others").joinpath("photo0.png").rename(tmp_path / "others" / "other.png")
     (tmp_path / "others" / "photo1.png").unlink()
     assert "has no picture that is called like one of the 3 inputs" in error_of(capsys, *command, tmp_path / "others")
