@@ -32,6 +32,8 @@ __all__ = [
     "call_network",
     "capture",
     "compare",
+    "described",
+    "difference",
     "eager_copy",
     "open_network",
     "prepare",
@@ -429,17 +431,32 @@ def compare(
     kind = kind_of(model, kind)
     eager = eager_copy(model).float().cpu()
     wrapper = {"classifier": _Classifier, "restorer": _Restorer, "denoiser": _Denoiser}[kind](eager)
-    worst = 0.0
-    for inputs in sample_inputs(model, kind, image_size, dynamic_size):
-        expected, found = wrapper(**inputs), run(inputs)
-        given = ", ".join(f"{key} {tuple(value.shape)}" for key, value in inputs.items())
-        if found.shape != expected.shape:
-            raise ExportError(f"For {given} the file returns {tuple(found.shape)}, the model {tuple(expected.shape)}.")
-        if not torch.isfinite(found).all():
-            raise ExportError(f"For {given} the file returns values that are not finite.")
-        difference = (found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1.0)
-        worst = max(worst, float(difference))
-    return worst
+    samples = sample_inputs(model, kind, image_size, dynamic_size)
+    return max(difference(run(inputs), wrapper(**inputs), inputs) for inputs in samples)
+
+
+def difference(found: Tensor, expected: Tensor, inputs: Mapping[str, Tensor]) -> float:
+    """Return the largest difference of an output, relative to the model's largest where that is above one.
+
+    Args:
+        found: What the file returned.
+        expected: What the model returned.
+        inputs: What both were given, by name.
+
+    Raises:
+        ExportError: The shapes differ, or a value of the file's is not finite.
+    """
+    if found.shape != expected.shape:
+        shapes = f"{tuple(found.shape)}, the model {tuple(expected.shape)}"
+        raise ExportError(f"For {described(inputs)} the file returns {shapes}.")
+    if not torch.isfinite(found).all():
+        raise ExportError(f"For {described(inputs)} the file returns values that are not finite.")
+    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1.0))
+
+
+def described(inputs: Mapping[str, Tensor]) -> str:
+    """Return names and shapes for a message."""
+    return ", ".join(f"{key} {tuple(value.shape)}" for key, value in inputs.items())
 
 
 @contextmanager

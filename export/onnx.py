@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from zoo.export.network import ExportError, Kind, Network, capture, compare, prepare, whole
+from zoo.export.network import ExportError, Kind, Network, capture, compare, described, prepare, whole
 
 __all__ = ["SUFFIX", "check", "export", "runner", "write"]
 
@@ -147,7 +147,6 @@ def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
             found = session.run(None, {key: value.numpy() for key, value in inputs.items()})
             return [torch.from_numpy(value) for value in found]
         except (Fail, InvalidArgument) as error:
-            shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in inputs.items())
-            raise ExportError(f"{path} cannot be run on {shapes}: {str(error).splitlines()[0]}") from error
+            raise ExportError(f"{path} cannot be run on {described(inputs)}: {str(error).splitlines()[0]}") from error
 
     return run

@@ -10,7 +10,7 @@ from zipfile import BadZipFile
 
 import torch
 from torch import Tensor, nn
-from zoo.export.network import ExportError, Kind, Network, capture, compare, prepare, whole
+from zoo.export.network import ExportError, Kind, Network, capture, compare, described, prepare, whole
 
 __all__ = ["SUFFIX", "check", "export", "metadata", "runner", "write"]
 
@@ -121,8 +121,7 @@ def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
         try:
             output = module(*inputs.values()) if by_position else module(**inputs)
         except (RuntimeError, AssertionError, ValueError) as error:  # the program's own guards raise any
-            shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in inputs.items())
-            raise ExportError(f"{path} cannot be run on {shapes}: {str(error).splitlines()[0]}") from error
+            raise ExportError(f"{path} cannot be run on {described(inputs)}: {str(error).splitlines()[0]}") from error
         return [output] if isinstance(output, Tensor) else list(output)
 
     return run

@@ -16,7 +16,7 @@ from zoo.bench.cache_dit import cache_dit_settings
 from zoo.bench.latency import processor_clock
 from zoo.bench.report import Benchmark, Entry, Goal
 from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
-from zoo.caching.presets import CACHE_FAILURES, STEPS, CacheSetting, Subject, cache_settings
+from zoo.caching.presets import CACHE_FAILURES, STEPS, CacheSetting, Subject, cache_settings, reason_of
 from zoo.evaluation.fid_c import FEWEST, FID_C, RECOGNISED, SampleJudge
 from zoo.evaluation.metrics import ssim
 
@@ -152,7 +152,7 @@ def measure_caches(
             except CACHE_FAILURES as error:
                 if cache is None:
                     raise
-                refused[name] = " ".join(str(error).split()) or type(error).__name__
+                refused[name] = reason_of(error)
                 return
             images[name] = torch.cat([images[name], made]) if first else made
 
@@ -165,7 +165,7 @@ def measure_caches(
             with candidate.on(pipe):
                 pass
         except CACHE_FAILURES as error:
-            refused[candidate.name] = " ".join(str(error).split()) or type(error).__name__
+            refused[candidate.name] = reason_of(error)
         else:
             runs[candidate.name] = (steps, candidate)
     methods = {candidate.name: candidate.method for candidate in candidates}

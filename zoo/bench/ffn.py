@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.bench.latency import processor_clock
-from zoo.bench.report import Benchmark, Entry, Goal, _figure, plot
+from zoo.bench.report import Benchmark, Entry, Goal, new_figure, plot
 from zoo.bench.timing import Progress, Settings, cast, compare, environment, now, torch_threads
 from zoo.catalog import nearest
 from zoo.data.images import draw, images_for
@@ -449,7 +449,7 @@ def plot_accuracy(benchmark: Benchmark, path: str | Path) -> Path:
     entries = [entry for entry in benchmark.entries if TOP1 in entry.values]
     if not entries:
         return plot(benchmark, path)
-    figure = _figure(11.4, 5.2)
+    figure = new_figure(11.4, 5.2)
     work, speed = figure.subplots(1, 2, sharey=True)
     batch = benchmark.conditions["batch"]
     for index, series in enumerate(dict.fromkeys(entry.series for entry in entries)):

@@ -22,6 +22,7 @@ __all__ = [
     "can_plot",
     "columns",
     "markdown",
+    "new_figure",
     "plot",
     "plot_ratios",
     "to_json",
@@ -273,7 +274,7 @@ def plot(benchmark: Benchmark, path: str | Path) -> Path:
         ValueError: Fewer than two entries have both numbers, or the suffix is no picture format.
     """
     label, points = _points(benchmark)
-    figure = _figure(7.6, 5.0)
+    figure = new_figure(7.6, 5.0)
     axes = figure.add_subplot()
     crowded = len(points) > _MOST_NAMED
     front = _front([(x, y) for _, x, y in points])
@@ -347,7 +348,7 @@ def plot_ratios(benchmarks: Iterable[Benchmark], path: str | Path) -> Path:
     if not panels:
         raise ValueError("There is nothing to plot: no entry was compared with a rival.")
     lines = [len(entries) for _, entries in panels]
-    figure = _figure(8.6, 1.2 * len(panels) + 0.28 * sum(lines))
+    figure = new_figure(8.6, 1.2 * len(panels) + 0.28 * sum(lines))
     for axes, (each, entries) in zip(
         figure.subplots(len(panels), squeeze=False, height_ratios=lines)[:, 0], panels, strict=True
     ):
@@ -366,7 +367,7 @@ def plot_ratios(benchmarks: Iterable[Benchmark], path: str | Path) -> Path:
     return path
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """Return an empty figure of a size in inches."""
     try:
         from matplotlib.figure import Figure

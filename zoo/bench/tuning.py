@@ -21,7 +21,7 @@ from zoo.bench.report import Benchmark, Entry
 from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
 from zoo.caching.cg_taylor import CGTaylorConfig
 from zoo.caching.core import active_cache, cache_summary, cached
-from zoo.caching.presets import CACHE_FAILURES, PRESETS, STEPS, Preset, Subject, notes_of, planned_bac
+from zoo.caching.presets import CACHE_FAILURES, PRESETS, STEPS, Preset, Subject, notes_of, planned_bac, reason_of
 from zoo.caching.saved import SavedSetting, default_guidance, fingerprint, folder_for
 from zoo.caching.taylorseer import TaylorSeerConfig
 
@@ -187,7 +187,7 @@ class _Sweep:
                             {STEPS: float(candidate.steps)} if fewer else notes_of(self.subject.pipe)
                         )
                 except CACHE_FAILURES as error:
-                    self.refused[candidate.name] = " ".join(str(error).split()) or type(error).__name__
+                    self.refused[candidate.name] = reason_of(error)
 
             return one
 
@@ -245,7 +245,7 @@ class _Sweep:
         try:
             config = line.config(self.subject, value)
         except CACHE_FAILURES as error:
-            self.refused.setdefault(line.method, " ".join(str(error).split()))
+            self.refused.setdefault(line.method, reason_of(error))
             return None
         found = _Candidate(line=line, value=value, steps=int(value) if fewer else steps, config=config)
         return None if found.name in self.trials or found.name in self.refused else found
@@ -374,7 +374,7 @@ def _gate_error(subject: Subject, refused: dict[str, str]) -> float | None:
             subject.run()
             errors = cache_summary(subject.pipe).denoisers[0].errors
     except CACHE_FAILURES as error:
-        refused["CG-Taylor"] = " ".join(str(error).split())
+        refused["CG-Taylor"] = reason_of(error)
         return None
     found = [error.error for error in errors if error.error > 0]  # False for NaN
     return statistics.median(found) if found else None

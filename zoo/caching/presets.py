@@ -36,6 +36,7 @@ __all__ = [
     "notes_of",
     "planned_bac",
     "planned_steps",
+    "reason_of",
 ]
 
 STEPS = "steps computed"
@@ -74,6 +75,11 @@ class CacheSetting:
     def notes(self, pipe: Any) -> Mapping[str, float]:
         """Return steps computed and memory held in the last run, the cache being still on, as far as it tells."""
         return notes_of(pipe)
+
+
+def reason_of(failure: Exception) -> str:
+    """Return why a cache did not work, in one line; its kind where it says nothing."""
+    return " ".join(str(failure).split()) or type(failure).__name__
 
 
 def notes_of(pipe: Any) -> dict[str, float]:

@@ -214,10 +214,10 @@ def _check_names(args: argparse.Namespace, given: list[str]) -> None:
 def _caches(args: argparse.Namespace) -> dict[str, float | None]:
     """Return the caches that are asked for, each with its value; None stands for all from mild to strong."""
     found: dict[str, float | None] = {}
-    for part in (args.caches or "").split(","):
+    known = [*_CACHES, "cache-dit", "all"]
+    for part in [] if args.caches is None else args.caches.split(","):
         name, _, value = part.strip().partition("=")
-        known = [*_CACHES, "cache-dit", "all"]
-        if name not in known and args.caches is not None:
+        if name not in known:
             near = nearest(name, known, 1)
             raise UsageError(
                 f"--caches takes {', '.join(known)}, got {name!r}.{f' Did you mean {near[0]}?' if near else ''}"
@@ -335,7 +335,7 @@ def _measure_pipelines(args: argparse.Namespace, settings: Settings, tell: Progr
     other = replace(plan, seed=plan.seed + len(plan.items))  # calibrated on other noises than those measured
     with torch_threads(settings.threads):
         subject = Subject(
-            pipe=sampler.pipe, run=lambda: other.run(steps, count=sampler.batch), steps=steps, guidance=args.guidance
+            pipe=sampler.pipe, run=lambda: other.run(steps, which=other.first), steps=steps, guidance=args.guidance
         )
         return compare_caches(
             sampler.name,

@@ -193,7 +193,7 @@ def _cached(
     plain: list[Tensor] = []
     plain_seconds = 0.0
     if not args.no_compare:
-        plan.run(min(_WARM_UP, args.steps), count=plan.batch)  # the first is slower
+        plan.run(min(_WARM_UP, args.steps), which=plan.first)  # the first is slower
         plain, plain_seconds = _timed(plan, args.steps, _telling(bar, "without cache", plan, args.steps))
         panels.append((f"without cache: {plain_seconds:.1f} s", plain))
     with cached(plan.pipe, config):
@@ -242,7 +242,7 @@ def _cache_config(args: argparse.Namespace, plan: Plan) -> Any:
             )
         return saved.config
     subject = Subject(
-        pipe=plan.pipe, run=lambda: plan.run(args.steps, count=plan.batch), steps=args.steps, guidance=args.guidance
+        pipe=plan.pipe, run=lambda: plan.run(args.steps, which=plan.first), steps=args.steps, guidance=args.guidance
     )
     return cache_setting(args.cache, subject, getattr(args, _CACHES[args.cache])).config
 

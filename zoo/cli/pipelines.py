@@ -222,11 +222,15 @@ class Plan:
     is_video: bool
     takes: frozenset[str] = field(repr=False)
 
+    @property
+    def first(self) -> range:
+        """Those of the first call."""
+        return range(min(self.batch, len(self.items)))
+
     def run(
         self,
         steps: int,
         tell: Callable[[], None] | None = None,
-        count: int | None = None,
         which: range | None = None,
     ) -> list[Tensor]:
         """Make the pictures, each from a noise of its own.
@@ -234,14 +238,13 @@ class Plan:
         Args:
             steps: Of the scheduler.
             tell: Called after each step.
-            count: Only so many of the first; None is all.
-            which: Only those with these numbers, in place of `count`.
+            which: Only those with these numbers; None is all.
 
         Returns:
             Each as (frames, C, H, W) in [0, 1] on the CPU; a picture is one frame.
         """
         made: list[Tensor] = []
-        which = which or range(len(self.items[:count]))
+        which = range(len(self.items)) if which is None else which
         with _telling(self.pipe, tell, self.takes) as more:
             for first in range(which.start, which.stop, self.batch):
                 items = self.items[first : min(first + self.batch, which.stop)]
