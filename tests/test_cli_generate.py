@@ -244,3 +244,31 @@ def test_null_class_of_the_model(pipes: dict[str, Any]) -> None:
     larger.transformer.register_to_config(num_embeds_ada_norm=1000)
     assert torch.equal(ours, made(larger, [0, 3]))
     assert not pipe.transformer._forward_pre_hooks
+
+
+def test_scheduler_that_does_not_fit_is_refused(
+    folder: Callable[[str], str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A flow under a scheduler of noise, or the reverse, would make pictures of nothing, in silence."""
+    flux, dit = folder("flux"), folder("dit")
+    asked = ("generate", flux, *OPTIONS["flux"], "--steps", "2", "-o", "a.png")
+    code, _, err = run(capsys, *asked, "--scheduler", "euler")
+    assert code == 2
+    assert "predicts a flow; give one of flow-euler." in err
+    code, _, err = run(
+        capsys, "generate", dit, *OPTIONS["dit"], "--steps", "2", "--scheduler", "flow-euler", "-o", "a.png"
+    )
+    assert code == 2
+    assert "give one of ddim, ddpm, dpm, euler, heun, unipc." in err
+    assert not Path("a.png").exists()
+    wan = ("generate", folder("wan"), *OPTIONS["wan"], "--steps", "2", "-o", "frames/")
+    code, _, err = run(capsys, *wan, "--scheduler", "dpm")
+    assert code == 0, err
+
+
+def test_broken_index_is_named(folder: Callable[[str], str], here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "broken").mkdir()
+    (here / "broken" / "model_index.json").write_text('{"a": ')
+    code, _, err = run(capsys, "generate", "broken", "--prompt", "a cat", "-o", "a.png")
+    assert code == 2
+    assert "broken/model_index.json does not say what the pipeline is made of" in err

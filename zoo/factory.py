@@ -323,7 +323,10 @@ def create_pipeline(name: str, **kwargs: Any) -> Any:
         raise CheckpointError(f"{path} is a modular pipeline: load it with diffusers' ModularPipeline; caches take it.")
     if not index.is_file():
         raise CheckpointError(f"{path} is no diffusers pipeline: it has no model_index.json.")
-    names = json.loads(index.read_text(encoding="utf-8"))
+    try:
+        names = dict(json.loads(index.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{index} does not say what the pipeline is made of: {error}") from error
     loader = DiTPipeline if names.get("_class_name") == DiTPipeline.__name__ else DiffusionPipeline
     components = [name for name in names if any((path / name).glob(_DENOISER_FILE))]
     for component in components:

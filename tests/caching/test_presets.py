@@ -43,6 +43,12 @@ def test_values() -> None:
         cache_setting("bag", made)
 
 
+@pytest.mark.parametrize("name", ["step-forecast", "bac"])
+def test_more_updates_than_steps_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}=7: a run of 6 steps computes at most 6"):
+        cache_setting(name, subject(), 7)
+
+
 def test_mag_cache_is_calibrated() -> None:
     ratios = subject(4).magnitude_ratios
     assert len(ratios) == 4

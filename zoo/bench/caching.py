@@ -34,6 +34,7 @@ __all__ = [
     "measure_caches",
     "psnr_of_all",
     "recogniser",
+    "size_of",
     "ssim_of_all",
     "without_cache",
 ]
@@ -245,6 +246,11 @@ def ssim_of_all(images: Tensor, reference: Tensor) -> float | None:
     return None if min(images.shape[-2:]) < 11 else float(ssim(images, reference, space="rgb").mean())
 
 
+def size_of(images: Tensor) -> str:
+    """Return width and height of images, pixels: "512x512"."""
+    return f"{images.shape[-1]}x{images.shape[-2]}"
+
+
 def _to_bytes(images: Tensor) -> Tensor:
     return (images.float().clamp(0, 1) * 255).round()
 
@@ -333,6 +339,7 @@ def compare_caches(
 
     conditions: dict[str, Any] = {
         "images": count,
+        "size": size_of(results.images[results.uncached.name]),
         "scheduler": type(getattr(subject.pipe, "scheduler", None)).__name__,
         "steps": subject.steps,
     }

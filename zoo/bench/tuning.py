@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from zoo.bench.caching import NO_CACHE, PSNR, SSIM, psnr_of_all, ssim_of_all, without_cache
+from zoo.bench.caching import NO_CACHE, PSNR, SSIM, psnr_of_all, size_of, ssim_of_all, without_cache
 from zoo.bench.latency import processor_clock
 from zoo.bench.report import Benchmark, Entry
 from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
@@ -496,6 +496,7 @@ def _conclude(sweep: _Sweep, finalists: Sequence[_Trial]) -> Tuning:
     )
     conditions.pop("warm-up rounds")
     conditions["batch"] = len(sweep.reference)
+    conditions["size"] = size_of(sweep.reference)
     conditions["dtype"] = str(sweep.subject.pipe.dtype).removeprefix("torch.")
     setting, verdict = None, []
     if cache is None:

@@ -300,11 +300,13 @@ def cache_setting(name: str, subject: Subject, value: float | None = None) -> Ca
         value: Of its knob; None takes the default.
 
     Raises:
-        ValueError: There is no such preset.
+        ValueError: There is no such preset, or the value is more updates than the subject has steps.
     """
     if name not in PRESETS:
         raise ValueError(f"No cache is called {name!r}; there are {', '.join(PRESETS)}.")
     preset = PRESETS[name]
+    if value is not None and preset.knob == "updates" and value > subject.steps:
+        raise ValueError(f"{name}={value:g}: a run of {subject.steps} steps computes at most {subject.steps}.")
     value = preset.default(subject.steps) if value is None else value
     return CacheSetting(method=preset.method, setting=preset.label.format(value), config=preset.config(subject, value))
 

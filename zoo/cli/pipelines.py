@@ -167,7 +167,6 @@ def load_pipeline(args: argparse.Namespace, name: str) -> tuple[Any, torch.devic
     """
     check_name(name)
     hush(args, diffusers=True)
-    import diffusers
     import torch
     import transformers
 
@@ -181,11 +180,41 @@ def load_pipeline(args: argparse.Namespace, name: str) -> tuple[Any, torch.devic
         raise UsageError("--offload keeps weights in the CPU's memory while a GPU computes; --device is the CPU here.")
     pipe = create_pipeline(name, dtype=getattr(torch, args.dtype))
     if args.scheduler:
-        scheduler = getattr(diffusers, SCHEDULERS[args.scheduler])
-        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        pipe.scheduler = _scheduler(pipe, args.scheduler)
     _place(pipe, args.offload, device)
     pipe.set_progress_bar_config(disable=True)  # there is one for all calls
     return pipe, device
+
+
+def _scheduler(pipe: Any, name: str) -> Any:
+    """Return another scheduler for a pipeline, of what its denoiser predicts: a flow, or noise and the like.
+
+    Raises:
+        UsageError: The scheduler takes no such prediction: the pictures would be noise.
+    """
+    import diffusers
+
+    before = pipe.scheduler.config
+    is_flow = "FlowMatch" in type(pipe.scheduler).__name__ or before.get("prediction_type") == "flow_prediction"
+    classes = {key: getattr(diffusers, value) for key, value in SCHEDULERS.items()}
+    own = "flow-euler"
+    # the others take a shift by the size of the picture, as Flux gives it, only where the model is made for it
+    is_shifted = hasattr(inspect.getmodule(type(pipe)), "calculate_shift")
+    takes_shift = before.get("use_dynamic_shifting") and before.get("time_shift_type", "exponential") == "exponential"
+    others = {key for key, cls in classes.items() if "use_flow_sigmas" in inspect.signature(cls).parameters}
+    of_flow = {own} | (others if takes_shift or not is_shifted else set())
+    fit = [key for key in classes if (key in of_flow if is_flow else key != own)]
+    if name not in fit:
+        what = "a flow" if is_flow else "noise or a picture, no flow"
+        raise UsageError(
+            f"--scheduler {name}: the model of this pipeline predicts {what}; give one of {', '.join(fit)}."
+        )
+    changes: dict[str, Any] = {}
+    if is_flow:
+        shift = before.get("flow_shift", before.get("shift", 1.0))
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+        changes = {"shift": shift} if name == own else flow
+    return classes[name].from_config(before, **changes)
 
 
 def _place(pipe: Any, offload: str | None, device: torch.device) -> None:

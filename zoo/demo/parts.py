@@ -85,7 +85,7 @@ class Generation:
     rule: str
 
 
-_TRIED = ("cg-taylor", "bac", "taylorseer", "first-block")
+_TRIED = ("step-forecast", "cg-taylor", "bac", "first-block")
 
 
 def generate(
