@@ -19,6 +19,7 @@ from tiny_folders import classifier_folder, denoiser_folder, restorer_folder
 
 from zoo import catalog, cli
 from zoo.cli import main
+from zoo.cli.classify import default_model
 from zoo.cli.inputs import find_pictures
 from zoo.cli.output import UsageError, change, millions, number, replacing
 
@@ -261,6 +262,35 @@ def test_classify(capsys: Captured, models: dict[str, str], tmp_path: Path) -> N
     assert "a.png" in out
     assert "%" in out
     assert len(run(capsys, *command, "-q")[1].splitlines()) == 3
+
+
+def test_no_class_is_likely(capsys: Captured, models: dict[str, str], tmp_path: Path) -> None:
+    """Weights that state a threshold say where a picture shows none of their classes, and divide by a temperature."""
+    folder = shutil.copytree(models["classifier"], tmp_path / "careful")
+    path = noise(tmp_path / "a.png")
+    plain = json.loads(run(capsys, "classify", path, "--model", folder, "--json")[1])["results"][0]
+    assert plain["likely"]
+    config = json.loads((folder / "config.json").read_text())
+    config.setdefault("zoo", {}).update(temperature=1e6, threshold=0.4)
+    (folder / "config.json").write_text(json.dumps(config))
+    flat = json.loads(run(capsys, "classify", path, "--model", folder, "--json")[1])["results"][0]
+    assert not flat["likely"]
+    assert flat["top"][0]["probability"] == pytest.approx(1 / 3, abs=1e-3)
+    assert run(capsys, "classify", path, "--model", folder, "-q")[1] == f"{path}\tnone that it knows\n"
+    _, out, err = run(capsys, "classify", path, "--model", folder)
+    assert "perhaps red" in out
+    assert "knows 3 classes: red, green, blue. Below 40 % none is likely." in err
+
+
+def test_photographs_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = {"source": "shipped"}
+    known = {
+        "a": {"task": "classification", "weights": {"cifar10": shipped}},
+        "b": {"task": "classification", "weights": {"in1k": {"source": "authors"}, "imagenette": shipped}},
+        "c": {"task": "sr", "weights": {"imagenette": shipped}},
+    }
+    monkeypatch.setattr("zoo.catalog.load", lambda: known)
+    assert default_model() == "b.imagenette"
 
 
 def test_names_stay_whole_in_a_pipe(

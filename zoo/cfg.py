@@ -7,7 +7,7 @@ from typing import Any
 
 from timm.models import PretrainedCfg
 
-__all__ = ["CIFAR10", "ModelCfg", "RestorationCfg"]
+__all__ = ["CIFAR10", "IMAGENETTE", "ModelCfg", "RestorationCfg"]
 
 CIFAR10: dict[str, Any] = dict(
     num_classes=10,
@@ -19,6 +19,18 @@ CIFAR10: dict[str, Any] = dict(
     notes=None,
 )
 """Fields of the weights that we trained on CIFAR-10."""
+
+IMAGENETTE: dict[str, Any] = dict(
+    num_classes=10,
+    label_names=(
+        "tench", "English springer", "cassette player", "chain saw", "church", "French horn", "garbage truck",
+        "gas pump", "golf ball", "parachute",
+    ),
+    crop_pct=0.89,
+    license="apache-2.0",
+    notes=None,
+)  # fmt: skip
+"""Fields of the weights that we trained on the photographs of Imagenette, ten classes of ImageNet."""
 
 
 @dataclass
@@ -33,6 +45,8 @@ class ModelCfg(PretrainedCfg):
             for example `img_size`, `patch_size` or `idle_ratio`. Arguments of the caller win over them.
         top1: The authors' top-1 accuracy on ImageNet-1k at `input_size`, percent; not measured by us.
         parity: How closely the family's code agrees with the authors', and how that was measured.
+        temperature: By which logits are divided, so that probabilities are true on held-out images; None is 1.
+        threshold: Probability below which no class is likely, chosen on held-out images; None is none.
         hub_search: The authors' repository `hf_hub_id` is known, the name of the file in it is not: the one that names
             the variant is taken, and checked by strict loading.
     """
@@ -42,6 +56,8 @@ class ModelCfg(PretrainedCfg):
     model_args: dict[str, Any] = field(default_factory=dict)
     top1: float | None = None
     parity: str | None = None
+    temperature: float | None = None
+    threshold: float | None = None
     hub_search: bool = False
 
 

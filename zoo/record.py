@@ -79,9 +79,9 @@ _TIMM_FIELDS = (
     "paper_ids",
     "notes",
 )
-_ZOO_FIELDS = ("scale", "multiple_of", "value_range", "sigma")
+_ZOO_FIELDS = ("scale", "multiple_of", "value_range", "sigma", "temperature", "threshold")
 _SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture")
-_PUBLISHED = ("tag", "notes", "license", "sha256", "top1", "parity", "description")  # of these weights, of no others
+_PUBLISHED = ("tag", "notes", "license", "description", "temperature", "threshold")  # of these weights, of no others
 _NOT_ARGUMENTS = (
     "num_classes",
     "pretrained",
@@ -117,7 +117,8 @@ class ModelRecord:
         label_names: Names of the classes, in the order of the outputs.
         model_args: Constructor arguments that differ from the variant's own, as JSON data; `config` of a denoiser.
         pretrained_cfg: timm's facts about input and weights, in timm's words: input_size (C, H, W), mean, std,
-            interpolation, crop_pct, crop_mode, first_conv, classifier, ..., license; for restorers also scale,
+            interpolation, crop_pct, crop_mode, first_conv, classifier, ..., license; of classifiers also temperature
+            (of the probabilities) and threshold (below which no class is likely); for restorers also scale,
             multiple_of, value_range (least and largest pixel value), sigma (noise, of 255).
         base: Weights that the training started from, for example "emov2_1m.cifar10".
         changes: What was done to the layers after construction, in order, one mapping each: "technique" and its
@@ -186,7 +187,7 @@ class ModelRecord:
         """
         tag = self.pretrained_cfg.get("tag")
         name = base or self.base or (f"{self.architecture}.{tag}" if tag else None)
-        return self.updated(base=name, **dict.fromkeys(key for key in _PUBLISHED if key in _TIMM_FIELDS))
+        return self.updated(base=name, **dict.fromkeys(_PUBLISHED))
 
     def to_config(self) -> dict[str, Any]:
         """Return the record as JSON data, laid out as timm's `config.json`."""

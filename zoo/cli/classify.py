@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from zoo.engines import EngineName
 
 _NARROWEST = 200  # most times that a side is as long as the other
+_NAMED = 20  # classes that are listed
+UNKNOWN = "none that it knows"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -26,7 +28,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "classify",
         help="name what is in pictures",
-        description="Print the most probable classes of each picture. Unreadable ones are listed, with exit code 1.",
+        description="Print the most probable classes of each picture, or that none is likely, where the weights state "
+        "from which probability on one is. Unreadable ones are listed, with exit code 1.",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="pictures, patterns or folders")
     parser.add_argument("--model", metavar="NAME.TAG", help="published weights, file, folder or Hub id")
@@ -36,24 +39,28 @@ def add_parser(subparsers: Any) -> None:
     add_engine(parser)
 
 
-def default_model(task: str) -> str:
-    """Return the shipped weights for a task.
+def default_model() -> str:
+    """Return the shipped weights to classify with: those that know photographs come first.
 
     Raises:
         UsageError: None are shipped.
     """
-    for name, facts in catalog.load().items():
-        for tag, weight in facts["weights"].items():
-            if facts["task"] == task and weight["source"] == "shipped":
-                return f"{name}.{tag}"
-    raise UsageError(f"No weights for {task} are shipped: say --model.")
+    found = [
+        f"{name}.{tag}"
+        for name, facts in catalog.load().items()
+        for tag, weight in facts["weights"].items()
+        if facts["task"] == "classification" and weight["source"] == "shipped"
+    ]
+    if not found:
+        raise UsageError("No weights for classification are shipped: say --model.")
+    return min(found, key=lambda name: not name.endswith(".imagenette"))
 
 
 def run(args: argparse.Namespace) -> int:
     """Classify pictures."""
     if args.topk < 1:
         raise UsageError(f"--topk must be at least 1, got {args.topk}.")
-    name = args.model or default_model("classification")
+    name = args.model or default_model()
     find_model(name, task="classification")
     arguments = model_args(args)
     pictures = find_pictures(args.files)
@@ -70,20 +77,25 @@ def run(args: argparse.Namespace) -> int:
     with progress(args) as bar:
         for picture in bar.track(pictures, description="classifying"):
             try:
-                results.append({"file": str(picture.path), "top": classifier.top(picture.path, args.topk)})
+                top = classifier.top(picture.path, args.topk)
+                results.append({"file": str(picture.path), "likely": classifier.is_likely(top), "top": top})
             except (OSError, ValueError) as error:
                 failed.append({"file": str(picture.path), "error": one_line(error)})
     if args.json:
         print_json({"model": name, "results": results, "failed": failed})
     elif args.quiet:
         for result in results:
-            print(f"{result['file']}\t{result['top'][0]['label']}")
+            print(f"{result['file']}\t{result['top'][0]['label'] if result['likely'] else UNKNOWN}")
     elif results:
         rows = table("picture", "class", "probability", right=("probability",), title=name)
         for result in results:
-            for rank, entry in enumerate(result["top"]):
-                rows.add_row("" if rank else result["file"], entry["label"], f"{100 * entry['probability']:.1f} %")
+            lines = [(entry["label"], f"{100 * entry['probability']:.1f} %") for entry in result["top"]]
+            if not result["likely"]:
+                lines = [(UNKNOWN, ""), *((f"perhaps {label}", share) for label, share in lines)]
+            for rank, line in enumerate(lines):
+                rows.add_row("" if rank else result["file"], *line)
         print_table(rows)
+        note(args, classifier.knows())
     return report_failures(args, failed, len(results) + len(failed))
 
 
@@ -131,6 +143,8 @@ class Classifier:
         self._model: nn.Module = model.to(self._device, self._dtype)
         if engine != "eager":
             attach(self._model, engine, told=told)
+        cfg: Any = model.pretrained_cfg
+        self.temperature, self.threshold = cfg.get("temperature") or 1.0, cfg.get("threshold") or 0.0
         data = resolve_model_data_config(model)
         self._transform: Any = create_transform(**data)
         self._mode: Literal["RGB", "L"] = "L" if data["input_size"][0] == 1 else "RGB"
@@ -155,11 +169,21 @@ class Classifier:
         with torch.inference_mode():
             image = self._transform(picture)[None]
             logits = self._model(image.to(self._device, self._dtype)).float()
-            best = logits.softmax(-1)[0].topk(min(count, logits.shape[-1]))
+            best = (logits / self.temperature).softmax(-1)[0].topk(min(count, logits.shape[-1]))
         return [
             {"label": self.labels[index], "index": index, "probability": round(value, 6)}
             for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
+
+    def is_likely(self, top: Sequence[dict[str, Any]]) -> bool:
+        """Return whether the first class is as probable as the weights ask for; True where they ask for nothing."""
+        return bool(top[0]["probability"] >= self.threshold)
+
+    def knows(self) -> str:
+        """Return in words which classes there are, and from which probability on one is likely."""
+        few = len(self.labels) <= _NAMED
+        known = f"{self.name} knows {len(self.labels)} classes" + (f": {', '.join(self.labels)}." if few else ".")
+        return known + (f" Below {100 * self.threshold:.0f} % none is likely." if self.threshold else "")
 
 
 def _labels(model: nn.Module) -> list[str]:

@@ -15,6 +15,7 @@ import gradio as gr
 
 from zoo.cli.app import exploring, generating
 from zoo.cli.app.service import Answer, Restored, Service
+from zoo.cli.classify import UNKNOWN
 from zoo.cli.errors import code_for, code_of, with_code
 from zoo.cli.inputs import one_line
 from zoo.cli.output import FailureError, UsageError
@@ -189,6 +190,8 @@ def _bars(answer: Answer) -> str:
         f"<span><b>{html.escape(entry['label'])}</b><b>{100 * entry['probability']:.1f} %</b></span></div>"
         for entry in answer.top
     )
+    if not answer.likely:
+        bars = f"<b>{UNKNOWN}; perhaps</b>{bars}"
     return f"{bars}<small>{1000 * answer.seconds:.0f} ms, reading included</small>"
 
 

@@ -58,11 +58,13 @@ class Answer:
         model: Its name.
         top: Classes with label and probability, the most probable first.
         seconds: Reading the picture and running the network.
+        likely: Whether the first class is as probable as the weights ask for.
     """
 
     model: str
     top: list[dict[str, Any]]
     seconds: float
+    likely: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +192,8 @@ class Service:
                     for name, classifier in zip(models, loaded, strict=True):
                         start = time.perf_counter()
                         top = classifier.top(Path(file), 5)
-                        answers.append(Answer(model=name, top=top, seconds=time.perf_counter() - start))
+                        seconds, likely = time.perf_counter() - start, classifier.is_likely(top)
+                        answers.append(Answer(model=name, top=top, seconds=seconds, likely=likely))
                 except Exception as error:  # whatever it is, the other pictures are done
                     failed.append(upload_error(error, file))
                 else:
