@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
+from PIL import Image
 
 from zoo import catalog
 from zoo.cli import main
 from zoo.cli.output import print_table, table
 from zoo.hub import HubError, check_repo_id
+from zoo.sources import find
 
 Captured = pytest.CaptureFixture[str]
 
@@ -84,7 +89,7 @@ def test_repository_ids_are_checked_without_the_hub(name: str) -> None:
 
 
 def test_a_dry_run_refuses_a_wrong_id(capsys: Captured) -> None:
-    assert main(["publish", "repavit_tiny.cifar10", "--repo-id", "no id", "--dry-run"]) != 0
+    assert main(["publish", "repavit_tiny.cifar10", "--repo-id", "no id", "--dry-run"]) == 2
     assert "is no Hub id" in capsys.readouterr().err
 
 
@@ -93,3 +98,62 @@ def test_info_of_a_model_of_timm(capsys: Captured) -> None:
     out = capsys.readouterr().out
     assert "11.7 M" in out
     assert "1.81 G" in out
+
+
+@pytest.mark.parametrize(
+    ("given", "near"),
+    [
+        ("repavit_smal", ["repavit_small"]),  # not again with its weights
+        ("repavit_tinny.cifar10", ["repavit_tiny.cifar10"]),
+        ("repavit_tiny_cifar10", ["repavit_tiny.cifar10"]),
+        ("RepaViT_tiny", ["repavit_tiny"]),
+        ("ResNet50", ["resnet50"]),
+        ("lsnet", ["lsnet_t", "lsnet_s", "lsnet_b"]),
+        ("crop_mod", []),  # a setting in timm's files is no model
+    ],
+)
+def test_near_models_come_once_and_far_ones_not_at_all(given: str, near: list[str]) -> None:
+    with pytest.raises(ValueError, match="No model is called") as said:
+        find(given)
+    found = re.findall(r"Did you mean (.*?)\?", str(said.value))
+    named = found[0].split(" or ") if found else []
+    assert named[: max(1, len(near))] == near
+    assert len({name.partition(".")[0] for name in named}) == len(named)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("classify DIR/cat.jgp", "cat.jpg?"),
+        ("restore DIR/cat.jgp -o DIR/out.png -q", "cat.jpg?"),
+        ("evaluate cfsr_x2.bsds --data Set5=DIRR", "photos?"),
+        ("compress repavit_tiny.cifar10 --method prune --data DIRR -o DIR/c", "photos?"),
+        ("inspect repavit_tinny.cifar10 --data DIR", "repavit_tiny.cifar10?"),
+        ("finetune DIRR --model emov2_1m.cifar10 -o DIR/m", "photos?"),
+        ("generate pixeldit.cifar10 --classes caat -o DIR/x.png", "'cat'? The classes are airplane,"),
+        ("tune-cache repavit_tiny.cifar10", "not a diffusion pipeline"),
+        ("convert-moe pixeldt.cifar10 -o DIR/moe", "pixeldit.cifar10"),
+        ("bench repavit_tinny", "repavit_tiny?"),
+        ("verify repavit_tinny.cifar10", "repavit_tiny.cifar10?"),
+        ("publish repavit_tinny.cifar10 --repo-id me/x --dry-run", "repavit_tiny.cifar10?"),
+        ("info repavit_tiny.cifr10", "Did you mean repavit_tiny.cifar10? It has"),
+        ("info resnet18.a1_in1", "Did you mean resnet18.a1_in1k? There are"),
+        ("list --license apache2", "Did you mean apache-2.0?"),
+    ],
+)
+def test_every_command_names_the_nearest(command: str, said: str, tmp_path: Path, capsys: Captured) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "cat.jpg").write_bytes(b"")
+    words = [word.replace("DIRR", f"{tmp_path}/photoss").replace("DIR", str(folder)) for word in command.split()]
+    assert main(words) in (1, 2)
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["photos", "cat.jpg"]
+
+
+def test_what_is_missing_is_told_beside_what_is_there(tmp_path: Path, capsys: Captured) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "there.png")
+    assert main(["classify", f"{tmp_path}/ther.png", f"{tmp_path}/there.png", "-q"]) == 1
+    out, err = capsys.readouterr()
+    assert "there.png\t" in out
+    assert "no such file. Did you mean" in err

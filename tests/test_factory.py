@@ -47,7 +47,7 @@ def test_names_of_ours_and_of_timm() -> None:
         ("repavit_tinny", "Did you mean repavit_tiny"),
         ("cfsr_x2.nobody", "'cfsr_x2' has no weights called 'nobody'"),
         ("vit_large_patch16_22", "Did you mean vit_large_patch16_224"),
-        ("resnet18.nobody", "timm's 'resnet18' has no weights called 'nobody'; there are: .*a1_in1k"),
+        ("resnet18.nobody", "timm's 'resnet18' has no weights called 'nobody'. There are: .*a1_in1k"),
         ("qqqqqqqq", "No model is called 'qqqqqqqq'"),
     ],
 )

@@ -19,6 +19,9 @@ PATH = Path(__file__).with_name("catalog.json")
 PIPELINE_TASKS = ("generation", "policy")
 """Tasks of diffusers pipelines; the models of all other tasks are in timm's registry."""
 
+_FARTHER = 0.15
+"""Of likeness, 0 to 1: what is farther than the nearest name by this is not meant."""
+
 
 @functools.cache
 def load() -> dict[str, dict[str, Any]]:
@@ -26,9 +29,21 @@ def load() -> dict[str, dict[str, Any]]:
     return json.loads(PATH.read_text(encoding="utf-8"))
 
 
-def nearest(name: str, names: list[str], most: int = 3) -> list[str]:
-    """Return the names most like `name`, nearest first, each once."""
-    return difflib.get_close_matches(name, list(dict.fromkeys(names)), most, cutoff=0.5)
+def nearest(name: str, names: list[str], most: int = 3, *, cutoff: float = 0.5) -> list[str]:
+    """Return the names most like `name`, nearest first, each once, and none that is much farther than the first.
+
+    Capitals and small letters are the same.
+
+    Args:
+        name: What was asked for.
+        names: What there is.
+        most: So many at most.
+        cutoff: Least likeness, 0 to 1.
+    """
+    small = {each.lower(): each for each in reversed(names)}
+    found = difflib.get_close_matches(name.lower(), [*reversed(small)], most, cutoff=cutoff)
+    like = [difflib.SequenceMatcher(None, each, name.lower()).ratio() for each in found]
+    return [small[each] for each, ratio in zip(found, like, strict=True) if ratio > like[0] - _FARTHER]
 
 
 def unknown(name: str, others: Iterable[str] = ()) -> str:
@@ -42,11 +57,16 @@ def unknown(name: str, others: Iterable[str] = ()) -> str:
     architecture, _, tag = name.partition(".")
     if tag and architecture in models:
         tags = sorted(models[architecture]["weights"])
+        near = nearest(tag, tags, 1)
+        hint = f"Did you mean {architecture}.{near[0]}? " if near and len(tags) > 1 else ""
         have = f"It has {', '.join(f'{architecture}.{t}' for t in tags)}." if tags else "None are published for it."
-        return f"{architecture!r} has no weights called {tag!r}. {have}"
+        return f"{architecture!r} has no weights called {tag!r}. {hint}{have}"
     names = [*models, *(f"{model}.{tag}" for model, facts in models.items() for tag in facts["weights"]), *others]
-    near = nearest(name, names)
-    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    near: dict[str, str] = {}
+    begun = [each for each in names if f"{each}_".startswith(f"{name.lower()}_") and "." not in each]
+    for each in sorted(begun, key=len) or nearest(name, names, 9, cutoff=0.6):
+        near.setdefault(each.partition(".")[0], each)  # a model once, not again with its weights
+    hint = f"Did you mean {' or '.join([*near.values()][:3])}? " if near else ""
     return f"No model is called {name!r}. {hint}`zoo list` shows all names."
 
 

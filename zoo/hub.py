@@ -233,6 +233,8 @@ def _explained(repo_id: str, filename: str | None = None) -> Iterator[None]:
                 f" reached ({type(error).__name__}); fetch it where there is a network with `hf download"
                 f" {repo_id} {filename}` and copy that folder here."
             ) from error
+        if isinstance(error, HTTPError):
+            raise HubError(f"{_host()} cannot be reached for {repo_id} ({type(error).__name__}).") from error
         raise HubError(f"{file}: {type(error).__name__}: {_first_line(error)}") from error
 
 

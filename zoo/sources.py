@@ -23,6 +23,7 @@ __all__ = [
     "WEIGHT_SUFFIXES",
     "CheckpointError",
     "Source",
+    "beside",
     "card_metrics",
     "card_sha256",
     "cards_dir",
@@ -44,7 +45,7 @@ _UNPUBLISHED = ("untrained", "in1k", "df2k")
 
 _TIMM_NAME = re.compile(
     r"^@register_model\s+def (?P<model>\w+)\("
-    r"|^ +['\"](?P<name>\w+)(?:\.(?P<tag>\w+)\*?['\"] *:|['\"] *: *['\"]\w+(?:\.\w+)?['\"])",
+    r"|^ +['\"](?P<name>\w+)(?:\.(?P<tag>\w+)\*?['\"] *:|['\"] *: *['\"](?P<new>\w+)(?:\.\w+)?['\"])",
     re.MULTILINE,
 )
 
@@ -113,7 +114,7 @@ def find(name: str) -> Source:
     if "/" in name or "\\" in name:
         if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) and not name.startswith(".") and not path.parent.is_dir():
             return Source(name=name, kind="hub", repo_id=name)
-        raise CheckpointError(f"There is no file or folder {name}.{_siblings(path)}")
+        raise CheckpointError(f"There is no file or folder {name}.{beside(path)}")
     raise ValueError(_unknown(name))
 
 
@@ -257,7 +258,7 @@ def _card_of(source: Source) -> dict[str, Any]:
 
 def _file(name: str, path: Path) -> Source:
     if not path.is_file():
-        raise CheckpointError(f"No weight file at {path}.{_siblings(path)}")
+        raise CheckpointError(f"No weight file at {path}.{beside(path)}")
     try:
         record = read_record(path, beside=False)
     except RecordError as error:
@@ -268,7 +269,7 @@ def _file(name: str, path: Path) -> Source:
 
 def _folder(name: str, folder: Path) -> Source:
     if not folder.is_dir():
-        raise CheckpointError(f"There is no folder {folder}.{_siblings(folder)}")
+        raise CheckpointError(f"There is no folder {folder}.{beside(folder)}")
     if (folder / PIPELINE_INDEX).is_file():
         return Source(name=name, kind="pipeline", path=folder)
     if not (folder / CONFIG_NAME).is_file():
@@ -303,7 +304,9 @@ def _registered(name: str) -> Source | None:
     if tags is None:
         return None
     if tag and tags and tag not in tags:  # where timm makes the tags by a program, timm itself says what is wrong
-        raise ValueError(f"timm's {architecture!r} has no weights called {tag!r}; there are: {', '.join(tags)}.")
+        near = catalog.nearest(tag, list(tags), 1)
+        hint = f"Did you mean {architecture}.{near[0]}? There are" if near and len(tags) > 1 else "There are"
+        raise ValueError(f"timm's {architecture!r} has no weights called {tag!r}. {hint}: {', '.join(tags)}.")
     return Source(name=name, kind="model", architecture=architecture, tag=tag, task="classification")
 
 
@@ -312,13 +315,20 @@ def timm_names() -> dict[str, tuple[str, ...]]:
     """Return timm's models and their tags, read from its sources: importing timm would import torch."""
     spec = importlib.util.find_spec("timm")
     found: dict[str, list[str]] = {}
+    renamed: dict[str, str] = {}
     for location in spec.submodule_search_locations or () if spec else ():
         for file in sorted((Path(location) / "models").glob("*.py")):
             text = file.read_text(encoding="utf-8")
             for match in _TIMM_NAME.finditer(text):  # models, tags, and old names that timm still takes
+                if match["new"]:
+                    renamed[match["name"]] = match["new"]
+                    continue
                 tags = found.setdefault(match["model"] or match["name"], [])
                 if match["tag"]:
                     tags.append(match["tag"])
+    for old, new in renamed.items():  # settings look like old names
+        if new in found:
+            found.setdefault(old, [])
     return {name: tuple(tags) for name, tags in found.items()}
 
 
@@ -326,11 +336,11 @@ def _unknown(name: str) -> str:
     return catalog.unknown(name, timm_names())
 
 
-def _siblings(path: Path) -> str:
-    """Return which file or folder beside a missing one may have been meant."""
+def beside(path: Path) -> str:
+    """Return which file or folder beside a missing one may have been meant, as the end of a message."""
     try:
         names = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
     except OSError:
         return f" There is no folder {path.parent}." if path.parent != Path() else ""
-    near = catalog.nearest(path.name, names, 1)
+    near = catalog.nearest(path.name, names, 1, cutoff=0.6)
     return f" Did you mean {path.parent / near[0]}?" if near else ""

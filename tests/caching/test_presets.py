@@ -9,7 +9,7 @@ from hooked import class_pipeline, generate
 
 import zoo
 from zoo.caching.presets import PRESETS, Subject, cache_setting, cache_settings
-from zoo.cli.generate import _CACHES
+from zoo.cli.generate import CACHES
 
 
 def subject(steps: int = 6) -> Subject:
@@ -18,7 +18,7 @@ def subject(steps: int = 6) -> Subject:
 
 
 def test_the_command_line_offers_what_the_table_has() -> None:
-    assert set(_CACHES.items()) <= {(name, preset.knob) for name, preset in PRESETS.items()}
+    assert set(CACHES.items()) <= {(name, preset.knob) for name, preset in PRESETS.items()}
 
 
 def test_settings_work_or_say_why_not() -> None:

@@ -22,6 +22,7 @@ from zoo.cli.output import (
     table,
 )
 from zoo.cli.pipelines import REQUEST, Plan, add_request, check_request, load_pipeline, plan_calls
+from zoo.sources import beside
 
 if TYPE_CHECKING:
     from zoo.bench import Benchmark, Settings
@@ -162,7 +163,7 @@ def _check(args: argparse.Namespace, suites: list[str]) -> None:
         if "ffn" not in suites:
             raise UsageError(f"--{given[0]} is for `zoo bench ffn`.")
         if args.data is not None and not Path(args.data).is_dir():
-            raise UsageError(f"--data names no folder: {args.data}.")
+            raise UsageError(f"--data names no folder: {args.data}.{beside(Path(args.data))}")
     engines = _engines(args)
     if engines and (suites or args.count is not None):
         raise UsageError("--engine is for models; give their names.")

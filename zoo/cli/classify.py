@@ -12,6 +12,7 @@ from zoo import catalog
 from zoo.cli.inputs import add_device, add_engine, find_pictures, one_line, report_failures
 from zoo.cli.models import add_model_args, find_model, model_args
 from zoo.cli.output import UsageError, hush, note, pick_device, print_json, print_table, progress, table
+from zoo.sources import beside
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,7 +65,11 @@ def run(args: argparse.Namespace) -> int:
     find_model(name, task="classification")
     arguments = model_args(args)
     pictures = find_pictures(args.files)
-    missing = [{"file": str(each.path), "error": "no such file"} for each in pictures if not each.path.exists()]
+    missing = [
+        {"file": str(each.path), "error": f"no such file.{beside(each.path)}"}
+        for each in pictures
+        if not each.path.exists()
+    ]
     if len(missing) == len(pictures):
         if args.json:
             print_json({"model": name, "results": [], "failed": missing})
@@ -73,9 +78,10 @@ def run(args: argparse.Namespace) -> int:
     told = partial(note, args)
     classifier = Classifier(name, device=args.device, dtype=args.dtype, engine=args.engine, told=told, **arguments)
     results: list[dict[str, Any]] = []
-    failed: list[dict[str, str]] = []
+    failed = [*missing]
+    there = [picture for picture in pictures if picture.path.exists()]
     with progress(args) as bar:
-        for picture in bar.track(pictures, description="classifying"):
+        for picture in bar.track(there, description="classifying"):
             try:
                 top = classifier.top(picture.path, args.topk)
                 results.append({"file": str(picture.path), "likely": classifier.is_likely(top), "top": top})

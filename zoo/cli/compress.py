@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.cli.output import UsageError, check_target, hush, millions, note, print_json, print_table, progress, table
 from zoo.files import whole
+from zoo.sources import beside
 
 if TYPE_CHECKING:
     from torch import nn
@@ -200,7 +201,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.samples < 1 or args.batch < 1:
         raise UsageError(f"--samples and --batch must be at least 1, got {args.samples} and {args.batch}.")
     if not Path(args.data).is_dir():
-        raise UsageError(f"--data names no folder: {args.data}.")
+        raise UsageError(f"--data names no folder: {args.data}.{beside(Path(args.data))}")
 
 
 def _model_and_data(args: argparse.Namespace) -> tuple[nn.Module, Any]:

@@ -97,7 +97,9 @@ KINDS = (
         code="Z201",
         title="No model is called that",
         cure="The line names the nearest. `zoo list` shows all names, `zoo list 'repa*'` some; timm's models work too. "
-        "A folder that is called like a model is written `./NAME`.",
+        "A folder that is called like a model is written `./NAME`. `timm.create_model` itself says `Unknown model` "
+        "without the nearest, and has no place where another package can add it; `zoo.create_model` and every command "
+        "do.",
         words=r"No model is called|has no weights called|No model fits|No model has the task|asks for the architecture|"
         r"asks for the denoiser|different models, got|Give different pipelines|Say which weights|neither classifies",
         modules=("catalog",),
@@ -107,7 +109,7 @@ KINDS = (
         title="There are no published weights for this",
         cure="`zoo list --pretrained` shows what has weights, and which are shipped. Authors' files are given by "
         "`--weights FILE` or as the model itself. Own ones come from `zoo finetune` or `zoo train`.",
-        words=r"No weights (are published|for)|has no weights for noise|are not in |its files are not at|"
+        words=r"No weights (are published|are under|for)|has no weights for noise|are not in |its files are not at|"
         r"is a published denoiser",
     ),
     Kind(

@@ -13,7 +13,7 @@ from zoo.cli.inputs import add_device
 from zoo.cli.models import find_model
 from zoo.cli.output import UsageError, print_json, print_table, progress, table
 from zoo.evaluation.protocols import PROTOCOLS, Protocol, protocol_of_task
-from zoo.sources import WEIGHT_SUFFIXES, Source, find
+from zoo.sources import WEIGHT_SUFFIXES, Source, beside, find
 
 if TYPE_CHECKING:
     from zoo.data.photos import Pair
@@ -190,7 +190,7 @@ def _sets(given: list[str]) -> dict[str, Path]:
         if not name or name in sets:
             raise UsageError(f"--data takes NAME=FOLDER with different names, got {text!r}.")
         if not path.exists():
-            raise UsageError(f"--data {name}: there is no folder or list {path}.")
+            raise UsageError(f"--data {name}: there is no folder or list {path}.{beside(path)}")
         sets[name] = path
     return sets
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.cli.models import find_model
 from zoo.cli.output import UsageError, hush, note, print_json, print_table, silent, table
+from zoo.sources import beside
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -103,7 +104,7 @@ def _check_pictures(folder: Path, output: Path) -> None:
     from zoo.pictures.folders import class_folders, is_picture, misnamed_parts, pictures_below, split_folder
 
     if not folder.is_dir():
-        raise UsageError(f"There is no folder {folder}: {_LAYOUT}.")
+        raise UsageError(f"There is no folder {folder}: {_LAYOUT}.{beside(folder)}")
     train = split_folder(folder, ("train",)) or folder
     held_out = split_folder(folder, ("validation", "val", "valid")) is None
     if train == folder and (parts := misnamed_parts(folder)):

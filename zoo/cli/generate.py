@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # what each cache lets one set; the table is zoo.caching.presets, which is not imported to parse a command
-_CACHES = {
+CACHES = {
     "step-forecast": "updates",
     "cg-taylor": "threshold",
     "bac": "updates",
@@ -60,7 +60,7 @@ def add_parser(subparsers: Any) -> None:
         "--cache",
         metavar="METHOD",
         default="none",
-        help=f"leave out what an earlier step computed: {', '.join(_CACHES)}; auto: as `zoo tune-cache` has found; or "
+        help=f"leave out what an earlier step computed: {', '.join(CACHES)}; auto: as `zoo tune-cache` has found; or "
         "the file that it has saved",
     )
     parser.add_argument(
@@ -148,16 +148,16 @@ def _check_cache(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--cache {args.cache} skips blocks of the denoiser, and --engine {args.engine} runs it whole: choose one."
         )
-    known = ["none", *_CACHES, "auto"]
+    known = ["none", *CACHES, "auto"]
     if args.cache not in known and not Path(args.cache).is_file():
         near = nearest(args.cache, known, 1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UsageError(
             f"{args.cache!r} is neither a cache nor the file of one.{hint} Choices: {', '.join(known)}, or a file."
         )
-    for option in dict.fromkeys(_CACHES.values()):
-        if getattr(args, option) is not None and _CACHES.get(args.cache) != option:
-            fitting = " or ".join(name for name, own in _CACHES.items() if own == option)
+    for option in dict.fromkeys(CACHES.values()):
+        if getattr(args, option) is not None and CACHES.get(args.cache) != option:
+            fitting = " or ".join(name for name, own in CACHES.items() if own == option)
             raise UsageError(f"--{option} belongs to --cache {fitting}.")
     if args.threshold is not None and not 0 <= args.threshold < math.inf:
         raise UsageError(f"--threshold must be a number from 0, got {args.threshold:g}.")
@@ -233,7 +233,7 @@ def _cache_config(args: argparse.Namespace, plan: Plan) -> Any:
     model = denoisers(plan.pipe)[1][0]
     if args.cache == "auto":
         return find_setting(plan.pipe, model, steps=args.steps, guidance=guidance).config
-    if args.cache not in _CACHES:
+    if args.cache not in CACHES:
         saved = SavedSetting.load(args.cache)
         if (saved.model, saved.num_steps) != (type(model).__name__, args.steps):
             raise UsageError(
@@ -244,7 +244,7 @@ def _cache_config(args: argparse.Namespace, plan: Plan) -> Any:
     subject = Subject(
         pipe=plan.pipe, run=lambda: plan.run(args.steps, which=plan.first), steps=args.steps, guidance=args.guidance
     )
-    return cache_setting(args.cache, subject, getattr(args, _CACHES[args.cache])).config
+    return cache_setting(args.cache, subject, getattr(args, CACHES[args.cache])).config
 
 
 def _report(args: argparse.Namespace, result: dict[str, Any], batch: int) -> None:

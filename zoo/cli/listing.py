@@ -7,7 +7,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from zoo import catalog
-from zoo.cli.output import FailureError, billions, change, joined, millions, number, print_json, print_table, table
+from zoo.cli.output import (
+    FailureError,
+    UsageError,
+    billions,
+    change,
+    joined,
+    millions,
+    number,
+    print_json,
+    print_table,
+    table,
+)
 from zoo.sources import Source, describe, find
 
 _SORT = {
@@ -57,6 +68,12 @@ def run_list(args: argparse.Namespace) -> int:
         _print_list(chosen)
     if chosen:
         return 0
+    if args.license and not catalog.select(license=args.license):
+        known = {weight["license"] for facts in catalog.load().values() for weight in facts["weights"].values()}
+        licences = sorted(known - {None})
+        near = catalog.nearest(args.license, licences, 1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise UsageError(f"No weights are under {args.license!r}. {hint}Licences: {', '.join(licences)}.")
     near = catalog.nearest(args.pattern.strip("*?"), list(catalog.load()))
     hint = f" Did you mean {' or '.join(near)}?" if near else " `zoo list` shows all."
     if not args.json:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import inspect
+import json
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from zoo import catalog
 from zoo.cli.inputs import add_device, find_pictures
 from zoo.cli.models import key_values
 from zoo.cli.output import UsageError, hush, pick_device, silent
+from zoo.sources import PIPELINE_INDEX, beside, cards_dir, find
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +36,7 @@ __all__ = [
     "add_request",
     "check_name",
     "check_request",
+    "classes_of",
     "load_pipeline",
     "plan_calls",
 ]
@@ -47,6 +50,8 @@ SCHEDULERS = {
     "heun": "HeunDiscreteScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+
+_FEW = 40  # classes that an error line names
 
 REQUEST = (
     "classes", "prompt", "prompts", "negative_prompt", "image", "control", "mask", "video", "height", "width", "frames",
@@ -129,7 +134,7 @@ def check_request(args: argparse.Namespace, *more: str) -> None:
         given = getattr(args, name)
         for path in given if isinstance(given, list) else [given]:
             if path is not None and not path.exists():
-                raise UsageError(f"There is no file {path} for --{name}.")
+                raise UsageError(f"There is no file {path} for --{name}.{beside(path)}")
     if args.prompts is not None:
         try:
             lines = args.prompts.read_text(encoding="utf-8-sig").splitlines()
@@ -148,7 +153,31 @@ def check_name(name: str) -> None:
         ValueError: There is no such name; the message names the nearest.
     """
     if not Path(name).is_dir() and "/" not in name:
-        catalog.entry(name)
+        task = catalog.entry(name)["task"]
+        if task not in catalog.PIPELINE_TASKS:
+            raise UsageError(f"{name!r} is a {task} model, not a diffusion pipeline.")
+
+
+def classes_of(name: str) -> dict[str, str]:
+    """Return the names of a pipeline's classes by number, without loading it; empty where only loading tells.
+
+    Args:
+        name: NAME.TAG, folder or Hub id.
+    """
+    index = (find(name).path or cards_dir() / name) / PIPELINE_INDEX
+    found = json.loads(index.read_text(encoding="utf-8")).get("id2label") if index.is_file() else None
+    return found if isinstance(found, dict) else {}
+
+
+def _check_classes(args: argparse.Namespace, name: str) -> None:
+    """Refuse classes that a pipeline does not have, before diffusers is imported."""
+    names = [each.strip() for text in classes_of(name).values() for each in str(text).split(",")]
+    for label in (getattr(args, "classes", None) or "").split(",") if names else ():
+        if (label := label.strip()) and not label.isdigit() and label not in names:
+            near = catalog.nearest(label, names, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            said = f" The classes are {', '.join(names)}." if len(names) <= _FEW else ""
+            raise UsageError(f"No class is called {label!r}.{hint}{said}")
 
 
 def load_pipeline(args: argparse.Namespace, name: str) -> tuple[Any, torch.device]:
@@ -166,6 +195,7 @@ def load_pipeline(args: argparse.Namespace, name: str) -> tuple[Any, torch.devic
         ValueError: There is no such pipeline.
     """
     check_name(name)
+    _check_classes(args, name)
     hush(args, diffusers=True)
     import torch
     import transformers

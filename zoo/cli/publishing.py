@@ -82,7 +82,10 @@ def run_publish(args: argparse.Namespace) -> int:
     folder = _folder(args.name)
     from zoo import hub
 
-    hub.check_repo_id(args.repo_id)  # in a dry run, too
+    try:
+        hub.check_repo_id(args.repo_id)  # in a dry run, too
+    except hub.HubError as error:
+        raise UsageError(str(error)) from error
     from zoo.cards.card import check_card
 
     hush(args, diffusers=(folder / "model_index.json").is_file())

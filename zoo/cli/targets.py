@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from zoo.cli.inputs import Picture, find_pictures, one_line
 from zoo.cli.output import FailureError, UsageError
+from zoo.sources import beside
 
 if TYPE_CHECKING:
     from zoo.pictures.formats import Kind
@@ -109,6 +110,9 @@ def _look(each: Plan, args: argparse.Namespace) -> Kind | None:
     """Look at the head of a file; what is wrong with it is noted."""
     from zoo.pictures.read import peek
 
+    if not each.picture.path.exists():
+        each.error = f"no such file.{beside(each.picture.path)}"
+        return None
     try:
         return peek(each.picture.path, None if args.max_pixels is None else int(args.max_pixels))
     except (KeyboardInterrupt, SystemExit):
@@ -213,7 +217,7 @@ def of_same_names(option: str, pictures: list[Picture], given: Path | None) -> d
             raise UsageError(f"{option} {given} is one file for {len(pictures)} pictures: give a folder.")
         return {pictures[0].path: given}
     if not given.is_dir():
-        raise UsageError(f"{option}: there is no folder {given}.")
+        raise UsageError(f"{option}: there is no folder {given}.{beside(given)}")
     try:
         others = find_pictures([str(given)])
     except FailureError:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoo.cli import generate as command
 from zoo.cli.app.service import Service, Tell
 from zoo.cli.output import UsageError
-from zoo.sources import PIPELINE_INDEX, cards_dir, find
+from zoo.cli.pipelines import classes_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CACHES", "Generated", "choices_of", "generate"]
 
-CACHES = ("none", "cg-taylor", "bac", "taylorseer", "first-block", "auto")
+CACHES = ("none", *command.CACHES, "auto")
 """What the page offers, as `zoo generate --cache` takes it."""
 
 
@@ -51,11 +51,7 @@ class Generated:
 def choices_of(service: Service, model: str) -> list[str]:
     """Return the names of a pipeline's classes, without loading it; empty where it has none."""
     service.require([model], service.offers.pipelines)
-    index = (find(model).path or cards_dir() / model) / PIPELINE_INDEX
-    if not index.is_file():  # on the Hub
-        return []
-    labels = json.loads(index.read_text(encoding="utf-8")).get("id2label")
-    return [str(name).partition(",")[0].strip() for name in labels.values()] if isinstance(labels, dict) else []
+    return [str(name).partition(",")[0].strip() for name in classes_of(model).values()]
 
 
 def generate(
@@ -120,7 +116,6 @@ class _Bar:
 def _generate(
     service: Service, model: str, subject: str, count: int, seed: int, steps: int, cache: str, tell: Tell | None
 ) -> Generated:
-    from zoo.cli import generate as command
     from zoo.cli.pipelines import check_request, plan_calls
 
     drawing = Path(tempfile.mkdtemp(dir=service.folder)) / "timeline.png"

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zoo import catalog
+from zoo.cli.models import find_model
 from zoo.cli.output import UsageError
 from zoo.cli.restoring import TASKS
-from zoo.sources import Source, find
+from zoo.sources import Source
 
 __all__ = ["Offers"]
 
@@ -36,7 +37,7 @@ class Offers:
         """Return the shipped models and some of the user's.
 
         Raises:
-            UsageError: One of them neither classifies, restores nor generates.
+            UsageError: One of them neither classifies, restores nor generates, or has no weights.
             ValueError: There is no such model or file; the message names the nearest.
         """
         groups: dict[str, list[str]] = {"classifiers": [], "restorers": [], "pipelines": []}
@@ -65,7 +66,7 @@ _GROUPS = {"classification": "classifiers", "generation": "pipelines"} | dict.fr
 
 def _group(name: str) -> str:
     """Return where a model of the user's belongs."""
-    source = find(name)
+    source = find_model(name)
     if source.kind == "pipeline" and (source.path is not None or source.task == "generation"):
         return "pipelines"
     task = source.task or _task(source)
