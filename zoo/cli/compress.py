@@ -8,6 +8,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoo.cli.models import find_model
 from zoo.cli.output import UsageError, check_target, hush, millions, note, print_json, print_table, progress, table
 from zoo.files import whole
 from zoo.sources import beside
@@ -197,11 +198,12 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Say what is wrong with the data and numbers before torch is imported."""
+    """Say what is wrong with the model's name, the data and numbers before torch is imported."""
     if args.samples < 1 or args.batch < 1:
         raise UsageError(f"--samples and --batch must be at least 1, got {args.samples} and {args.batch}.")
     if not Path(args.data).is_dir():
         raise UsageError(f"--data names no folder: {args.data}.{beside(Path(args.data))}")
+    find_model(args.name, task="classification")
 
 
 def _model_and_data(args: argparse.Namespace) -> tuple[nn.Module, Any]:
