@@ -182,7 +182,7 @@ def modules() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for info in pkgutil.walk_packages([str(ROOT / "zoo")], "zoo."):
         name = info.name
-        skipped = name.startswith(("zoo.cli", "zoo.export", "zoo.configs", "zoo.model_cards", "zoo.benchmarks"))
+        skipped = name.startswith(("zoo.cli", "zoo.export", "zoo.configs", "zoo.benchmarks"))
         if skipped or ".triton_" in name or name.endswith("__main__"):
             continue
         source = ROOT / Path(*name.split("."))

@@ -20,7 +20,7 @@ def modules() -> list[str]:
     names = [info.name for info in pkgutil.walk_packages([str(PACKAGE)], "zoo.")]
     exports = importlib.import_module("zoo.export")
     names += ["zoo.export", *(info.name for info in pkgutil.iter_modules(exports.__path__, "zoo.export."))]
-    return [name for name in names if not name.endswith(".__main__") and not name.startswith("zoo.model_cards")]
+    return [name for name in names if not name.endswith(".__main__")]
 
 
 def test_modules_are_found() -> None:

@@ -1,36 +1,64 @@
-"""What a wheel holds: everything that the commands need away from a checkout."""
+"""The two wheels: code with everything that the commands need away from a checkout, and the weights that we ship."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
-from setuptools import Distribution
-from setuptools.config.pyprojecttoml import apply_configuration
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = {"zoo": "zoo", "export": "zoo/export", "model_cards": "zoo/model_cards", "configs": "zoo/configs"}
+FOLDERS = {"zoo": "zoo", "export": "zoo/export", "configs": "zoo/configs", "zoo_command": "zoo_command"}
+MIB = 2**20
+
+
+def built(project: Path, folder: Path) -> Path:
+    """Build the wheel of a project, without an environment of its own or the network."""
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, "-w", str(folder), str(project)], check=True, timeout=600)
+    return next(folder.glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
-def packed() -> set[str]:
-    """Return the files that a build puts into the wheel, by setuptools' own account; nothing is built."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        distribution = Distribution({"script_name": "setup.py"})
-        apply_configuration(distribution, ROOT / "pyproject.toml")
-        distribution.set_defaults()
-        build = distribution.get_command_obj("build_py")
-        build.ensure_finalized()
-        library = Path(build.build_lib)
-        return {Path(path).relative_to(library).as_posix() for path in build.get_outputs(include_bytecode=False)}
+def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of what is built from, as the build leaves folders behind."""
+    root = tmp_path_factory.mktemp("checkout")
+    names = [*FOLDERS, "model_cards", "docs/benchmarks", "pyproject.toml", "README.md", "LICENSE"]
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *names],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    for file in files or [path for name in names for path in _under(ROOT / name)]:  # the latter without git
+        target = root / file.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_file():
+            target.symlink_to(file)
+    return root
 
 
-@pytest.mark.parametrize("folder", [*FOLDERS, "zoo_command"])
-def test_every_file_is_in_the_wheel(packed: set[str], folder: str) -> None:
-    inside = FOLDERS.get(folder, folder)
+def _under(path: Path) -> list[Path]:
+    return [path] if path.is_file() else [each for each in path.rglob("*") if "__pycache__" not in each.parts]
+
+
+@pytest.fixture(scope="module")
+def code(copies: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(copies, tmp_path_factory.mktemp("code"))
+
+
+@pytest.fixture(scope="module")
+def weights(copies: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(copies / "model_cards", tmp_path_factory.mktemp("weights"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_file_is_in_the_wheel(code: Path, folder: str) -> None:
+    packed = set(zipfile.ZipFile(code).namelist())
     files = {
-        f"{inside}/{path.relative_to(ROOT / folder).as_posix()}"
+        f"{FOLDERS[folder]}/{path.relative_to(ROOT / folder).as_posix()}"
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
     }
@@ -38,17 +66,53 @@ def test_every_file_is_in_the_wheel(packed: set[str], folder: str) -> None:
     assert files <= packed, sorted(files - packed)
 
 
-def test_what_the_commands_need_is_among_them(packed: set[str]) -> None:
-    """Configs by name, weights with their facts, exporters, the catalogue, the start of the command."""
-    needed = (
-        "zoo/configs/classification/repavit_tiny_cifar10.yaml",
-        "zoo/model_cards/emov2_1m.cifar10/model.safetensors",
-        "zoo/model_cards/emov2_1m.cifar10/config.json",
-        "zoo/benchmarks/models.json",
-        "zoo/export/onnx.py",
-        "zoo/catalog.json",
-        "zoo/py.typed",
-        "zoo_command/__init__.py",
+def test_the_wheel_holds_code_only(code: Path) -> None:
+    packed = set(zipfile.ZipFile(code).namelist())
+    assert "zoo/benchmarks/models.json" in packed
+    assert not [path for path in packed if path.startswith(("tests/", "docs/", "zoo/model_cards"))]
+    assert code.stat().st_size < 2 * MIB
+
+
+def test_the_weights_are_whole_and_small(weights: Path) -> None:
+    packed = set(zipfile.ZipFile(weights).namelist())
+    names = ROOT / "model_cards"
+    files = {
+        f"ffn_zoo_weights/{path.relative_to(names).as_posix()}"
+        for path in names.rglob("*")
+        if path.is_file() and path.name != "pyproject.toml" and not {"build", "__pycache__"} & set(path.parts)
+        and not any(part.endswith(".egg-info") for part in path.parts)
+    }  # fmt: skip
+    assert files == {path for path in packed if ".dist-info/" not in path}
+    assert weights.stat().st_size < 60 * MIB
+
+
+def test_versions_agree() -> None:
+    projects = (ROOT / "pyproject.toml", ROOT / "model_cards" / "pyproject.toml")
+    assert len({tomllib.loads(file.read_text())["project"]["version"] for file in projects}) == 1
+
+
+@pytest.mark.slow
+def test_quick_start_away_from_the_checkout(code: Path, weights: Path, tmp_path: Path) -> None:
+    """Code alone says what to install; with the weights beside it, it names what is in a picture."""
+    site = tmp_path / "site"
+    zipfile.ZipFile(code).extractall(site)
+    start = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); sys.meta_path[:] = [each for each in sys.meta_path if "
+        "not getattr(each, '__module__', '').startswith('__editable')]\n"
+        "from PIL import Image; Image.new('RGB', (40, 30), 'red').save('red.png')\n"
+        "from zoo.cli import main; import zoo; print(zoo.__file__)\n"
+        "sys.exit(main(['classify', 'red.png', '--model', 'repavit_tiny.cifar10', '-q']))"
     )
-    assert not set(needed) - packed
-    assert not [path for path in packed if path.startswith(("tests/", "docs/"))]
+
+    def run() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", start]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600)
+
+    alone = run()
+    assert alone.returncode == 2
+    assert "repavit_tiny.cifar10 is in a distribution of its own: pip install ffn-zoo-weights." in alone.stderr
+    zipfile.ZipFile(weights).extractall(site)
+    both = run()
+    assert both.returncode == 0, both.stderr
+    assert str(site) in both.stdout
+    assert "red.png\t" in both.stdout

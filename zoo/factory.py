@@ -30,7 +30,7 @@ from zoo.loading import (
 )
 from zoo.profiling import count_macs, count_params
 from zoo.record import CONFIG_NAME, KEY, RecordError, described, note_build, read_config, record_of
-from zoo.sources import WEIGHT_FILES, CheckpointError, Source, describe, find, timm_names
+from zoo.sources import WEIGHT_FILES, CheckpointError, Source, describe, find, no_shipped_file, timm_names
 from zoo.weights import cards_dir, read_weights, verify_component
 
 __all__ = ["create_model", "create_pipeline", "families", "image_size_args", "list_models", "model_info"]
@@ -285,7 +285,7 @@ def _denoiser_folder(name: str) -> Path:
         raise ValueError(f"{name!r} is a {entry['task']} model, not a diffusion pipeline.")
     folder = cards_dir() / f"{architecture}.{tag or next(iter(entry['weights']))}"
     if not folder.is_dir():
-        raise CheckpointError(f"{name!r} is listed, but its files are not at {folder}.")
+        raise CheckpointError(no_shipped_file(folder) or f"{name!r} is listed, but its files are not at {folder}.")
     return folder
 
 

@@ -27,14 +27,17 @@ __all__ = [
     "card_metrics",
     "card_sha256",
     "cards_dir",
+    "configs_dir",
     "describe",
     "find",
     "front_matter",
     "metrics_of",
+    "no_shipped_file",
     "timm_names",
     "weight_file",
 ]
 
+_WEIGHTS_PACKAGE = "ffn_zoo_weights"
 PIPELINE_INDEX = "model_index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin", ".tar")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
@@ -131,10 +134,28 @@ def weight_file(folder: Path) -> Path:
 
 
 def cards_dir() -> Path:
-    """Return the folder of the model cards: beside the package in a checkout, inside it in an installed wheel."""
+    """Return the folder of the model cards and shipped weights, which need not exist.
+
+    In a checkout it is beside the package; else it is the distribution `ffn-zoo-weights`, where that is installed.
+    """
+    beside = Path(__file__).resolve().parents[1] / "model_cards"
+    found = None if beside.is_dir() else importlib.util.find_spec(_WEIGHTS_PACKAGE)
+    return beside if found is None else Path(next(iter(found.submodule_search_locations or ())))
+
+
+def no_shipped_file(path: Path) -> str | None:
+    """Return what to do where a shipped file is missing because shipped weights are not installed; None otherwise."""
+    root = cards_dir()
+    if root.is_dir() or not path.is_relative_to(root):
+        return None
+    return f"{path.relative_to(root).parts[0]} is in a distribution of its own: pip install ffn-zoo-weights."
+
+
+def configs_dir() -> Path:
+    """Return the folder of the configs: beside the package in a checkout, inside it in an installed wheel."""
     package = Path(__file__).resolve().parent
-    inside = package / "model_cards"
-    return inside if inside.is_dir() else package.parent / "model_cards"
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def front_matter(card: str | Path) -> dict[str, Any]:

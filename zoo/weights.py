@@ -42,7 +42,14 @@ from zoo.record import (
     read_record,
     record_in,
 )
-from zoo.sources import WEIGHT_SUFFIXES, CheckpointError, card_sha256, cards_dir, front_matter
+from zoo.sources import (
+    WEIGHT_SUFFIXES,
+    CheckpointError,
+    card_sha256,
+    cards_dir,
+    front_matter,
+    no_shipped_file,
+)
 
 __all__ = [
     "CheckpointError",
@@ -145,7 +152,7 @@ def read_weights(path: str | Path, sha256: str | None = None) -> tuple[dict[str,
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"No weight file at {path}.")
+        raise CheckpointError(no_shipped_file(path) or f"No weight file at {path}.")
     if (other := _something_else(path)) is not None:
         raise CheckpointError(f"{path} is no weight file: it is {other}.")
     if sha256 is not None and (found := sha256_of(path)) != sha256.lower():

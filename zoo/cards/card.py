@@ -46,7 +46,7 @@ from zoo.factory import create_model, create_pipeline, families
 from zoo.files import whole
 from zoo.profiling import count_params
 from zoo.record import record_of, write_config
-from zoo.sources import card_metrics
+from zoo.sources import card_metrics, configs_dir
 from zoo.weights import (
     WEIGHTS_NAME,
     CheckpointError,
@@ -370,7 +370,7 @@ The run is repeated by `python train.py fit --config {front["config"]}`.
 ## How to use it
 
 ```
-pip install ffn-zoo
+pip install ffn-zoo ffn-zoo-weights
 {command}
 ```
 
@@ -428,13 +428,13 @@ def _front_problems(front: Mapping[str, Any], folder: Path) -> list[str]:
             problems.append(f"The metric {metric.name!r} has no protocol.")
         if not isinstance(metric.value, int | float) or not math.isfinite(metric.value):
             problems.append(f"The metric {metric.name!r} has the value {metric.value!r}, not a finite number.")
-    config, root = front.get("config"), cards_dir().parent
+    config = front.get("config")
     if own:
         if config and not (folder / config).is_file():
             problems.append(f"The config {config} does not exist in the folder.")
     elif not config:
         problems.append("The front matter names no config that repeats the training.")
-    elif (root / "configs").is_dir() and not (root / config).is_file():  # a wheel has no configs
+    elif not (configs_dir() / str(config).removeprefix("configs/")).is_file():
         problems.append(f"The config {config} does not exist.")
     return problems
 

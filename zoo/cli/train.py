@@ -14,8 +14,9 @@ from typing import Any
 
 from zoo.catalog import nearest
 from zoo.cli.errors import code_for, with_code
+from zoo.sources import configs_dir
 
-__all__ = ["add_parser", "configs_dir", "find_config", "main"]
+__all__ = ["add_parser", "find_config", "main"]
 
 
 def add_parser(subparsers: Any) -> None:
@@ -30,13 +31,6 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; reached only where the command's name does not come first."""
     return main(sys.argv[2:])
-
-
-def configs_dir() -> Path:
-    """Return the folder of the configs: beside the package in a checkout, inside it in an installed wheel."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def find_config(name: str) -> str:

@@ -15,6 +15,7 @@ from zoo.evaluation.fid_c import Judge
 from zoo.factory import create_model, create_pipeline
 from zoo.ffn.reparam import reparameterize
 from zoo.pictures.restore import load_restorer
+from zoo.sources import no_shipped_file
 from zoo.weights import CheckpointError, cards_dir
 
 __all__ = ["Models", "Results", "headline", "load_models", "render", "run_demo"]
@@ -51,7 +52,8 @@ def load_models() -> Models:
     """
     missing = [name for name in (DENOISER, CLASSIFIER, *UPSCALERS, *REAL) if not (cards_dir() / name).is_dir()]
     if missing:
-        raise CheckpointError(f"The demo needs the weights {', '.join(missing)}, which are not in {cards_dir()}.")
+        absent = f"The demo needs the weights {', '.join(missing)}, which are not in {cards_dir()}."
+        raise CheckpointError(no_shipped_file(cards_dir() / missing[0]) or absent)
     pipe = create_pipeline(DENOISER)
     pipe.set_progress_bar_config(disable=True)
     classifier = create_model(CLASSIFIER, pretrained=True).eval()
