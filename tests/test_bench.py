@@ -139,7 +139,7 @@ def test_json_has_a_fixed_form() -> None:
         *("name", "title", "conditions", "environment", "date", "reference", "entries", "checks", "goals", "notes")
     }
     ours, rival = found["entries"]
-    assert ours.keys() == {"name", "time", "speedup", "params", "macs", "peak_bytes", "values", "series"}
+    assert ours.keys() == {"name", "time", "speedup", "params", "macs", "peak_bytes", "values", "series", "settings"}
     assert ours["time"]["median"] == 10
     assert ours["speedup"] == {"median": 2.0, "p20": 2.0, "p80": 2.0}
     assert rival["speedup"] is None

@@ -14,9 +14,9 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from zoo.bench.memory import in_fresh_process, resident_peak
-from zoo.bench.models import subject
 from zoo.bench.plain_backbones import PLAIN
 from zoo.bench.report import Benchmark, Entry, Goal
+from zoo.bench.subjects import subject
 from zoo.bench.timing import Progress, Settings, compare, environment, now, require_close, torch_threads
 from zoo.profiling import count_params
 

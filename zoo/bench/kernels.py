@@ -20,9 +20,9 @@ from zoo import kernels as ops
 from zoo.bench.kernel_rows import Row, block_rows, operator_rows
 from zoo.bench.kernel_tuning import tune
 from zoo.bench.latency import summarize
-from zoo.bench.models import subject
 from zoo.bench.plain_backbones import plain_ska
 from zoo.bench.report import Benchmark, Check, Entry, Goal
+from zoo.bench.subjects import subject
 from zoo.bench.timing import (
     Progress,
     Settings,

@@ -13,6 +13,8 @@ from typing import Any
 from zoo.bench.latency import Latency
 
 __all__ = [
+    "MOST_NAMED",
+    "SAME",
     "Benchmark",
     "Check",
     "Column",
@@ -21,17 +23,21 @@ __all__ = [
     "Ratio",
     "can_plot",
     "columns",
+    "dumps",
+    "front",
     "markdown",
     "new_figure",
     "plot",
     "plot_ratios",
+    "thin",
     "to_json",
 ]
 
 SCHEMA = 1
 """Version of the JSON form."""
 
-_MOST_NAMED = 30  # points of a plot
+MOST_NAMED = 30
+"""Points of a plot that are all named; of more, only those that no other beats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +55,13 @@ class Ratio:
     p80: float
 
     def __str__(self) -> str:
+        if self == SAME:
+            return "1"
         return f"{self.median:.2f}x ({self.p20:.2f} to {self.p80:.2f})"
+
+
+SAME = Ratio(median=1.0, p20=1.0, p80=1.0)
+"""Of a reference, where a table has several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +119,7 @@ class Entry:
         peak_bytes: By how much memory grew during the call at most.
         values: Other measured numbers, by heading with unit: {"PSNR (dB)": 31.2}. Infinite is "no difference at all".
         series: Entries of one series are settings of one method; the plot joins them by a line.
+        settings: What of several was chosen, by heading: {"engine": "openvino", "batch": 16}; columns of the table.
     """
 
     name: str
@@ -117,6 +130,7 @@ class Entry:
     peak_bytes: int | None = None
     values: dict[str, float] = field(default_factory=dict)
     series: str = ""
+    settings: dict[str, str | int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +143,7 @@ class Benchmark:
         conditions: Batch, data type, threads, rounds, ...
         environment: Processor, versions, ...
         date: Day and time, UTC, ISO 8601.
-        reference: Name of the entry that the others' speed is compared with.
+        reference: Name of the entry that the others' speed is compared with, or what the references have in common.
         entries: The lines, ours first.
         checks: Comparisons of outputs that held.
         goals: Numbers to reach.
@@ -160,7 +174,10 @@ def columns(benchmark: Benchmark) -> list[Column]:
     """Return the columns of a benchmark's table: those for which some entry has a value."""
     entries = benchmark.entries
     reference = benchmark.reference
-    out = [Column(heading="", text=lambda entry: entry.name)]
+    headings = dict.fromkeys(key for entry in entries for key in entry.settings)
+    varied = [key for key in headings if key == "model" or len({entry.settings.get(key) for entry in entries}) > 1]
+    out = [_setting(heading) for heading in varied]
+    out = out or [Column(heading="", text=lambda entry: entry.name)]
     if any(entry.time for entry in entries):
         out.append(Column(heading="median (ms)", text=lambda entry: _time(entry.time)))
         out.append(Column(heading="20 to 80 % (ms)", text=lambda entry: _spread(entry.time)))
@@ -179,6 +196,10 @@ def columns(benchmark: Benchmark) -> list[Column]:
     for heading in _headings(benchmark):
         out.append(Column(heading=heading, text=_valued(heading)))
     return out
+
+
+def _setting(heading: str) -> Column:
+    return Column(heading=heading, text=lambda entry: str(entry.settings.get(heading, "-")))
 
 
 def _headings(benchmark: Benchmark) -> list[str]:
@@ -276,8 +297,8 @@ def plot(benchmark: Benchmark, path: str | Path) -> Path:
     label, points = _points(benchmark)
     figure = new_figure(7.6, 5.0)
     axes = figure.add_subplot()
-    crowded = len(points) > _MOST_NAMED
-    front = _front([(x, y) for _, x, y in points])
+    crowded = len(points) > MOST_NAMED
+    best = front([(x, y) for _, x, y in points])
     names: list[tuple[int, Any]] = []
     all_merged = len(points) > 3 and all(entry.name.endswith(" (merged)") for entry, _, _ in points)
     for index, series in enumerate(dict.fromkeys(entry.series for entry, _, _ in points)):
@@ -296,11 +317,11 @@ def plot(benchmark: Benchmark, path: str | Path) -> Path:
             **style,
         )
         for x, y, name in own:
-            if crowded and (x, y) not in front:
+            if crowded and (x, y) not in best:
                 continue
             names.append((len(own), axes.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)))
     if crowded or "top-1" in label or "accuracy" in label:
-        axes.plot(*zip(*front, strict=True), color="0.6", linewidth=1, zorder=0, label="not beaten in both")
+        axes.plot(*zip(*best, strict=True), color="0.6", linewidth=1, zorder=0, label="not beaten in both")
     threads = f"{benchmark.conditions.get('threads', '?')} threads"
     axes.set_xlabel(f"time of one call, median (ms) — {benchmark.environment['device']}, {threads}", fontsize=9)
     axes.set_ylabel(label)
@@ -318,13 +339,13 @@ def plot(benchmark: Benchmark, path: str | Path) -> Path:
         figure.legend(loc="outside right upper", fontsize=7, frameon=False)
     elif count:
         axes.legend(fontsize=8)
-    _thin([name for _, name in sorted(names, key=lambda each: each[0])], figure)
+    thin([name for _, name in sorted(names, key=lambda each: each[0])], figure)
     path = Path(path)
     figure.savefig(path, dpi=150)
     return path
 
 
-def _thin(names: Sequence[Any], figure: Any) -> None:
+def thin(names: Sequence[Any], figure: Any) -> None:
     """Remove names of points that would cover an earlier one."""
     figure.canvas.draw()
     kept: list[Any] = []
@@ -409,10 +430,10 @@ def _points(benchmark: Benchmark) -> tuple[str, list[tuple[Entry, float, float]]
     raise ValueError(f"There is nothing to plot: {benchmark.title} has no two entries with a time and another number.")
 
 
-def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Return the points (time, quality) that no faster point equals in quality, fastest first."""
-    front: list[tuple[float, float]] = []
+    best: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or y > front[-1][1]:
-            front.append((x, y))
-    return front
+        if not best or y > best[-1][1]:
+            best.append((x, y))
+    return best

@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from zoo.bench.backbones import backbones
 from zoo.bench.caching import caching
+from zoo.bench.engines import engines
 from zoo.bench.ffn import ffn
 from zoo.bench.kernels import kernels
 from zoo.bench.models import compare_models
@@ -229,6 +230,7 @@ class Suite:
 SUITES = {
     "repavit": Suite(run=repavit),
     "repaffn": Suite(run=repaffn),
+    "engines": Suite(run=engines, settings=Settings(batch=1, threads=1, rounds=9)),
     "backbones": Suite(run=backbones),
     "cfsr": Suite(run=cfsr, settings=Settings(batch=1)),
     "tiling": Suite(run=tiling, settings=Settings(batch=1, rounds=1, warmup=0)),
@@ -246,7 +248,7 @@ def run(
     names: Sequence[str],
     progress: Progress | None = None,
     *,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     **overrides: Any,
 ) -> list[Benchmark]:
     """Run named benchmarks, each under its own conditions.
@@ -254,12 +256,11 @@ def run(
     Args:
         names: Keys of `SUITES`.
         progress: Told after each step.
-        options: Of the benchmark "ffn": the arguments of `zoo.bench.ffn.ffn`.
+        options: Arguments of a benchmark's own function, by its name.
         **overrides: Fields of `Settings` that replace a benchmark's own.
     """
     found = []
     for name in names:
         suite = SUITES[name]
-        own = dict(options or {}) if name == "ffn" else {}
-        found += suite.run(replace(suite.settings, **overrides), progress, **own)
+        found += suite.run(replace(suite.settings, **overrides), progress, **(options or {}).get(name, {}))
     return found

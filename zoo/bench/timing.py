@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ __all__ = [
     "DTYPES",
     "BenchError",
     "Settings",
+    "busy",
     "compare",
     "environment",
     "now",
@@ -33,6 +35,8 @@ __all__ = [
 DTypeName = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # relative to the largest output
+
+_IDLE = 0.5  # load of a machine that does nothing else, and of a program that has just started
 
 Progress = Callable[[str, int, int], None]
 """Called with what is done, how much of it, and how much there is."""
@@ -173,6 +177,25 @@ def require_close(what: str, ours: Tensor, theirs: Tensor, tolerance: float | No
 def cast(module: nn.Module, settings: Settings) -> nn.Module:
     """Bring a module to the settings' device and type."""
     return module.to(device=settings.device, dtype=settings.torch_dtype)
+
+
+def busy(threads: int) -> str:
+    """Say in one line that the machine has fewer free cores than threads are to run; nothing where it has.
+
+    Args:
+        threads: CPU threads of what is to be timed. Ask before it runs: its own load counts too.
+    """
+    cores = os.cpu_count() or 1
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    if threads > own:
+        return f"{threads} threads share {own} core{'s' * (own > 1)}: they wait for each other."
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if threads + load <= cores + _IDLE:
+        return ""
+    return (
+        f"The machine was busy: a load of {load:.1f} on {cores} core{'s' * (cores > 1)} before {threads} "
+        f"thread{'s' * (threads > 1)} ran, so that times are too long."
+    )
 
 
 def now() -> str:

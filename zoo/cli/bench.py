@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 SUITES = {
     "repavit": "merged RePaViT-Large against timm's ViT-Large",
     "repaffn": "RePa FFN in training against the mask formulation",
+    "engines": "every backbone family and CFSR x2 on every engine against eager PyTorch: speed and loss",
     "backbones": "each merged backbone against its authors' formulation of the hot block, batch 1 and 16",
     "cfsr": "merged CFSR x2 against the plain formulation",
     "tiling": "memory of tiled restoration against its budget",
@@ -45,13 +47,15 @@ SUITES = {
 """Named benchmarks; the same names as `zoo.bench.suites.SUITES`, which costs the import of torch."""
 
 _PLOTS = (".png", ".svg", ".pdf")
+_PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+"""The same names as `zoo.bench.grid.PRECISIONS`, which costs the import of torch."""
 _STEPS = 25
 _CACHES = (
     "step-forecast", "cg-taylor", "bac", "bac-shared", "taylorseer", "diffusers-taylorseer", "first-block", "mag",
     "pyramid", "faster", "sea", "text-kv",
 )  # fmt: skip
 """The same names as `zoo.caching.presets.PRESETS`, which costs the import of torch."""
-_PICTURED = ("caching", "ffn", "kernels", "pipelines")
+_PICTURED = ("caching", "engines", "ffn", "kernels", "pipelines")
 """Benchmarks that write a plot beside their table."""
 
 _FFN = {
@@ -64,6 +68,10 @@ _FFN = {
     "rival": "rivals",
 }
 """Options of `zoo bench ffn`, and what its function calls them."""
+
+
+_DROPPED = ("20 to 80 % (ms)", "input", "params (M)", "GMACs", "images/s", "taken")
+"""Columns that a narrow terminal leaves out, in this order."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -84,14 +92,23 @@ def add_parser(subparsers: Any) -> None:
         help="models by name, file, folder or Hub id; pipelines likewise; named benchmarks, or all",
     )
     parser.add_argument(
-        "--batch", type=int, metavar="N", help="inputs of one call (default: 4; or the benchmark's own)"
+        "--batch", metavar="N,M", help="inputs of one call (default: 4; or the benchmark's own); several of models"
     )
     parser.add_argument(
         "--engine",
         metavar="A,B",
-        help="run each model on each of these, the first being the reference: eager, onnxruntime, openvino, inductor",
+        help=f"run each model on each of these, the first being its reference: {', '.join(ENGINES)}",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch (default: 2)")
+    parser.add_argument(
+        "--precision",
+        metavar="A,B",
+        help=f"run each model in each of these, where its engine does: {', '.join(_PRECISIONS)}",
+    )
+    parser.add_argument(
+        "--threads",
+        metavar="N,M",
+        help="CPU threads (default: OMP_NUM_THREADS, else 2; or the benchmark's own); several of models",
+    )
     parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (default: 15; or the benchmark's own)")
     parser.add_argument(
         "--count", type=int, metavar="N", help="pictures in all that quality is measured on: caching, or pipelines"
@@ -159,18 +176,25 @@ def _check(args: argparse.Namespace, suites: list[str]) -> None:
                 raise UsageError(f"--{option.replace('_', '-')} is for models; {suites[0]} is a named benchmark.")
         if args.plot and len(suites) > 1:
             raise UsageError("--plot takes one named benchmark; with -o, each that can be drawn gets a plot.")
-    if given := [name for name in _FFN if getattr(args, name) is not None]:
-        if "ffn" not in suites:
-            raise UsageError(f"--{given[0]} is for `zoo bench ffn`.")
-        if args.data is not None and not Path(args.data).is_dir():
-            raise UsageError(f"--data names no folder: {args.data}.{beside(Path(args.data))}")
-    engines = _engines(args)
-    if engines and (suites or args.count is not None):
-        raise UsageError("--engine is for models; give their names.")
-    if wrong := [name for name in engines if name not in ENGINES or name == "auto"]:
-        near = nearest(wrong[0], list(ENGINES[:-1]), 1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise UsageError(f"--engine takes {', '.join(ENGINES[:-1])}, got {wrong[0]!r}.{hint}")
+    if args.data is not None and not Path(args.data).is_dir():
+        raise UsageError(f"--data names no folder: {args.data}.{beside(Path(args.data))}")
+    given = [name for name in _FFN if getattr(args, name) is not None]
+    if suites and set(suites) & {"ffn", "engines"}:
+        given = [] if "ffn" in suites else [name for name in given if name not in ("data", "samples")]
+    elif not suites:
+        given = [name for name in given if name not in ("data", "samples")]
+    if given:
+        raise UsageError(f"--{given[0]} is for `zoo bench ffn`.")
+    for option, known in (("engine", ENGINES), ("precision", _PRECISIONS)):
+        chosen = _words(args, option)
+        if chosen and ((suites and suites != ["engines"]) or args.count is not None):
+            raise UsageError(f"--{option} is for models and `zoo bench engines`; give names of models.")
+        if wrong := [name for name in chosen if name not in known]:
+            near = nearest(wrong[0], list(known), 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise UsageError(f"--{option} takes {', '.join(known)}, got {wrong[0]!r}.{hint}")
+    if args.precision is not None and args.dtype != "float32":
+        raise UsageError(f"--precision says the type, too: leave out --dtype {args.dtype}.")
     if args.plot and args.plot.suffix.lower() not in _PLOTS:
         raise UsageError(f"--plot writes {', '.join(_PLOTS)}, not {args.plot.name!r}.")
     given = [option for option in ("caches", "steps", *REQUEST) if getattr(args, option) not in (None, [])]
@@ -180,7 +204,11 @@ def _check(args: argparse.Namespace, suites: list[str]) -> None:
         raise UsageError(
             "--count is for `zoo bench caching`, `ffn` and pipelines: pictures that quality is measured on."
         )
-    check_request(args, "batch", "threads", "rounds", "size", "count", "steps", "samples", "recover")
+    args.batches, args.pools = _counts(args, "batch"), _counts(args, "threads")
+    if (several := max(args.batches, args.pools, key=len)) and len(several) > 1 and suites not in ([], ["engines"]):
+        option = "batch" if several is args.batches else "threads"
+        raise UsageError(f"--{option} takes one number for {suites[0]}, got {getattr(args, option)}.")
+    check_request(args, "rounds", "size", "count", "steps", "samples", "recover")
     if args.caches is not None and len(args.names) > 1:
         raise UsageError("--caches takes one pipeline; without it, pipelines are compared with each other.")
     _caches(args)
@@ -207,9 +235,15 @@ def _check_names(args: argparse.Namespace, given: list[str]) -> None:
     if models and given:
         raise UsageError(f"--{given[0].replace('_', '-')} is for pipelines; {models[0]} is a model.")
     args.is_of_pipelines = bool(given or pipelines)
-    for option in ("size", "no_merge", "memory", "engine") if args.is_of_pipelines else ():
+    own = ("size", "no_merge", "memory", "engine", "precision", "data", "samples")
+    for option in own if args.is_of_pipelines else ():
         if getattr(args, option):
             raise UsageError(f"--{option.replace('_', '-')} is for models; {args.names[0]} is a pipeline.")
+    for option, numbers in (("batch", args.batches), ("threads", args.pools)) if args.is_of_pipelines else ():
+        if len(numbers) > 1:
+            raise UsageError(f"--{option} takes one number for pipelines, got {getattr(args, option)}.")
+    if args.samples is not None and args.data is None:
+        raise UsageError("--samples counts images of --data; give it, too.")
 
 
 def _caches(args: argparse.Namespace) -> dict[str, float | None]:
@@ -249,9 +283,37 @@ def _ffn_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def _engines(args: argparse.Namespace) -> list[str]:
-    """Return the engines that are asked for, each once."""
-    return list(dict.fromkeys(name.strip() for name in (args.engine or "").split(",") if name.strip()))
+def _words(args: argparse.Namespace, option: str) -> list[str]:
+    """Return the names that an option lists, each once."""
+    given = getattr(args, option)
+    found = list(dict.fromkeys(name.strip() for name in (given or "").split(",") if name.strip()))
+    if given is not None and not found:
+        raise UsageError(f"--{option} takes one or more names, got {given!r}.")
+    return found
+
+
+def _counts(args: argparse.Namespace, option: str) -> list[int]:
+    """Return the numbers that an option lists, each once; none where it is not given.
+
+    Raises:
+        UsageError: One is no whole number, or below 1.
+    """
+    given = getattr(args, option)
+    if given is None:
+        return []
+    try:
+        found = [int(part) for part in given.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--{option} takes whole numbers such as 1 or 1,16, got {given!r}.") from error
+    if min(found) < 1:
+        raise UsageError(f"--{option} must be at least 1, got {min(found)}.")
+    return list(dict.fromkeys(found))
+
+
+def _usual_threads() -> int:
+    """Return the number of threads where none is asked for: what the environment says to every such program, else 2."""
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(said) if said.isdecimal() and int(said) > 0 else 2
 
 
 def _targets(args: argparse.Namespace, suites: list[str]) -> list[Path]:
@@ -270,9 +332,12 @@ def _unnamed(args: argparse.Namespace) -> str:
 
 
 def _measure(args: argparse.Namespace, suites: list[str]) -> list[Benchmark]:
-    from zoo.bench import Settings, compare_models
+    from zoo.bench import Grid, Settings, compare_grid, compare_models
+    from zoo.bench.grid import PRECISIONS
     from zoo.bench.suites import run as run_suites
 
+    args.batch = args.batches[0] if args.batches else None
+    args.threads = args.pools[0] if args.pools else None if suites else _usual_threads()
     overrides = {name: getattr(args, name) for name in ("batch", "dtype", "threads", "rounds", "count")}
     overrides = {name: value for name, value in overrides.items() if value is not None}
     overrides |= {"device": str(pick_device(args.device)), "tune": args.tune}
@@ -283,20 +348,34 @@ def _measure(args: argparse.Namespace, suites: list[str]) -> list[Benchmark]:
             display.update(task, description=what, completed=done, total=total)
 
         if suites:
-            return run_suites(suites, tell, options=_ffn_options(args), **overrides)
+            options = {"ffn": _ffn_options(args) if "ffn" in suites else {}, "engines": _grid_options(args)}
+            return run_suites(suites, tell, options=options, **overrides)
+        settings = Settings(**overrides)
         if args.is_of_pipelines:
-            return [_measure_pipelines(args, Settings(**overrides), tell)]
-        return [
-            compare_models(
-                args.names,
-                Settings(**overrides),
-                size=args.size,
-                merge=not args.no_merge,
-                memory=args.memory,
-                engines=_engines(args),
-                progress=tell,
-            )
-        ]
+            return [_measure_pipelines(args, settings, tell)]
+        common: dict[str, Any] = dict(size=args.size, merge=not args.no_merge, memory=args.memory, progress=tell)
+        varied = _grid_options(args)
+        if not varied:
+            return [compare_models(args.names, settings, **common)]
+        common |= {name: varied.pop(name) for name in ("data", "samples") if name in varied}
+        precision = next(name for name, dtype in PRECISIONS.items() if dtype == args.dtype)
+        usual = {"precisions": (precision,), "batches": (settings.batch,), "threads": (settings.threads,)}
+        return [compare_grid(args.names, Grid(**{**usual, **varied}), settings, **common)]
+
+
+def _grid_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what of `zoo.bench.grid` is asked for; nothing where one call of each model is to be timed."""
+    found: dict[str, Any] = {
+        "engines": tuple(_words(args, "engine")),
+        "precisions": tuple(_words(args, "precision")),
+        "batches": tuple(args.batches),
+        "threads": tuple(args.pools),
+        "data": args.data,
+        "samples": args.samples,
+    }
+    found = {name: value for name, value in found.items() if value}
+    plain = found.keys() <= {"batches", "threads"} and all(len(value) == 1 for value in found.values())
+    return {} if plain and args.names != ["engines"] else found
 
 
 def _number(text: str) -> float:
@@ -382,7 +461,9 @@ def _print(benchmarks: list[Benchmark]) -> None:
     for benchmark in benchmarks:
         shown = columns(benchmark)
         headings = [column.heading for column in shown]
-        rows = table(*headings, title=benchmark.title, right=headings[1:])
+        words = [heading for heading in headings[1:] if heading in ("engine", "taken", "precision", "input")]
+        numbers = [heading for heading in headings[1:] if heading not in words]
+        rows = table(*headings, title=benchmark.title, right=numbers, drop=_DROPPED)
         for entry in benchmark.entries:
             rows.add_row(*(column.text(entry) for column in shown))
         print_table(rows, facts(benchmark.conditions), facts(benchmark.environment), *remarks(benchmark), "")
@@ -416,7 +497,7 @@ def _write(args: argparse.Namespace, suites: list[str], benchmarks: list[Benchma
 
 
 def _draw(benchmarks: list[Benchmark], suites: list[str], path: Path) -> None:
-    """Draw times as fast of all kernels, accuracy of smaller layers, or quality against time of another benchmark."""
+    """Draw times as fast of kernels and engines, accuracy of smaller layers, or quality against time of all else."""
     from zoo.bench.report import plot, plot_ratios
 
     if suites == ["ffn"]:
@@ -425,5 +506,13 @@ def _draw(benchmarks: list[Benchmark], suites: list[str], path: Path) -> None:
         plot_accuracy(benchmarks[0], path)
     elif suites == ["kernels"]:
         plot_ratios(benchmarks, path)
+    elif suites == ["engines"]:
+        from zoo.bench.engines import plot_families
+
+        plot_families(benchmarks, path)
+    elif benchmarks[0].entries[0].settings:
+        from zoo.bench.grid_plot import plot_grid
+
+        plot_grid(benchmarks[0], path)
     else:
         plot(benchmarks[0], path)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 
 from zoo.data.labelled_images import (
+    VALIDATION_SPLITS,
     DamagePolicy,
     FolderImages,
     LabelledImages,
@@ -26,6 +27,7 @@ from zoo.data.labelled_images import _read_rgb as _read_rgb
 from zoo.data.notices import notice
 from zoo.data.samplers import LateLoader, ResumableSampler, SeededDataset
 from zoo.pictures.folders import split_folder
+from zoo.record import record_of
 
 __all__ = [
     "DamagePolicy",
@@ -35,6 +37,7 @@ __all__ = [
     "LabelledImages",
     "draw",
     "images_for",
+    "images_to_judge",
     "open_labelled_images",
     "stratified_split",
 ]
@@ -284,8 +287,15 @@ def images_for(model: nn.Module, data_dir: str, batch_size: int) -> ImageClassif
         raise ValueError(
             f"{type(model).__name__} is no classifier; in Python zoo.compress takes denoisers and other models too."
         )
+    data = _as_taken_by(model, data_dir, batch_size)
+    if len(data.class_names) > classes:
+        raise ValueError(f"{data_dir} has {len(data.class_names)} classes, the model knows {classes}.")
+    return data
+
+
+def _as_taken_by(model: nn.Module, data_dir: str, batch_size: int) -> ImageClassification:
     cfg = resolve_model_data_config(model)
-    data = ImageClassification(
+    return ImageClassification(
         data_dir,
         image_size=cfg["input_size"][-1],
         batch_size=batch_size,
@@ -295,9 +305,33 @@ def images_for(model: nn.Module, data_dir: str, batch_size: int) -> ImageClassif
         std=cfg["std"],
         interpolation=cfg["interpolation"],
     )
-    if len(data.class_names) > classes:
-        raise ValueError(f"{data_dir} has {len(data.class_names)} classes, the model knows {classes}.")
-    return data
+
+
+def images_to_judge(model: nn.Module, data_dir: str, batch_size: int, count: int) -> DataLoader[Any]:
+    """Return batches of images and labels that a trained classifier is measured on, drawn with a fixed seed.
+
+    Labels are those of the model where it knows the names of its classes, whatever folders there are.
+
+    Args:
+        model: Its preprocessing and classes are read.
+        data_dir: As for `ImageClassification`; where nothing is for validation, all class folders.
+        batch_size: Images at a time.
+        count: Images in all; fewer where there are not as many.
+
+    Raises:
+        FileNotFoundError: There are no such images.
+        ValueError: There is a class that the model does not know.
+    """
+    data = _as_taken_by(model, data_dir, batch_size)
+    held = any(_has_split(data_dir, name) for name in VALIDATION_SPLITS)
+    names = record_of(model).label_names
+    images = open_labelled_images(
+        data_dir, "validation" if held else "train", data._transform(training=False), classes=names
+    )
+    classes = getattr(model, "num_classes", 0)
+    if len(images.classes) > classes:
+        raise ValueError(f"{data_dir} has {len(images.classes)} classes, the model knows {classes}.")
+    return DataLoader(_drawn(images, count), batch_size=batch_size)
 
 
 def draw(data: ImageClassification, split: str, count: int) -> DataLoader[Any]:
@@ -308,9 +342,11 @@ def draw(data: ImageClassification, split: str, count: int) -> DataLoader[Any]:
         split: "train", "validation", "test".
         count: Images in all; fewer where there are not as many.
     """
-    images = data._open(split, training=False)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    return DataLoader(Subset(images, order), batch_size=data.eval_batch_size)
+    return DataLoader(_drawn(data._open(split, training=False), count), batch_size=data.eval_batch_size)
+
+
+def _drawn(images: Any, count: int) -> Subset[Any]:
+    return Subset(images, torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].tolist())
 
 
 class ImageDiffusion(_Images):

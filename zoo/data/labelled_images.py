@@ -34,7 +34,7 @@ __all__ = [
 DamagePolicy = Literal["stop", "skip"]
 """What to do with an image that cannot be read: stop there, or read all before the start, list those and go without."""
 
-_VALIDATION_SPLITS = ("validation", "val", "valid", "test")
+VALIDATION_SPLITS = ("validation", "val", "valid", "test")
 
 
 class _Readable(Dataset[tuple[Any, int]]):
@@ -286,11 +286,11 @@ def open_labelled_images(
 
 def _find_split(data_dir: str, split: str) -> tuple[Any, str]:
     """Return the folder of a split, or its table, and what to call it."""
-    wanted = _VALIDATION_SPLITS if split == "validation" else (split,)
+    wanted = VALIDATION_SPLITS if split == "validation" else (split,)
     folder = Path(data_dir)
     if folder.is_dir():
         found = split_folder(folder, wanted)
-        if found is None and split == "train" and split_folder(folder, _VALIDATION_SPLITS) is None:
+        if found is None and split == "train" and split_folder(folder, VALIDATION_SPLITS) is None:
             if parts := misnamed_parts(folder):
                 raise ValueError(
                     f"{folder} holds {', '.join(parts)}: call the folder of the training images train, the other val."
