@@ -15,9 +15,10 @@ from hooked import assert_clean, class_pipeline, generate
 from tiny_folders import denoiser_folder
 
 import zoo
-from zoo.caching import BACConfig, CGTaylorConfig, SavedSetting, TaylorSeerConfig
+from zoo.caching import BACConfig, CGTaylorConfig, SavedSetting, StepForecastConfig, TaylorSeerConfig
 from zoo.caching.bac import uniform_schedule
 from zoo.caching.saved import default_guidance, fingerprint, folder_for
+from zoo.caching.step_schedules import StepSchedule
 from zoo.files import cache_dir
 from zoo.weights import cards_dir
 
@@ -170,7 +171,8 @@ def test_shipped_setting() -> None:
     pipe = zoo.create_pipeline("pixeldit.cifar10")
     with zoo.cached(pipe, "auto"):
         config = zoo.cache_summary(pipe).denoisers[0].config
-    assert isinstance(config, CGTaylorConfig)
-    assert config.threshold > 0
+    assert isinstance(config, StepForecastConfig)
+    assert isinstance(config.schedule, StepSchedule)
+    assert len(config.schedule.steps) == config.updates
     with pytest.raises(ValueError, match=r"`zoo tune-cache pixeldit.cifar10 --steps 20 --budget 'psnr>=30'`"):
         zoo.enable_cache(pipe, "auto", steps=20)
