@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import ast
 import os
+import re
+import signal
+import sys
+import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +19,7 @@ import yaml
 from PIL import Image, ImageSequence
 
 from zoo.cli import main
-from zoo.cli.app import exploring, generating
+from zoo.cli.app import exploring, generating, plot
 from zoo.cli.app.offers import Offers
 from zoo.cli.app.service import Limits, Service
 from zoo.cli.app.space import space_files
@@ -184,6 +189,29 @@ def test_old_files_are_deleted(service: Service) -> None:
     assert new.exists()
 
 
+def test_a_service_manager_ends_the_page_cleanly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM ends the serving, after which the files of visitors go; by itself it would end the process at once."""
+    folders: list[Path] = []
+
+    def serve(service: Service, *, stop: threading.Event, **rest: object) -> None:
+        folders.append(service.folder)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(60)
+        service.close()
+
+    page = types.ModuleType("zoo.cli.app.page")
+    page.serve = serve  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "zoo.cli.app.page", page)
+    monkeypatch.setitem(sys.modules, "gradio", types.ModuleType("gradio"))
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        assert main(["app"]) == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert not folders[0].exists()
+
+
 def test_a_space_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["app", "--space", str(tmp_path / "space")]) == 0
     assert {path.name for path in (tmp_path / "space").iterdir()} == set(space_files())
@@ -212,3 +240,19 @@ def test_wrong_calls_are_said_before_anything_is_served(
 ) -> None:
     assert main(["app", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_drawing_has_a_point_a_measured_model() -> None:
+    rows = [
+        exploring.Row(name="fast", task="classification", time=10.0, top1=70.0),
+        exploring.Row(name="good", task="classification", time=30.0, top1=80.0),
+        exploring.Row(name="<slow>", task="classification", time=31.0, top1=75.0),
+        exploring.Row(name="unknown", task="classification", top1=75.0),
+    ]
+    assert [row.name for row in plot.unbeaten(rows)] == ["fast", "good"]
+    svg = plot.drawing(rows)
+    found = re.findall(r'<circle class="(\w+)".*?data-model="(.*?)"', svg)
+    assert sorted(found) == [("best", "fast"), ("best", "good"), ("other", "&lt;slow&gt;")]
+    assert svg.count("<title>") == 3
+    assert plot.drawing(rows[3:]) == ""
+    assert plot.drawing(exploring.rows()).count("<circle") > 10

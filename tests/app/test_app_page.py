@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +81,12 @@ def look(page: Any, name: str) -> None:
         page.screenshot(path=str(Path(folder) / f"{name}.png"), full_page=True)
 
 
+def uploads(service: Service) -> list[Path]:
+    """Return what visitors left, wherever Gradio may put it."""
+    folders = (service.folder, Path(tempfile.gettempdir()) / "gradio")
+    return [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+
+
 def photo(path: Path, side: int = 64) -> Path:
     Image.radial_gradient("L").resize((side, side)).convert("RGB").save(path)
     return path
@@ -140,6 +147,35 @@ def test_what_cannot_be_restored_is_said_and_the_page_lives(page: Any, tmp_path:
     page.get_by_text("maximum allowed size").first.wait_for()
 
 
+def test_many_visitors_at_once(served: tuple[str, Service], tmp_path: Path) -> None:
+    """Each gets a result or a line, and the server lives."""
+    from gradio_client import Client, handle_file
+
+    good, bad = photo(tmp_path / "good.png", 24), tmp_path / "page.jpg"
+    bad.write_text("<html></html>")
+    patient = {"timeout": WAIT / 1000}
+    clients = [
+        Client(served[0], verbose=False, download_files=str(tmp_path / "got"), httpx_kwargs=patient) for _ in range(4)
+    ]
+    jobs = []
+    for index in range(20):
+        client, file = clients[index % 4], handle_file(bad if index % 5 == 4 else good)
+        if index % 2:
+            jobs.append(client.submit([file], ["repavit_tiny.cifar10"], api_name="/classify"))
+        else:
+            jobs.append(client.submit(file, "sr", "fast", "", "4GB", "auto", api_name="/restore"))
+    said = []
+    for job in jobs:
+        try:
+            said.append(str(job.result(timeout=WAIT / 1000)))
+        except Exception as error:
+            said.append(f"refused: {error}")
+    for index, line in enumerate(said):
+        wanted = "page.jpg is not an image" if index % 5 == 4 else "good.png"
+        assert wanted in line, said
+    assert all(path.is_relative_to(served[1].folder) for path in uploads(served[1]))
+
+
 def test_generate(page: Any) -> None:
     open_tab(page, "Generate")
     panel = page.locator("[role=tabpanel]:visible")
@@ -162,3 +198,6 @@ def test_explore(page: Any) -> None:
     page.locator("#card").get_by_text("normalisation").wait_for()
     assert page.evaluate("[...document.images].every(image => !image.complete || image.naturalWidth > 0)")
     look(page, "explore")
+    page.locator("#points [data-model=emov2_1m]").click()
+    page.locator("#card").get_by_text("EMOv2-1M").first.wait_for()
+    look(page, "explore_point")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--max-pixels", type=number, default=24e6, metavar="N", help="most pixels of a picture (default: 24M)"
     )
-    parser.add_argument("--max-queue", type=int, default=16, metavar="N", help="most requests that wait (default: 16)")
+    parser.add_argument("--max-queue", type=int, default=32, metavar="N", help="most requests that wait (default: 32)")
     parser.add_argument("--keep", type=number, default=600, metavar="SECONDS", help="files live so long (default: 600)")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
@@ -61,6 +63,10 @@ def run(args: argparse.Namespace) -> int:
     hush(argparse.Namespace(quiet=True, json=False), diffusers=True)
     from zoo.cli.app.page import serve
 
+    stop = threading.Event()
+    for name in ("SIGTERM", "SIGHUP"):  # of a service manager, of a closed terminal: what visitors uploaded goes, too
+        if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
+            signal.signal(getattr(signal, name), lambda number, frame: stop.set())
     service = Service(offers, Limits(pixels=int(args.max_pixels)), device=args.device)
 
     def tell(address: str) -> None:
@@ -78,5 +84,6 @@ def run(args: argparse.Namespace) -> int:
         max_queue=args.max_queue,
         keep=int(args.keep),
         tell=tell,
+        stop=stop,
     )
     return 0

@@ -13,7 +13,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it is read when gradio is im
 
 import gradio as gr
 
-from zoo.cli.app import exploring, generating
+from zoo.cli.app import exploring, generating, plot
 from zoo.cli.app.service import Answer, Restored, Service
 from zoo.cli.classify import UNKNOWN
 from zoo.cli.errors import code_for, code_of, with_code
@@ -31,6 +31,11 @@ _CSS = """
 .zoo .bar i {position: absolute; inset: 0 auto 0 0; background: var(--color-accent); opacity: .35}
 .zoo .bar span {position: absolute; inset: 0 6px; display: flex; justify-content: space-between; font-size: 13px;
   line-height: 20px}
+.zoo-plot {width: 100%; font-size: 12px} .zoo-plot text {fill: var(--body-text-color)}
+.zoo-plot .grid {stroke: var(--border-color-primary)}
+.zoo-plot polyline {fill: none; stroke: var(--color-accent); stroke-width: 1.5; pointer-events: none}
+.zoo-plot circle {cursor: pointer; stroke: var(--body-background-fill)} .zoo-plot .best {fill: var(--color-accent)}
+.zoo-plot .other {fill: var(--body-text-color-subdued); opacity: .55} .zoo-plot circle:hover {opacity: 1; r: 8px}
 """
 _SCALES = ["", "1.5", "2", "3", "4", "8"]
 _BUDGETS = {"1GB": 1, "2GB": 2, "4GB": 4, "8GB": 8, "16GB": 16}
@@ -67,7 +72,7 @@ def serve(
     share: bool = False,
     open_browser: bool = False,
     max_file_size: str = "64mb",
-    max_queue: int = 16,
+    max_queue: int = 32,
     keep: int = 600,
     tell: Callable[[str], object] | None = None,
     stop: threading.Event | None = None,
@@ -169,7 +174,7 @@ def _classify_tab(service: Service) -> None:
             raise _said(error) from error
         return answers_html(found, failed, models)
 
-    button.click(classify, [files, models], answers, concurrency_id="work", api_visibility="private")
+    button.click(classify, [files, models], answers, concurrency_id="work", api_visibility="undocumented")
 
 
 def answers_html(found: Sequence[tuple[str, Sequence[Answer]]], failed: Sequence[str], models: Sequence[str]) -> str:
@@ -243,7 +248,7 @@ def _restore_tab(service: Service) -> None:
         [file, task, quality, scale, budget, model],
         [slider, said, download],
         concurrency_id="work",
-        api_visibility="private",
+        api_visibility="undocumented",
     )
 
 
@@ -324,7 +329,7 @@ def _generate_tab(service: Service) -> None:
         [model, subject, count, seed, steps, cache],
         [plain, cached, timeline, said],
         concurrency_id="work",
-        api_visibility="private",
+        api_visibility="undocumented",
     )
 
 
@@ -365,9 +370,14 @@ def _explore_tab(service: Service) -> None:
     )
     _, conditions = exploring.measured()
     gr.Markdown(
-        f"Click a row for its card. Times: {conditions}; `zoo bench NAME` measures yours." if conditions else ""
+        "Click a row or a point for its card."
+        + (f" Times: {conditions}; `zoo bench NAME` measures yours." if conditions else "")
     )
-    _pareto(every)
+    points = gr.HTML(plot.drawing(every), js_on_load=plot.CLICKED, elem_id="points", padding=True)
+    gr.Markdown(
+        "ImageNet-1k accuracy, the authors', against the measured time. No other is both as fast and as good "
+        "as those on the line."
+    )
     card = gr.Markdown("", elem_id="card")
 
     def find(text: str, task: str) -> list[list[Any]]:
@@ -379,40 +389,12 @@ def _explore_tab(service: Service) -> None:
         except Exception as error:
             raise _said(error) from error
 
+    def show_point(event: gr.EventData) -> str:
+        try:
+            return exploring.card_of(str(event.model), service.offers)
+        except Exception as error:
+            raise _said(error) from error
+
     gr.on([text.change, task.change], find, [text, task], table, queue=False, api_visibility="private")
     table.select(show, None, card, queue=False, api_visibility="private")
-
-
-def _pareto(rows: Sequence[exploring.Row]) -> Any:
-    """Draw accuracy against time; those that no other model beats in both are told from the rest."""
-    import pandas as pd
-
-    points = [row for row in rows if row.time is not None and row.top1 is not None]
-    if not points:
-        return None
-    best = {
-        row.name
-        for row in points
-        if not any(
-            (other.time or 0) <= (row.time or 0) and (other.top1 or 0) >= (row.top1 or 0) and other is not row
-            for other in points
-        )
-    }
-    frame = pd.DataFrame(
-        {
-            "time, ms": [row.time for row in points],
-            "top-1, %": [row.top1 for row in points],
-            "model": [row.name for row in points],
-            "family": [row.family for row in points],
-            "of all": ["not beaten in both" if row.name in best else "beaten by another" for row in points],
-        }
-    )
-    return gr.ScatterPlot(
-        frame,
-        x="time, ms",
-        y="top-1, %",
-        color="of all",
-        tooltip=["model", "family", "time, ms", "top-1, %"],
-        title="ImageNet-1k accuracy (authors') against the measured time of one picture",
-        height=320,
-    )
+    points.click(show_point, None, card, queue=False, api_visibility="private")
