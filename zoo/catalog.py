@@ -57,8 +57,8 @@ def unknown(name: str, others: Iterable[str] = ()) -> str:
     architecture, _, tag = name.partition(".")
     if tag and architecture in models:
         tags = sorted(models[architecture]["weights"])
-        near = nearest(tag, tags, 1)
-        hint = f"Did you mean {architecture}.{near[0]}? " if near and len(tags) > 1 else ""
+        likely = nearest(tag, tags, 1)
+        hint = f"Did you mean {architecture}.{likely[0]}? " if likely and len(tags) > 1 else ""
         have = f"It has {', '.join(f'{architecture}.{t}' for t in tags)}." if tags else "None are published for it."
         return f"{architecture!r} has no weights called {tag!r}. {hint}{have}"
     names = [*models, *(f"{model}.{tag}" for model, facts in models.items() for tag in facts["weights"]), *others]

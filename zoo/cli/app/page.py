@@ -31,6 +31,7 @@ _CSS = """
 .zoo .bar i {position: absolute; inset: 0 auto 0 0; background: var(--color-accent); opacity: .35}
 .zoo .bar span {position: absolute; inset: 0 6px; display: flex; justify-content: space-between; font-size: 13px;
   line-height: 20px}
+#card th, #card td {overflow-wrap: normal; word-break: normal}
 .zoo-plot {width: 100%; font-size: 12px} .zoo-plot text {fill: var(--body-text-color)}
 .zoo-plot .grid {stroke: var(--border-color-primary)}
 .zoo-plot polyline {fill: none; stroke: var(--color-accent); stroke-width: 1.5; pointer-events: none}
