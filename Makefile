@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick docs mutate lowest catalog check-catalog clean
+.PHONY: demo test quick docs mutate lowest lock catalog check-catalog clean
 
 # Tests that need no large model: most of what goes wrong while one edits shows here.
 QUICK := tests/test_catalog.py tests/test_files.py tests/test_hub.py tests/test_weights.py tests/test_loading_mutants.py \
@@ -51,6 +51,13 @@ lowest:
 	.venv-lowest/bin/python -m pip install --quiet uv
 	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct -e '.[dev]'
 	.venv-lowest/bin/python -m pytest -n auto -m 'not slow'
+
+# Rewrite requirements.lock, what the Dockerfile installs: the versions of constraints.txt with their hashes.
+EXTRAS := diffusion video train export openvino spandrel formats demo app
+lock: $(STAMP)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml $(addprefix --extra ,$(EXTRAS)) -c constraints.txt --generate-hashes \
+		--python-version 3.11 --python-platform linux --no-annotate --no-emit-index-url --no-header --quiet -o requirements.lock
 
 # Rewrite zoo/catalog.json, the facts behind `zoo list`, from the registry.
 catalog: $(STAMP)

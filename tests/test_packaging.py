@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -89,6 +90,34 @@ def test_the_weights_are_whole_and_small(weights: Path) -> None:
 def test_versions_agree() -> None:
     projects = (ROOT / "pyproject.toml", ROOT / "model_cards" / "pyproject.toml")
     assert len({tomllib.loads(file.read_text())["project"]["version"] for file in projects}) == 1
+
+
+def test_extras_that_are_named_exist() -> None:
+    """pip only warns of an extra that there is not, and installs nothing."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    texts = [*ROOT.glob("*.md"), ROOT / "pyproject.toml"]
+    texts += [path for folder in ("zoo", "docs", "model_cards") for path in (ROOT / folder).rglob("*") if path.suffix in
+              (".py", ".md", ".ipynb")]  # fmt: skip
+    named = {
+        extra
+        for path in texts
+        for found in re.findall(r"ffn-zoo\[([a-z, ]+)\]", path.read_text(encoding="utf-8"))
+        for extra in re.split(r", *", found)
+    }
+    assert "openvino" in named
+    assert named <= set(extras), sorted(named - set(extras))
+
+
+def test_the_lock_agrees_with_the_constraints() -> None:
+    """The image installs what the tests ran with, each by its hash."""
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.M))
+    text = (ROOT / "requirements.lock").read_text()
+    locked = re.findall(r"^([\w.-]+)==(\S+) \\\n    --hash=sha256:[0-9a-f]{64}", text, re.M)
+    assert len(locked) == len(re.findall(r"^[\w.-]+==", text, re.M)) > 100
+    names = {name.lower().replace("_", "-").replace(".", "-"): version for name, version in pinned.items()}
+    different = {name: version for name, version in locked if names.get(name.replace(".", "-"), version) != version}
+    assert not different
+    assert "requirements.lock" in (ROOT / "Dockerfile").read_text()
 
 
 @pytest.mark.slow
