@@ -112,6 +112,10 @@ def test_command(
     assert main(words) == 0, capsys.readouterr().err
 
 
+def test_the_walk_of_the_documents_is_that_of_the_readme() -> None:
+    assert "\n".join(WALK) in (ROOT / "docs/start.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 @pytest.mark.enable_socket
 def test_from_own_folder_to_published_model(

@@ -193,6 +193,8 @@ def _run_own(args: argparse.Namespace, source: Source) -> int:
 
 
 _LABELS = {
+    "license": "licence",
+    "crop_pct": "share that is cropped",
     "base": "trained from",
     "num_classes": "classes",
     "label_names": "names of classes",
