@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import pickle
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,27 @@ def test_openvino_reads_the_same_file(restorer: tuple[nn.Module, Tensor], folder
     assert {path.name for path in folder.iterdir()} == before
     attach(model, "openvino", dynamic=True)
     assert relative(model(x[:1]), expected[:1]) < 1e-4
+
+
+@pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")), reason="needs a C++ compiler"
+)
+@pytest.mark.timeout(900)  # of the compiler, where others use the processor
+@torch.inference_mode()
+def test_inductor(folder: Path) -> None:
+    """Compiled for a shape at its first call, loaded from disk after that; structured results as they are."""
+    torch.manual_seed(0)
+    model, x, other = Opaque().eval(), torch.rand(2, 3), torch.rand(3)
+    twin = copy.deepcopy(model)
+    zoo.accelerate(model, engine="inductor", threads=1)
+    found, expected = model(x, other=other, factor=2.0), twin(x, other=other, factor=2.0)
+    assert relative(found["sum"], expected["sum"]) < 1e-4
+    assert relative(found["rest"][0], expected["rest"][0]) < 1e-4
+    assert found["rest"][1] is None
+    assert "PyTorch's inductor: built in" in str(model.zoo_report)
+    zoo.accelerate(twin, engine="inductor", threads=1)
+    assert relative(twin(x, other=other, factor=2.0)["sum"], expected["sum"]) < 1e-4
+    assert "built in" not in str(twin.zoo_report)
 
 
 @torch.no_grad()

@@ -101,6 +101,8 @@ def _draw(
     axes: Any, points: Sequence[tuple[Entry, float, float]], styles: dict[tuple[Any, Any], Any], *, one_model: bool
 ) -> list[Any]:
     """Draw one panel and return the names of its points, the most important first."""
+    from matplotlib.ticker import LogFormatter
+
     best = front([(x, y) for _, x, y in points])
     crowded = len(points) > MOST_NAMED
     for entry, x, y in points:
@@ -111,9 +113,11 @@ def _draw(
     times = [x for _, x, _ in points]
     if max(times) > _WIDE * min(times):
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.4)))
     else:
         axes.set_xlim(left=0)
-    axes.margins(x=0.15, y=0.12)
+    axes.margins(x=0.2, y=0.12)
     axes.grid(alpha=0.3)
     named: list[tuple[bool, Any]] = []
     groups: dict[str, list[tuple[Entry, float, float]]] = {}
@@ -134,6 +138,6 @@ def _draw(
         ahead = (x, y) in best
         if crowded and len(groups) > MOST_NAMED and not ahead:
             continue
-        label = axes.annotate(text, (x, y), xytext=(0, 6), textcoords="offset points", fontsize=8, ha="center")
+        label = axes.annotate(text, (x, y), xytext=(-5, 3), textcoords="offset points", fontsize=8, ha="right")
         named.append((not ahead, label))
     return [name for _, name in sorted(named, key=lambda each: each[0])]
