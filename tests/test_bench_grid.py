@@ -105,6 +105,16 @@ def test_lists_on_the_command(folder: Path, tmp_path: Path, capsys: pytest.Captu
     assert "| bf16 | 4 |" in (tmp_path / "models.md").read_text()
 
 
+def test_memory_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured for every combination; here in this process, in `test_fresh_process` in one of its own."""
+    monkeypatch.setattr(grid, "in_fresh_process", lambda call, *args: call(*args))
+    every = Grid(precisions=("fp32", "bf16"), batches=(1,), threads=(1,))
+    found = compare_grid(["repavit_tiny"], every, QUICK, size=32, memory=True)
+    assert [each.settings["precision"] for each in found.entries] == ["fp32", "bf16"]
+    assert all(each.peak_bytes is not None and each.peak_bytes >= 0 for each in found.entries)
+    assert found.conditions["input"] == "3x32x32 for all"
+
+
 def test_one_line_where_nothing_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an engine does not offer is left out with a note; where all is, the call is refused."""
     assert list(bench._PRECISIONS) == list(PRECISIONS)

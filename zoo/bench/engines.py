@@ -87,7 +87,9 @@ def engines(
         )]
         + [f"--rounds {settings.rounds}", *(["--data DIR", f"--samples {samples}"] if data is not None else [])]
     )  # fmt: skip
-    return [replace(result, notes=(*result.notes, f"Measured by `{said}`.")) for result in results]
+    without = [word for word, what in (("restorer", restorer), ("large", large)) if what is None]
+    said = f"Measured by `{said}`{', in Python with ' if without else ''}" + " and ".join(f"{x}=None" for x in without)
+    return [replace(result, notes=(*result.notes, f"{said}.")) for result in results]
 
 
 def _threads(count: int) -> str:
