@@ -183,7 +183,11 @@ def _large_goals(entries: Sequence[Entry], where: str) -> list[Goal]:
     """Compare a large backbone with its rival on each engine, by the medians of the same rounds."""
     names = list(dict.fromkeys(str(entry.settings["model"]) for entry in entries))
     times = {
-        (str(entry.settings["model"]), entry.settings["engine"], entry.settings["precision"]): entry.time.median
+        (
+            str(entry.settings["model"]),
+            str(entry.settings["engine"]),
+            str(entry.settings["precision"]),
+        ): entry.time.median
         for entry in entries
         if entry.time
     }

@@ -300,8 +300,8 @@ def _quantise(each: Subject, precision: str) -> None:
     """
     if precision != "int8":
         return
-    steps = accelerate(each.model, quantize="int8-dynamic").zoo_report.steps  # type: ignore[union-attr]
-    step = next(step for step in steps if step.name == "integer weights")
+    report: Any = accelerate(each.model, quantize="int8-dynamic").zoo_report
+    step = next(step for step in report.steps if step.name == "integer weights")
     if not step.done:
         raise EngineError(f"Left out: {each.source} in eager int8: {step.said}.")
 
