@@ -12,7 +12,6 @@ from zoo.bench.report import MOST_NAMED, Benchmark, Entry, front, new_figure, th
 __all__ = ["plot_grid"]
 
 _MARKERS = "o^sD"
-_WIDE = 8.0  # times the fastest: from there on the time is drawn on a logarithmic scale
 
 
 def plot_grid(benchmark: Benchmark, path: str | Path) -> Path:
@@ -111,13 +110,12 @@ def _draw(
     if len(best) > 1:
         axes.plot(*zip(*best, strict=True), color="0.55", linewidth=1, zorder=0, label="not beaten in both")
     times = [x for _, x, _ in points]
-    if max(times) > _WIDE * min(times):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.4)))
-    else:
-        axes.set_xlim(left=0)
-    axes.margins(x=0.2, y=0.12)
+    span = max(2.0, max(times) / min(times))
+    axes.set_xscale("log")
+    axes.set_xlim(min(times) / span**0.42, max(times) * span**0.08)  # names stand to the left of their points
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.4)))
+    axes.margins(y=0.12)
     axes.grid(alpha=0.3)
     named: list[tuple[bool, Any]] = []
     groups: dict[str, list[tuple[Entry, float, float]]] = {}

@@ -194,7 +194,7 @@ def busy(threads: int) -> str:
         return ""
     return (
         f"The machine was busy: a load of {load:.1f} on {cores} core{'s' * (cores > 1)} before {threads} "
-        f"thread{'s' * (threads > 1)} ran, so that times are too long."
+        f"thread{'s' * (threads > 1)} ran, so that times may be too long."
     )
 
 
