@@ -16,7 +16,12 @@ from zoo.export.network import ExportError, Kind, Network
 
 __all__ = ["FORMATS", "ExportError", "Kind", "Target", "target"]
 
-FORMATS = {"onnx": "zoo.export.onnx", "torch-export": "zoo.export.torch_export"}
+FORMATS = {
+    "onnx": "zoo.export.onnx",
+    "torch-export": "zoo.export.torch_export",
+    "openvino": "zoo.export.openvino",
+    "aoti": "zoo.export.aoti",
+}
 """Name of each format and the module that writes it."""
 
 

@@ -10,8 +10,8 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -168,7 +168,7 @@ def prepare(
         inputs=inputs,
         output=output,
         dynamic_shapes=shapes,
-        metadata=_metadata(model, kind, name),
+        metadata=_metadata(model, kind, name, image_size),
     )
 
 
@@ -302,7 +302,7 @@ def sample_inputs(
             )
             for batch in (1, 2, 3)
         ]
-    channels = int(getattr(model, "in_chans", _cfg(model).get("input_size", (3,))[0]))
+    channels = _channels(model)
     height, width = _example_size(model, kind, image_size)
     step = _step(model, kind) if dynamic_size and _any_size(model, kind) else 0
     sizes = [(1, height, width), (2, height + step, width + 3 * step), (3, height + 2 * step, width)]
@@ -333,6 +333,10 @@ def _step(model: nn.Module, kind: Kind) -> int:
     return max((stage["reduction"] for stage in info), default=32) if isinstance(info, list) else 32
 
 
+def _channels(model: nn.Module) -> int:
+    return int(getattr(model, "in_chans", _cfg(model).get("input_size", (3,))[0]))
+
+
 def _example_size(model: nn.Module, kind: Kind, image_size: int | None) -> tuple[int, int]:
     if kind == "restorer":
         step, least = _step(model, kind), _cfg(model).get("min_input_size", (3, 1, 1))
@@ -345,7 +349,7 @@ def _example_size(model: nn.Module, kind: Kind, image_size: int | None) -> tuple
     return int(own[0]), int(own[1])
 
 
-def _metadata(model: nn.Module, kind: Kind, name: str | None) -> dict[str, str]:
+def _metadata(model: nn.Module, kind: Kind, name: str | None, image_size: int | None = None) -> dict[str, str]:
     """Return the facts that travel with the file, as text; structured values are JSON."""
     cfg = _cfg(model)
     known = ".".join(str(cfg[key]) for key in ("architecture", "tag") if cfg.get(key))
@@ -360,7 +364,7 @@ def _metadata(model: nn.Module, kind: Kind, name: str | None) -> dict[str, str]:
     if kind == "classifier":
         facts |= {
             "input": "RGB image in [0, 1], then (image - mean) / std",
-            "input_size": list(cfg["input_size"]) if "input_size" in cfg else None,
+            "input_size": [_channels(model), *_example_size(model, kind, image_size)],
             "mean": list(cfg["mean"]) if "mean" in cfg else None,
             "std": list(cfg["std"]) if "std" in cfg else None,
             "crop_pct": cfg.get("crop_pct"),
@@ -413,6 +417,7 @@ def compare(
     kind: Kind | None = None,
     image_size: int | None = None,
     dynamic_size: bool = True,
+    samples: Sequence[dict[str, Tensor]] | None = None,
 ) -> float:
     """Return the largest difference between `run` and the model in eager mode, unmerged, over `sample_inputs`.
 
@@ -424,6 +429,7 @@ def compare(
         kind: What it is; None finds out.
         image_size: As in `prepare`.
         dynamic_size: As in `prepare`.
+        samples: Inputs to compare on; None takes those of `sample_inputs`.
 
     Raises:
         ExportError: An output has another shape, or is not finite where the model's is.
@@ -431,7 +437,7 @@ def compare(
     kind = kind_of(model, kind)
     eager = eager_copy(model).float().cpu()
     wrapper = {"classifier": _Classifier, "restorer": _Restorer, "denoiser": _Denoiser}[kind](eager)
-    samples = sample_inputs(model, kind, image_size, dynamic_size)
+    samples = samples or sample_inputs(model, kind, image_size, dynamic_size)
     return max(difference(run(inputs), wrapper(**inputs), inputs) for inputs in samples)
 
 
@@ -466,7 +472,7 @@ def whole(out: str | Path) -> Iterator[Path]:
     Files that the format puts beside it (external data of large ONNX models) move with it.
 
     Args:
-        out: Target file; its folder is created.
+        out: Target file; its folder is created, and does not stay where an error came first.
 
     Raises:
         OSError: `out` cannot be written.
@@ -475,6 +481,7 @@ def whole(out: str | Path) -> Iterator[Path]:
     try:
         if target.is_dir():
             raise IsADirectoryError(f"{target} is a folder; give the path of a file.")
+        made = [parent for parent in target.parents if not parent.exists()]  # the nearest first
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     except OSError as error:
@@ -487,3 +494,6 @@ def whole(out: str | Path) -> Iterator[Path]:
         raise OSError(f"{target} cannot be written: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:  # where nothing was written into them
+            with suppress(OSError):
+                parent.rmdir()

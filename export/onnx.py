@@ -67,6 +67,8 @@ def write(network: Network, path: Path) -> None:
     """
     program = _translate(capture(network, "written as ONNX"), network)
     program.model.metadata_props.update(network.metadata)
+    for weight in program.model.graph.initializers.values():  # said by the tensor; ONNX Runtime's quantize_dynamic
+        weight.shape = weight.type = None  # turns some, and then finds the shape that is said beside it wrong
     program.save(path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -63,7 +64,9 @@ def write(network: Network, path: Path) -> None:
     program = capture(network, "exported")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about torch's own use of deprecated functions
-        torch.export.save(program, path, extra_files={_FACTS: json.dumps(network.metadata)})
+        buffer = BytesIO()  # torch's own writer ends the process where the disk is full
+        torch.export.save(program, buffer, extra_files={_FACTS: json.dumps(network.metadata)})
+    path.write_bytes(buffer.getbuffer())
 
 
 def metadata(path: str | Path) -> dict[str, str]:

@@ -181,3 +181,31 @@ def test_an_enabled_cache_is_refused(tmp_path: Path) -> None:
     model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(ValueError, match="disable_cache"):
         export(model, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("kind", ["classifier", "restorer"])
+def test_onnx_runtime_quantises_what_we_write(
+    kind: str, classifier: tuple[Path, torch.nn.Module], tmp_path: Path
+) -> None:
+    """Both of its ways take the file as it is."""
+    from onnxruntime.quantization import CalibrationDataReader, quantize_dynamic, quantize_static
+
+    path = classifier[0] if kind == "classifier" else export(EXPORTED["cfsr"](), tmp_path / "cfsr.onnx")
+    size = (1, 3, 32, 32) if kind == "classifier" else (1, 3, 16, 20)
+    feed = {"image": np.random.default_rng(0).random(size, np.float32)}
+
+    class Once(CalibrationDataReader):  # type: ignore[misc]  # it has no types
+        def __init__(self) -> None:
+            self.left = [feed]
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return self.left.pop() if self.left else None
+
+    quantize_dynamic(path, tmp_path / "dynamic.onnx")
+    quantize_static(path, tmp_path / "static.onnx", Once())
+    found = [
+        onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"]).run(None, feed)[0]
+        for file in (path, tmp_path / "dynamic.onnx", tmp_path / "static.onnx")
+    ]
+    for other in found[1:]:
+        assert np.abs(other - found[0]).max() < 0.2 * np.abs(found[0]).max()

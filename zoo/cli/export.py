@@ -12,10 +12,12 @@ from zoo.cli.output import UsageError, check_target, hush, note, print_json, pri
 from zoo.cli.pipelines import REQUEST, add_request, check_request, load_pipeline, plan_calls
 
 if TYPE_CHECKING:
+    from zoo.export.artefact import Artefact
     from zoo.sources import Source
 
 _STEPS = 2  # recorded: what changes from step to step is seen
-_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
+_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "openvino": ".xml", "aoti": ".aoti.pt2"}
+_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -23,14 +25,26 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "export",
         help="write a model for another runtime",
-        description="Write a merged model for another runtime, then compare the file's outputs with the model's. Of a "
-        "diffusion pipeline it is the denoiser, with the shapes and settings of the call that --prompt and the like "
-        "describe.",
+        description="Write a merged model for another runtime, and a README beside it; the file is kept where its "
+        "outputs are the model's. Of a diffusion pipeline it is the denoiser, with the shapes and settings of the call "
+        "that --prompt and the like describe.",
+        epilog="fp16 and bf16: weights and arithmetic, inputs and outputs stay float32 (openvino: weights). int8: "
+        "convolutions and products with weights, calibrated by pictures; first, last and costliest layers stay in "
+        "float, and the loss is measured on pictures held out of --data. aoti: compiled for this kind of processor and "
+        "one shape, which takes minutes.",
     )
     parser.add_argument(
         "name", metavar="MODEL", help="NAME (random weights), NAME.TAG, file, checkpoint, folder or Hub id"
     )
     parser.add_argument("--format", choices=tuple(_SUFFIXES), required=True)
+    parser.add_argument("--precision", choices=_PRECISIONS, default="fp32", help="number type (default: fp32)")
+    parser.add_argument(
+        "--with-preprocess",
+        action="store_true",
+        help="take 8-bit pictures (N x H x W x 3) and return probabilities, of restorers 8-bit pictures; a classifier "
+        "takes any size (bilinear and bicubic scaling, as Pillow's, and crop inside), with --fixed-size its own",
+    )
+    parser.add_argument("--data", metavar="DIR", type=Path, help="pictures that int8 is calibrated and measured with")
     parser.add_argument("-o", "--output", type=Path, help="file to write (default: NAME with the format's suffix)")
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images of a classifier")
     parser.add_argument("--fixed-size", action="store_true", help="one height and width only")
@@ -68,12 +82,15 @@ def run(args: argparse.Namespace) -> int:
     if args.device != "cpu":
         raise UsageError(f"Files are written on the CPU; leave out --device {args.device}.")
     output = args.output or Path(_plain_name(source) + _SUFFIXES[args.format])
-    check_target(output, force=args.force)
+    _check_options(args, denoiser)
+    for path in (output, _readme_of(output), *([output.with_suffix(".bin")] if args.format == "openvino" else [])):
+        check_target(path, force=args.force)
     arguments = model_args(args)
-    from zoo.export import target
+    from zoo.export.artefact import check_output, check_runtime, write_artefact
     from zoo.factory import create_model, image_size_args
 
-    writer = target(args.format)
+    check_runtime(args.format, args.precision, run=not args.no_check)
+    check_output(args.format, output)
     hush(args, diffusers=denoiser)
     if args.image_size is not None:
         arguments |= image_size_args(args.name, args.image_size, **arguments)
@@ -82,13 +99,22 @@ def run(args: argparse.Namespace) -> int:
         if asked or not hasattr(pipe, "transformer") or "num_classes" not in pipe.transformer.config:
             return _export_steps(args, pipe, output)
     model = create_model(args.name, pretrained=not random, **arguments).eval()
-    options = {"image_size": args.image_size, "dynamic_size": not args.fixed_size}
     with progress(args) as bar:
         task = bar.add_task("exporting", total=None)
-        writer.export(model, output, name=None if random else args.name, **options)
-        bar.update(task, description="comparing")
-        error = None if args.no_check else writer.check(output, model, **options)
-    _report(args, [_result(args, output, error) | {"random_weights": random}])
+        artefact = write_artefact(
+            model,
+            output,
+            format=args.format,
+            precision=args.precision,
+            with_preprocess=args.with_preprocess,
+            data=args.data,
+            name=None if random else args.name,
+            image_size=args.image_size,
+            dynamic_size=not args.fixed_size,
+            check=not args.no_check,
+            told=lambda text: bar.update(task, description=text),
+        )
+    _report(args, [_result(args, artefact) | {"random_weights": random}])
     if random:
         note(args, f"{args.name} was exported with random weights; NAME.TAG takes published ones.")
     return 0
@@ -102,11 +128,10 @@ def _export_steps(args: argparse.Namespace, pipe: Any, output: Path) -> int:
     from torch import nn
 
     from zoo.caching.core import denoisers
-    from zoo.export import target
-    from zoo.export.network import whole
-    from zoo.export.step import compare_step, record_steps
+    from zoo.export.artefact import write_step
+    from zoo.export.step import record_steps
 
-    writer, found = target(args.format), []
+    found = []
     networks = denoisers(pipe)[1]
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module) and part in networks}
     targets = {
@@ -114,26 +139,59 @@ def _export_steps(args: argparse.Namespace, pipe: Any, output: Path) -> int:
     }
     for path in targets.values():
         check_target(path, force=args.force)
+        check_target(_readme_of(path), force=args.force)
     plan = plan_calls(args, pipe, name=args.name, count=1)
     with progress(args) as bar:
         task = bar.add_task("running two steps", total=None)
         for step in record_steps(pipe, parts, lambda: plan.run(_STEPS)):
-            path = targets[step.component]
-            bar.update(task, description=f"exporting {step.component}")
-            with whole(path) as temporary:
-                writer.write(step.network, temporary)
-            bar.update(task, description=f"comparing {step.component}")
-            error = None if args.no_check else compare_step(writer.runner(path), step)
+            artefact = write_step(
+                step,
+                targets[step.component],
+                format=args.format,
+                precision=args.precision,
+                check=not args.no_check,
+                told=lambda text, name=step.component: bar.update(task, description=f"{text} {name}"),
+            )
             found.append(
-                _result(args, path, error) | {"inputs": {k: list(v.shape) for k, v in step.network.inputs.items()}}
+                _result(args, artefact) | {"inputs": {k: list(v.shape) for k, v in step.network.inputs.items()}}
             )
     _report(args, found)
     return 0
 
 
-def _result(args: argparse.Namespace, path: Path, error: float | None) -> dict[str, Any]:
-    size = path.stat().st_size
-    return {"name": args.name, "format": args.format, "file": str(path), "bytes": size, "max_error": error}
+def _check_options(args: argparse.Namespace, denoiser: bool) -> None:
+    """Refuse options that do not go together, and a folder without pictures."""
+    if args.precision != "int8":
+        if args.data is not None:
+            raise UsageError(f"--data belongs to --precision int8; this is {args.precision}.")
+    elif args.data is None:
+        raise UsageError("--precision int8 needs --data DIR, a folder of pictures that tell ranges and loss.")
+    if denoiser and (args.with_preprocess or args.precision == "int8"):
+        option = "--with-preprocess" if args.with_preprocess else "--precision int8"
+        raise UsageError(f"{option} is for classifiers and restorers; {args.name} is a pipeline.")
+    if args.data is not None and not args.data.is_dir():
+        raise UsageError(f"--data takes a folder of pictures; there is no folder {args.data}.")
+    if args.data is not None:
+        from zoo.data.photos import find_images
+
+        find_images(args.data)
+
+
+def _readme_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.md")
+
+
+def _result(args: argparse.Namespace, artefact: Artefact) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "name": args.name,
+        "format": args.format,
+        "precision": args.precision,
+        "file": str(artefact.path),
+        "readme": str(artefact.readme),
+        "bytes": artefact.bytes,
+        "max_error": artefact.max_error,
+    }
+    return found | ({"loss": artefact.loss} if artefact.loss else {})
 
 
 def _report(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
@@ -143,9 +201,11 @@ def _report(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     if args.quiet:
         print("\n".join(result["file"] for result in results))
         return
-    rows = table("file", "format", "MB", "largest difference from the model", right=("MB",))
+    rows = table("file", "format", "precision", "MB", "largest difference from the model", right=("MB",))
     for result in results:
         compared = "not compared" if result["max_error"] is None else f"{result['max_error']:.1e}"
-        rows.add_row(result["file"], args.format, f"{result['bytes'] / 1e6:.1f}", compared)
+        rows.add_row(result["file"], args.format, args.precision, f"{result['bytes'] / 1e6:.1f}", compared)
     inputs = [f"{name} {'x'.join(map(str, shape)) or 'scalar'}" for name, shape in results[0].get("inputs", {}).items()]
-    print_table(rows, *([f"Inputs: {', '.join(inputs)}."] if inputs else []))
+    lines = [f"Inputs: {', '.join(inputs)}."] if inputs else []
+    lines += results[0].get("loss", {}).get("lines", [])
+    print_table(rows, *lines, f"How to run it: {', '.join(result['readme'] for result in results)}.")

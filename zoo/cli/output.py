@@ -216,12 +216,11 @@ def check_target(path: Path, *, force: bool) -> None:
         raise UsageError(f"{path} is a folder; give the name of a file.")
     if path.exists() and not force:
         raise UsageError(f"{path} exists; --force replaces it.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"The folder {path.parent} cannot be made: {error.strerror}.") from error
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"The folder {path.parent} is not writable.")
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))  # others are made with it
+    if not folder.is_dir():
+        raise UsageError(f"The folder {path.parent} cannot be made: {folder} is a file.")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"The folder {folder} is not writable.")
 
 
 def number(text: str) -> float:

@@ -1,0 +1,185 @@
+"""The short README beside an exported file: what it is, what goes in and comes out, and lines of Python that run it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from zoo.export.network import Network
+
+__all__ = ["readme"]
+
+_TITLES = {
+    "onnx": "ONNX",
+    "openvino": "OpenVINO",
+    "torch-export": "an exported program of PyTorch",
+    "aoti": "a compiled library of PyTorch's inductor",
+}
+_NEEDS = {"onnx": "onnxruntime", "openvino": "openvino", "torch-export": "torch", "aoti": "torch"}
+_RUN = {
+    "onnx": """session = onnxruntime.InferenceSession("{file}", providers=["CPUExecutionProvider"])
+outputs = session.run(None, {{{dictionary}}})""",
+    "openvino": """model = openvino.compile_model("{file}", "CPU")
+found = model({{{dictionary}}})
+outputs = [found[index] for index in range(len(model.outputs))]""",
+    "torch-export": """program = torch.export.load("{file}").module()
+with torch.no_grad():
+    found = program({tensors})
+outputs = [value.numpy() for value in (found if isinstance(found, (tuple, list)) else [found])]""",
+    "aoti": """program = torch._inductor.aoti_load_package("{file}")
+with torch.no_grad():
+    found = program({tensors})
+outputs = [value.numpy() for value in (found if isinstance(found, (tuple, list)) else [found])]""",
+}
+_PIL = {"bilinear": "BILINEAR", "bicubic": "BICUBIC", "lanczos": "LANCZOS", "nearest": "NEAREST"}
+
+
+def readme(
+    network: Network, *, format: str, file: str, precision: str, difference: str, loss: Sequence[str] = ()
+) -> str:
+    """Return the text, in Markdown.
+
+    Args:
+        network: What was written.
+        format: A key of `zoo.export.FORMATS`.
+        file: Name of the file.
+        precision: In words.
+        difference: What the comparison with the model found, in words.
+        loss: Lines on what lower precision costs.
+    """
+    facts = network.metadata
+    lines = [f"# {facts['name']} as {_TITLES[format]}", ""]
+    about = {
+        "File": f"`{file}`" + (f" and `{file.removesuffix('.xml')}.bin`" if format == "openvino" else ""),
+        "Model": facts.get("class") or f"{facts['kind']} {facts['name']}",
+        "Task": facts.get("task"),
+        "License of the weights": facts.get("license"),
+        "Paper": facts.get("paper"),
+        "Weights, SHA-256": facts.get("weights_sha256"),
+        "Written by": facts.get("producer"),
+        "Input": _inputs(network),
+        "Output": _output(network),
+        "Precision": precision,
+        "Compared with the model": difference,
+    }
+    lines += [f"- {key}: {value}." for key, value in about.items() if value]
+    if "labels" in facts:
+        labels = json.loads(facts["labels"])
+        shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
+        lines.append(f"- Labels: {len(labels)}, in the file's metadata under `labels`: {shown}.")
+    lines += [f"- {line}" for line in loss]
+    lines += ["", f"With {_NEEDS[format]}, NumPy and Pillow, in the folder of the file:", "", "```python"]
+    return "\n".join([*lines, *_snippet(network, format, file), "```", ""])
+
+
+def _inputs(network: Network) -> str:
+    shapes = []
+    for key, value in network.inputs.items():
+        opened = network.dynamic_shapes.get(key, {})
+        sides = [opened[axis].__name__ if axis in opened else str(size) for axis, size in enumerate(value.shape)]
+        shapes.append(f"`{key}` ({', '.join(sides)}) {str(value.dtype).removeprefix('torch.')}")
+    facts = network.metadata
+    said = [", ".join(shapes), facts.get("input", "")]
+    if facts["kind"] == "classifier" and "picture" not in network.inputs and "mean" in facts:
+        said.append(f"mean {facts['mean']}, std {facts['std']}")
+    if facts["kind"] == "restorer" and int(facts.get("multiple_of", 1)) > 1:
+        said.append(f"height and width are multiples of {facts['multiple_of']}")
+    if facts.get("sigma"):
+        said.append(f"noise of sigma {facts['sigma']} of 255")
+    return "; ".join(part for part in said if part)
+
+
+def _output(network: Network) -> str:
+    facts, name = network.metadata, network.output
+    if facts["kind"] == "restorer":
+        scale = f", {facts['scale']} times as high and wide" if str(facts["scale"]) != "1" else ""
+        kind = "8-bit, clipped and rounded" if "picture" in network.inputs else "clipped to [0, 1]"
+        return f"`{name}`, the restored picture, {kind}{scale}"
+    words = {
+        "logits": "one value a class, before softmax",
+        "probabilities": "of the classes, after softmax",
+        "features": "before the classifier",
+    }
+    return f"`{name}`" + (f", {words[name]}" if name in words else "") if name else "in the order of the model's"
+
+
+def _snippet(network: Network, format: str, file: str) -> list[str]:
+    facts = network.metadata
+    lines = ["import numpy as np", f"import {_NEEDS[format]}"]
+    photo = 'picture = Image.new("RGB", ({0}, {1}), "gray")  # yours: Image.open("photo.jpg").convert("RGB")'
+    if facts["kind"] not in ("classifier", "restorer"):
+        for key, value in network.inputs.items():
+            dtype = str(value.dtype).removeprefix("torch.")
+            lines.append(f"{key} = np.zeros({tuple(value.shape)}, np.{dtype})")
+        return [*_with_run(lines, network, format, file), "print([value.shape for value in outputs])"]
+    lines.insert(1, "from PIL import Image")
+    key, value = next(iter(network.inputs.items()))
+    is_picture, axes = key == "picture", network.dynamic_shapes.get(key, {})
+    height, width = value.shape[1:3] if is_picture else value.shape[2:]
+    channels = value.shape[3] if is_picture else value.shape[1]
+    prepared: list[str]
+    if facts["kind"] == "classifier" and is_picture:
+        prepared = [photo.format(width, height), "picture = np.asarray(picture)[None]  # (1, height, width, 3)"]
+    elif facts["kind"] == "classifier":
+        prepared = _prepare(facts, tuple(json.loads(facts["input_size"])[1:]), photo)
+    else:
+        prepared = [photo.format(width, height), f"{key} = np.asarray(picture)[None]  # (1, height, width, 3)"]
+        if channels != 3:
+            prepared = [f"{key} = np.full((1, {height}, {width}, {channels}), 128, np.uint8)  # yours"]
+        if not is_picture:
+            prepared.append(f"{key} = {key}.transpose(0, 3, 1, 2).astype(np.float32) / 255")
+    batch = 1 if 0 in axes or value.shape[0] == 1 else value.shape[0]
+    if batch != 1:
+        prepared.append(f"{key} = {key}.repeat({batch}, axis=0)")
+    lines = _with_run([*lines, "", *prepared], network, format, file)
+    if facts["kind"] == "restorer":
+        if not is_picture:
+            lines.append("restored = (outputs[0].transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)")
+        else:
+            lines.append("restored = outputs[0]")
+        lines.append('Image.fromarray(restored[0]).save("restored.png")' if channels == 3 else "print(restored.shape)")
+        return lines
+    if network.output == "features":
+        return [*lines, "print(outputs[0].shape)"]
+    if network.output == "logits":
+        lines.append("scores = np.exp(outputs[0] - outputs[0].max(1, keepdims=True))")
+        lines.append("scores /= scores.sum(1, keepdims=True)")
+    else:
+        lines.append("scores = outputs[0]")
+    return [*lines, "print(scores[0].argmax(), scores[0].max())  # index of the class, its probability"]
+
+
+def _prepare(facts: Any, size: tuple[int, ...], photo: str) -> list[str]:
+    """Return the lines that scale, crop and normalise a picture as timm does; timm's own where these are not enough."""
+    mean, std = facts.get("mean", "[0, 0, 0]"), facts.get("std", "[1, 1, 1]")
+    crop, way = float(facts.get("crop_pct", 1)), facts.get("interpolation", "bicubic")
+    if facts.get("crop_mode", "center") != "center" or size[0] != size[1] or way not in _PIL:
+        return [
+            "from timm.data import create_transform",
+            photo.format(640, 480),
+            f"transform = create_transform((3, {size[0]}, {size[1]}), mean={mean}, std={std}, crop_pct={crop}, "
+            f"crop_mode={facts.get('crop_mode', 'center')!r}, interpolation={way!r})",
+            "image = transform(picture)[None].numpy()",
+        ]
+    side = size[0]
+    return [
+        photo.format(640, 480),
+        f"side, scaled = {side}, {math.floor(side / crop)}  # pixels",
+        "width, height = (max(scaled, scaled * one // other) for one, other in (picture.size, picture.size[::-1]))",
+        f"picture = picture.resize((width, height), Image.Resampling.{_PIL[way]})",
+        "left, top = round((width - side) / 2), round((height - side) / 2)",
+        "pixels = np.asarray(picture.crop((left, top, left + side, top + side)), np.float32) / 255",
+        f"image = ((pixels - {mean}) / {std}).astype(np.float32).transpose(2, 0, 1)[None]",
+    ]
+
+
+def _with_run(lines: list[str], network: Network, format: str, file: str) -> list[str]:
+    tensors = dictionary = ""
+    if format in ("torch-export", "aoti"):
+        by_name = not network.by_position
+        tensors = ", ".join(f"{f'{key}=' if by_name else ''}torch.from_numpy({key})" for key in network.inputs)
+    else:
+        dictionary = ", ".join(f'"{key}": {key}' for key in network.inputs)
+    return lines + _RUN[format].format(file=file, dictionary=dictionary, tensors=tensors).splitlines()

@@ -1,0 +1,281 @@
+"""What `zoo export` leaves: files of every precision that do what their model does, READMEs that run, or nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import runpy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import pytest
+import torch
+from exported import MultipleOfFour
+from image_sets import picture
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+from zoo.export import ExportError
+from zoo.export.artefact import Artefact, write_artefact
+from zoo.export.network import compare
+from zoo.export.openvino import check, metadata, runner
+
+from zoo.cli import main
+
+
+class Classifier(nn.Module):
+    """As small as a classifier with timm's facts can be; takes images of any size."""
+
+    num_classes = 3
+    pretrained_cfg: ClassVar[dict[str, Any]] = dict(
+        input_size=(3, 32, 32), mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), crop_pct=0.8, interpolation="bicubic",
+        fixed_input_size=False, label_names=("ant", "bee", "cat"),
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.body = nn.Conv2d(3, 16, 4, stride=4), nn.Conv2d(16, 16, 3, padding=1)
+        self.mixer, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.body(self.stem(x).relu()).relu()
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        return self.head(self.mixer(x.mean((2, 3))).relu() * 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+class Restorer(MultipleOfFour):
+    """Three layers: the first and the last stay in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.middle, self.last = nn.Conv2d(48, 48, 1), nn.Conv2d(48, 48, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.1 * self.up(self.last(self.middle(self.down(x)).relu()))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for index in range(6):
+        picture(index, index, 40 + index).save(folder / f"{index}.png")
+    return folder
+
+
+def run_snippet(artefact: Artefact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run the Python of a README in the folder of the file, and return what it prints."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", artefact.readme.read_text(), re.M | re.S)
+    monkeypatch.chdir(artefact.path.parent)
+    script = artefact.path.parent / "snippet.py"
+    script.write_text(code)
+    capsys.readouterr()
+    runpy.run_path(str(script))
+    return capsys.readouterr().out
+
+
+def test_pictures_go_in_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Any size of uint8 in, probabilities out: what timm's own preparation and the model give."""
+    model = Classifier()
+    found = write_artefact(model, tmp_path / "pictures.onnx", format="onnx", with_preprocess=True, name="mine")
+    session = onnxruntime.InferenceSession(str(found.path), providers=["CPUExecutionProvider"])
+    (entry,) = session.get_inputs()
+    assert (entry.name, entry.type, entry.shape) == ("picture", "tensor(uint8)", ["batch", "height", "width", 3])
+    transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
+    for size in ((70, 45), (31, 33), (32, 400)):
+        photo = picture(1, 2, max(size)).resize(size)
+        with torch.no_grad():
+            expected = model(transform(photo)[None]).softmax(-1).numpy()
+        assert session.run(None, {"picture": np.asarray(photo)[None]})[0] == pytest.approx(expected, abs=1e-4)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["labels"]) == ["ant", "bee", "cat"]
+    text = found.readme.read_text()
+    assert "Labels: 3" in text
+    assert "any size, scaled and cropped inside" in text
+    assert float(run_snippet(found, monkeypatch, capsys).split()[1]) > 1 / 3
+
+
+def test_squashed_and_fixed(tmp_path: Path) -> None:
+    """Another way to crop; with one size only, pictures come as the network sees them."""
+    model = Classifier()
+    model.pretrained_cfg = {**model.pretrained_cfg, "crop_mode": "squash", "interpolation": "bilinear"}
+    options: dict[str, Any] = {"format": "torch-export", "with_preprocess": True}
+    found = write_artefact(model, tmp_path / "squashed.pt2", **options)
+    assert found.max_error is not None
+    assert found.max_error < 1e-4
+    fixed = write_artefact(model, tmp_path / "fixed.pt2", dynamic_size=False, **options)
+    program = torch.export.load(fixed.path).module()
+    assert program(picture=torch.zeros(3, 32, 32, 3, dtype=torch.uint8)).shape == (3, 3)
+    assert "32 x 32 pixels, scaled and cropped before" in fixed.readme.read_text()
+
+
+def test_openvino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two files and a README; the facts are in it; the file does what the model does at other sizes."""
+    model = Restorer()
+    found = write_artefact(model, tmp_path / "new" / "restorer.xml", format="openvino", precision="fp16", name="mine")
+    names = ["restorer.bin", "restorer.xml", "restorer.xml.md"]
+    assert sorted(path.name for path in found.path.parent.iterdir()) == names
+    assert metadata(found.path)["name"] == "mine"
+    assert check(found.path, model) < 2e-3
+    other = Restorer()
+    with torch.no_grad():
+        other.last.bias += 5.0
+    assert check(found.path, other) > 1e-2, "the check can fail"
+    with pytest.raises(ExportError, match="cannot be run on") as caught:
+        runner(found.path)({"image": torch.zeros(1, 4, 8, 8)})
+    assert "\n" not in str(caught.value)
+    run_snippet(found, monkeypatch, capsys)
+    assert Image.open(found.path.parent / "restored.png").size[0] % 4 == 0
+    plain = openvino.Core().read_model(str(found.path))
+    kinds = {str(op.get_element_type()) for op in plain.get_ops() if op.get_type_name() == "Constant"}
+    assert any("float16" in kind or "f16" in kind for kind in kinds)
+
+
+def test_half_precision_keeps_inputs_and_outputs(tmp_path: Path) -> None:
+    model = Classifier()
+    found = write_artefact(model, tmp_path / "half.onnx", format="onnx", precision="fp16")
+    graph = onnx.load(found.path).graph
+    assert {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)} == {onnx.TensorProto.FLOAT}
+    weights = [value for value in graph.initializer if len(value.dims) > 1]
+    assert {value.data_type for value in weights} == {onnx.TensorProto.FLOAT16}
+    assert found.max_error is not None
+    assert 0 < found.max_error < 2e-2
+    assert next(model.parameters()).dtype == torch.float32, "the model itself stays as it was"
+    half = write_artefact(model, tmp_path / "half.pt2", format="torch-export", precision="bf16")
+    program = torch.export.load(half.path)
+    assert torch.bfloat16 in {value.dtype for value in program.state_dict.values()}
+    assert program.module()(image=torch.zeros(2, 3, 32, 32)).dtype == torch.float32
+
+
+def test_what_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zoo.export.artefact.compare", lambda *args, **kwargs: 0.5)
+    with pytest.raises(ExportError, match=r"by 5\.0e-01 of the largest output") as caught:
+        write_artefact(Restorer(), tmp_path / "new" / "x.pt2", format="torch-export")
+    assert "--no-check" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["classifier", "restorer"])
+def test_int8(kind: str, photos: Path, tmp_path: Path) -> None:
+    """First and last layer stay in float; the loss on held-out pictures is told, and stands in the README."""
+    model: nn.Module = Classifier() if kind == "classifier" else Restorer()
+    with_preprocess = kind == "restorer"
+    found = write_artefact(
+        model, tmp_path / "int8.onnx", format="onnx", precision="int8", data=photos, with_preprocess=with_preprocess
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["int8.onnx", "int8.onnx.md"]
+    graph = onnx.load(found.path).graph
+    assert sum(value.data_type == onnx.TensorProto.INT8 and len(value.dims) > 1 for value in graph.initializer) >= 1
+    layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    weights = {value.name for value in graph.initializer if value.data_type == onnx.TensorProto.FLOAT}
+    assert layers[0].input[1] in weights
+    assert layers[-1].input[1] in weights
+    assert found.loss["pictures"] == 3
+    assert found.loss["lines"][0] in found.readme.read_text()
+    if kind == "classifier":
+        assert 0 < found.loss["relative_error"] < 0.2
+        assert 0 <= found.loss["agreeing_top1"] <= 1
+    else:
+        assert abs(found.loss["lost_db"]) < 1
+    facts = {entry.key: entry.value for entry in onnx.load(found.path).metadata_props}
+    assert facts["kind"] == kind
+
+
+def test_what_costs_most_stays_in_float(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all layers lose too much, each is measured alone, and those that cost most are left out, up to a half."""
+    monkeypatch.setattr("zoo.export.int8._MAX_LOSS", {"dB": 0.0, "relative": 0.0})
+    monkeypatch.setattr("zoo.export.int8._FRACTIONS", (0.0, 0.5))
+    found = write_artefact(Classifier(), tmp_path / "int8.onnx", format="onnx", precision="int8", data=photos)
+    all_int8, half = found.loss["curve"]
+    assert (all_int8["int8"], half["int8"]) == (2, 1)
+    assert half["relative_error"] < all_int8["relative_error"]
+    assert len(found.loss["layers_in_float"]) == 3
+
+
+@contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """Let no file grow beyond a size in bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("format", "suffix"), [("onnx", ".onnx"), ("torch-export", ".pt2")])
+def test_a_full_disk_leaves_nothing(format: str, suffix: str, tmp_path: Path) -> None:
+    model = Restorer()
+    model.middle = nn.Conv2d(48, 2048, 1)
+    model.last = nn.Conv2d(2048, 48, 1)
+    with small_disk(100_000), pytest.raises((OSError, ExportError)) as caught:
+        write_artefact(model, tmp_path / "new" / f"model{suffix}", format=format)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--format", "executorch"], "'executorch' is not a --format. Choices: onnx, torch-export, openvino, aoti"),
+        (["--format", "onnx", "--precision", "bf16"], "no bf16: ONNX Runtime has no bfloat16 convolutions"),
+        (["--format", "aoti", "--precision", "fp16"], "has no fp16. It has fp32; fp16 is in onnx, openvino"),
+        (["--format", "onnx", "--precision", "int8"], "--precision int8 needs --data DIR"),
+        (["--format", "onnx", "--precision", "int8", "--data", "empty"], "under empty"),
+        (["--format", "onnx", "--precision", "int8", "--data", "none"], "there is no folder none"),
+        (["--format", "onnx", "--data", "empty"], "--data belongs to --precision int8; this is fp32"),
+        (["--format", "openvino"], "ends in .xml for openvino, got 'x.onnx'"),
+        (["--format", "onnx", "--model-args", "nonsense=1"], "has no argument 'nonsense'"),
+        (["--format", "onnx", "--image-size", "31"], "31"),
+    ],
+)
+def test_refusals_leave_nothing(
+    options: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line before any work, and no empty folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    assert main(["export", "repavit_tiny.cifar10", *options, "-o", "new/deep/x.onnx"]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_missing_runtime_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = __import__("importlib").util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "openvino" else real(name, *a))
+    out = tmp_path / "new" / "x.xml"
+    assert main(["export", "repavit_tiny.cifar10", "--format", "openvino", "-o", str(out)]) != 0
+    assert "needs openvino, which is missing: pip install 'ffn-zoo[openvino]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_beside_are_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The README and the weights of OpenVINO count as outputs."""
+    for name, format in (("x.onnx.md", "onnx"), ("x.bin", "openvino")):
+        (tmp_path / name).write_text("mine")
+        out = tmp_path / {"onnx": "x.onnx", "openvino": "x.xml"}[format]
+        assert main(["export", "repavit_tiny.cifar10", "--format", format, "-o", str(out)]) == 2
+        assert f"{name} exists; --force" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_compare_takes_samples() -> None:
+    model = Restorer()
+    image = torch.rand(1, 3, 4, 4)
+    assert compare(lambda inputs: inputs["image"] * 0, model, samples=[{"image": image}]) > 0
