@@ -20,7 +20,6 @@ FORMATS = {
     "onnx": "zoo.export.onnx",
     "torch-export": "zoo.export.torch_export",
     "openvino": "zoo.export.openvino",
-    "aoti": "zoo.export.aoti",
 }
 """Name of each format and the module that writes it."""
 

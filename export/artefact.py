@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import zoo.export.aoti
 import zoo.export.openvino
 from torch import nn
 from zoo.export import ExportError, target
-from zoo.export.network import Network, compare, prepare, sample_inputs, whole
+from zoo.export.network import Network, compare, prepare, whole
 from zoo.export.pictures import compare_pictures, taking_pictures
 from zoo.export.precision import TOLERANCE, check_precision, in_half
 from zoo.export.readme import readme
@@ -80,9 +79,8 @@ def check_output(format: str, path: Path) -> None:
     Raises:
         ValueError: The suffix is another than the runtime's.
     """
-    wanted = {"openvino": ".xml", "aoti": ".pt2"}.get(format)
-    if wanted and path.suffix != wanted:
-        raise ValueError(f"-o takes a file that ends in {wanted} for {format}, got {path.name!r}.")
+    if format == "openvino" and path.suffix != ".xml":
+        raise ValueError(f"-o takes a file that ends in .xml for {format}, got {path.name!r}.")
 
 
 def write_artefact(
@@ -124,22 +122,19 @@ def write_artefact(
     out = Path(out)
     check_runtime(format, precision, run=check)
     check_output(format, out)
-    options: dict[str, Any] = {"image_size": image_size, "dynamic_size": dynamic_size and format != "aoti"}
+    options: dict[str, Any] = {"image_size": image_size, "dynamic_size": dynamic_size}
     network = prepare(model, name=name, **options)
     if precision in _TYPES and format != "openvino":
         network = in_half(network, _TYPES[precision])
     if with_preprocess:
         network = taking_pictures(network, model, **options)
-    if format == "aoti":
-        network = zoo.export.aoti.fixed(network)
     samples = None if precision != "int8" else _samples(network, model, data)
 
     def compared(path: Path) -> float:
         run = target(format).runner(path)
         if with_preprocess:
             return compare_pictures(lambda inputs: run(inputs)[0], network, model, **options)
-        few = sample_inputs(model, **options)[:1] if format == "aoti" else None
-        return compare(lambda inputs: run(inputs)[0], model, samples=few, **options)
+        return compare(lambda inputs: run(inputs)[0], model, **options)
 
     return _write(network, out, format, precision, compared if check else None, samples, told)
 

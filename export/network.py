@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -417,7 +417,6 @@ def compare(
     kind: Kind | None = None,
     image_size: int | None = None,
     dynamic_size: bool = True,
-    samples: Sequence[dict[str, Tensor]] | None = None,
 ) -> float:
     """Return the largest difference between `run` and the model in eager mode, unmerged, over `sample_inputs`.
 
@@ -429,7 +428,6 @@ def compare(
         kind: What it is; None finds out.
         image_size: As in `prepare`.
         dynamic_size: As in `prepare`.
-        samples: Inputs to compare on; None takes those of `sample_inputs`.
 
     Raises:
         ExportError: An output has another shape, or is not finite where the model's is.
@@ -437,7 +435,7 @@ def compare(
     kind = kind_of(model, kind)
     eager = eager_copy(model).float().cpu()
     wrapper = {"classifier": _Classifier, "restorer": _Restorer, "denoiser": _Denoiser}[kind](eager)
-    samples = samples or sample_inputs(model, kind, image_size, dynamic_size)
+    samples = sample_inputs(model, kind, image_size, dynamic_size)
     return max(difference(run(inputs), wrapper(**inputs), inputs) for inputs in samples)
 
 

@@ -15,9 +15,8 @@ _TITLES = {
     "onnx": "ONNX",
     "openvino": "OpenVINO",
     "torch-export": "an exported program of PyTorch",
-    "aoti": "a compiled library of PyTorch's inductor",
 }
-_NEEDS = {"onnx": "onnxruntime", "openvino": "openvino", "torch-export": "torch", "aoti": "torch"}
+_NEEDS = {"onnx": "onnxruntime", "openvino": "openvino", "torch-export": "torch"}
 _RUN = {
     "onnx": """session = onnxruntime.InferenceSession("{file}", providers=["CPUExecutionProvider"])
 outputs = session.run(None, {{{dictionary}}})""",
@@ -25,10 +24,6 @@ outputs = session.run(None, {{{dictionary}}})""",
 found = model({{{dictionary}}})
 outputs = [found[index] for index in range(len(model.outputs))]""",
     "torch-export": """program = torch.export.load("{file}").module()
-with torch.no_grad():
-    found = program({tensors})
-outputs = [value.numpy() for value in (found if isinstance(found, (tuple, list)) else [found])]""",
-    "aoti": """program = torch._inductor.aoti_load_package("{file}")
 with torch.no_grad():
     found = program({tensors})
 outputs = [value.numpy() for value in (found if isinstance(found, (tuple, list)) else [found])]""",
@@ -177,7 +172,7 @@ def _prepare(facts: Any, size: tuple[int, ...], photo: str) -> list[str]:
 
 def _with_run(lines: list[str], network: Network, format: str, file: str) -> list[str]:
     tensors = dictionary = ""
-    if format in ("torch-export", "aoti"):
+    if format == "torch-export":
         by_name = not network.by_position
         tensors = ", ".join(f"{f'{key}=' if by_name else ''}torch.from_numpy({key})" for key in network.inputs)
     else:

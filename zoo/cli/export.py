@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from zoo.sources import Source
 
 _STEPS = 2  # recorded: what changes from step to step is seen
-_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "openvino": ".xml", "aoti": ".aoti.pt2"}
+_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "openvino": ".xml"}
 _PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 
@@ -30,8 +30,7 @@ def add_parser(subparsers: Any) -> None:
         "that --prompt and the like describe.",
         epilog="fp16 and bf16: weights and arithmetic, inputs and outputs stay float32 (openvino: weights). int8: "
         "convolutions and products with weights, calibrated by pictures; first, last and costliest layers stay in "
-        "float, and the loss is measured on pictures held out of --data. aoti: compiled for this kind of processor and "
-        "one shape, which takes minutes.",
+        "float, and the loss is measured on pictures held out of --data.",
     )
     parser.add_argument(
         "name", metavar="MODEL", help="NAME (random weights), NAME.TAG, file, checkpoint, folder or Hub id"
