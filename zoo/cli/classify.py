@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from zoo import catalog
+from zoo.cli.cluster import add_ray, spread
 from zoo.cli.inputs import add_device, add_engine, find_pictures, one_line, report_failures
 from zoo.cli.models import add_model_args, find_model, model_args
 from zoo.cli.output import UsageError, hush, note, pick_device, print_json, print_table, progress, table
@@ -38,6 +39,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--topk", type=int, default=3, metavar="K", help="classes for each picture (default: 3)")
     add_device(parser)
     add_engine(parser)
+    add_ray(parser)
 
 
 def default_model() -> str:
@@ -75,18 +77,17 @@ def run(args: argparse.Namespace) -> int:
             print_json({"model": name, "results": [], "failed": missing})
         return report_failures(args, missing, len(missing))
     hush(args)
-    told = partial(note, args)
-    classifier = Classifier(name, device=args.device, dtype=args.dtype, engine=args.engine, told=told, **arguments)
-    results: list[dict[str, Any]] = []
-    failed = [*missing]
-    there = [picture for picture in pictures if picture.path.exists()]
+    options = {"device": args.device, "dtype": args.dtype, "engine": args.engine, **arguments}
+    classifier = Classifier(name, told=partial(note, args), **options)
+    paths = [picture.path for picture in pictures if picture.path.exists()]
+    found: Iterable[tuple[int, dict[str, Any]]] = enumerate(map(_teller(classifier, args.topk), paths))
+    if args.ray is not None:
+        found = spread(args, paths, _worker, name, args.topk, options)
     with progress(args) as bar:
-        for picture in bar.track(there, description="classifying"):
-            try:
-                top = classifier.top(picture.path, args.topk)
-                results.append({"file": str(picture.path), "likely": classifier.is_likely(top), "top": top})
-            except (OSError, ValueError) as error:
-                failed.append({"file": str(picture.path), "error": one_line(error)})
+        outcomes = dict(bar.track(found, total=len(paths), description="classifying"))
+    told = [outcomes[number] for number in range(len(paths))]
+    results: list[dict[str, Any]] = [each for each in told if "top" in each]
+    failed = [*missing, *(each for each in told if "top" not in each)]
     if args.json:
         print_json({"model": name, "results": results, "failed": failed})
     elif args.quiet:
@@ -103,6 +104,24 @@ def run(args: argparse.Namespace) -> int:
         print_table(rows)
         note(args, classifier.knows())
     return report_failures(args, failed, len(results) + len(failed))
+
+
+def _teller(classifier: Classifier, topk: int) -> Callable[[Path], dict[str, Any]]:
+    """Return what tells of one picture: its classes, or what is wrong with it."""
+
+    def tell(path: Path) -> dict[str, Any]:
+        try:
+            top = classifier.top(path, topk)
+        except (OSError, ValueError) as error:
+            return {"file": str(path), "error": one_line(error)}
+        return {"file": str(path), "likely": classifier.is_likely(top), "top": top}
+
+    return tell
+
+
+def _worker(name: str, topk: int, options: dict[str, Any]) -> Callable[[Path], dict[str, Any]]:
+    """Return what classifies in a process of a cluster."""
+    return _teller(Classifier(name, **options), topk)
 
 
 class Classifier:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo import catalog
+from zoo.cli.cluster import add_ray, spread
 from zoo.cli.inputs import add_device, add_engine, find_pictures, one_line, report_failures
 from zoo.cli.output import FailureError, UsageError, check_target, hush, note, number, pick_device, progress
 from zoo.cli.restoring import TASKS, Job, print_results
-from zoo.cli.targets import FIELDS, of_same_names, plan
+from zoo.cli.targets import FIELDS, Plan, of_same_names, plan
 from zoo.sources import find
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def add_parser(subparsers: Any) -> None:
     existing.add_argument("--force", action="store_true", help="replace existing results")
     add_device(parser)
     add_engine(parser, "eager", ", where it takes two minutes or more")
+    add_ray(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -160,6 +162,10 @@ def _run(args: argparse.Namespace) -> int:
     todo = [each for each in plans if each.error is None]
     if job.failed and todo:
         note(args, f"{len(job.failed)} of {len(plans)} cannot be done, see the end; restoring the others.")
+    if args.ray is not None:
+        _spread(args, job, [(each, args.skip_existing and each.target in existing) for each in todo])
+        print_results(args, job)
+        return report_failures(args, job.failed, len(pictures))
     with progress(args) as bar:
         tiles = bar.add_task("parts of the picture")
         job.tell = lambda done, total: bar.update(tiles, completed=done, total=total)
@@ -168,6 +174,33 @@ def _run(args: argparse.Namespace) -> int:
             job.do(each, skip=args.skip_existing and each.target in existing)
     print_results(args, job)
     return report_failures(args, job.failed, len(pictures))
+
+
+def _spread(args: argparse.Namespace, job: Job, todo: list[tuple[Plan, bool]]) -> None:
+    """Restore pictures on a cluster, and note what came of them as if it had been here."""
+    if not todo:
+        return
+    with progress(args) as bar:
+        workers = spread(args, todo, _worker, args, job.references, job.rights)
+        found = dict(bar.track(workers, total=len(todo), description="restoring"))
+    for place in range(len(todo)):
+        restored, skipped, failed = found[place]
+        job.restored += restored
+        job.skipped += skipped
+        job.failed += failed
+
+
+def _worker(args: argparse.Namespace, references: dict[Path, Path], rights: dict[Path, Path]) -> Any:
+    """Return what restores one picture in a process of a cluster: a plan and whether it is done already."""
+    args.quiet = True
+    job = Job(args, load_networks(args), references, rights)
+
+    def work(item: tuple[Plan, bool]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, str]]]:
+        job.restored, job.skipped, job.failed = [], [], []
+        job.do(item[0], skip=item[1])
+        return job.restored, job.skipped, job.failed
+
+    return work
 
 
 def load_model(args: argparse.Namespace, *, task: str | None, sigma: float | None) -> nn.Module:
@@ -262,6 +295,10 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"--jpeg-quality must be from 1 to 100, got {args.jpeg_quality}.")
     if str(args.output) == "-" and args.json:
         raise UsageError("-o - writes the picture to the output; --json would go there too: --report writes a file.")
+    if args.ray is not None and (args.compare is not None or "-" in args.files or str(args.output) == "-"):
+        raise UsageError("--ray takes files, and neither - nor --compare.")
+    if args.ray is None and args.workers is not None:
+        raise UsageError("--workers are those of --ray.")
     if args.files.count("-") > 1:
         raise UsageError("The input, -, is one picture.")
     if args.crop is not None and re.fullmatch(r"\d+x\d+(\+\d+\+\d+)?", args.crop) is None:
