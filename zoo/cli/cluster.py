@@ -73,7 +73,8 @@ def spread(
         each = data.from_items(rows, override_num_blocks=len(rows))
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # the line above has set it up
         options: dict[str, Any] = {"num_cpus": 1} | ({"num_gpus": 1} if gpus else {})
-        for row in each.map(Worker, compute=data.ActorPoolStrategy(size=workers), **options).iter_rows():
+        worker: Any = Worker
+        for row in each.map(worker, compute=data.ActorPoolStrategy(size=workers), **options).iter_rows():
             yield row["number"], pickle.loads(row["result"])
     finally:
         if began:
