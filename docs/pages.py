@@ -57,7 +57,7 @@ def models() -> str:
         "",
         "`zoo finetune PHOTOS --model NAME -o mine`, from shipped weights: [the walk](tutorials/own_classifier.ipynb).",
         "",
-        "| start from | CIFAR-10 top-1 | parameters, merged | MACs, merged | input |",
+        "| start from | top-1 | parameters, merged | MACs, merged | input |",
         "| --- | ---: | ---: | ---: | --- |",
     ]
     for name, _, weight in _shipped("classification"):
@@ -147,7 +147,7 @@ def _shipped(task: str):
 
 def _metric(weight: dict) -> str:
     metric = weight["metrics"][0]
-    return f"{metric['value']:g} {metric['unit']}"
+    return f"{metric['value']:g} {metric['unit']}, {metric['dataset']}"
 
 
 def families() -> dict[str, str]:

@@ -23,7 +23,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from zoo.cfg import CIFAR10, ModelCfg
+from zoo.cfg import CIFAR10, IMAGENETTE, ModelCfg
 from zoo.ffn.reparam import reparameterize
 from zoo.layers.attention_bias import resize_attention_biases
 from zoo.layers.cache_blocking import run_in_parts
@@ -665,6 +665,16 @@ default_cfgs = generate_default_cfgs(
             input_size=(3, 128, 128),
             pool_size=(2, 2),
             model_args=dict(img_size=128, window_size=8),
+        ),
+        "efficientvit_msra_m0.imagenette": _cfg(
+            **IMAGENETTE,
+            file=shipped("efficientvit_msra_m0.imagenette"),
+            input_size=(3, 128, 128),
+            pool_size=(2, 2),
+            model_args=dict(img_size=128, window_size=8),
+            interpolation="bilinear",
+            temperature=0.803,
+            threshold=0.849,
         ),
         "efficientvit_msra_m0_det.untrained": _cfg(
             notes=("The authors published no weights with the query kernels of their detection code.",)
