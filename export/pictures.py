@@ -45,14 +45,17 @@ class _Classifier(nn.Module):
         facts: Of `preprocessing`.
         resize: Pictures come in any size; else in the network's own, cropped.
         softmax: Return probabilities.
+        temperature: Divides the logits before it.
 
     Shape:
         (B, H, W, 3) uint8 -> (B, classes).
     """
 
-    def __init__(self, model: nn.Module, facts: dict[str, Any], *, resize: bool, softmax: bool) -> None:
+    def __init__(
+        self, model: nn.Module, facts: dict[str, Any], *, resize: bool, softmax: bool, temperature: float
+    ) -> None:
         super().__init__()
-        self.model, self.resize, self.softmax = model, resize, softmax
+        self.model, self.resize, self.softmax, self.temperature = model, resize, softmax, temperature
         self.side, self.resized = facts["input_size"][-1], math.floor(facts["input_size"][-1] / facts["crop_pct"])
         self.squash = facts["crop_mode"] == "squash"
         self.filter = _FILTERS.get(facts["interpolation"], _triangle)
@@ -69,7 +72,7 @@ class _Classifier(nn.Module):
             image = (image @ across.T + 0.5).floor().clamp(0, 255)  # Pillow's order, and its rounding
             image = (down @ image + 0.5).floor().clamp(0, 255)
         found = self.model((image / 255 - self.mean) / self.std)
-        return found.softmax(-1) if self.softmax else found
+        return (found / self.temperature).softmax(-1) if self.softmax else found
 
     def _weights(self, pixels: Tensor, size: Tensor, other: Tensor) -> Tensor:
         """Return what each pixel of a side counts for each of the crop, (side, pixels).
@@ -168,12 +171,20 @@ def taking_pictures(
     )
     return replace(
         network,
-        module=_Classifier(network.module, facts, resize=resize, softmax=softmax).eval(),
+        module=_Classifier(
+            network.module, facts, resize=resize, softmax=softmax, temperature=_temperature(model)
+        ).eval(),
         inputs={"picture": torch.zeros(2, *size, 3, dtype=torch.uint8)},
         output="probabilities" if softmax else network.output,
         dynamic_shapes={"picture": shapes},
         metadata=network.metadata | {"input": f"8-bit RGB picture, uint8, (batch, height, width, 3), {taken}"},
     )
+
+
+def _temperature(model: nn.Module) -> float:
+    """Return what `zoo classify` divides a model's logits by, as its weights state it."""
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    return float(cfg.get("temperature") or 1.0)
 
 
 def pictures_of(network: Network) -> tuple[int, int] | None:
@@ -236,7 +247,7 @@ def compare_pictures(
             mean, std = (torch.tensor(facts[key]).view(-1, 1, 1) for key in ("mean", "std"))
             images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
         expected = eager(images)
-        expected = expected.softmax(-1) if network.output == "probabilities" else expected
+        expected = (expected / _temperature(model)).softmax(-1) if network.output == "probabilities" else expected
         picture = torch.from_numpy(pixels)
         worst = max(worst, difference(run({"picture": picture}), expected, {"picture": picture}))
     return worst

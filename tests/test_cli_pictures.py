@@ -149,7 +149,7 @@ def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
         ("x.png", ["--report", "x.png/report.json"], "x.png"),
         ("x.txt", [], "is not an image"),
         ("x.nef", [], "is a camera's raw file: develop it"),
-        ("gone.png", [], "is not there"),
+        ("gone.png", [], "no such file"),
     ],
 )
 def test_known_faults(

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or Path(_plain_name(source) + _SUFFIXES[args.format])
     _check_options(args, denoiser)
     for path in (output, _readme_of(output), *([output.with_suffix(".bin")] if args.format == "openvino" else [])):
-        check_target(path, force=args.force)
+        check_target(path, force=args.force, make=False)
     arguments = model_args(args)
     from zoo.export.artefact import check_output, check_runtime, write_artefact
     from zoo.factory import create_model, image_size_args
@@ -137,8 +137,8 @@ def _export_steps(args: argparse.Namespace, pipe: Any, output: Path) -> int:
         name: output if not index else output.with_stem(f"{output.stem}_{name}") for index, name in enumerate(parts)
     }
     for path in targets.values():
-        check_target(path, force=args.force)
-        check_target(_readme_of(path), force=args.force)
+        check_target(path, force=args.force, make=False)
+        check_target(_readme_of(path), force=args.force, make=False)
     plan = plan_calls(args, pipe, name=args.name, count=1)
     with progress(args) as bar:
         task = bar.add_task("running two steps", total=None)

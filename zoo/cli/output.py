@@ -210,8 +210,14 @@ def replacing(path: str | Path, *, force: bool) -> Iterator[Path]:
         yield temporary
 
 
-def check_target(path: Path, *, force: bool) -> None:
-    """Refuse an output that exists or cannot be written, before any work is done; see `replacing`."""
+def check_target(path: Path, *, force: bool, make: bool = True) -> None:
+    """Refuse an output that exists or cannot be written, before any work is done; see `replacing`.
+
+    Args:
+        path: A file.
+        force: It may exist.
+        make: Make the folders above it.
+    """
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the name of a file.")
     if path.exists() and not force:
@@ -221,6 +227,11 @@ def check_target(path: Path, *, force: bool) -> None:
         raise UsageError(f"The folder {path.parent} cannot be made: {folder} is a file.")
     if not os.access(folder, os.W_OK):
         raise UsageError(f"The folder {folder} is not writable.")
+    if make:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"The folder {path.parent} cannot be made: {error.strerror}.") from error
 
 
 def number(text: str) -> float:
