@@ -220,7 +220,7 @@ def test_files_of_a_repository_are_listed_in_order(monkeypatch: pytest.MonkeyPat
     ("error", "filename", "words"),
     [
         (HTTPError("too late"), "a.txt", r"name/a\.txt is not in the download cache .* \(HTTPError\)"),
-        (HTTPError("too late"), None, "^org/name: HTTPError: too late$"),
+        (HTTPError("too late"), None, r"cannot be reached for org/name \(HTTPError\)"),
         (OSError("disk full"), "a.txt", r"^org/name/a\.txt: OSError: disk full$"),
     ],
 )
