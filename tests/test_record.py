@@ -111,7 +111,7 @@ def test_every_field_of_timm_has_a_place() -> None:
     fields = {entry.name for entry in dataclasses.fields(PretrainedCfg)}
     assert fields == {*records._TIMM_FIELDS, *records._SOURCES, "num_classes", "label_names"}
     own = {entry.name for entry in dataclasses.fields(RestorationCfg)} - fields
-    model = {"task", "sha256", "model_args", "top1", "parity", "hub_search"}
+    model = {"task", "sha256", "model_args", "top1", "parity", "hub_search", "temperature", "threshold"}
     assert own == {*records._ZOO_FIELDS, *model}
     assert model == {entry.name for entry in dataclasses.fields(ModelCfg)} - fields
 

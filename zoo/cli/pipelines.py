@@ -165,7 +165,10 @@ def classes_of(name: str) -> dict[str, str]:
         name: NAME.TAG, folder or Hub id.
     """
     index = (find(name).path or cards_dir() / name) / PIPELINE_INDEX
-    found = json.loads(index.read_text(encoding="utf-8")).get("id2label") if index.is_file() else None
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["id2label"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # whoever loads it says what is wrong
     return found if isinstance(found, dict) else {}
 
 
