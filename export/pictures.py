@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 from zoo.export.network import ExportError, Kind, Network, difference, eager_copy, kind_of, sample_inputs
 
+from zoo.cfg import temperature_of
+
 __all__ = ["compare_pictures", "pictures_of", "preprocessing", "taking_pictures"]
 
 
@@ -172,19 +174,13 @@ def taking_pictures(
     return replace(
         network,
         module=_Classifier(
-            network.module, facts, resize=resize, softmax=softmax, temperature=_temperature(model)
+            network.module, facts, resize=resize, softmax=softmax, temperature=temperature_of(model)
         ).eval(),
         inputs={"picture": torch.zeros(2, *size, 3, dtype=torch.uint8)},
         output="probabilities" if softmax else network.output,
         dynamic_shapes={"picture": shapes},
         metadata=network.metadata | {"input": f"8-bit RGB picture, uint8, (batch, height, width, 3), {taken}"},
     )
-
-
-def _temperature(model: nn.Module) -> float:
-    """Return what `zoo classify` divides a model's logits by, as its weights state it."""
-    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
-    return float(cfg.get("temperature") or 1.0)
 
 
 def pictures_of(network: Network) -> tuple[int, int] | None:
@@ -247,7 +243,7 @@ def compare_pictures(
             mean, std = (torch.tensor(facts[key]).view(-1, 1, 1) for key in ("mean", "std"))
             images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
         expected = eager(images)
-        expected = (expected / _temperature(model)).softmax(-1) if network.output == "probabilities" else expected
+        expected = (expected / temperature_of(model)).softmax(-1) if network.output == "probabilities" else expected
         picture = torch.from_numpy(pixels)
         worst = max(worst, difference(run({"picture": picture}), expected, {"picture": picture}))
     return worst

@@ -7,7 +7,7 @@ from typing import Any
 
 from timm.models import PretrainedCfg
 
-__all__ = ["CIFAR10", "IMAGENETTE", "ModelCfg", "RestorationCfg"]
+__all__ = ["CIFAR10", "IMAGENETTE", "ModelCfg", "RestorationCfg", "temperature_of"]
 
 CIFAR10: dict[str, Any] = dict(
     num_classes=10,
@@ -80,3 +80,9 @@ class RestorationCfg(ModelCfg):
     num_classes: int = 0
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+
+def temperature_of(model: Any) -> float:
+    """Return what the logits of a classifier are divided by before softmax, as its weights state it; else 1."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return float(cfg.get("temperature") or 1.0)

@@ -1,11 +1,16 @@
-"""Tables as plain text, for reports that are printed."""
+"""Words for people: counted nouns, and tables as plain text for reports that are printed."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Collection, Sequence
 
-__all__ = ["table_lines"]
+__all__ = ["counted", "table_lines"]
+
+
+def counted(count: int, noun: str) -> str:
+    """Return "1 thread", "2 threads"."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def table_lines(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:

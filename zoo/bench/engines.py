@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from zoo.bench.grid import PRECISIONS, Grid, compare_grid, refusal
-from zoo.bench.report import Benchmark, Entry, Goal, new_figure
+from zoo.bench.report import Benchmark, Entry, Goal, new_figure, save_with_legend
 from zoo.bench.timing import Progress, Settings
 from zoo.engines import installed
+from zoo.text import counted
 
 __all__ = ["engines", "plot_families"]
 
@@ -73,7 +74,7 @@ def engines(
         goals = [
             goal
             for batch, pool in itertools.product(grid.batches, grid.threads)
-            for goal in _large_goals(_entries([compared], batch, pool), f"batch {batch}, {_threads(pool)}")
+            for goal in _large_goals(_entries([compared], batch, pool), f"batch {batch}, {counted(pool, 'thread')}")
         ]
         results.append(replace(compared, name="engines_large", goals=tuple(goals)))
     if data is not None:
@@ -90,10 +91,6 @@ def engines(
     without = [word for word, what in (("restorer", restorer), ("large", large)) if what is None]
     said = f"Measured by `{said}`{', in Python with ' if without else ''}" + " and ".join(f"{x}=None" for x in without)
     return [replace(result, notes=(*result.notes, f"{said}.")) for result in results]
-
-
-def _threads(count: int) -> str:
-    return f"{count} thread{'s' * (count > 1)}"
 
 
 def _entries(found: Sequence[Benchmark], batch: int, threads: int) -> list[Entry]:
@@ -114,7 +111,7 @@ def _at(found: Sequence[Benchmark], batch: int, threads: int, families: Sequence
     return replace(
         first,
         name=f"engines_batch{batch}_threads{threads}",
-        title=f"Every family on every engine, batch {batch}, {_threads(threads)}",
+        title=f"Every family on every engine, batch {batch}, {counted(threads, 'thread')}",
         conditions={
             **first.conditions,
             "batch": batch,
@@ -258,10 +255,4 @@ def plot_families(benchmarks: Sequence[Benchmark], path: str | Path) -> Path:
     for axes in grid[:, 0]:
         axes.set_ylabel("times as fast as eager, fp32", fontsize=9)
     figure.suptitle(f"Engines against eager PyTorch, {panels[0].environment['device']}", fontsize=10)
-    handles = {
-        label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    path = Path(path)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_with_legend(figure, path, loc="outside lower center", ncols=4, fontsize=8)

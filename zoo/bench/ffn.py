@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.bench.latency import processor_clock
-from zoo.bench.report import Benchmark, Entry, Goal, new_figure, plot
+from zoo.bench.report import Benchmark, Entry, Goal, new_figure, plot, save_with_legend
 from zoo.bench.timing import Progress, Settings, cast, compare, environment, now, torch_threads
 from zoo.catalog import nearest
 from zoo.data.images import draw, images_for
@@ -483,13 +483,7 @@ def plot_accuracy(benchmark: Benchmark, path: str | Path) -> Path:
         axes.grid(alpha=0.3)
     stars = "; stars: recovered" if any(RECOVERED in entry.values for entry in entries) else ""
     figure.suptitle(f"{benchmark.title}\nright away{stars}", fontsize=10)
-    handles = {
-        label: handle for axes in (work, speed) for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=7, frameon=False)
-    path = Path(path)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_with_legend(figure, path, loc="outside right upper", fontsize=7)
 
 
 def _work(entry: Entry) -> float | None:

@@ -25,6 +25,7 @@ from zoo.data.images import images_to_judge
 from zoo.engines import EngineCall, EngineError, EngineName, check_engine
 from zoo.profiling import count_params
 from zoo.sources import find
+from zoo.text import counted
 
 __all__ = ["DIFFERENCE", "OFFERED", "PRECISIONS", "Grid", "compare_grid", "refusal"]
 
@@ -445,7 +446,7 @@ def _name(each: _Run, runs: Iterable[_Run]) -> str:
         "engine": each.engine,
         "precision": each.precision,
         "batch": f"batch {each.batch}",
-        "threads": f"{each.threads} thread{'s' * (each.threads > 1)}",
+        "threads": counted(each.threads, "thread"),
     }
     varied = [word for key, word in words.items() if len({getattr(other, key) for other in runs}) > 1]
     return ", ".join([each.subject.name, *varied])

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zoo.bench.report import MOST_NAMED, Benchmark, Entry, front, new_figure, thin
+from zoo.bench.report import MOST_NAMED, Benchmark, Entry, front, new_figure, save_with_legend, thin
+from zoo.text import counted
 
 __all__ = ["plot_grid"]
 
@@ -47,18 +48,12 @@ def plot_grid(benchmark: Benchmark, path: str | Path) -> Path:
         axes.set_xlabel("time of one image (ms)" if quality else "time of one call (ms)", fontsize=9)
         axes.set_ylabel(label, fontsize=9)
         if key:
-            axes.set_title(f"batch {key[0]}, {key[1]} thread{'s' * (key[1] > 1)}", fontsize=9)
+            axes.set_title(f"batch {key[0]}, {counted(key[1], 'thread')}", fontsize=9)
         thin(names, figure)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     figure.suptitle(f"{benchmark.title} — {benchmark.environment['device']}", fontsize=10)
-    handles = {
-        text: handle for axes in grid.flat for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    path = Path(path)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_with_legend(figure, path, loc="outside lower center", ncols=4, fontsize=8)
 
 
 def _quality(entries: Sequence[Entry]) -> tuple[str, dict[int, float] | None]:
@@ -122,11 +117,7 @@ def _draw(
     for point in points:
         entry = point[0]
         batch, threads = entry.settings["batch"], entry.settings["threads"]
-        text = (
-            f"{batch} at once, {threads} thread{'s' * (int(threads) > 1)}"
-            if one_model
-            else str(entry.settings["model"])
-        )
+        text = f"{batch} at once, {counted(int(threads), 'thread')}" if one_model else str(entry.settings["model"])
         groups.setdefault(text.removesuffix(" (merged)"), []).append(point)
     for text, own in groups.items():
         own = sorted(own, key=lambda point: point[1])

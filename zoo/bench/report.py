@@ -29,6 +29,7 @@ __all__ = [
     "new_figure",
     "plot",
     "plot_ratios",
+    "save_with_legend",
     "thin",
     "to_json",
 ]
@@ -395,6 +396,23 @@ def new_figure(width: float, height: float) -> Any:
     except ImportError as error:
         raise ImportError("Plots need the 'demo' extra (matplotlib is missing): pip install 'ffn-zoo[demo]'") from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_with_legend(figure: Any, path: str | Path, **legend: Any) -> Path:
+    """Write a figure whose panels have one legend together, each label once; PNG or SVG by the suffix.
+
+    Args:
+        figure: From `new_figure`.
+        path: Where to.
+        **legend: Arguments of `figure.legend`: loc, ncols, fontsize.
+    """
+    handles = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), frameon=False, **legend)
+    path = Path(path)
+    figure.savefig(path, dpi=150)
+    return path
 
 
 def _short_name(name: str, series: str) -> str:

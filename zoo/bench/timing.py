@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from zoo.bench.latency import Latency, summarize, time_in_turns
 from zoo.bench.report import Check, Ratio
 from zoo.engines.call import torch_threads
+from zoo.text import counted
 from zoo.version import __version__
 
 __all__ = [
@@ -188,13 +189,13 @@ def busy(threads: int) -> str:
     cores = os.cpu_count() or 1
     own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
     if threads > own:
-        return f"{threads} threads share {own} core{'s' * (own > 1)}: they wait for each other."
+        return f"{threads} threads share {counted(own, 'core')}: they wait for each other."
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if threads + load <= cores + _IDLE:
         return ""
     return (
-        f"The machine was busy: a load of {load:.1f} on {cores} core{'s' * (cores > 1)} before {threads} "
-        f"thread{'s' * (threads > 1)} ran, so that times may be too long."
+        f"The machine was busy: a load of {load:.1f} on {counted(cores, 'core')} before "
+        f"{counted(threads, 'thread')} ran, so that times may be too long."
     )
 
 

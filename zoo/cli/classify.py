@@ -155,6 +155,7 @@ class Classifier:
         import torch
         from timm.data import create_transform, resolve_model_data_config
 
+        from zoo.cfg import temperature_of
         from zoo.engines import attach, check_engine
         from zoo.factory import create_model
         from zoo.ffn.reparam import reparameterize
@@ -169,7 +170,7 @@ class Classifier:
         if engine != "eager":
             attach(self._model, engine, told=told)
         cfg: Any = model.pretrained_cfg
-        self.temperature, self.threshold = cfg.get("temperature") or 1.0, cfg.get("threshold") or 0.0
+        self.temperature, self.threshold = temperature_of(model), cfg.get("threshold") or 0.0
         data = resolve_model_data_config(model)
         self._transform: Any = create_transform(**data)
         self._mode: Literal["RGB", "L"] = "L" if data["input_size"][0] == 1 else "RGB"

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, tr
 from zoo.engines.runtimes import ENGINES, EngineError, EngineName, Runner, installed
 from zoo.engines.store import digest, engines_dir, facts_of, fingerprint, note_facts
 from zoo.files import whole
+from zoo.text import counted
 
 __all__ = ["TOLERANCE", "EngineCall", "attach", "detach", "engine_of", "torch_threads"]
 
@@ -355,7 +356,7 @@ class EngineCall:
         kept = engines_dir() / f"{choice}.json"
         before = _read_choice(kept)
         if before in (*names, "eager"):
-            self._say(f"auto takes {before} for {shown} on {threads} thread{'s' * (threads > 1)}, as timed before")
+            self._say(f"auto takes {before} for {shown} on {counted(threads, 'thread')}, as timed before")
             return self._obtain(before, leaves, spec, threads)
         calls: dict[str, Callable[[], object]] = {}
         args, kwargs = tree_unflatten(timed, spec)
@@ -373,7 +374,7 @@ class EngineCall:
         best = min(times, key=lambda name: times[name] * (1 if name == "eager" else _GAIN))
         figures = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in times.items() if seconds)
         figures = "; ".join(filter(None, [figures, *refused])) or "nothing else is installed"
-        self._say(f"auto takes {best} for {shown} on {threads} thread{'s' * (threads > 1)} ({figures})")
+        self._say(f"auto takes {best} for {shown} on {counted(threads, 'thread')} ({figures})")
         with contextlib.suppress(OSError), whole(kept) as temporary:  # else it is timed again next time
             temporary.write_text(json.dumps({"engine": best, "figures": figures}), encoding="utf-8")
         return self._obtain(best, leaves, spec, threads)
