@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from zoo.export.network import ExportError, Kind, Network, capture, compare, described, prepare, whole
+from zoo.export.network import ExportError, Kind, Network, capture, check_by, described, prepare, whole
 
 __all__ = ["SUFFIX", "check", "export", "runner", "write"]
 
@@ -92,34 +92,6 @@ def _translate(program: torch.export.ExportedProgram, network: Network) -> Any:
             raise ExportError(f"The network cannot be written as ONNX: {reason}") from error
 
 
-def check(
-    path: str | Path,
-    model: nn.Module,
-    *,
-    kind: Kind | None = None,
-    image_size: int | None = None,
-    dynamic_size: bool = True,
-) -> float:
-    """Run an ONNX file in ONNX Runtime and compare it with its model in eager mode, unmerged, at three sizes.
-
-    Args:
-        path: File that `export` wrote.
-        model: The model it was written from.
-        kind: What the model is; None finds out.
-        image_size: As it was in `export`.
-        dynamic_size: As it was in `export`.
-
-    Returns:
-        The largest difference, relative to the largest output where that is above one.
-
-    Raises:
-        ImportError: The `export` extra is missing.
-        ExportError: The file cannot be run, or returns another shape or values that are not finite.
-    """
-    run = runner(path)
-    return compare(lambda inputs: run(inputs)[0], model, kind=kind, image_size=image_size, dynamic_size=dynamic_size)
-
-
 def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
     """Load an ONNX file into ONNX Runtime, on the CPU.
 
@@ -152,3 +124,6 @@ def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
             raise ExportError(f"{path} cannot be run on {described(inputs)}: {str(error).splitlines()[0]}") from error
 
     return run
+
+
+check = check_by(runner)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import zoo.export.onnx
 from torch import Tensor, nn
-from zoo.export.network import ExportError, Kind, Network, compare, described, prepare, whole
+from zoo.export.network import ExportError, Kind, Network, check_by, described, prepare, whole
 
 __all__ = ["SUFFIX", "check", "convert", "export", "metadata", "runner", "write"]
 
@@ -108,34 +108,6 @@ def metadata(path: str | Path) -> dict[str, str]:
     return {key: str(getattr(value, "value", value)) for key, value in found[_FACTS].items()} if _FACTS in found else {}
 
 
-def check(
-    path: str | Path,
-    model: nn.Module,
-    *,
-    kind: Kind | None = None,
-    image_size: int | None = None,
-    dynamic_size: bool = True,
-) -> float:
-    """Run an OpenVINO file and compare it with its model in eager mode, unmerged, at three sizes.
-
-    Args:
-        path: File that `export` wrote.
-        model: The model it was written from.
-        kind: What the model is; None finds out.
-        image_size: As it was in `export`.
-        dynamic_size: As it was in `export`.
-
-    Returns:
-        The largest difference, relative to the largest output where that is above one.
-
-    Raises:
-        ImportError: The `openvino` extra is missing.
-        ExportError: The file cannot be run, or returns another shape or values that are not finite.
-    """
-    run = runner(path)
-    return compare(lambda inputs: run(inputs)[0], model, kind=kind, image_size=image_size, dynamic_size=dynamic_size)
-
-
 def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
     """Load an OpenVINO file, on the CPU, in float32.
 
@@ -163,6 +135,9 @@ def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
         return [torch.from_numpy(np.array(found[index])) for index in range(len(compiled.outputs))]
 
     return run
+
+
+check = check_by(runner)
 
 
 def _read(path: str | Path) -> Any:

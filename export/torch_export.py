@@ -11,7 +11,7 @@ from zipfile import BadZipFile
 
 import torch
 from torch import Tensor, nn
-from zoo.export.network import ExportError, Kind, Network, capture, compare, described, prepare, whole
+from zoo.export.network import ExportError, Kind, Network, capture, check_by, described, prepare, whole
 
 __all__ = ["SUFFIX", "check", "export", "metadata", "runner", "write"]
 
@@ -77,33 +77,6 @@ def metadata(path: str | Path) -> dict[str, str]:
     return facts
 
 
-def check(
-    path: str | Path,
-    model: nn.Module,
-    *,
-    kind: Kind | None = None,
-    image_size: int | None = None,
-    dynamic_size: bool = True,
-) -> float:
-    """Load an exported program and compare it with its model in eager mode, unmerged, at three sizes.
-
-    Args:
-        path: File that `export` wrote.
-        model: The model it was written from.
-        kind: What the model is; None finds out.
-        image_size: As it was in `export`.
-        dynamic_size: As it was in `export`.
-
-    Returns:
-        The largest difference, relative to the largest output where that is above one.
-
-    Raises:
-        ExportError: The file cannot be run, or returns another shape or values that are not finite.
-    """
-    run = runner(path)
-    return compare(lambda inputs: run(inputs)[0], model, kind=kind, image_size=image_size, dynamic_size=dynamic_size)
-
-
 def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
     """Load an exported program.
 
@@ -128,6 +101,9 @@ def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
         return [output] if isinstance(output, Tensor) else list(output)
 
     return run
+
+
+check = check_by(runner)
 
 
 def _load(path: str | Path, extra: dict[str, str]) -> torch.export.ExportedProgram:
