@@ -123,25 +123,36 @@ def _spaced(items: Sequence[int], count: int) -> list[int]:
 
 
 def _of_classifier(network: Network, model: nn.Module, folder: str | Path) -> Samples:
-    from zoo.data.photos import find_images
     from zoo.pictures.eight_bit import read_eight_bit
 
+    pictures, read = _pictures(folder, read_eight_bit)
     (key,) = network.inputs
     facts = preprocessing(model) | {"input_size": tuple(json.loads(network.metadata["input_size"]))}
     transform: Any = create_transform(**facts, is_training=False)
     inside = key == "picture" and pictures_of(network) is None
     geometry = [] if inside else transform.transforms[:2]  # scaled and cropped, still 8 bits
 
-    def feed(file: Path) -> Feed:
-        picture = read_eight_bit(file)
+    def feed(each: Any) -> Feed:
+        picture = read(each)
         if key == "image":
             return {key: transform(picture)[None].numpy()}
         for step in geometry:
             picture = step(picture)
         return {key: np.asarray(picture)[None]}
 
-    calibration, held_out = _split(find_images(folder), "classifier", folder)
+    calibration, held_out = _split(pictures, "classifier", folder)
     return Samples(kind="classifier", calibration=list(map(feed, calibration)), held_out=list(map(feed, held_out)))
+
+
+def _pictures(folder: str | Path, read_file: Callable[[Any], Any]) -> tuple[Sequence[Any], Callable[[Any], Any]]:
+    """Return the pictures of a folder, of Parquet files the training ones, and what reads one."""
+    from zoo.data.labelled_images import open_labelled_images
+    from zoo.data.photos import find_images
+
+    if any(Path(folder).rglob("*.parquet")):
+        table = open_labelled_images(str(folder), "train")
+        return range(len(table)), lambda index: table[index][0]
+    return find_images(folder), read_file
 
 
 def _of_restorer(network: Network, model: nn.Module, folder: str | Path) -> Samples:
@@ -205,7 +216,12 @@ def _image(output: NDArray[Any]) -> Tensor:
 
 
 def quantize(
-    plain: Path, small: Path, samples: Samples, *, told: Callable[[str], object] = lambda text: None
+    plain: Path,
+    small: Path,
+    samples: Samples,
+    *,
+    search: bool = True,
+    told: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
     """Write the int8 version of an ONNX file.
 
@@ -213,6 +229,7 @@ def quantize(
         plain: The file, in float32.
         small: File to write.
         samples: Of `draw_samples`.
+        search: Keep in float what costs most, where too much is lost; else the first and the last layer alone.
         told: Told in words what is being done.
 
     Returns:
@@ -232,7 +249,7 @@ def quantize(
     told("calibrating")
     ranked: list[tuple[float, list[str]]] = []
     curve: list[dict[str, Any]] = []
-    for fraction in _FRACTIONS:
+    for fraction in _FRACTIONS if search else _FRACTIONS[:1]:
         if fraction and not ranked:  # only where it is needed: it takes longest
             ranked = sorted(_costs(work, inner, few, expected[: len(few)], told), key=lambda pair: -pair[0])
         kept = {name for _, names in ranked[: math.ceil(fraction * len(ranked))] for name in names}

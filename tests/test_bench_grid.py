@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,6 +104,23 @@ def test_lists_on_the_command(folder: Path, tmp_path: Path, capsys: pytest.Captu
     assert found["reference"] == "fp32"
     assert found["conditions"]["batch"] == "1 and 4"
     assert "| bf16 | 4 |" in (tmp_path / "models.md").read_text()
+
+
+def test_int8_on_engines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file of `zoo export`, calibrated with the pictures of `data`; without them a note says what is missing."""
+    monkeypatch.setitem(grid.OFFERED, "eager", ("fp32",))
+    monkeypatch.setitem(grid.OFFERED, "onnxruntime", ("int8",))
+    every = Grid(engines=("eager", "onnxruntime"), precisions=("fp32", "int8"), batches=(2,), threads=(1,))
+    name = "repavit_tiny.cifar10"
+    found = compare_grid([name], every, QUICK, data=str(folder), samples=6)
+    pairs = [(entry.settings["engine"], entry.settings["precision"]) for entry in found.entries]
+    assert pairs == [("eager", "fp32"), ("onnxruntime", "int8")]
+    assert 1e-4 < found.entries[1].values[DIFFERENCE] < 0.2
+    assert "top-1 of 6 images (%)" in found.entries[1].values
+    assert any("2 of 32 layers in float" in note for note in found.notes)
+    without = compare_grid(["repavit_tiny"], every, QUICK, size=32)
+    assert {entry.settings["engine"] for entry in without.entries} == {"eager"}
+    assert any("int8 on engines is left out" in note and "--data DIR" in note for note in without.notes)
 
 
 def test_memory_of_each(monkeypatch: pytest.MonkeyPatch) -> None:

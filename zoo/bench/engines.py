@@ -56,7 +56,7 @@ def engines(
         precisions: None for all that some engine runs here.
         batches: Inputs of one call.
         threads: CPU threads.
-        data: Labelled images for the trained classifiers.
+        data: Labelled images for the trained classifiers, and pictures that int8 on engines is calibrated with.
         samples: Images of these at most.
     """
     chosen = tuple(engines) or (*installed(), "auto")
@@ -64,13 +64,15 @@ def engines(
         each for each in PRECISIONS if each != "fp16" and any(not refusal(engine, each) for engine in chosen)
     )
     grid = Grid(engines=chosen, precisions=every, batches=tuple(batches), threads=tuple(threads))
-    found = [compare_grid([name], grid, settings, size=size, progress=progress) for name in families]
+    pictures = data if "int8" in every and size is None else None  # that int8 on engines is calibrated with
+    found = [compare_grid([name], grid, settings, size=size, data=pictures, progress=progress) for name in families]
     if restorer is not None:
         alone = replace(grid, batches=(1,))
-        found.append(compare_grid([restorer], alone, settings, size=size, progress=progress))
+        files = None if pictures is None or any(Path(pictures).rglob("*.parquet")) else pictures
+        found.append(compare_grid([restorer], alone, settings, size=size, data=files, progress=progress))
     results = [_at(found, batch, pool, families) for batch in grid.batches for pool in grid.threads]
     if large is not None:
-        compared = compare_grid(list(large), grid, settings, size=size, progress=progress)
+        compared = compare_grid(list(large), grid, settings, size=size, data=pictures, progress=progress)
         goals = [
             goal
             for batch, pool in itertools.product(grid.batches, grid.threads)

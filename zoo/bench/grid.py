@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from zoo import catalog
 from zoo.acceleration import accelerate
+from zoo.bench.integer import INTEGER_ENGINES, IntegerCall, write_integer
 from zoo.bench.latency import processor_clock, summarize, time_in_turns
 from zoo.bench.memory import in_fresh_process, peak_memory, resident_peak
 from zoo.bench.report import SAME, Benchmark, Check, Entry, Ratio
@@ -33,8 +36,8 @@ PRECISIONS: dict[str, DTypeName] = {"fp32": "float32", "bf16": "bfloat16", "fp16
 """Precisions by name, each with the type of the inputs."""
 OFFERED: dict[str, tuple[str, ...]] = {
     "eager": ("fp32", "bf16", "fp16", "int8"),
-    "onnxruntime": ("fp32",),
-    "openvino": ("fp32",),
+    "onnxruntime": ("fp32", "int8"),
+    "openvino": ("fp32", "int8"),
     "inductor": ("fp32",),
     "auto": ("fp32",),
 }
@@ -51,7 +54,7 @@ def refusal(engine: str, precision: str) -> str:
     """Say in one line why an engine does not run a precision here; nothing where it does."""
     if precision not in OFFERED[engine]:
         return f"{engine} runs {', '.join(OFFERED[engine])}, not {precision}"
-    if precision == "int8" and importlib.util.find_spec("torchao") is None:
+    if (engine, precision) == ("eager", "int8") and importlib.util.find_spec("torchao") is None:
         return f"{engine} runs int8 with torchao, which is missing: pip install 'ffn-zoo[quantize]'"
     return ""
 
@@ -167,7 +170,8 @@ def compare_grid(
         size: Height and width of all inputs in pixels; None is each model's own (restorers: 256).
         merge: Re-parameterise what can be.
         memory: Measure the peak memory of the first call too, on the CPU each in a process of its own.
-        data: Folder of class folders: measure the accuracy of trained classifiers on it.
+        data: Folder of class folders: measure the accuracy of trained classifiers on it. Engines need one, of whatever
+            pictures, for int8.
         samples: Images that accuracy is measured on at most.
         name: Short name of the benchmark.
         title: What is compared, in words; None names the models.
@@ -176,6 +180,7 @@ def compare_grid(
     Raises:
         ValueError: A name is unknown or repeated, the models do different tasks, engines are asked for on a GPU, or
             accuracy of models none of which is a trained classifier.
+        FileNotFoundError: There is no picture in `data`.
         BenchError: Merging changes an output, or nothing can run.
     """
     if not names or len(set(names)) != len(names):
@@ -185,31 +190,37 @@ def compare_grid(
         raise ValueError(f"The engine {foreign!r} runs on the CPU, not on {settings.device}.")
     if data is not None and size is not None:
         raise ValueError("Accuracy is measured at the size of the weights: leave out the size, or the data.")
-    if data is not None and not any(_is_judged(each) for each in names):
+    calibrated = "int8" in grid.precisions and not set(INTEGER_ENGINES).isdisjoint(grid.engines)
+    if data is not None and not calibrated and not any(_is_judged(each) for each in names):
         raise ValueError(
             f"Accuracy is measured of classifiers with weights of their own (NAME.TAG, file or folder); "
             f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} none."
         )
     notes = [busy(max(grid.threads))] if settings.device == "cpu" else []
     notes += [f"{each}: left out." for each in grid.refused]
+    if calibrated and data is None:
+        notes.append("int8 on engines is left out: it is calibrated with pictures, give a folder of them (--data DIR).")
     runs, checks = [], list[Check]()
-    for model in names:
-        made, merged, left_out = _runs(model, grid, settings, size=size, merge=merge, load=data is not None)
-        runs += made
-        checks += merged
-        notes += left_out
-        if progress is not None:
-            progress(f"{model} is ready", len(checks), len(names))
-    if not runs:
-        raise BenchError(" ".join(filter(None, notes)))
-    if len({each.subject.task for each in runs}) > 1:
-        tasks = {each.subject.source: each.subject.task for each in runs}
-        listed = ", ".join(f"{source}: {task}" for source, task in tasks.items())
-        raise ValueError(f"Models of different tasks cannot be compared: {listed}.")
-    _time(runs, settings, progress)
-    if data is not None:
-        _judge(runs, data, samples, progress)
-    peaks = [_peak(each, settings, size, progress) if memory else None for each in runs]
+    with tempfile.TemporaryDirectory(prefix="zoo-bench-", ignore_cleanup_errors=True) as folder:  # of eight-bit files
+        for model in names:
+            made, merged, left_out = _runs(
+                model, grid, settings, Path(folder), progress, size=size, merge=merge, data=data
+            )
+            runs += made
+            checks += merged
+            notes += left_out
+            if progress is not None:
+                progress(f"{model} is ready", len(checks), len(names))
+        if not runs:
+            raise BenchError(" ".join(filter(None, notes)))
+        if len({each.subject.task for each in runs}) > 1:
+            tasks = {each.subject.source: each.subject.task for each in runs}
+            listed = ", ".join(f"{source}: {task}" for source, task in tasks.items())
+            raise ValueError(f"Models of different tasks cannot be compared: {listed}.")
+        _time(runs, settings, progress)
+        if data is not None:
+            _judge(runs, data, samples, progress)
+        peaks = [_peak(each, settings, size, progress) if memory else None for each in runs]
     ratios, reference = _ratios(runs, grid, len(names))
     entries = _entries(runs, ratios, peaks, settings, size)
     shapes = {entry.settings["input"] for entry in entries}
@@ -248,27 +259,44 @@ def _is_judged(name: str) -> bool:
 
 
 def _runs(
-    name: str, grid: Grid, settings: Settings, *, size: int | None, merge: bool, load: bool
+    name: str,
+    grid: Grid,
+    settings: Settings,
+    folder: Path,
+    progress: Progress | None,
+    *,
+    size: int | None,
+    merge: bool,
+    data: str | None,
 ) -> tuple[list[_Run], tuple[Check, ...], list[str]]:
     """Build and check all combinations of a model before anything is timed; return what cannot run as notes."""
     found: list[_Run] = []
     notes: list[str] = []
-    made: dict[str, Subject] = {}
+    made: dict[str, Subject] = {}  # by what is done to the weights: engines share their eight-bit file
     expected: Tensor | None = None
+    written = Path(tempfile.mkdtemp(dir=folder))
+    load = data is not None or _ships(name, size)
     for engine, precision in grid.pairs:
-        if precision not in made:
+        on_file = (engine in INTEGER_ENGINES, precision) == (True, "int8")
+        if on_file and data is None:
+            continue
+        form = "file" if on_file else precision
+        if form not in made:
             one = replace(settings, batch=1, dtype=PRECISIONS[precision])
-            each = subject(name, one, size=size, merge=merge, check=not made, pretrained=load or _ships(name, size))
+            each = subject(name, one, size=size, merge=merge, check=not made, pretrained=load)
             expected = each.expected if expected is None else expected
-            made[precision] = each
             try:
-                _quantise(each, precision)
+                if on_file:
+                    said = write_integer(each, str(data), written, _teller(name, progress))
+                    notes.append(f"{each.name} in int8 on engines: {said}.")
+                else:
+                    _quantise(each, precision)
             except EngineError as error:
-                del made[precision]
-                notes.append(str(error))
+                notes.append(str(error) if not on_file else f"Left out: {name} on {engine}: {error}")
                 continue
+            made[form] = each
         for batch, threads in itertools.product(grid.batches, grid.threads):
-            one_run = _run(made[precision], engine, precision, batch, threads)
+            one_run = _run(made[form], engine, precision, batch, threads, written if on_file else None)
             try:
                 with torch_threads(threads), torch.inference_mode():
                     output = first(one_run.call())
@@ -276,7 +304,7 @@ def _runs(
                 notes.append(f"Left out: {name} on {engine}: {error}")
                 break
             if one_run.pair != _EXACT and expected is not None:
-                one_run.values |= _loss(output, expected, made[precision].task)
+                one_run.values |= _loss(output, expected, made[form].task)
             if engine == "auto" and isinstance(one_run.run, EngineCall):
                 said = next(words for words in one_run.run.said if words.startswith("auto takes"))
                 one_run.taken = said.split()[2]
@@ -284,6 +312,14 @@ def _runs(
             found.append(one_run)
     checks = next(iter(made.values())).checks if made else ()
     return found, checks, notes
+
+
+def _teller(name: str, progress: Progress | None) -> Callable[[str], object]:
+    def told(words: str) -> None:
+        if progress is not None:
+            progress(f"{name} in int8: {words}", 0, 1)
+
+    return told
 
 
 def _ships(name: str, size: int | None) -> bool:
@@ -307,9 +343,13 @@ def _quantise(each: Subject, precision: str) -> None:
         raise EngineError(f"Left out: {each.source} in eager int8: {step.said}.")
 
 
-def _run(each: Subject, engine: str, precision: str, batch: int, threads: int) -> _Run:
+def _run(each: Subject, engine: str, precision: str, batch: int, threads: int, folder: Path | None) -> _Run:
     # one for each combination: a graph has fixed shapes, and its pool of threads a fixed size
-    run: Callable[..., Any] = each.model if engine == "eager" else _engine(each.model, check_engine(engine), threads)
+    run: Callable[..., Any] = each.model
+    if folder is not None:
+        run = IntegerCall(engine, folder, threads)
+    elif engine != "eager":
+        run = _engine(each.model, check_engine(engine), threads)
     inputs = tuple(value.expand(batch, *value.shape[1:]).contiguous() for value in each.inputs)
     named = {
         key: value.expand(batch, *value.shape[1:]).contiguous() if isinstance(value, Tensor) else value
@@ -390,18 +430,27 @@ def _peak(each: _Run, settings: Settings, size: int | None, progress: Progress |
     if torch.device(settings.device).type == "cuda":
         return peak_memory(each.call, settings.device)
     one = replace(settings, batch=1, dtype=PRECISIONS[each.precision])
+    folder = each.run.folder if isinstance(each.run, IntegerCall) else None
     return in_fresh_process(
-        _peak_here, each.subject.source, one, size, each.subject.merged, each.pair, each.batch, each.threads
+        _peak_here, each.subject.source, one, size, each.subject.merged, each.pair, each.batch, each.threads, folder
     )
 
 
 def _peak_here(
-    name: str, settings: Settings, size: int | None, merge: bool, pair: tuple[str, str], batch: int, threads: int
+    name: str,
+    settings: Settings,
+    size: int | None,
+    merge: bool,
+    pair: tuple[str, str],
+    batch: int,
+    threads: int,
+    folder: Path | None,
 ) -> int:
     with torch_threads(threads):
         each = subject(name, settings, size=size, merge=merge, check=False, pretrained=_ships(name, size))
-        _quantise(each, pair[1])
-        before, peak = resident_peak(_run(each, *pair, batch, threads).call)
+        if folder is None:
+            _quantise(each, pair[1])
+        before, peak = resident_peak(_run(each, *pair, batch, threads, folder).call)
     return peak - before
 
 
