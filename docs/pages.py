@@ -194,6 +194,9 @@ def modules() -> dict[str, list[str]]:
         passes_on = source.is_dir() and package != "demo"  # its names stand with the modules that define them
         if "__all__" in file.read_text(encoding="utf-8") and not family and not passes_on:
             found.setdefault(package, []).append(name)
+    for file in sorted((ROOT / "export").glob("[!_]*.py")):  # it stands beside the package in a checkout
+        if "__all__" in file.read_text(encoding="utf-8"):
+            found.setdefault("export", []).append(f"zoo.export.{file.stem}")
     return found
 
 

@@ -38,6 +38,15 @@ def test_pages_from_the_code_are_up_to_date() -> None:
     assert (DOCS / "models.md").read_text(encoding="utf-8") == pages.models()
 
 
+def test_the_reference_has_every_package() -> None:
+    """The package of exports stands beside the others in a checkout."""
+    listed = module("pages").modules()
+    assert {path.name for path in (ROOT / "zoo").iterdir() if path.is_dir() and path.name != "__pycache__"} - {
+        *listed, "backbones", "cli",
+    } <= {"__pycache__"}  # families have pages of their own
+    assert {"zoo.export.onnx", "zoo.export.artefact"} <= set(listed["export"])
+
+
 def test_every_error_code_has_an_anchor() -> None:
     anchors = re.findall(r"^\((z\d{3})\)=$", (DOCS / "errors.md").read_text(encoding="utf-8"), re.M)
     assert sorted(anchors) == sorted(kind.code.lower() for kind in KINDS)
