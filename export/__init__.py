@@ -19,6 +19,7 @@ __all__ = ["FORMATS", "ExportError", "Kind", "Target", "target"]
 FORMATS = {
     "onnx": "zoo.export.onnx",
     "torch-export": "zoo.export.torch_export",
+    "aoti": "zoo.export.aoti",
     "openvino": "zoo.export.openvino",
 }
 """Name of each format and the module that writes it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch
 import zoo.export.openvino
 from torch import nn
 from zoo.export import ExportError, target
+from zoo.export.aoti import fixed
 from zoo.export.network import Network, compare, prepare, whole
 from zoo.export.pictures import compare_pictures, taking_pictures
 from zoo.export.precision import TOLERANCE, check_precision, in_half
@@ -60,10 +62,12 @@ def check_runtime(format: str, precision: str = "fp32", *, run: bool = True) -> 
 
     Raises:
         ValueError: There is no such format, or it does not have the precision.
-        ImportError: A module is missing; the message names the extra.
+        ImportError: A module is missing, and the message names the extra; or a compiler.
     """
     target(format)
     check_precision(format, precision)
+    if format == "aoti" and not any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
+        raise ImportError(f"The format {format!r} needs a C++ compiler (g++): install one with the system's packages.")
     write, runs, extra = _NEEDS.get(format, ((), (), ""))
     needed = (*write, *(runs if run or precision == "int8" else ()))
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
@@ -79,8 +83,9 @@ def check_output(format: str, path: Path) -> None:
     Raises:
         ValueError: The suffix is another than the runtime's.
     """
-    if format == "openvino" and path.suffix != ".xml":
-        raise ValueError(f"-o takes a file that ends in .xml for {format}, got {path.name!r}.")
+    wanted = {"openvino": ".xml", "aoti": ".pt2"}.get(format, path.suffix)
+    if path.suffix != wanted:
+        raise ValueError(f"-o takes a file that ends in {wanted} for {format}, got {path.name!r}.")
 
 
 def write_artefact(
@@ -107,8 +112,9 @@ def write_artefact(
         with_preprocess: Take 8-bit pictures, return probabilities or 8-bit pictures.
         data: Folder of pictures that int8 is calibrated and measured with.
         name: Name to store; None takes the registered one.
-        image_size: Side of the images of a classifier that was built for another than its published size, pixels.
-        dynamic_size: Leave height and width open where the network can take any.
+        image_size: Side of the images of a classifier that was built for another than its published size, or of a
+            restorer whose file is to have one size; pixels.
+        dynamic_size: Leave height and width open where the network can take any; "aoti" has one shape, of one image.
         check: Compare the file with the model, and keep it only where they agree.
         told: Told in words what is being done.
 
@@ -122,19 +128,22 @@ def write_artefact(
     out = Path(out)
     check_runtime(format, precision, run=check)
     check_output(format, out)
-    options: dict[str, Any] = {"image_size": image_size, "dynamic_size": dynamic_size}
+    one = format == "aoti"  # a library is for one shape
+    options: dict[str, Any] = {"image_size": image_size, "dynamic_size": dynamic_size and not one}
     network = prepare(model, name=name, **options)
     if precision in _TYPES and format != "openvino":
         network = in_half(network, _TYPES[precision])
     if with_preprocess:
         network = taking_pictures(network, model, **options)
+    if one:
+        network = fixed(network)
     samples = None if precision != "int8" else _samples(network, model, data)
 
     def compared(path: Path) -> float:
         run = target(format).runner(path)
         if with_preprocess:
             return compare_pictures(lambda inputs: run(inputs)[0], network, model, **options)
-        return compare(lambda inputs: run(inputs)[0], model, **options)
+        return compare(lambda inputs: run(inputs)[0], model, **options, one=one)
 
     return _write(network, out, format, precision, compared if check else None, samples, told)
 

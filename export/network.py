@@ -141,7 +141,8 @@ def prepare(
         model: A classifier, a restorer or a class-conditional denoiser; it is not changed.
         kind: Which of these; None finds out.
         name: Name to store; None takes the registered one.
-        image_size: Side of square images of a classifier with other than its published size, pixels.
+        image_size: Side of square images of a classifier with other than its published size, or of a restorer whose
+            file is to have one size; pixels.
         dynamic_size: Leave height and width open where the network can take any. Batch sizes are always open.
 
     Raises:
@@ -341,6 +342,13 @@ def _channels(model: nn.Module) -> int:
 def _example_size(model: nn.Module, kind: Kind, image_size: int | None) -> tuple[int, int]:
     if kind == "restorer":
         step, least = _step(model, kind), _cfg(model).get("min_input_size", (3, 1, 1))
+        if image_size is not None:
+            least_side = max(step, *least[-2:])
+            if image_size % step or image_size < least_side:
+                raise ValueError(
+                    f"image_size of this restorer must be a multiple of {step}, {least_side} or more; got {image_size}."
+                )
+            return image_size, image_size
         sides = [step * -(-max(16, side) // step) for side in least[-2:]]
         return sides[0], sides[1]
     if image_size is not None:
@@ -418,6 +426,7 @@ def compare(
     kind: Kind | None = None,
     image_size: int | None = None,
     dynamic_size: bool = True,
+    one: bool = False,
 ) -> float:
     """Return the largest difference between `run` and the model in eager mode, unmerged, over `sample_inputs`.
 
@@ -429,6 +438,7 @@ def compare(
         kind: What it is; None finds out.
         image_size: As in `prepare`.
         dynamic_size: As in `prepare`.
+        one: The file takes one image only.
 
     Raises:
         ExportError: An output has another shape, or is not finite where the model's is.
@@ -436,7 +446,7 @@ def compare(
     kind = kind_of(model, kind)
     eager = eager_copy(model).float().cpu()
     wrapper = {"classifier": _Classifier, "restorer": _Restorer, "denoiser": _Denoiser}[kind](eager)
-    samples = sample_inputs(model, kind, image_size, dynamic_size)
+    samples = sample_inputs(model, kind, image_size, dynamic_size)[: 1 if one else None]
     return max(difference(run(inputs), wrapper(**inputs), inputs) for inputs in samples)
 
 

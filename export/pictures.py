@@ -222,7 +222,7 @@ def compare_pictures(
     eager = eager_copy(model).float().cpu()
     worst, is_open = 0.0, 0 in network.dynamic_shapes.get("picture", {})
     if kind_of(model, kind) == "restorer":
-        for sample in sample_inputs(model, "restorer", None, dynamic_size)[: None if is_open else 1]:
+        for sample in sample_inputs(model, "restorer", image_size, dynamic_size)[: None if is_open else 1]:
             picture = _stored(sample["image"])
             expected = _Restorer(eager)(picture)
             found = run({"picture": picture})

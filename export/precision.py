@@ -39,6 +39,11 @@ _MEANS = {
         "fp16": _HALF.format(name="float16"),
         "bf16": _HALF.format(name="bfloat16"),
     },
+    "aoti": {
+        "fp32": "float32",
+        "fp16": _HALF.format(name="float16"),
+        "bf16": _HALF.format(name="bfloat16"),
+    },
 }
 _LACKS = {
     ("onnx", "bf16"): "ONNX Runtime has no bfloat16 convolutions on the CPU",

@@ -15,8 +15,9 @@ _TITLES = {
     "onnx": "ONNX",
     "openvino": "OpenVINO",
     "torch-export": "an exported program of PyTorch",
+    "aoti": "a library that PyTorch's inductor compiled for this processor",
 }
-_NEEDS = {"onnx": "onnxruntime", "openvino": "openvino", "torch-export": "torch"}
+_NEEDS = {"onnx": "onnxruntime", "openvino": "openvino", "torch-export": "torch", "aoti": "torch"}
 _RUN = {
     "onnx": """session = onnxruntime.InferenceSession("{file}", providers=["CPUExecutionProvider"])
 outputs = session.run(None, {{{dictionary}}})""",
@@ -26,6 +27,10 @@ outputs = [found[index] for index in range(len(model.outputs))]""",
     "torch-export": """program = torch.export.load("{file}").module()
 with torch.no_grad():
     found = program({tensors})
+outputs = [value.numpy() for value in (found if isinstance(found, (tuple, list)) else [found])]""",
+    "aoti": """from torch._inductor import aoti_load_package
+
+found = aoti_load_package("{file}")({tensors})  # these shapes only
 outputs = [value.numpy() for value in (found if isinstance(found, (tuple, list)) else [found])]""",
 }
 _PIL = {"bilinear": "BILINEAR", "bicubic": "BICUBIC", "lanczos": "LANCZOS", "nearest": "NEAREST"}
@@ -116,11 +121,11 @@ def _snippet(network: Network, format: str, file: str) -> list[str]:
     channels = value.shape[3] if is_picture else value.shape[1]
     prepared: list[str]
     if facts["kind"] == "classifier" and is_picture:
-        prepared = [photo.format(width, height), "picture = np.asarray(picture)[None]  # (1, height, width, 3)"]
+        prepared = [photo.format(width, height), "picture = np.array(picture)[None]  # (1, height, width, 3)"]
     elif facts["kind"] == "classifier":
         prepared = _prepare(facts, tuple(json.loads(facts["input_size"])[1:]), photo)
     else:
-        prepared = [photo.format(width, height), f"{key} = np.asarray(picture)[None]  # (1, height, width, 3)"]
+        prepared = [photo.format(width, height), f"{key} = np.array(picture)[None]  # (1, height, width, 3)"]
         if channels != 3:
             prepared = [f"{key} = np.full((1, {height}, {width}, {channels}), 128, np.uint8)  # yours"]
         if not is_picture:
@@ -172,7 +177,7 @@ def _prepare(facts: Any, size: tuple[int, ...], photo: str) -> list[str]:
 
 def _with_run(lines: list[str], network: Network, format: str, file: str) -> list[str]:
     tensors = dictionary = ""
-    if format == "torch-export":
+    if format in ("torch-export", "aoti"):
         by_name = not network.by_position
         tensors = ", ".join(f"{f'{key}=' if by_name else ''}torch.from_numpy({key})" for key in network.inputs)
     else:

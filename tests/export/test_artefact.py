@@ -22,7 +22,7 @@ from image_sets import picture
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
-from zoo.export import ExportError
+from zoo.export import ExportError, aoti
 from zoo.export.artefact import Artefact, write_artefact
 from zoo.export.openvino import check, metadata, runner
 
@@ -144,6 +144,29 @@ def test_openvino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert any("float16" in kind or "f16" in kind for kind in kinds)
 
 
+@pytest.mark.slow
+def test_compiled_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """For one image of one size: the library itself would compute nonsense from another."""
+    options: dict[str, Any] = {"format": "aoti", "image_size": 24, "name": "mine", "with_preprocess": True}
+    with pytest.raises(ValueError, match=r"ends in \.pt2"):
+        write_artefact(Restorer(), tmp_path / "library.so", **options)
+    with pytest.raises(ValueError, match="must be a multiple of 4, 4 or more; got 22"):
+        write_artefact(Restorer(), tmp_path / "library.pt2", **{**options, "image_size": 22})
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.which", lambda name: None)
+        with pytest.raises(ImportError, match=r"C\+\+ compiler"):
+            write_artefact(Restorer(), tmp_path / "library.pt2", **options)
+    assert not list(tmp_path.iterdir())
+    found = write_artefact(Restorer(), tmp_path / "library.pt2", **options)
+    assert found.max_error is not None
+    assert found.max_error <= 1 / 255
+    assert aoti.metadata(found.path)["name"] == "mine"
+    with pytest.raises(ExportError, match=r"takes \{'picture': \[1, 24, 24, 3\]\}, got picture \(2, 24, 24, 3\)"):
+        aoti.runner(found.path)({"picture": torch.zeros(2, 24, 24, 3, dtype=torch.uint8)})
+    run_snippet(found, monkeypatch, capsys)
+    assert Image.open(tmp_path / "restored.png").size == (24, 24)
+
+
 def test_half_precision_keeps_inputs_and_outputs(tmp_path: Path) -> None:
     model = Classifier()
     found = write_artefact(model, tmp_path / "half.onnx", format="onnx", precision="fp16")
@@ -230,7 +253,7 @@ def test_a_full_disk_leaves_nothing(format: str, suffix: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--format", "executorch"], "'executorch' is not a --format. Choices: onnx, torch-export, openvino."),
+        (["--format", "executorch"], "'executorch' is not a --format. Choices: onnx, torch-export, openvino, aoti."),
         (["--format", "onnx", "--precision", "bf16"], "no bf16: ONNX Runtime has no bfloat16 convolutions"),
         (["--format", "openvino", "--precision", "bf16"], "OpenVINO takes bfloat16 when a model is loaded"),
         (["--format", "onnx", "--precision", "int8"], "--precision int8 needs --data DIR"),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from zoo.sources import Source
 
 _STEPS = 2  # recorded: what changes from step to step is seen
-_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "openvino": ".xml"}
+_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "openvino": ".xml", "aoti": ".aoti.pt2"}
 _PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 
@@ -45,7 +45,12 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--data", metavar="DIR", type=Path, help="pictures that int8 is calibrated and measured with")
     parser.add_argument("-o", "--output", type=Path, help="file to write (default: NAME with the format's suffix)")
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images of a classifier")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="side of the images of a classifier, with --fixed-size of a restorer",
+    )
     parser.add_argument("--fixed-size", action="store_true", help="one height and width only")
     parser.add_argument("--no-check", action="store_true", help="do not compare the file with the model")
     add_model_args(parser)
@@ -71,9 +76,9 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"Say which weights: {' or '.join(f'{source.architecture}.{tag}' for tag in facts['weights'])}."
         )
-    if args.image_size is not None and (source.task not in (None, "classification") or args.image_size < 1):
-        what = f"{args.name} is for {source.task}" if args.image_size > 0 else f"got {args.image_size}"
-        raise UsageError(f"--image-size is the side of a classifier's images, 1 pixel or more: {what}.")
+    if args.image_size is not None and args.image_size < 1:
+        raise UsageError(f"--image-size must be at least 1 pixel, got {args.image_size}.")
+    _check_size(args, source.task)
     asked = [option for option in REQUEST if getattr(args, option) not in (None, [])]
     if asked and source.kind not in ("pipeline", "hub"):
         raise UsageError(f"--{asked[0].replace('_', '-')} is for pipelines; {args.name} is a model.")
@@ -87,17 +92,20 @@ def run(args: argparse.Namespace) -> int:
     arguments = model_args(args)
     from zoo.export.artefact import check_output, check_runtime, write_artefact
     from zoo.factory import create_model, image_size_args
+    from zoo.record import record_of
 
     check_runtime(args.format, args.precision, run=not args.no_check)
     check_output(args.format, output)
     hush(args, diffusers=denoiser)
-    if args.image_size is not None:
+    if args.image_size is not None and source.task in (None, "classification"):
         arguments |= image_size_args(args.name, args.image_size, **arguments)
     if asked or (denoiser and not source.tag):
         pipe, _ = load_pipeline(args, args.name)
         if asked or not hasattr(pipe, "transformer") or "num_classes" not in pipe.transformer.config:
             return _export_steps(args, pipe, output)
     model = create_model(args.name, pretrained=not random, **arguments).eval()
+    if source.task is None:
+        _check_size(args, record_of(model).task)
     with progress(args) as bar:
         task = bar.add_task("exporting", total=None)
         artefact = write_artefact(
@@ -158,6 +166,20 @@ def _export_steps(args: argparse.Namespace, pipe: Any, output: Path) -> int:
     return 0
 
 
+def _check_size(args: argparse.Namespace, task: str | None) -> None:
+    """Refuse a side where none is of use, and a restorer of one size without it."""
+    if task in (None, "classification"):
+        return
+    one = "--format aoti" if args.format == "aoti" else "--fixed-size" if args.fixed_size else ""
+    if task in ("generation", "policy"):
+        if args.image_size is not None:
+            raise UsageError(f"--image-size is for classifiers and restorers: {args.name} is for {task}.")
+    elif one and args.image_size is None:
+        raise UsageError(f"{one} writes a restorer for one size: add --image-size PIXELS, the side of the pictures.")
+    elif not one and args.image_size is not None:
+        raise UsageError(f"{args.name} takes any size; --image-size fixes it together with --fixed-size.")
+
+
 def _check_options(args: argparse.Namespace, denoiser: bool) -> None:
     """Refuse options that do not go together, and a folder without pictures."""
     if args.precision != "int8":
@@ -173,7 +195,8 @@ def _check_options(args: argparse.Namespace, denoiser: bool) -> None:
     if args.data is not None:
         from zoo.data.photos import find_images
 
-        find_images(args.data)
+        if not any(args.data.rglob("*.parquet")):
+            find_images(args.data)
 
 
 def _readme_of(path: Path) -> Path:
