@@ -20,6 +20,7 @@ FORMATS = {
     "onnx": "zoo.export.onnx",
     "torch-export": "zoo.export.torch_export",
     "aoti": "zoo.export.aoti",
+    "executorch": "zoo.export.executorch",
     "openvino": "zoo.export.openvino",
 }
 """Name of each format and the module that writes it."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,12 @@ from zoo.export.network import (
     capture,
     compare,
     described,
+    fixed,
     prepare,
     whole,
 )
 
-__all__ = ["SUFFIX", "check", "export", "fixed", "metadata", "runner", "write"]
+__all__ = ["SUFFIX", "check", "export", "metadata", "runner", "write"]
 
 SUFFIX = ".aoti.pt2"
 
@@ -61,12 +61,6 @@ def export(
     with whole(out) as temporary:
         write(fixed(prepare(model, kind=kind, name=name, image_size=image_size, dynamic_size=False)), temporary)
     return Path(out)
-
-
-def fixed(network: Network) -> Network:
-    """Return a network with all shapes fixed, of one image."""
-    one = {key: value[:1].clone() if value.ndim else value for key, value in network.inputs.items()}
-    return replace(network, inputs=one, dynamic_shapes={})
 
 
 def write(network: Network, path: Path) -> None:

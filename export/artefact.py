@@ -14,8 +14,7 @@ import torch
 import zoo.export.openvino
 from torch import nn
 from zoo.export import ExportError, target
-from zoo.export.aoti import fixed
-from zoo.export.network import Network, compare, prepare, whole
+from zoo.export.network import Network, compare, fixed, prepare, whole
 from zoo.export.pictures import compare_pictures, taking_pictures
 from zoo.export.precision import TOLERANCE, check_precision, in_half
 from zoo.export.readme import readme
@@ -26,8 +25,11 @@ __all__ = ["Artefact", "check_output", "check_runtime", "write_artefact", "write
 _NEEDS = {
     "onnx": (("onnx", "onnxscript"), ("onnxruntime",), "export"),
     "openvino": (("onnx", "onnxscript", "openvino"), (), "openvino"),
+    "executorch": (("executorch",), (), "executorch"),
 }
 """Of a format: modules that write it, modules that also run it, and the extra of this package that brings them."""
+
+_ONE = ("aoti", "executorch")  # formats of one image of one size
 
 _TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _PICTURE_TOLERANCE = 5e-3  # of probabilities, and of values of pixels in [0, 1]: one level of 255 and a little
@@ -114,7 +116,8 @@ def write_artefact(
         name: Name to store; None takes the registered one.
         image_size: Side of the images of a classifier that was built for another than its published size, or of a
             restorer whose file is to have one size; pixels.
-        dynamic_size: Leave height and width open where the network can take any; "aoti" has one shape, of one image.
+        dynamic_size: Leave height and width open where the network can take any; "aoti" and "executorch" have one shape,
+            of one image.
         check: Compare the file with the model, and keep it only where they agree.
         told: Told in words what is being done.
 
@@ -128,7 +131,7 @@ def write_artefact(
     out = Path(out)
     check_runtime(format, precision, run=check)
     check_output(format, out)
-    one = format == "aoti"  # a library is for one shape
+    one = format in _ONE
     options: dict[str, Any] = {"image_size": image_size, "dynamic_size": dynamic_size and not one}
     network = prepare(model, name=name, **options)
     if precision in _TYPES and format != "openvino":

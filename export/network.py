@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -36,6 +36,7 @@ __all__ = [
     "described",
     "difference",
     "eager_copy",
+    "fixed",
     "open_network",
     "prepare",
     "sample_inputs",
@@ -172,6 +173,12 @@ def prepare(
         dynamic_shapes=shapes,
         metadata=_metadata(model, kind, name, image_size),
     )
+
+
+def fixed(network: Network) -> Network:
+    """Return a network with all shapes fixed, of one image."""
+    one = {key: value[:1].clone() if value.ndim else value for key, value in network.inputs.items()}
+    return replace(network, inputs=one, dynamic_shapes={})
 
 
 def capture(network: Network, purpose: str) -> torch.export.ExportedProgram:

@@ -39,6 +39,7 @@ _MEANS = {
         "fp16": _HALF.format(name="float16"),
         "bf16": _HALF.format(name="bfloat16"),
     },
+    "executorch": {"fp32": "float32"},
     "aoti": {
         "fp32": "float32",
         "fp16": _HALF.format(name="float16"),

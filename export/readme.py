@@ -15,9 +15,16 @@ _TITLES = {
     "onnx": "ONNX",
     "openvino": "OpenVINO",
     "torch-export": "an exported program of PyTorch",
+    "executorch": "an ExecuTorch program",
     "aoti": "a library that PyTorch's inductor compiled for this processor",
 }
-_NEEDS = {"onnx": "onnxruntime", "openvino": "openvino", "torch-export": "torch", "aoti": "torch"}
+_NEEDS = {
+    "onnx": "onnxruntime",
+    "openvino": "openvino",
+    "torch-export": "torch",
+    "aoti": "torch",
+    "executorch": "torch",
+}
 _RUN = {
     "onnx": """session = onnxruntime.InferenceSession("{file}", providers=["CPUExecutionProvider"])
 outputs = session.run(None, {{{dictionary}}})""",
@@ -28,6 +35,11 @@ outputs = [found[index] for index in range(len(model.outputs))]""",
 with torch.no_grad():
     found = program({tensors})
 outputs = [value.numpy() for value in (found if isinstance(found, (tuple, list)) else [found])]""",
+    "executorch": """from executorch.runtime import Runtime
+
+program = Runtime.get().load_program("{file}")
+method = program.load_method("forward")  # both have to stay
+outputs = [value.numpy() for value in method.execute([{tensors}])]  # these shapes only""",
     "aoti": """from torch._inductor import aoti_load_package
 
 found = aoti_load_package("{file}")({tensors})  # these shapes only
@@ -177,8 +189,8 @@ def _prepare(facts: Any, size: tuple[int, ...], photo: str) -> list[str]:
 
 def _with_run(lines: list[str], network: Network, format: str, file: str) -> list[str]:
     tensors = dictionary = ""
-    if format in ("torch-export", "aoti"):
-        by_name = not network.by_position
+    if format in ("torch-export", "aoti", "executorch"):
+        by_name = not network.by_position and format != "executorch"
         tensors = ", ".join(f"{f'{key}=' if by_name else ''}torch.from_numpy({key})" for key in network.inputs)
     else:
         dictionary = ", ".join(f'"{key}": {key}' for key in network.inputs)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from zoo.sources import Source
 
 _STEPS = 2  # recorded: what changes from step to step is seen
-_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "openvino": ".xml", "aoti": ".aoti.pt2"}
+_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "openvino": ".xml", "aoti": ".aoti.pt2", "executorch": ".pte"}
+_ONE = ("aoti", "executorch")  # formats of one image of one size
 _PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 
@@ -170,7 +171,7 @@ def _check_size(args: argparse.Namespace, task: str | None) -> None:
     """Refuse a side where none is of use, and a restorer of one size without it."""
     if task in (None, "classification"):
         return
-    one = "--format aoti" if args.format == "aoti" else "--fixed-size" if args.fixed_size else ""
+    one = f"--format {args.format}" if args.format in _ONE else "--fixed-size" if args.fixed_size else ""
     if task in ("generation", "policy"):
         if args.image_size is not None:
             raise UsageError(f"--image-size is for classifiers and restorers: {args.name} is for {task}.")

@@ -1,0 +1,202 @@
+"""Write models as ExecuTorch programs (.pte) for phones and small devices, and compare such files with their models.
+
+What XNNPACK can compute goes to it, the rest to ExecuTorch's portable kernels. Shapes are fixed. Not every network is
+lowered; `docs/engines.md` has the list that was tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zoo.export.network import ExportError, Kind, Network, capture, compare, described, fixed, prepare, whole
+
+__all__ = ["SUFFIX", "check", "export", "metadata", "runner", "write"]
+
+SUFFIX = ".pte"
+_FACTS = "zoo_metadata"  # a method that returns the facts, as bytes: a program has no other place for text
+_INSTALL = "pip install 'ffn-zoo[executorch]'"
+
+
+def export(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    kind: Kind | None = None,
+    name: str | None = None,
+    image_size: int | None = None,
+    dynamic_size: bool = True,
+) -> Path:
+    """Write a model, merged and in float32, for one batch and one size.
+
+    Args:
+        model: A classifier, a restorer or a class-conditional denoiser; it is not changed.
+        out: Path of the file; it appears only when it is complete.
+        kind: What the model is; None finds out.
+        name: Name to store; None takes the registered one.
+        image_size: Side of the images, as in `zoo.export.network.prepare`, pixels.
+        dynamic_size: Of no effect: shapes are fixed.
+
+    Raises:
+        ImportError: The `executorch` extra is missing.
+        ExportError: The network has an operator that ExecuTorch lacks.
+        OSError: `out` cannot be written.
+    """
+    del dynamic_size
+    with whole(out) as temporary:
+        write(fixed(prepare(model, kind=kind, name=name, image_size=image_size, dynamic_size=False)), temporary)
+    return Path(out)
+
+
+def write(network: Network, path: Path) -> None:
+    """Lower a network that is ready.
+
+    Args:
+        network: Of fixed shapes.
+        path: File to write.
+
+    Raises:
+        ImportError: The `executorch` extra is missing.
+        ExportError: It has an operator that ExecuTorch lacks.
+    """
+    try:
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+    except ImportError as error:
+        raise ImportError(f"ExecuTorch files need {error.name}, which is missing: {_INSTALL}.") from error
+    program = capture(network, "lowered")
+    facts = torch.frombuffer(bytearray(json.dumps(_facts(network)).encode()), dtype=torch.uint8)
+    with _quiet():
+        try:
+            lowered = to_edge_transform_and_lower(
+                program, partitioner=[XnnpackPartitioner()], constant_methods={_FACTS: facts}
+            )
+            buffer = lowered.to_executorch().buffer
+        except Exception as error:  # the compiler's own, of many kinds
+            raise ExportError(f"ExecuTorch cannot lower this model: {_first_line(error)}") from error
+    path.write_bytes(buffer)
+
+
+def _facts(network: Network) -> dict[str, Any]:
+    return network.metadata | {"shapes": {key: list(value.shape) for key, value in network.inputs.items()}}
+
+
+def metadata(path: str | Path) -> dict[str, str]:
+    """Return the facts that `export` stored in a file."""
+    return {key: value for key, value in _stored(_load(path)).items() if key != "shapes"}
+
+
+def check(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    kind: Kind | None = None,
+    image_size: int | None = None,
+    dynamic_size: bool = True,
+) -> float:
+    """Run a file in ExecuTorch and compare it with its model in eager mode, unmerged, at its one shape.
+
+    Args:
+        path: File that `export` wrote.
+        model: The model it was written from.
+        kind: What the model is; None finds out.
+        image_size: As it was in `export`.
+        dynamic_size: Of no effect: shapes are fixed.
+
+    Returns:
+        The largest difference, relative to the largest output where that is above one.
+
+    Raises:
+        ImportError: The `executorch` extra is missing.
+        ExportError: The file cannot be run, or returns another shape or values that are not finite.
+    """
+    del dynamic_size
+    run = runner(path)
+    options: dict[str, Any] = {"kind": kind, "image_size": image_size, "dynamic_size": False, "one": True}
+    return compare(lambda inputs: run(inputs)[0], model, **options)
+
+
+def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
+    """Load a file into ExecuTorch's runtime.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Inputs by name -> outputs; it raises ExportError where they do not fit the file.
+
+    Raises:
+        ImportError: The `executorch` extra is missing.
+        ExportError: The file cannot be run.
+    """
+    program = _load(path)
+    shapes = _stored(program)["shapes"]
+    with _quiet():
+        try:
+            method = program.load_method("forward")
+        except RuntimeError as error:
+            raise ExportError(f"ExecuTorch's runtime cannot load {path}: {_first_line(error)}") from error
+
+    def run(inputs: dict[str, Tensor], held: Any = program) -> list[Tensor]:  # a method does not keep its program
+        wrong = {key: value for key, value in inputs.items() if list(value.shape) != shapes.get(key)}
+        if wrong:
+            raise ExportError(f"{path} takes {shapes}, got {described(wrong)}.")
+        with _quiet():
+            try:
+                return [value.clone() for value in method.execute([value.contiguous() for value in inputs.values()])]
+            except RuntimeError as error:
+                raise ExportError(f"{path} cannot be run on {described(inputs)}: {_first_line(error)}") from error
+
+    return run
+
+
+def _load(path: str | Path) -> Any:
+    try:
+        from executorch.runtime import Runtime
+    except ImportError as error:
+        raise ImportError(f"ExecuTorch files need {error.name}, which is missing: {_INSTALL}.") from error
+    if not Path(path).is_file():
+        raise ExportError(f"There is no file {path}.")
+    with _quiet():
+        try:
+            return Runtime.get().load_program(Path(path).read_bytes())
+        except RuntimeError as error:
+            raise ExportError(f"{path} is not an ExecuTorch program: {_first_line(error)}") from error
+
+
+def _stored(program: Any) -> dict[str, Any]:
+    with _quiet():
+        method = program.load_method(_FACTS)
+        (facts,) = method.execute([])
+    found: dict[str, Any] = json.loads(bytes(facts.tolist()))
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep ExecuTorch's remarks to itself; those of its runtime are written past Python."""
+    before, kept = logging.root.manager.disable, os.dup(2)
+    logging.disable(logging.WARNING)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+        logging.disable(before)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
