@@ -116,8 +116,8 @@ def write_artefact(
         name: Name to store; None takes the registered one.
         image_size: Side of the images of a classifier that was built for another than its published size, or of a
             restorer whose file is to have one size; pixels.
-        dynamic_size: Leave height and width open where the network can take any; "aoti" and "executorch" have one shape,
-            of one image.
+        dynamic_size: Leave height and width open where the network can take any; "aoti" and "executorch" have one
+            shape, of one image.
         check: Compare the file with the model, and keep it only where they agree.
         told: Told in words what is being done.
 

@@ -18,13 +18,7 @@ _TITLES = {
     "executorch": "an ExecuTorch program",
     "aoti": "a library that PyTorch's inductor compiled for this processor",
 }
-_NEEDS = {
-    "onnx": "onnxruntime",
-    "openvino": "openvino",
-    "torch-export": "torch",
-    "aoti": "torch",
-    "executorch": "torch",
-}
+_NEEDS = {format: "torch" for format in _TITLES} | {"onnx": "onnxruntime", "openvino": "openvino"}
 _RUN = {
     "onnx": """session = onnxruntime.InferenceSession("{file}", providers=["CPUExecutionProvider"])
 outputs = session.run(None, {{{dictionary}}})""",

@@ -41,7 +41,7 @@ def test_what_is_not_lowered_is_named(tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return nn.functional.interpolate(super().forward(x), scale_factor=0.5, mode="bicubic", antialias=True)
 
-    with pytest.raises(ExportError, match="cannot lower this model.*upsample_bicubic2d_aa") as caught:
+    with pytest.raises(ExportError, match=r"cannot lower this model.*upsample_bicubic2d_aa") as caught:
         executorch.export(Bicubic(), tmp_path / "model.pte", image_size=16)
     assert "\n" not in str(caught.value)
     (tmp_path / "text.pte").write_text("no program")
