@@ -253,7 +253,10 @@ def test_a_full_disk_leaves_nothing(format: str, suffix: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--format", "onxx"], "'onxx' is not a --format. Choices: onnx, torch-export, openvino, aoti, executorch."),
+        (
+            ["--format", "onxx"],
+            "'onxx' is not a --format. Did you mean onnx? Choices: onnx, torch-export, openvino, aoti, executorch.",
+        ),
         (["--format", "onnx", "--precision", "bf16"], "no bf16: ONNX Runtime has no bfloat16 convolutions"),
         (["--format", "openvino", "--precision", "bf16"], "OpenVINO takes bfloat16 when a model is loaded"),
         (["--format", "onnx", "--precision", "int8"], "--precision int8 needs --data DIR"),
