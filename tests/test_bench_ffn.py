@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch
 import zoo
 from tests.image_sets import image_folder
 from zoo.bench import Entry, Settings
-from zoo.bench.ffn import DENSE, LEFT, RECOVERED, TECHNIQUES, TOP1, TORCH_PRUNING, ffn, goals
+from zoo.bench.ffn import DENSE, LEFT, RECOVERED, TECHNIQUES, TOP1, TORCH_PRUNING, _to_recover, ffn, goals
 from zoo.cards import Metric
 from zoo.cards.own import write_own_model
 from zoo.cli import main
@@ -70,6 +72,22 @@ def test_random_weights_give_times_only() -> None:
     assert "The weights are random: times only." in found.notes
     assert any("Not measured: RePa at 0.05. RePa cannot keep 0.05" in note for note in found.notes)
     assert found.goals == ()
+
+
+def test_recovered_are_those_that_lost_most() -> None:
+    """At the smallest budget, one of each kind: three of ours, and the rival."""
+    made = [
+        SimpleNamespace(series=series, budget=budget, values={TOP1: top1 * budget})
+        for series, top1 in (
+            ("prune, activation", 90.0), ("prune, Taylor", 80.0), ("RePa", 70.0), ("low rank, whitened", 60.0),
+            ("depth", 50.0), (f"{TORCH_PRUNING}, Taylor", 40.0), ("plain SVD", 99.0),
+        )
+        for budget in (0.5, 0.2)
+    ]  # fmt: skip
+    chosen: Any = _to_recover(made)  # type: ignore[arg-type]
+    assert {each.budget for each in chosen} == {0.2}
+    kinds = ["prune, activation", "RePa", "low rank, whitened", f"{TORCH_PRUNING}, Taylor"]
+    assert [each.series for each in chosen] == kinds
 
 
 def test_goals_compare_the_best_at_half_of_the_work() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -318,8 +318,8 @@ def ffn(
         data: Labelled images, as `zoo compress` takes them.
         samples: Training images for calibration.
         budgets: Shares of the feed-forward multiply-accumulates that stay.
-        recovery: Steps of learning from the dense model, of 128 images each; at the budget nearest to a half, and for
-            the best of each kind of technique and the best of Torch-Pruning's only. 0: none.
+        recovery: Steps of learning from the dense model, of 128 images each; at the smallest budget, where most is
+            lost, and for the best of each kind of technique and the best of Torch-Pruning's only. 0: none.
         techniques: Keys of `TECHNIQUES`; None is all.
         rivals: Models that were trained to be smaller, by name, file or folder: measured beside.
         model_args: Arguments of the model.
@@ -374,7 +374,7 @@ def ffn(
     elif recovery:
         notes.append(
             f"Recovered: {recovery} steps of {_RECOVERY_BATCH} images on outputs and features of the dense model; only "
-            f"the best technique of each kind, at the budget nearest to {_HALF:g}."
+            "the best technique of each kind, at the smallest budget."
         )
     return [
         Benchmark(
@@ -391,17 +391,13 @@ def ffn(
     ]
 
 
-def _at_half(budgets: Iterable[float]) -> float:
-    return min(budgets, key=lambda budget: abs(budget - _HALF))
-
-
 def _to_recover(candidates: Sequence[_Candidate]) -> list[_Candidate]:
-    """Return the best of the best three kinds of technique, and Torch-Pruning's best, at half of the work."""
-    budgets = [each.budget for each in candidates if each.budget is not None]
+    """Return the best of the best three kinds of technique, and Torch-Pruning's best, at the smallest budget."""
+    smallest = min((each.budget for each in candidates if each.budget is not None), default=None)
     best: dict[str, _Candidate] = {}
     for each in candidates:
         kind = each.series.partition(",")[0]
-        if each.budget == _at_half(budgets) and (kind not in best or each.values[TOP1] > best[kind].values[TOP1]):
+        if each.budget == smallest and (kind not in best or each.values[TOP1] > best[kind].values[TOP1]):
             best[kind] = each
     ours = sorted((kind for kind in best if kind not in _RIVALS), key=lambda kind: -best[kind].values[TOP1])
     return [best[kind] for kind in (*ours[:_RECOVERED_KINDS], TORCH_PRUNING) if kind in best]
