@@ -50,6 +50,8 @@ def compress(model: nn.Module, config: Config | str = "prune", data: Iterable[An
         ValueError: The technique is unknown, or cannot be applied to the model.
     """
     chosen = config_of(config) if isinstance(config, str) else config
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(f"Weights of this {type(model).__name__} are on the meta device: load them first.")
     technique = importlib.import_module(type(chosen).__module__)
     report: FFNReport = technique.apply(model, chosen, data)
     return report
@@ -222,8 +224,10 @@ def recover(
     if not len(batches):  # type: ignore[arg-type]
         raise ValueError("Recovery needs data: there is no batch.")
     total = steps or epochs * len(batches)  # type: ignore[arg-type]
-    names = [name for name in ffn_layers(dense) if name in dict(model.named_modules())]
+    names = [name for name in ffn_layers(dense, takes="any") if name in dict(model.named_modules())]
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not learned:
+        raise ValueError(f"All of this {type(model).__name__} is frozen: nothing can recover. requires_grad_(True)?")
     optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=0.0)
     warmup = max(1, total // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -233,7 +237,8 @@ def recover(
     dense.eval()
     model.train()
     losses: list[float] = []
-    with _Features(model, names) as ours, _Features(dense, names) as theirs:
+    eager = torch.compiler.set_stance("force_eager")  # hooks are not seen by compiled programs
+    with eager, _Features(model, names) as ours, _Features(dense, names) as theirs:
         while len(losses) < total:
             for batch in itertools.islice(batches, total - len(losses)):
                 with torch.no_grad():

@@ -7,7 +7,6 @@ residual stream any more.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -15,11 +14,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from zoo.ffn.dense_ffn import read_ffn
 from zoo.ffn.technique import (
     FFNReport,
     LayerChange,
     evaluating,
+    every_layer,
     listed,
     model_output,
     note_change,
@@ -27,7 +26,6 @@ from zoo.ffn.technique import (
     refuse_twice,
     replace_module,
 )
-from zoo.layers.ffn import RePaFFN
 from zoo.profiling import count_params
 
 __all__ = ["DepthConfig", "Nothing", "apply", "attention_removals", "removable", "restructure"]
@@ -90,12 +88,10 @@ def removable(model: nn.Module, units: Units = "ffn", pattern: str | None = None
         ValueError: There is none.
     """
     found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if pattern is not None and not re.search(pattern, name):
+    for name, ffn in every_layer(model, pattern)[0].items():
+        if not name or not ffn.whole or ffn.first_column or ffn.dim != ffn.out_dim:
             continue
-        ffn = None if isinstance(module, RePaFFN) else read_ffn(module)  # that one adds the residual itself
-        if ffn is None or ffn.first_column:
-            continue
+        module = model.get_submodule(name)
         parent = name.rpartition(".")[0]
         attention = getattr(model.get_submodule(parent), "attn", None)
         if units != "ffn" and isinstance(attention, nn.Module) and not isinstance(attention, Nothing):
@@ -122,7 +118,7 @@ def apply(model: nn.Module, config: DepthConfig | None = None, data: Iterable[An
     """
     config = config or DepthConfig()
     refuse_twice(model, "depth")
-    layers = removable(model, config.units, config.pattern)
+    layers, ffns = removable(model, config.units, config.pattern), every_layer(model, config.pattern)[0]
     if config.remove > len(layers):
         raise ValueError(f"remove must be at most {len(layers)}, the layers that can go, got {config.remove}.")
     batches = listed(data, "Removing layers")
@@ -135,14 +131,16 @@ def apply(model: nn.Module, config: DepthConfig | None = None, data: Iterable[An
         for name, module in layers.items():
             if name not in gone:
                 replace_module(model, name, Nothing())
-                errors[name] = output_error(model, batches, outputs)
-                replace_module(model, name, module)
+                try:
+                    errors[name] = output_error(model, batches, outputs)
+                finally:
+                    replace_module(model, name, module)
         best = min(errors, key=errors.__getitem__)
         replace_module(model, best, Nothing())
         gone.append(best)
     changes = []
     for name in (name for name in layers if name in gone):
-        ffn = read_ffn(layers[name])
+        ffn = ffns.get(name)
         macs = ffn.macs() if ffn is not None else sum(p.numel() for p in layers[name].parameters() if p.ndim == 2)
         changes.append(LayerChange(name=name, what="removed", params=(count_params(layers[name]), 0), macs=(macs, 0)))
     note_change(model, "depth", dict.fromkeys(gone, 0))

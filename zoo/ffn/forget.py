@@ -106,7 +106,7 @@ def apply(model: nn.Module, config: ForgetConfig | None = None) -> dict[str, lis
         ValueError: No layer is known.
     """
     config = config or ForgetConfig()
-    ffns = ffn_layers(model, config.pattern)
+    ffns = ffn_layers(model, config.pattern, "linear")
     names = {id(module): name for name, module in model.named_modules()}
     model.requires_grad_(False)
     groups: dict[str, list[LoRALinear]] = {}

@@ -27,7 +27,7 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
         model: A diffusers transformer or a classifier.
         batch: For a diffusers transformer a dictionary of its arguments, and under "target" what it should return
             (noise, velocity or image; mean squared error). For a classifier a pair of images and class numbers (cross
-            entropy).
+            entropy), or what models of transformers make a loss of: arguments with "labels".
 
     Raises:
         ValueError: The batch is neither.
@@ -38,6 +38,10 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
         if output.shape != target.shape and output.ndim == target.ndim:
             output = output[:, : target.shape[1]]  # a learned variance comes behind the prediction
         return F.mse_loss(output.float(), target.float())
+    if isinstance(batch, Mapping) and "labels" in batch:
+        output = model(**batch)
+        if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
+            return output["loss"]
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return F.cross_entropy(model(batch[0]).float(), batch[1])
     raise ValueError(
@@ -161,7 +165,7 @@ def _score_activations(model: nn.Module, ffns: Mapping[str, DenseFFN], batch: An
             raise ValueError(f"{name} did not take part in the loss: it got no gradient.")
         gradient = hidden[name].grad
         assert gradient is not None
-        product = (hidden[name].detach().float() * gradient.float()).abs().flatten(0, -2).mean(0)
+        product = ffn.rows((hidden[name].detach().float() * gradient.float()).abs()).mean(0)
         scores[name] = product[ffn.first_column :]
     for ffn in ffns.values():
         for parameter in ffn.parameters():

@@ -95,7 +95,7 @@ def inspect_ffns(
     Raises:
         ValueError: There are no data, or no layer is known.
     """
-    ffns = ffn_layers(model, pattern)
+    ffns = ffn_layers(model, pattern, "any")
     batches = listed(data, "An inspection")
     hidden = {name: Moments(second=False) for name in ffns}
     small: dict[str, list[int]] = {name: [0, 0] for name in ffns}
@@ -134,6 +134,12 @@ def _error_without(model: nn.Module, name: str, ffn: DenseFFN, batches: list[Any
     module = model.get_submodule(name)
     if ffn.first_column:  # attention shares the second product: only the hidden channels are silenced
         handle = ffn.down.register_forward_pre_hook(lambda _, args: (_silenced(args[0], ffn.first_column),))
+        try:
+            return output_error(model, batches, outputs)
+        finally:
+            handle.remove()
+    if not ffn.whole or ffn.dim != ffn.out_dim:  # the module does more than this layer
+        handle = ffn.down.register_forward_hook(lambda _, args, output: torch.zeros_like(output))
         try:
             return output_error(model, batches, outputs)
         finally:

@@ -28,6 +28,7 @@ from zoo.ffn.technique import (
     output_error,
     refuse_twice,
     replace_module,
+    require_seen,
     thinned,
     watch_inputs,
 )
@@ -160,7 +161,7 @@ def apply(model: nn.Module, config: LowRankConfig | None = None, data: Iterable[
     """
     config = config or LowRankConfig()
     refuse_twice(model, "low_rank")
-    ffns = ffn_layers(model, config.pattern)
+    ffns = ffn_layers(model, config.pattern, "linear")
     batches = listed(data, "Low rank by activations") if config.whiten else list(data or ())
     params_before = count_params(model)
     names = {id(module): name for name, module in model.named_modules()}
@@ -174,6 +175,8 @@ def apply(model: nn.Module, config: LowRankConfig | None = None, data: Iterable[
 
         with evaluating(model), watch_inputs(products, see):
             outputs = [model_output(model, batch) for batch in batches]
+        if config.whiten:
+            require_seen(moments)
     changes, ranks = [], {}
     for layer, ffn in ffns.items():
         params, macs = ffn.num_parameters, ffn.macs()

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.ffn.dense_ffn import DenseFFN
+from zoo.ffn.dense_ffn import DenseFFN, keep_channels, set_hidden_dim
 from zoo.ffn.importance import Scores, default_loss, score_channels
-from zoo.ffn.prune import keep_channels, set_hidden_dim
 from zoo.ffn.technique import FFNReport, LayerChange, ffn_layers, listed, note_change, refuse_twice
 from zoo.profiling import count_params
 
@@ -114,7 +113,7 @@ def apply(
     """
     config = config or MatFormerConfig()
     refuse_twice(model, "matformer")
-    ffns = ffn_layers(model, config.pattern)
+    ffns = ffn_layers(model, config.pattern, "linear")
     for name, ffn in ffns.items():
         _check(name, ffn, config.widths)
     if config.scores != "random":
@@ -152,7 +151,7 @@ def _check(name: str, ffn: DenseFFN, widths: Sequence[float]) -> None:
 
 def restructure(model: nn.Module, layers: Mapping[str, Any]) -> None:
     """Turn the products of a dense model's layers into nested ones, in place; no weight changes."""
-    ffns = ffn_layers(model)
+    ffns = ffn_layers(model, takes="linear")
     for name in layers:
         ffn = ffns[name]
         for product, axis in ((ffn.up, 0), (ffn.gate, 0), (ffn.down, 1)):
@@ -163,7 +162,7 @@ def restructure(model: nn.Module, layers: Mapping[str, Any]) -> None:
 
 
 def _nested(model: nn.Module) -> dict[str, DenseFFN]:
-    found = {name: ffn for name, ffn in ffn_layers(model).items() if isinstance(ffn.down, NestedLinear)}
+    found = {name: ffn for name, ffn in ffn_layers(model, takes="linear").items() if isinstance(ffn.down, NestedLinear)}
     if not found:
         raise ValueError(f"{type(model).__name__} has no nested widths: zoo.ffn.matformer.apply makes them.")
     return found

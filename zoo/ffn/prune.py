@@ -17,15 +17,17 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
-from zoo.ffn.dense_ffn import DenseFFN
+from zoo.ffn.dense_ffn import DenseFFN, keep_channels, set_hidden_dim
 from zoo.ffn.importance import Loss, default_loss, score_channels
 from zoo.ffn.technique import (
     ERROR_SAMPLES,
     FFNReport,
     LayerChange,
     Moments,
+    at_least_float32,
     evaluating,
     ffn_layers,
     listed,
@@ -33,6 +35,7 @@ from zoo.ffn.technique import (
     note_change,
     output_error,
     refuse_twice,
+    require_seen,
     thinned,
     watch_inputs,
 )
@@ -117,7 +120,7 @@ def apply(
     """
     config = config or PruneConfig()
     refuse_twice(model, "prune")
-    ffns = ffn_layers(model, config.pattern)
+    ffns = ffn_layers(model, config.pattern, "any")
     batches = listed(data, "Pruning by these scores") if config.needs_data else list(data or ())
     params_before, macs_before = count_params(model), {name: ffn.macs() for name, ffn in ffns.items()}
     params = {name: ffn.num_parameters for name, ffn in ffns.items()}
@@ -127,22 +130,30 @@ def apply(
     second = config.compensation == "least_squares" or config.scores == "obs"
     moments = {name: Moments(second=second) for name in ffns}
     angles = {name: [0.0, 0] for name in ffns}
+    responses = {name: Moments(second=False) for name in ffns}
     if batches:
         with (
             evaluating(model),
             _watch(model, ffns, moments, angles if config.allocation == "cfsp" else None, len(batches)),
+            _watch_responses(ffns, responses),
         ):
             outputs = [model_output(model, batch) for batch in batches]
+        if config.needs_data:
+            require_seen(moments)
     scores = _scores(model, ffns, moments, config, batches, loss)
     importance = {name: total / max(count, 1) for name, (total, count) in angles.items()}
     widths = choose_widths(before, scores, config, importance)
     kept = {name: scores[name].argsort(descending=True, stable=True)[: widths[name]].sort().values for name in ffns}
+    fits = {name: _compensated(ffn, moments[name], kept[name], config) for name, ffn in ffns.items()}
     for name, ffn in ffns.items():
-        weight, bias = _compensated(ffn, moments[name], kept[name], config)
+        weight, bias = fits[name]
         keep_channels(ffn, kept[name])
+        for part in ffn.between:
+            if isinstance(part, GlobalResponseNorm):
+                _hold_response(part, responses[name], kept[name])
         with torch.no_grad():
             if weight is not None:
-                ffn.down.weight[:, ffn.first_column :].copy_(weight)
+                ffn.write_down(weight)
             if bias is not None:
                 ffn.down.bias.copy_(bias)
         set_hidden_dim(model.get_submodule(name), widths[name])
@@ -163,48 +174,35 @@ def apply(
     )
 
 
-def restructure(model: nn.Module, layers: Mapping[str, int]) -> None:
-    """Give a dense model the widths of a pruned one: the first channels stay, and weights are loaded after."""
-    ffns = ffn_layers(model)
-    for name, width in layers.items():
-        keep_channels(ffns[name], torch.arange(width))
-        set_hidden_dim(model.get_submodule(name), width)
+def _watch_responses(ffns: Mapping[str, DenseFFN], responses: Mapping[str, Moments]) -> ExitStack:
+    """Add up what a `GlobalResponseNorm` divides by its mean over the channels: norms over each map."""
+    stack = ExitStack()
+    for name, ffn in ffns.items():
+        for part in ffn.between:
+            if isinstance(part, GlobalResponseNorm):
+
+                def see(module: Any, args: Any, name: str = name) -> None:
+                    norms = at_least_float32(args[0].detach()).norm(dim=module.spatial_dim)
+                    responses[name].add(norms.flatten(0, -2))
+
+                stack.callback(part.register_forward_pre_hook(see).remove)
+    return stack
 
 
 @torch.no_grad()
-def keep_channels(ffn: DenseFFN, kept: Tensor) -> None:
-    """Cut a layer's products down to some hidden channels, in place.
-
-    Args:
-        ffn: The layer.
-        kept: (K,) int64, channels that stay, in their new order.
-    """
-    hidden = ffn.hidden_dim
-    rows = torch.cat([kept, kept + hidden]) if ffn.packed is not None else kept
-    for product in (ffn.up, ffn.gate):
-        if product is not None:
-            _set(product, "weight", product.weight[rows.to(product.weight.device)])
-            if product.bias is not None:
-                _set(product, "bias", product.bias[rows.to(product.bias.device)])
-            product.out_features = len(rows)
-    columns = torch.cat([torch.arange(ffn.first_column), kept.cpu() + ffn.first_column])
-    _set(ffn.down, "weight", ffn.down.weight[:, columns.to(ffn.down.weight.device)])
-    ffn.down.in_features = len(columns)
+def _hold_response(norm: Any, responses: Moments, kept: Tensor) -> None:
+    """Scale the weight of a `GlobalResponseNorm` as the mean over its channels has changed with those that went."""
+    if responses.count:
+        mean = responses.mean
+        norm.weight *= float(mean[kept.to(mean.device)].mean() / mean.mean().clamp_min(1e-30))
 
 
-def _set(product: nn.Linear, part: str, values: Tensor) -> None:
-    old = getattr(product, part)
-    setattr(product, part, nn.Parameter(values.detach().clone().contiguous(), requires_grad=old.requires_grad))
-
-
-def set_hidden_dim(module: Any, width: int) -> None:
-    """Keep the numbers that modules hold beside their weights true."""
-    for name in ("hidden_dim", "active_dim", "mlp_hidden_dim", "hidden_features"):
-        if isinstance(getattr(module, name, None), int):
-            idle = (
-                module.hidden_dim - module.active_dim if name == "hidden_dim" and hasattr(module, "active_dim") else 0
-            )
-            setattr(module, name, width + idle)
+def restructure(model: nn.Module, layers: Mapping[str, int]) -> None:
+    """Give a dense model the widths of a pruned one: the first channels stay, and weights are loaded after."""
+    ffns = ffn_layers(model, takes="any")
+    for name, width in layers.items():
+        keep_channels(ffns[name], torch.arange(width))
+        set_hidden_dim(model.get_submodule(name), width)
 
 
 def choose_widths(
@@ -280,15 +278,19 @@ def _watch(
         )
     )
     for name in angles or ():
-        block = model.get_submodule(name.rpartition(".")[0])
+        ffn = ffns[name]
+        block = model.get_submodule(name.rpartition(".")[0] if ffn.whole else name)
+        channels = 1 if ffn.convolutional else -1
 
-        def hook(module: nn.Module, args: Sequence[Any], output: Any, name: str = name) -> None:
+        def hook(
+            module: nn.Module, args: Sequence[Any], output: Any, name: str = name, channels: int = channels
+        ) -> None:
             assert angles is not None
             result = output if isinstance(output, Tensor) else output[-1]
             source = next((value for value in args if isinstance(value, Tensor) and value.shape == result.shape), None)
             if source is None:
                 return
-            cosine = nn.functional.cosine_similarity(source.float(), result.float(), dim=-1).clamp(-1, 1)
+            cosine = nn.functional.cosine_similarity(source.float(), result.float(), dim=channels).clamp(-1, 1)
             angles[name][0] += float((torch.arccos(cosine) / math.pi).sum())
             angles[name][1] += cosine.numel()
 

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.ffn.dense_ffn import DenseFFN
-from zoo.ffn.prune import keep_channels
+from zoo.ffn.dense_ffn import DenseFFN, keep_channels
 from zoo.ffn.technique import (
     ERROR_SAMPLES,
     FFNReport,
@@ -32,6 +31,7 @@ from zoo.ffn.technique import (
     output_error,
     refuse_twice,
     replace_module,
+    require_seen,
     thinned,
 )
 from zoo.profiling import count_params
@@ -124,6 +124,7 @@ def apply(model: nn.Module, config: RePaConfig | None = None, data: Iterable[Any
     sums = {name: _Sums() for name in ffns}
     with evaluating(model), _watch(ffns, inputs, sums, len(batches)):
         outputs = [model_output(model, batch) for batch in batches]
+    require_seen(inputs)
     changes, facts = [], {}
     for name, ffn in ffns.items():
         macs, params = ffn.macs(), count_params(model.get_submodule(name))

@@ -107,7 +107,7 @@ def spectrum(
     Raises:
         ValueError: There are no data, or no layer is known.
     """
-    ffns = ffn_layers(model, pattern)
+    ffns = ffn_layers(model, pattern, "any")
     batches = listed(data, "A spectrum")
     found: dict[str, LayerSpectra] = {}
     names = list(ffns)
@@ -139,13 +139,13 @@ def _watch(ffns: Mapping[str, DenseFFN], before: Mapping[str, Moments], after: M
     for name, ffn in ffns.items():
 
         def see_up(module: nn.Module, args: Any, output: Tensor, name: str = name, ffn: DenseFFN = ffn) -> None:
-            rows = output.detach().flatten(0, -2)
+            rows = ffn.rows(output.detach())
             if ffn.packed is not None:
                 rows = rows.chunk(2, -1)[1 if ffn.packed == "value first" else 0]
             before[name].add(rows)
 
         def see_down(module: nn.Module, args: Any, name: str = name, ffn: DenseFFN = ffn) -> None:
-            after[name].add(args[0].detach().flatten(0, -2)[:, ffn.first_column :])
+            after[name].add(ffn.rows(args[0].detach())[:, ffn.first_column :])
 
         product = ffn.up if ffn.gate is None else ffn.gate
         stack.callback(product.register_forward_hook(see_up).remove)

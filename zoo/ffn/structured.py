@@ -309,7 +309,7 @@ def apply(model: nn.Module, config: StructuredConfig | None = None, data: Iterab
     """
     config = config or StructuredConfig()
     refuse_twice(model, "structured")
-    ffns = ffn_layers(model, config.pattern)
+    ffns = ffn_layers(model, config.pattern, "linear")
     names = {id(module): name for name, module in model.named_modules()}
     params_before, changes, facts = count_params(model), [], {}
     built: dict[str, nn.Module] = {}

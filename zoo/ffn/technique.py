@@ -7,28 +7,32 @@ A technique notes what it did in `model.ffn_changes`, a list of plain dictionari
 from __future__ import annotations
 
 import importlib
+import inspect
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from zoo.ffn.dense_ffn import DenseFFN, read_ffn
+from zoo.ffn.dense_ffn import DenseFFN, read_ffn, read_torch
+from zoo.ffn.discovery import discover
 from zoo.layers.ffn import RePaFFN
 from zoo.profiling import count_params
 
 __all__ = [
     "ERROR_SAMPLES",
+    "MOST_SAMPLES",
     "FFNReport",
     "LayerChange",
     "Moments",
     "at_least_float32",
     "evaluating",
+    "every_layer",
     "ffn_layers",
     "listed",
     "model_output",
@@ -38,6 +42,7 @@ __all__ = [
     "refuse_twice",
     "replace_layers",
     "replace_module",
+    "require_seen",
     "restructure_layers",
     "thinned",
     "vit_blocks",
@@ -46,6 +51,9 @@ __all__ = [
 
 ERROR_SAMPLES = 64
 """A report's error is measured on as many samples at least; running all again would take as long as the fit."""
+
+MOST_SAMPLES = 4096
+"""No more calibration data are held in memory, whatever is given: a loader of a training set, or one without end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,53 +124,145 @@ def _pair(values: tuple[int, int]) -> str:
     return " -> ".join(f"{value / 1e6:,.3f} M" for value in values)
 
 
-def ffn_layers(model: nn.Module, pattern: str | None = None) -> dict[str, DenseFFN]:
+Takes = Literal["any", "linear", "plain"]
+"""What a technique works on: any hidden channels; those between linear layers; those of a layer that it can replace."""
+
+_TAKES = {
+    "any": "",
+    "linear": "techniques of its kind are for linear layers without a norm or convolution between them",
+    "plain": "techniques of its kind replace whole modules of two or three linear layers around a known activation",
+}
+
+
+def ffn_layers(model: nn.Module, pattern: str | None = None, takes: Takes = "plain") -> dict[str, DenseFFN]:
     """Return the dense feed-forward layers of a model by the names of the modules that hold them.
 
     Args:
-        model: Of timm, diffusers or zoo.
+        model: Of timm, diffusers, zoo, PyTorch, or your own: see `zoo.ffn.discovery`.
         pattern: Only layers whose name matches this regular expression.
+        takes: Layers of other kinds are left out.
 
     Raises:
-        ValueError: There is none, one cannot be split, or one of its products is wrapped (by LoRA, quantisation, ...).
+        ValueError: There is none, one cannot be split, one of its products is wrapped (by LoRA, quantisation, ...), or
+            its weights are computed from others or serve another layer too.
     """
+    every, reasons = every_layer(model, pattern)
     found: dict[str, DenseFFN] = {}
-    for name, module in model.named_modules():
-        if pattern is not None and not re.search(pattern, name):
-            continue
-        if isinstance(module, RePaFFN):
-            raise ValueError(
-                f"{name} is a RePaFFN, whose idle channels zoo.reparameterize merges: techniques are for dense layers."
-            )
-        ffn = read_ffn(module)
-        if ffn is None:
-            continue
+    for name, ffn in every.items():
         for part, product in (("first", ffn.up), ("gate's", ffn.gate), ("second", ffn.down)):
-            if product is not None and not isinstance(product, nn.Linear):
+            if product is not None and not isinstance(product, nn.Linear | nn.Conv2d):
                 raise ValueError(
                     f"{name}: its {part} product is a {type(product).__name__}, expected nn.Linear: merge or unload "
                     "adapters and quantisation, or undo another technique, first."
                 )
-        found[name] = ffn
+        if takes != "any" and (ffn.convolutional or ffn.between):
+            reasons[name] = "its products are convolutions, or have a norm or a convolution between them"
+        elif takes != "any" and ffn.fused:
+            reasons[name] = f"{type(model.get_submodule(name)).__name__} reads the weights of its products itself"
+        elif takes == "plain" and not (ffn.plain and (ffn.whole or ffn.first_column)):
+            reasons[name] = "its module does more than this layer, or its activation is unknown"
+        else:
+            found[name] = ffn
+    _require_own_weights(model, found)
     if not found:
+        if reasons:
+            name, why = next(iter(reasons.items()))
+            need = f"; {_TAKES[takes]}" if name in every else ""
+            raise ValueError(f"{name}: {why.rstrip('.')}{need}. No other layer of this {type(model).__name__} will do.")
         wanted = f" whose name matches {pattern!r}" if pattern else ""
         raise ValueError(
             f"{type(model).__name__} has no feed-forward layer{wanted} that is known: FeedForward and Flux's single "
-            "blocks of diffusers, Mlp, GluMlp and SwiGLU of timm."
+            "blocks of diffusers, Mlp, GluMlp and SwiGLU of timm, or a module of two linear layers, three where they "
+            "are gated, that gives as many channels as it takes."
         )
     return found
 
 
+def every_layer(model: nn.Module, pattern: str | None = None) -> tuple[dict[str, DenseFFN], dict[str, str]]:
+    """Return the feed-forward layers of all kinds by name, in the model's order, and why modules are none.
+
+    Raises:
+        ValueError: A layer is a `RePaFFN`.
+    """
+    known: dict[str, DenseFFN] = {}
+    reasons: dict[str, str] = {}
+    names = [name for name, _ in model.named_modules() if pattern is None or re.search(pattern, name)]
+    for name, module in model.named_modules():
+        if isinstance(module, RePaFFN):
+            if name in names:
+                raise ValueError(
+                    f"{name} is a RePaFFN, whose idle channels zoo.reparameterize merges: techniques are for dense "
+                    "layers."
+                )
+            continue
+        ffn = read_torch(module)
+        if ffn is None or ffn.plain:
+            try:
+                ffn = read_ffn(module) or ffn
+            except ValueError as error:
+                reasons[name] = str(error)
+        if ffn is not None:
+            known[name] = ffn
+    every = {**known, **discover(model, known)}
+    return {name: every[name] for name in names if name in every}, {n: why for n, why in reasons.items() if n in names}
+
+
+def _require_own_weights(model: nn.Module, ffns: Mapping[str, DenseFFN]) -> None:
+    """Say which layer's weights are not its own, so that it cannot be changed alone.
+
+    Raises:
+        ValueError: There is one.
+    """
+    owners: dict[int, str] = {}
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append(f"{name}.{key}")
+    for layer, ffn in ffns.items():
+        for product in ffn.products:
+            if product._parameters.get("weight") is None:
+                raise ValueError(
+                    f"{layer}: a weight is computed from others (weight norm, a parametrization, a mask): make it "
+                    "plain first, as torch.nn.utils.parametrize.remove_parametrizations does."
+                )
+            weight = product.weight
+            if type(weight) is not nn.Parameter:
+                raise ValueError(
+                    f"{layer}: a weight is a {type(weight).__name__}: techniques change plain weights, and quantise "
+                    "or shard afterwards."
+                )
+            if owners.setdefault(id(weight), layer) != layer or len(users.get(id(weight), ())) > 1:
+                others = [user for user in users.get(id(weight), ()) if not user.startswith(f"{layer}.")]
+                raise ValueError(
+                    f"{layer} shares a weight with {(others or [owners[id(weight)]])[0]}: one cannot change without "
+                    "the other. Let both places hold one module, or give each a weight of its own, first."
+                )
+
+
 def listed(data: Iterable[Any] | None, technique: str) -> list[Any]:
-    """Return the batches of calibration data, for several passes.
+    """Return the batches of calibration data, for several passes; of a whole training set the first ones.
 
     Raises:
         ValueError: There is no data, or no batch in it.
     """
-    batches = [] if data is None else list(data)
+    batches, seen = [], 0
+    for batch in data or ():
+        batches.append(batch)
+        seen += _samples(batch)
+        if seen >= MOST_SAMPLES:
+            break
     if not batches:
         raise ValueError(f"{technique} needs data: batches of inputs, or of (inputs, labels); 32 to 256 samples do.")
     return batches
+
+
+def _samples(batch: Any) -> int:
+    """Return the number of samples in a batch."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else 1
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    return max((_samples(part) for part in parts if isinstance(part, Tensor)), default=1)
 
 
 def model_output(model: nn.Module, batch: Any) -> Tensor:
@@ -170,36 +270,67 @@ def model_output(model: nn.Module, batch: Any) -> Tensor:
 
     Args:
         model: Classifier or denoiser.
-        batch: Images, a pair that begins with images, or a dictionary of arguments (a "target" in it is left out).
+        batch: Images, a pair that begins with images, or a dictionary of arguments (a "target" in it, and "labels",
+            are left out).
+
+    Raises:
+        ValueError: The model has no arguments of these names, or returns no tensor.
     """
     if isinstance(batch, Mapping):
-        output = model(**{key: value for key, value in batch.items() if key != "target"})
+        arguments = {key: value for key, value in batch.items() if key not in ("target", "labels")}
+        try:
+            inspect.signature(model.forward).bind(**arguments)
+        except TypeError as error:
+            raise ValueError(
+                f"A batch has {', '.join(map(repr, batch))}, and {type(model).__name__} takes "
+                f"{inspect.signature(model.forward)}: give batches of its arguments, of images, or of (images, labels)."
+            ) from error
+        output = model(**arguments)
     else:
         output = model(batch[0] if isinstance(batch, (tuple, list)) else batch)
     while not isinstance(output, Tensor):
-        output = output[0]
+        if isinstance(output, Mapping):
+            output = output["logits"] if "logits" in output else next(iter(output.values()), None)
+        elif isinstance(output, list) and len(output) > 1 and all(isinstance(part, Tensor) for part in output):
+            output = torch.cat([part.flatten(1) for part in output], 1)[..., None]  # the maps of features_only
+        elif isinstance(output, (tuple, list)) and output:
+            output = output[0]
+        else:
+            raise ValueError(f"{type(model).__name__} returns a {type(output).__name__}, in which no tensor is found.")
     return output
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a model in evaluation mode without gradients; afterwards its modules' modes are as they were."""
+    """Run a model in evaluation mode without gradients; afterwards its modules' modes are as they were.
+
+    It runs in eager mode: neither a compiled program nor another runtime tells what its layers see.
+    """
     modes = {module: module.training for module in model.modules()}
+    engines = {module: call for module in modes if getattr(call := vars(module).get("forward"), "is_engine", False)}
     model.eval()
+    for module in engines:
+        del module.forward
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for module, call in engines.items():
+            module.forward = call
 
 
 @contextmanager
 def watch_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Show the first input of every module, as rows (T, C), to `see(name, rows)` whenever it runs."""
+    """Show the first input of every product, as rows (T, C), to `see(name, rows)` whenever it runs."""
 
     def hook(name: str) -> Callable[..., None]:
-        return lambda module, args: see(name, args[0].detach().flatten(0, -2))
+        def show(module: nn.Module, args: Any) -> None:
+            x = args[0].detach()
+            see(name, (x.movedim(1, -1) if isinstance(module, nn.Conv2d) else x).flatten(0, -2))
+
+        return show
 
     with ExitStack() as stack:
         for name, module in modules.items():
@@ -299,11 +430,32 @@ class Moments:
         return self.second_moment - torch.outer(self.mean, self.mean)
 
 
+def require_seen(moments: Mapping[str, Moments]) -> None:
+    """Say which layer the data do not reach, or fill with what is no number.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for name, sums in moments.items():
+        if not sums.count or sums.squares is None:
+            raise ValueError(f"{name} does not run on the data: leave it out with pattern, or give other data.")
+        if not torch.isfinite(sums.squares).all():
+            raise ValueError(f"{name} gives values on the data that are not finite: look at the data and the weights.")
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of another; it takes over its mode."""
-    parent, _, leaf = name.rpartition(".")
-    module.train(model.get_submodule(name).training)
-    setattr(model.get_submodule(parent), leaf, module)
+    """Put a module in the place of another, wherever the model holds that one; it takes over its mode.
+
+    Raises:
+        ValueError: The model itself is the layer.
+    """
+    if not name:
+        raise ValueError(f"This {type(model).__name__} is the layer itself: put it into nn.Sequential first.")
+    old = model.get_submodule(name)
+    module.train(old.training)
+    places = [(outer, key) for outer in model.modules() for key, inner in outer._modules.items() if inner is old]
+    for outer, key in places:
+        setattr(outer, key, module)
 
 
 def replace_layers(
@@ -374,9 +526,17 @@ def vit_blocks(model: nn.Module) -> dict[str, Any]:
 
 
 def note_change(model: nn.Module, technique: str, layers: Mapping[str, Any]) -> None:
-    """Remember plain facts from which `rebuild` gives a fresh model the same structure."""
-    changes = [*getattr(model, "ffn_changes", []), {"technique": technique, "layers": dict(layers)}]
-    model.ffn_changes = changes  # type: ignore[assignment]
+    """Remember plain facts from which `rebuild` gives a fresh model the same structure.
+
+    They are of the model inside the wrappers of the compiler and of PEFT, which are gone when it is saved.
+    """
+    inner: Any = model
+    if hasattr(model, "get_base_model"):
+        inner = model.get_base_model()  # type: ignore[operator]
+    plain = {name.replace("_orig_mod.", ""): facts for name, facts in layers.items()}
+    if inner is not model:
+        plain = {name.removeprefix("base_model.model."): facts for name, facts in plain.items()}
+    inner.ffn_changes = [*getattr(inner, "ffn_changes", []), {"technique": technique, "layers": plain}]
 
 
 def refuse_twice(model: nn.Module, technique: str) -> None:
