@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from small_models import vit
-from timm.layers import ConvMlp, GlobalResponseNormMlp, Mlp
+from timm.layers import BatchNormAct2d, ConvMlp, GlobalResponseNormMlp, Mlp, RelPosMlp
 from torch import Tensor, nn
 from torch.nn.utils.prune import l1_unstructured
 
@@ -110,13 +110,25 @@ TOKENS: dict[str, Callable[[], nn.Module]] = {
     "timm, Mish": lambda: Mlp(DIM, HIDDEN, act_layer=nn.Mish),
 }
 MAPS: dict[str, Callable[[], nn.Module]] = {
+    "norm with activation": lambda: nn.Sequential(
+        nn.Conv2d(DIM, HIDDEN, 1), BatchNormAct2d(HIDDEN, act_layer=nn.SiLU), nn.Conv2d(HIDDEN, DIM, 1)
+    ),
     "inverted": Inverted,
     "gated maps": GatedMaps,
     "timm, PReLU": lambda: Mlp(DIM, HIDDEN, act_layer=lambda: nn.PReLU(HIDDEN), use_conv=True),
     "timm, maps": lambda: Mlp(DIM, HIDDEN, use_conv=True),
     "timm, ConvMlp with a norm": lambda: ConvMlp(DIM, HIDDEN, norm_layer=nn.BatchNorm2d),
 }
-WHOLE = ("functional", "gated", "packed", "sequential", "timm, Mish", "gated maps", *(k for k in MAPS if "timm" in k))
+WHOLE = (
+    "functional",
+    "gated",
+    "packed",
+    "sequential",
+    "timm, Mish",
+    "gated maps",
+    "norm with activation",
+    *(k for k in MAPS if "timm" in k),
+)
 
 
 class Trunk(nn.Module):
@@ -183,6 +195,9 @@ def test_cutting_channels_is_zeroing_them(kind: str) -> None:
     rebuild(fresh, model.ffn_changes)
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(run(fresh, data[0]), run(model, data[0]))
+    third = prune.PruneConfig(keep=DIM / HIDDEN, scores="magnitude", compensation="none", round_to=1)
+    prune.apply(dense, third, data)
+    assert len(ffn_layers(dense, takes="any")) == 2  # as many hidden channels as others are no other layer
 
 
 @pytest.mark.parametrize("kind", [*TOKENS, *MAPS])
@@ -315,7 +330,9 @@ class Normed(nn.Module):
         Attention(),
         Normed(),
         nn.Sequential(nn.Linear(DIM, 4), nn.Linear(4, DIM)),  # of low rank
-        nn.Sequential(nn.Linear(DIM, 32), nn.SiLU(), nn.Linear(32, 32)),  # an embedding of timesteps
+        nn.ModuleDict({"time_embedder": nn.Sequential(nn.Linear(DIM, DIM), nn.SiLU(), nn.Linear(DIM, DIM))}),
+        nn.Sequential(nn.Linear(DIM, 32), nn.SiLU(), nn.Linear(32, 32)),  # as many as it is given go on
+        RelPosMlp((2, 2), 1, 8),
         nn.Sequential(nn.Linear(DIM, HIDDEN), nn.Softmax(-1), nn.Linear(HIDDEN, DIM)),
         nn.ModuleList([nn.Linear(DIM, HIDDEN), nn.Linear(HIDDEN, DIM)]),
     ],

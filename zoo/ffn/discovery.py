@@ -51,6 +51,8 @@ def discover(model: nn.Module, known: Iterable[str]) -> dict[str, DenseFFN]:
         parts = products.get(name, [])
         if len(parts) not in (2, 3) or name in around or any(outer in closed for outer in (name, *_outer(name))):
             continue
+        if "emb" in name:  # of timesteps, labels, positions
+            continue
         ffn = _checked(modules[name], parts, verdicts)
         if ffn is not None:
             found[name] = ffn
@@ -132,8 +134,8 @@ def _roles(parts: list[nn.Module]) -> list[tuple[list[nn.Module], nn.Module]]:
     for down in parts:
         ups = [part for part in parts if part is not down]
         hidden, dim = _sides(down)
-        if hidden == dim or len({_sides(up) for up in ups}) > 1 or _sides(ups[0])[0] != dim:
-            continue  # an embedding of timesteps has as many hidden channels as outputs
+        if len({_sides(up) for up in ups}) > 1 or _sides(ups[0])[0] != dim:
+            continue
         if _sides(ups[0])[1] == hidden or (len(ups) == 1 and _sides(ups[0])[1] == 2 * hidden):
             roles.append((ups, down))
     return roles
@@ -226,7 +228,7 @@ def _run(
     def see(part: nn.Module, args: Any, output: Any) -> Any:
         place = places.get(id(part))
         if place is None:
-            if going[0] and not list(part.children()):
+            if going[0]:
                 run.between.append(part)
             return None
         if place in run.outputs:

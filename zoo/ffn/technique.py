@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
+from timm.layers import RelPosMlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -187,7 +188,10 @@ def every_layer(model: nn.Module, pattern: str | None = None) -> tuple[dict[str,
     known: dict[str, DenseFFN] = {}
     reasons: dict[str, str] = {}
     names = [name for name, _ in model.named_modules() if pattern is None or re.search(pattern, name)]
+    biases = {module.mlp for module in model.modules() if isinstance(module, RelPosMlp)}  # of positions, not of tokens
     for name, module in model.named_modules():
+        if module in biases:
+            continue
         if isinstance(module, RePaFFN):
             if name in names:
                 raise ValueError(
