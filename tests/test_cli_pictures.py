@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from image_sets import photo_folder
 from PIL import Image
@@ -116,6 +117,32 @@ def test_results_within_the_inputs(capsys: Captured, upscaler: str, tmp_path: Pa
         assert (code, len(out.split())) == (0, 1)
 
 
+def test_links_and_locked_folders(
+    capsys: Captured, upscaler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures behind links are restored once; what cannot be read is named, and the others are done."""
+    picture(tmp_path / "in" / "a.png")
+    picture(tmp_path / "disk" / "b.png")
+    (tmp_path / "in" / "disk").symlink_to(tmp_path / "disk")
+    (tmp_path / "in" / "disk" / "back").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "locked").mkdir()
+    (tmp_path / "in" / "gone.png").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "in" / "pipe.png")
+    genuine = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return genuine(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    code, _, err = run(capsys, "restore", tmp_path / "in", "-o", tmp_path / "out", "--model", upscaler)
+    assert (code, names(tmp_path / "out")) == (1, ["a.png", "disk/b.png"])
+    assert f"{tmp_path / 'in' / 'locked'}: " in err
+    assert "pipe.png is a pipe or a device" in err
+    assert "3 of 5 failed" in err
+
+
 def test_nothing_to_do(capsys: Captured, upscaler: str, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     command = ["restore", tmp_path / "in", "-o", tmp_path / "out", "--model", upscaler]
@@ -170,6 +197,74 @@ def test_known_faults(
     assert code in (1, 2)
     assert message in err
     assert not Path("out").exists()
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+@pytest.mark.parametrize(
+    ("options", "replaced"),
+    [
+        (["-o", "in", "--format", "png"], "in/a.png"),
+        (["-o", "in", "--template", "{stem}_x2.png"], "in/a_x2.png"),
+        (["-o", "link", "--format", "png"], "in/a.png"),
+        (["-o", "hr", "--metrics", "hr", "--format", "png"], "hr/a.png"),
+    ],
+)
+def test_nothing_that_is_read_is_replaced(
+    capsys: Captured,
+    upscaler: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    replaced: str,
+) -> None:
+    """Neither another picture of the run, under whatever name, nor what it is compared with."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("in/a.jpg", "in/a.png", "in/a_x2.png", "hr/a.png"):
+        picture(Path(name))
+    Path("link").symlink_to("in")
+    said = error_of(capsys, "restore", "in/a.jpg", "in/a.png", "in/a_x2.png", *options, "--model", upscaler, "--force")
+    assert f"would replace {replaced}, which this run reads" in said
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "4QB"], "--budget takes 800MB, 4GB, ... or none, got '4QB'"),
+        (["--tile", "0"], "--tile must be at least 1, got 0"),
+        (["--overlap", "-1"], "--overlap must be at least 0, got -1"),
+        (["--width", "1000000"], "width must be positive and less than a million, got 1000000"),
+        (["--report", "x.png"], "--report writes a .json file, not 'x.png'"),
+        (["--report", "r.html", "--compare", "./r.html"], "--compare and --report would both write r.html"),
+    ],
+)
+def test_wrong_values_are_said_once(
+    capsys: Captured,
+    upscaler: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    message: str,
+) -> None:
+    """What no picture could be restored with is a wrong call, not a failure of every picture."""
+    monkeypatch.chdir(tmp_path)
+    assert message in error_of(
+        capsys, "restore", picture(tmp_path / "x.png"), "-o", tmp_path / "out", "--model", upscaler, *options
+    )
+
+
+def test_names_that_are_too_long(capsys: Captured, upscaler: str, tmp_path: Path) -> None:
+    """A name that no disk takes fails alone, before anything is computed."""
+    picture(tmp_path / "in" / f"{'a' * 251}.png")
+    picture(tmp_path / "in" / "b.png")
+    command = ["restore", tmp_path / "in", "x" * 300, "-o", tmp_path / "out", "--model", upscaler]
+    code, _, err = run(capsys, *command, "--format", "tiff")
+    assert (code, names(tmp_path / "out")) == (1, ["b.tiff"])
+    assert "The name of the result has 256 bytes and may have 255: --template gives it another one" in err
+    assert "no such file" in err
+    code, _, err = run(capsys, "classify", "x" * 300)
+    assert code == 1
+    assert "no such file" in err
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="the superuser writes everywhere")
@@ -269,6 +364,14 @@ def test_pipes(capsys: Captured, upscaler: str, tmp_path: Path, monkeypatch: pyt
         assert code == 0
         with Image.open(io.BytesIO(output.buffer.getvalue())) as image:
             assert (image.format, image.size) == (known, (24, 18))
+    half = io.BytesIO()
+    tifffile.imwrite(half, np.zeros((9, 12, 3), np.float16), photometric="rgb", metadata=None)  # unknown to Pillow
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    for data, options in ((half.getvalue(), ["--max-pixels", "108"]), (data, ["--max-pixels", "108"])):
+        monkeypatch.setattr(sys, "stdin", Pipe(data))
+        code, _, err = run(capsys, "restore", "-", "-o", tmp_path / "piped", "--model", upscaler, *options)
+        assert code == 0, err
+    assert names(tmp_path / "piped") == ["stdin.tif", "stdin.webp"]
     monkeypatch.setattr(sys, "stdin", Pipe(b"nonsense"))
     assert "The input of 8 bytes is not an image" in error_of(
         capsys, "restore", "-", "-o", tmp_path, "--model", upscaler, code=1
@@ -411,3 +514,24 @@ def test_evaluate_names_the_file(capsys: Captured, tmp_path: Path) -> None:
     (tmp_path / "set" / "tiny.png").unlink()
     picture(tmp_path / "set" / "cmyk.tif", (40, 36), "CMYK")
     assert "cmyk.tif is a CMYK image" in error_of(capsys, *command)
+
+
+def test_pages_of_several_sizes(upscaler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks are chosen for the page that is enlarged most, and a part has to lie in every page."""
+    from zoo.factory import create_model
+
+    large, small = (np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8) for side in (40, 10))
+    with tifffile.TiffWriter(tmp_path / "x.tif") as writer:
+        for page in (large, small):
+            writer.write(page, photometric="rgb", metadata=None)
+    monkeypatch.setattr(inference, "shipped_scales", lambda task: (2,))
+    model = create_model(upscaler, pretrained=True).eval()
+    monkeypatch.setattr(inference, "load_restorer", lambda *_, **__: model)
+    network = inference.Networks(inference.Size(width=20))
+    source = open_picture(tmp_path / "x.tif", every_frame=True)
+    assert network.reaching(source.size, source) == [model]  # the first page alone would need none
+    result = inference.restore_picture(source, [model], size=network.size)
+    assert [page.size for page in (result, *result.frames)] == [(20, 20), (20, 20)]
+    monkeypatch.setattr(inference, "restore_tensor", lambda *_, **__: pytest.fail("a page was restored"))
+    with pytest.raises(ValueError, match="lies outside 10x10 pixels"):
+        inference.restore_picture(source, [model], crop="8x8+20+20")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["cache_dir", "is_hidden", "whole"]
+__all__ = ["cache_dir", "is_hidden", "walk", "whole"]
 
-_SYSTEM_NAMES = ("__macosx", "@eadir", "$recycle.bin", "thumbs.db", "desktop.ini")  # in small letters
+_SYSTEM_NAMES = ("__macosx", "@eadir", "$recycle.bin", "thumbs.db", "desktop.ini", "lost+found")  # in small letters
 
 
 def is_hidden(name: str) -> bool:
@@ -24,6 +24,46 @@ def cache_dir() -> Path:
     if folder := os.environ.get("ZOO_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zoo"
+
+
+def walk(
+    folder: str | Path, onerror: Callable[[OSError], object] | None = None
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walk through a folder and all below it as `os.walk` does, through links too; hidden folders are left out.
+
+    A link to what is walked through anyway, or to a folder that it lies in, is not followed: nothing comes twice, and
+    it ends.
+
+    Args:
+        folder: Where it begins.
+        onerror: Told of a folder that cannot be read, which is then passed over; None raises.
+
+    Yields:
+        Path, names of the folders in it, which the caller may sort or shorten, and names of the files.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    entered = [Path(folder).resolve()]
+    for parent, folders, names in os.walk(folder, onerror=onerror or stop, followlinks=True):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        for name in [name for name in folders if os.path.islink(os.path.join(parent, name))]:
+            target = Path(parent, name).resolve()
+            around = any(inner.is_relative_to(target) for inner in (entered[0], Path(parent).resolve()))
+            if around or any(_is_below(target, each) for each in entered):
+                folders.remove(name)
+            else:
+                entered.append(target)
+        yield parent, folders, names
+
+
+def _is_below(path: Path, folder: Path) -> bool:
+    """Tell whether a walk through a folder comes to a path."""
+    return path.is_relative_to(folder) and not any(map(is_hidden, path.relative_to(folder).parts))
 
 
 @contextmanager

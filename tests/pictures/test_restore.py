@@ -311,6 +311,28 @@ def test_other_things() -> None:
         open_picture(Image.fromarray(np.array([[0, np.inf]], np.float32)))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": "2"}, "scale must be a number, got '2'"),
+        ({"width": "100"}, "width must be a number, got '100'"),
+        ({"height": 10.5}, "height must be a whole number of pixels, got 10.5"),
+        ({"max_side": 2e6}, "max_side must be positive and less than a million"),
+        ({"tile": "64"}, "tile must be a whole number of pixels, got '64'"),
+        ({"overlap": 1.5, "tile": 8}, "overlap must be a whole number of pixels, got 1.5"),
+        ({"crop": (1, 2, 3)}, r"\(left, top, right, bottom\) in pixels, got \(1, 2, 3\)"),
+        ({"crop": 5}, "in pixels, got 5"),
+        ({"max_pixels": "24M"}, "max_pixels must be a number such as 200e6, got '24M'"),
+        ({"quality": 95}, 'quality is "fast", "balanced" or "best", got 95'),
+        ({"kind": "photo"}, 'kind is "auto", "clean" or "real", got \'photo\''),
+    ],
+)
+def test_wrong_arguments(options: dict[str, Any], message: str, model: CFSR) -> None:
+    """What is no number, or none of the choices, is named; it is neither a damaged picture nor taken for something."""
+    with pytest.raises(ValueError, match=message):
+        restore(photo(), model=model, **options)
+
+
 @pytest.mark.parametrize("values", [[0, 70000], [-5, 3], [0, 255.0], [-1.5, 0.25]])
 def test_values_of_any_range(values: list[float], model: CFSR) -> None:
     """Integers beyond 16 bits, and floats beyond 0 to 1, keep their range."""

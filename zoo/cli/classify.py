@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     missing = [
         {"file": str(each.path), "error": f"no such file.{beside(each.path)}"}
         for each in pictures
-        if not each.path.exists()
+        if not os.path.exists(each.path)
     ]
     if len(missing) == len(pictures):
         if args.json:
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     hush(args)
     options = {"device": args.device, "dtype": args.dtype, "engine": args.engine, **arguments}
     classifier = Classifier(name, told=partial(note, args), **options)
-    paths = [picture.path for picture in pictures if picture.path.exists()]
+    paths = [picture.path for picture in pictures if os.path.exists(picture.path)]
     found: Iterable[tuple[int, dict[str, Any]]] = enumerate(map(_teller(classifier, args.topk), paths))
     if args.ray is not None:
         found = spread(args, paths, _worker, name, args.topk, options)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from zoo.cli.inputs import add_device
 from zoo.cli.models import find_model
 from zoo.cli.output import UsageError, print_json, print_table, progress, table
+from zoo.cli.restore import check_budget
 from zoo.evaluation.protocols import PROTOCOLS, Protocol, protocol_of_task
 from zoo.sources import WEIGHT_SUFFIXES, Source, beside, find
 
@@ -68,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"{args.model} is a model for {source.task or 'generation'}: it restores no images.")
     if args.weights is not None and Path(args.weights).suffix in WEIGHT_SUFFIXES:
         find(args.weights)  # says that there is no such file
+    check_budget(args.budget)
     subjects = _Subjects(args, wanted)
     protocol, scale, channels = subjects.protocol, subjects.scale, subjects.channels
     if protocol.degradation == "bicubic" and scale < 2:

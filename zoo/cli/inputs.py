@@ -13,7 +13,7 @@ from pathlib import Path
 
 from zoo.cli.errors import code_for, with_code
 from zoo.cli.output import FailureError, note
-from zoo.files import is_hidden
+from zoo.files import is_hidden, walk
 
 __all__ = ["ENGINES", "Picture", "add_device", "add_engine", "find_pictures", "one_line", "report_failures", "suffixes"]
 
@@ -54,11 +54,11 @@ def find_pictures(given: Iterable[str], leave_out: Path | None = None) -> list[P
     empty: list[str] = []
     for text in given:
         path = Path(text)
-        if path.is_dir():
+        if os.path.isdir(path):
             pictures, others = _below(path, leave_out)
             if not pictures:
                 empty.append(f"{path} ({others} other file{'' if others == 1 else 's'})")
-        elif not path.exists() and glob.has_magic(text):
+        elif not os.path.exists(path) and glob.has_magic(text):
             pattern, root = _pattern(path)
             matches = sorted(map(Path, glob.glob(pattern, recursive=True)), key=lambda path: _natural(str(path)))
             pictures = [Picture(file, file.relative_to(root)) for file in matches if file.is_file()]
@@ -73,14 +73,13 @@ def find_pictures(given: Iterable[str], leave_out: Path | None = None) -> list[P
 
 
 def _below(folder: Path, leave_out: Path | None) -> tuple[list[Picture], int]:
-    """Return the pictures below a folder, and how many other files there are."""
+    """Return the pictures below a folder, and folders that cannot be read; and how many other files there are."""
     skipped = None if leave_out is None or not leave_out.is_dir() else leave_out.resolve()
     files, others = [], 0
-    for parent, folders, names in os.walk(folder):
-        seen = [name for name in folders if not is_hidden(name)]
+    for parent, folders, names in walk(folder, lambda error: files.append(Path(error.filename))):
         if skipped is not None:
-            seen = [name for name in seen if Path(parent, name).resolve() != skipped]
-        folders[:] = sorted(seen, key=_natural)
+            folders[:] = [name for name in folders if Path(parent, name).resolve() != skipped]
+        folders.sort(key=_natural)
         for name in sorted(names, key=_natural):
             if is_hidden(name):
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import io
+import os
 import re
 import string
 import sys
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from zoo import catalog
 from zoo.cli.cluster import add_ray, spread
-from zoo.cli.inputs import add_device, add_engine, find_pictures, one_line, report_failures
+from zoo.cli.inputs import add_device, add_engine, find_pictures, report_failures
 from zoo.cli.output import FailureError, UsageError, check_target, hush, note, number, pick_device, progress
 from zoo.cli.restoring import TASKS, Job, print_results
-from zoo.cli.targets import FIELDS, Plan, of_same_names, plan
+from zoo.cli.targets import FIELDS, USUAL_SUFFIXES, Plan, of_same_names, plan
 from zoo.sources import find
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
         if "-" in args.files:
-            args.files = [str(_from_pipe(Path(folder))) if file == "-" else file for file in args.files]
+            most = None if args.max_pixels is None else int(args.max_pixels)
+            args.files = [str(_from_pipe(Path(folder), most)) if file == "-" else file for file in args.files]
         args.piped = str(args.output) == "-"
         if not args.piped:
             return _run(args)
@@ -111,23 +112,18 @@ def run(args: argparse.Namespace) -> int:
         return code
 
 
-def _from_pipe(folder: Path) -> Path:
+def _from_pipe(folder: Path, max_pixels: int | None) -> Path:
     """Store what comes through the input as a file with the suffix of its format."""
-    from PIL import Image
+    from zoo.pictures.picture import PictureError
+    from zoo.pictures.read import peek
 
-    from zoo.pictures.formats import load_plugins
-
-    load_plugins()
-    data = sys.stdin.buffer.read()
+    path = folder / "stdin"
+    length = path.write_bytes(sys.stdin.buffer.read())
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            known = image.format or ""
-    except Exception as error:  # whatever a plugin raises: the input is no picture
-        raise FailureError(f"The input of {len(data)} bytes is not an image: {one_line(error)}") from error
-    usual = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2", "PPM": ".ppm", "HEIF": ".heic"}
-    path = folder / f"stdin{usual.get(known, '.' + known.lower())}"
-    path.write_bytes(data)
-    return path
+        known = peek(path, max_pixels).format
+    except PictureError as error:
+        raise FailureError(str(error).replace(str(path), f"The input of {length} bytes")) from error
+    return path.rename(path.with_suffix(USUAL_SUFFIXES.get(known, f".{known.lower()}")))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -136,6 +132,7 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError(f"-o - takes one picture, got {len(pictures)}.")
     references = of_same_names("--metrics", pictures, args.metrics)
     rights = of_same_names("--right", pictures, args.right)
+    check_budget(args.budget)
     networks = load_networks(args)
     model = networks.first
     name, takes_two = args.model or args.weights or type(model).__name__, getattr(model, "in_chans", 3) == 6
@@ -145,7 +142,7 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError(f"{name} restores one picture, not two views: leave out --right.")
     job = Job(args, networks, references, rights)
     plans = plan(pictures, args, job)
-    existing = {each.target for each in plans if each.target.exists()}
+    existing = {each.target for each in plans if os.path.exists(each.target)}
     if existing and not (args.force or args.skip_existing):
         raise UsageError(
             f"{len(existing)} of the results exist, {min(existing)} for one: --skip-existing leaves them, --force "
@@ -289,10 +286,25 @@ def _ships(task: str) -> bool:
     )
 
 
+def check_budget(budget: str) -> None:
+    """Refuse what is no size of memory, before anything is loaded."""
+    from zoo.pictures.plans import parse_bytes
+
+    try:
+        if budget.lower() != "none":
+            parse_bytes(budget)
+    except ValueError as error:
+        raise UsageError(f"--budget takes 800MB, 4GB, ... or none, got {budget!r}.") from error
+
+
 def check(args: argparse.Namespace) -> None:
     """Refuse calls that make no sense, before torch is imported."""
     if not 1 <= args.jpeg_quality <= 100:
         raise UsageError(f"--jpeg-quality must be from 1 to 100, got {args.jpeg_quality}.")
+    for option, least in (("tile", 1), ("overlap", 0)):
+        value = getattr(args, option)
+        if value is not None and value < least:
+            raise UsageError(f"--{option} must be at least {least}, got {value}.")
     if str(args.output) == "-" and args.json:
         raise UsageError("-o - writes the picture to the output; --json would go there too: --report writes a file.")
     if args.ray is not None and (args.compare is not None or "-" in args.files or str(args.output) == "-"):
@@ -313,6 +325,8 @@ def check(args: argparse.Namespace) -> None:
         args.task = "defocus"
     if args.compare is not None and args.compare.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--compare writes a .html file, not {args.compare.name!r}.")
+    if args.compare is not None and args.report is not None and args.compare.absolute() == args.report.absolute():
+        raise UsageError(f"--compare and --report would both write {args.report}: give them different names.")
     facts = catalog.load().get((args.model or "").partition(".")[0])
     if facts and args.task and args.weights is None and facts["task"] not in (args.task, "classification"):
         raise UsageError(f"{args.model} is for {facts['task']}, not {args.task}.")
@@ -328,6 +342,8 @@ def check(args: argparse.Namespace) -> None:
             )
     from zoo.pictures.formats import writable_suffixes
 
+    if args.report is not None and args.report.suffix.lower() in writable_suffixes():
+        raise UsageError(f"--report writes a .json file, not {args.report.name!r}.")
     if args.format and f".{args.format.lstrip('.').lower()}" not in writable_suffixes():
         raise UsageError(f"--format {args.format!r} is no format that can be written: png, jpg, webp, tif, ...")
 

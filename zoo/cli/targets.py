@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from zoo.pictures.formats import Kind
     from zoo.pictures.sizes import Size
 
-__all__ = ["FIELDS", "Plan", "of_same_names", "plan"]
+__all__ = ["FIELDS", "USUAL_SUFFIXES", "Plan", "of_same_names", "plan"]
 
 FIELDS = ("stem", "suffix", "scale", "task", "model", "index")
 """What --template may name."""
@@ -39,7 +39,8 @@ _NEVER_FOLDERS = (
     ".hdr",
     ".xcf",
 )
-_USUAL = {"JPEG": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2", "HEIF": ".heic", "PPM": ".ppm"}
+USUAL_SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2", "HEIF": ".heic", "PPM": ".ppm"}
+"""Of formats by Pillow's names, where it is not the name."""
 
 
 class Work(Protocol):
@@ -49,6 +50,8 @@ class Work(Protocol):
     task: str
     scale: int
     size: Size
+    references: dict[Path, Path]
+    rights: dict[Path, Path]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -72,7 +75,7 @@ def plan(pictures: list[Picture], args: argparse.Namespace, job: Work) -> list[P
     """Return what is to become of each picture.
 
     Raises:
-        UsageError: The output is one file for several pictures, or a result would replace its own input.
+        UsageError: The output is one file for several pictures, or a result would replace what this run reads.
     """
     from zoo.pictures.formats import writable_suffixes
 
@@ -86,6 +89,8 @@ def plan(pictures: list[Picture], args: argparse.Namespace, job: Work) -> list[P
         extra = " (`pip install 'ffn-zoo[formats]'` for HEIC and JPEG XL)" if output.suffix.lower() in _EXTRA else ""
         raise UsageError(f"{output.suffix} is no format that can be written here{extra}: png, jpg, webp, tif, ...")
     taken: dict[Path, Path] = {}
+    sources = [*(picture.path for picture in pictures), *job.references.values(), *job.rights.values()]
+    read = {identity: path for path in sources if (identity := _identity(path)) is not None}
     plans = []
     for index, picture in enumerate(pictures):
         each = Plan(picture=picture, target=output if as_file else output / picture.relative)
@@ -97,8 +102,10 @@ def plan(pictures: list[Picture], args: argparse.Namespace, job: Work) -> list[P
                 raise UsageError(f"{taken[each.target]} and {picture.path} would both become {each.target}.")
             other, each.target = taken[each.target], _free(each.target, picture, taken)
             each.notes.append(f"{other} has this name too; its result is called {each.target.name}")
-        if each.target.exists() and picture.path.exists() and each.target.samefile(picture.path):
-            raise UsageError(f"{each.target} would replace its own input: choose another folder.")
+        replaced = read.get(identity) if (identity := _identity(each.target)) is not None else None
+        if replaced is not None:
+            what = "its own input" if replaced == picture.path else f"{replaced}, which this run reads"
+            raise UsageError(f"{each.target} would replace {what}: choose another folder.")
         taken[each.target] = picture.path
         if kind is not None:
             _foresee(each, kind, args, job)
@@ -106,11 +113,20 @@ def plan(pictures: list[Picture], args: argparse.Namespace, job: Work) -> list[P
     return plans
 
 
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from others, whatever it is called and through whatever links; None of no file."""
+    try:
+        seen = os.stat(path)
+    except OSError:
+        return None
+    return seen.st_dev, seen.st_ino
+
+
 def _look(each: Plan, args: argparse.Namespace) -> Kind | None:
     """Look at the head of a file; what is wrong with it is noted."""
     from zoo.pictures.read import peek
 
-    if not each.picture.path.exists():
+    if not os.path.exists(each.picture.path):
         each.error = f"no such file.{beside(each.picture.path)}"
         return None
     try:
@@ -130,7 +146,7 @@ def _named(each: Plan, kind: Kind | None, args: argparse.Namespace, job: Work, i
     if args.format:
         target = target.with_suffix(f".{args.format.lstrip('.').lower()}")
     elif kind is not None and format_of(target) is None:
-        usual = _USUAL.get(kind.format, f".{kind.format.lower()}")
+        usual = USUAL_SUFFIXES.get(kind.format, f".{kind.format.lower()}")
         nearest = ".tif" if kind.colors == "cmyk" or kind.frames > 1 else ".png"
         suffix = usual if usual in writable_suffixes() else nearest
         each.notes.append(f"{target.suffix or 'a file without suffix'} cannot be written; the result is a {suffix}")
@@ -193,9 +209,13 @@ def _foresee(each: Plan, kind: Kind, args: argparse.Namespace, job: Work) -> Non
         except PictureError as error:
             each.error = one_line(error)
             return
-    parent = next((folder for folder in each.target.parents if folder.exists()), Path())
+    parent = next((folder for folder in each.target.parents if os.path.exists(folder)), Path())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         each.error = f"The folder {each.target.parent} cannot be written to."
+        return
+    length, most = len(os.fsencode(each.target.name)), os.pathconf(parent, "PC_NAME_MAX") if os.name == "posix" else 255
+    if length > most:
+        each.error = f"The name of the result has {length} bytes and may have {most}: --template gives it another one."
         return
     known = format_of(each.picture.path)
     if known is not None and known != kind.format and not {known, kind.format} <= {"BMP", "DIB"}:

@@ -16,7 +16,7 @@ from torchvision.datasets import ImageFolder
 
 from zoo.catalog import nearest
 from zoo.data.notices import notice
-from zoo.files import is_hidden
+from zoo.files import is_hidden, walk
 from zoo.pictures.eight_bit import read_eight_bit
 from zoo.pictures.folders import class_folders, is_picture, misnamed_parts, pictures_below, split_folder
 
@@ -187,10 +187,28 @@ class FolderImages(_Readable, ImageFolder):
             found = list(self._given)
         return found, {name: label for label, name in enumerate(found)}
 
+    @staticmethod
+    def make_dataset(
+        directory: str | Path,
+        class_to_idx: dict[str, int],
+        extensions: tuple[str, ...] | None = None,
+        is_valid_file: Callable[[str], bool] | None = None,
+        allow_empty: bool = False,
+    ) -> list[tuple[str, int]]:
+        """Return every picture with its label, in the order of torchvision; links that lead in a circle end here."""
+        assert is_valid_file is not None  # ours gives one
+        return [
+            (path, label)
+            for name, label in sorted(class_to_idx.items())
+            for parent, _, names in sorted(walk(os.path.join(directory, name)))
+            for path in (os.path.join(parent, file) for file in sorted(names))
+            if is_valid_file(path)
+        ]
+
     def _any_picture(self, directory: str | Path, name: str) -> bool:
         return any(
             self._is_picture(os.path.join(parent, file))
-            for parent, _, files in os.walk(os.path.join(directory, name), followlinks=True)
+            for parent, _, files in walk(os.path.join(directory, name))
             for file in files
         )
 

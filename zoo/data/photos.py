@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from zoo.data.degradations import Pixels, to_float
-from zoo.pictures.formats import readable_suffixes
+from zoo.files import walk
+from zoo.pictures.folders import is_picture
 from zoo.pictures.read import open_picture
 
 __all__ = ["Pair", "find_images", "find_pairs", "pair_folders", "read_pair", "read_pixels", "to_tensor"]
@@ -39,7 +40,7 @@ class Pair:
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """Return all image files under a folder, sorted by path; hidden ones (".", "._") are left out.
+    """Return all image files under a folder, sorted by path, without what is not the user's (".", "._", `__MACOSX`).
 
     Raises:
         FileNotFoundError: There is no such folder, or no image in it.
@@ -47,16 +48,10 @@ def find_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"No folder {folder}.")
-    known = readable_suffixes()
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in known
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
+    found = [Path(parent, name) for parent, _, names in walk(folder) for name in names]
+    files = sorted(path for path in found if is_picture(path.name) and path.is_file())
     if not files:
-        others = sum(path.is_file() for path in folder.rglob("*"))
+        others = sum(path.is_file() for path in found)
         raise FileNotFoundError(f"No image (.png, .jpg, .tif, ...) under {folder}, which holds {others} other files.")
     return files
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from zoo.files import is_hidden
+from zoo.files import is_hidden, walk
 from zoo.pictures.formats import readable_suffixes
 
 __all__ = ["class_folders", "is_picture", "misnamed_parts", "pictures_below", "split_folder"]
@@ -27,8 +27,7 @@ def class_folders(folder: str | Path) -> list[Path]:
 
 def pictures_below(folder: str | Path) -> Iterator[str]:
     """Yield the names of all pictures in a folder and the folders in it, without what is not the user's."""
-    for _, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not is_hidden(name)]
+    for _, _, names in walk(folder):
         yield from filter(is_picture, names)
 
 

@@ -88,10 +88,12 @@ class Kind:
         alpha: Whether there is transparency.
         bits: Of a sample.
         frames: Number of frames or pages.
+        pixels: Of all of them together, which may differ in size.
     """
 
     format: str
     size: tuple[int, int]
+    pixels: int
     colors: str = "color"
     alpha: bool = False
     bits: int = 8

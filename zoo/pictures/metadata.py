@@ -18,7 +18,8 @@ _SIZES = {0x0100: 0, 0x0101: 1, 0xA002: 0, 0xA003: 1}  # tags of width and heigh
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 _XMP_KEY, _IPTC_KEY = "XML:com.adobe.xmp", "Raw profile type iptc"
 _PROFILE_KEYS = re.compile(r"Raw profile type .*")
-_NOT_TEXT = {"aspect", "transparency"}  # of a PNG's info, beside numbers and bytes
+_NOT_TEXT = {"aspect", "transparency", "compression"}  # of Pillow's info, beside numbers and bytes
+_NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class Metadata:
         lines = [f"{key}: {value}" for key, value in self.text]
         if self.comment:
             lines.append(self.comment.decode("utf-8", "replace").rstrip("\0"))
-        return "\n".join(lines)
+        return "\n".join(lines).encode("utf-8", "replace").decode()
 
     def resized(self, size: tuple[int, int]) -> Metadata:
         """Return this for pixels of another size, upright: sizes and orientation true, no thumbnail of what was.
@@ -134,7 +135,7 @@ def exif_of(image: Image.Image) -> Image.Exif:
 
 def _dpi(image: Image.Image) -> tuple[float, float] | None:
     dpi = image.info.get("dpi")
-    if not isinstance(dpi, tuple) or len(dpi) != 2:
+    if not isinstance(dpi, tuple | list) or len(dpi) != 2:
         return None
     if image.format in ("JPEG", "MPO") and not image.info.get("jfif_unit") and 0x011A not in exif_of(image):
         return None  # Pillow's own 72, which is nowhere in the file
@@ -186,11 +187,12 @@ def _from_hex(text: str) -> bytes | None:
 
 def description_xmp(text: str) -> bytes:
     """Return an XMP packet with a description."""
+    shown = escape(_NO_XML.sub("", text))
     return (
         '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
         '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
         '<rdf:Description rdf:about="" xmlns:dc="http://purl.org/dc/elements/1.1/"><dc:description><rdf:Alt>'
-        f'<rdf:li xml:lang="x-default">{escape(text)}</rdf:li></rdf:Alt></dc:description></rdf:Description></rdf:RDF>'
+        f'<rdf:li xml:lang="x-default">{shown}</rdf:li></rdf:Alt></dc:description></rdf:Description></rdf:RDF>'
         '</x:xmpmeta><?xpacket end="w"?>'
     ).encode()
 

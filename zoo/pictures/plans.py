@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 import re
 import sys
@@ -222,7 +223,8 @@ class Planner:
     """Choose how a restorer runs a map; arguments as in `zoo.pictures.tiling.restore_tensor`.
 
     Raises:
-        ValueError: The overlap is negative, or it or the network is not exact where `exact` is asked for.
+        ValueError: The tile or the overlap is no whole number, the overlap is negative, or it or the network is not
+            exact where `exact` is asked for.
     """
 
     def __init__(
@@ -236,6 +238,9 @@ class Planner:
         levels: int | None = None,
         self_ensemble: bool = False,
     ) -> None:
+        for option, value in (("tile", tile), ("overlap", overlap)):
+            if value is not None and not isinstance(value, numbers.Integral):
+                raise ValueError(f"{option} must be a whole number of pixels, got {value!r}.")
         self.model, self.x, self.tile, self.insist = model, x, tile, exact
         self.levels, self.passes = levels, 8 if self_ensemble else 1
         self.workers = torch.get_num_threads() if engine_of(model) is not None else 1  # tiles at once, a thread each

@@ -15,6 +15,7 @@ from zoo.pictures.picture import Array
 
 __all__ = ["chunks", "deepened", "info_of", "with_light"]
 
+_LONGEST_KEY = 79
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -85,7 +86,10 @@ def info_of(metadata: Metadata) -> PngImagePlugin.PngInfo:
     text = list(metadata.text)
     if metadata.comment and not any(key == "Comment" for key, _ in text):
         text.append(("Comment", metadata.comment.decode("utf-8", "replace").rstrip("\0")))
-    for key, value in text:
+    for given, value in text:
+        key = given.encode("latin-1", "replace").decode("latin-1").replace("\0", " ")[:_LONGEST_KEY].strip()
+        key = key or "Comment"
+        value = value.encode("utf-8", "replace").decode()  # text of Python may hold halves of characters
         try:
             value.encode("latin-1")
             info.add_text(key, value, zip=len(value) > 1024)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import numbers
 import os
 import re
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,7 +47,7 @@ _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # formats whose further frames follo
 _PAGED = ("HEIF",)
 _TURNED = ("JXL", "TIFF", "HEIF")  # formats that come turned upright from their library
 _LONGEST_TEXT = 64 * 2**20  # bytes of text or a profile in a PNG; Pillow's own bound of 1 MB refuses real files
-_HEAD = 4096  # bytes in which marks of a format are looked for
+_HEAD = 2**16  # bytes in which marks of a format are looked for: in AVIF and HEIC a profile may stand before them
 _PPM_GAP = rb"(?:\s|#[^\r\n]*[\r\n])+"
 _PPM_HEAD = re.compile(rb"P6" + 2 * (_PPM_GAP + rb"\d+") + _PPM_GAP + rb"(\d+)\s")  # width, height, and the peak
 
@@ -70,7 +71,10 @@ def open_picture(
 
     Raises:
         PictureError: It is no readable image, is truncated, is too large to be safe, or is of another kind.
+        ValueError: `max_pixels` is no number.
     """
+    if max_pixels is not None and not isinstance(max_pixels, numbers.Real):
+        raise ValueError(f"max_pixels must be a number such as 200e6, got {max_pixels!r}.")
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image) and hasattr(source, "picture"):  # a `RestoredImage`, with 16 bits and frames
@@ -91,8 +95,11 @@ def open_picture(
 
 
 def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise PictureError(f"{path} is {'a folder' if path.is_dir() else 'not there'}: expected an image file.")
+    if not os.path.isfile(path):
+        what = "a pipe or a device" if os.path.exists(path) else "not there"
+        if os.path.isdir(path):
+            what = "a folder" if os.access(path, os.R_OK) else "a folder that cannot be read"
+        raise PictureError(f"{path} is {what}: expected an image file.")
     if path.suffix.lower() in RAW_SUFFIXES:
         raise PictureError(f"{path} is a camera's raw file: develop it with a raw converter first.")
 
@@ -142,17 +149,26 @@ def _readers(file: Path | BinaryIO) -> str:
     return "Pillow (without the plugins of `pip install 'ffn-zoo[formats]'`)" if missing else "Pillow"
 
 
-def _check_size(name: str, width: int, height: int, max_pixels: int | None, frames: int = 1) -> None:
-    """Refuse what does not fit the memory: all frames that are read are held at once."""
-    limit = max_pixels
+def _check_size(name: str, sizes: Sequence[tuple[int, int]], max_pixels: int | None) -> int:
+    """Refuse what does not fit the memory: all frames that are read are held at once. Return their pixels.
+
+    Args:
+        name: For messages.
+        sizes: Width and height of every frame.
+        max_pixels: Most pixels; None is twice Pillow's bound.
+    """
+    pixels, limit = sum(width * height for width, height in sizes), max_pixels
     if limit is None:
         limit = None if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
-    if limit is not None and frames * width * height > limit:
-        size = f"{frames} frames of {width}x{height}" if frames > 1 else f"{width}x{height}"
+    if limit is not None and pixels > limit:
+        width, height = max(sizes)
+        size = f"{'up to ' if len(set(sizes)) > 1 else ''}{width}x{height}"
+        size = f"{len(sizes)} frames of {size}" if len(sizes) > 1 else size
         raise PictureError(
             f"{name} is refused: its {size} pixels are more than {limit}. Allow more by --max-pixels "
             "(max_pixels in Python) if you trust the file."
         )
+    return pixels
 
 
 def _head(file: Path | BinaryIO) -> bytes:
@@ -178,10 +194,7 @@ def _read_tiff(name: str, file: Path | BinaryIO, every_frame: bool, max_pixels: 
     try:
         with tifffile.TiffFile(opened) as tiff:
             pages = pages_of(tiff)
-            for page in pages:
-                _check_size(name, page.imagewidth, page.imagelength, max_pixels)
-            if every_frame and pages:
-                _check_size(name, pages[0].imagewidth, pages[0].imagelength, max_pixels, len(pages))
+            _check_size(name, _sizes(pages if every_frame else pages[:1]), max_pixels)
             turns = [int(page.tags[274].value) if 274 in page.tags else 1 for page in pages]
         if not isinstance(file, Path):
             file.seek(0)
@@ -203,6 +216,11 @@ def _read_tiff(name: str, file: Path | BinaryIO, every_frame: bool, max_pixels: 
     return dataclasses.replace(turned[0], frames=tuple(turned[1:]))
 
 
+def _sizes(pages: Sequence[Any]) -> list[tuple[int, int]]:
+    """Return width and height of every page of a TIFF."""
+    return [(page.imagewidth, page.imagelength) for page in pages]
+
+
 def _warn_frames(name: str, count: int) -> None:
     warnings.warn(f"{name} has {count} frames; only the first is used.", stacklevel=6)
 
@@ -211,7 +229,7 @@ def _read_pillow(name: str, file: Path | BinaryIO, data: bytes, every_frame: boo
     if not isinstance(file, Path):
         file.seek(0)
     with Image.open(file) as image:
-        _check_size(name, image.width, image.height, max_pixels)
+        _check_size(name, [image.size], max_pixels)
         count = int(getattr(image, "n_frames", 1))
         kind = image.format or ""
         alike = kind in _ANIMATED or kind in _PAGED
@@ -226,8 +244,8 @@ def _read_pillow(name: str, file: Path | BinaryIO, data: bytes, every_frame: boo
             else:
                 _warn_frames(name, count)
         if count > 1 and every_frame and alike:
-            _check_size(name, image.width, image.height, max_pixels, count)
-            return _read_frames(image, name, kind, count)
+            _check_size(name, _frame_sizes(image, count), max_pixels)
+            return _read_frames(image, name, kind, count, kind == "WEBP" and _is_lossless_webp(_all(file)))
         settings: dict[str, Any] = {}
         deep = None if count > 1 else _deep(image, file, data)
         image.load()
@@ -250,14 +268,30 @@ def _read_pillow(name: str, file: Path | BinaryIO, data: bytes, every_frame: boo
     return dataclasses.replace(picture, format="JPEG" if kind == "MPO" else kind, settings=settings)
 
 
+def _frame_sizes(image: Image.Image, count: int) -> list[tuple[int, int]]:
+    """Return width and height of every frame; the pages of a HEIC differ in them."""
+    if image.format not in _PAGED:
+        return [image.size] * count
+    sizes = []
+    for index in range(count):
+        image.seek(index)
+        sizes.append(image.size)
+    image.seek(0)
+    return sizes
+
+
 def _is_lossless_webp(data: bytes) -> bool:
-    place = 12
+    """Tell whether all pictures in a WebP are stored without loss."""
+    kinds, place = set(), 12
     while place + 8 <= len(data):
         name, length = struct.unpack("<4sI", data[place : place + 8])
+        if name == b"ANMF":  # a frame: 16 bytes, then chunks of its own
+            place += 24
+            continue
         if name in (b"VP8L", b"VP8 "):
-            return bool(name == b"VP8L")
+            kinds.add(name)
         place += 8 + length + length % 2
-    return False
+    return kinds == {b"VP8L"}
 
 
 def _complete_png(image: Image.Image, data: bytes) -> None:
@@ -274,7 +308,7 @@ def _complete_png(image: Image.Image, data: bytes) -> None:
         image.info["light"] = tuple(light)
 
 
-def _read_frames(image: Image.Image, name: str, kind: str, count: int) -> Picture:
+def _read_frames(image: Image.Image, name: str, kind: str, count: int, lossless: bool) -> Picture:
     """Read every frame of an animation, or every page."""
     pictures: list[Picture] = []
     default = kind == "PNG" and bool(image.info.get("default_image"))
@@ -296,7 +330,7 @@ def _read_frames(image: Image.Image, name: str, kind: str, count: int) -> Pictur
     if any(picture.alpha is not None for picture in pictures):
         pictures = [picture if picture.alpha is not None else _opaque(picture) for picture in pictures]
     first = pictures[0]
-    settings = {"default_image": True} if default else {}
+    settings = {key: True for key, holds in (("default_image", default), ("lossless", lossless)) if holds}
     loop = image.info.get("loop")
     return dataclasses.replace(first, frames=tuple(pictures[1:]), loop=loop, settings=settings)
 
@@ -517,7 +551,7 @@ def peek(path: Path, max_pixels: int | None = None) -> Kind:
         if is_tiff(data):
             return _peek_tiff(path, name, max_pixels)
         with Image.open(path) as image:
-            _check_size(name, image.width, image.height, max_pixels)
+            _check_size(name, [image.size], max_pixels)
             mode, kind = image.mode, image.format or ""
             alpha = mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info
             colors = (
@@ -530,9 +564,14 @@ def peek(path: Path, max_pixels: int | None = None) -> Kind:
             bits = 32 if mode == "F" else 16 if mode.startswith("I") else 1 if mode == "1" else _bits(kind, data)
             size = image.size if upright(_orientation(image))[0] else image.size[::-1]
             count = int(getattr(image, "n_frames", 1)) if kind in _ANIMATED or kind in _PAGED else 1
-            _check_size(name, image.width, image.height, max_pixels, count)
             return Kind(
-                format="JPEG" if kind == "MPO" else kind, size=size, colors=colors, alpha=alpha, bits=bits, frames=count
+                format="JPEG" if kind == "MPO" else kind,
+                size=size,
+                colors=colors,
+                alpha=alpha,
+                bits=bits,
+                frames=count,
+                pixels=_check_size(name, _frame_sizes(image, count), max_pixels),
             )
 
 
@@ -541,7 +580,7 @@ def _peek_tiff(path: Path, name: str, max_pixels: int | None) -> Kind:
         with tifffile.TiffFile(str(path)) as tiff:
             pages = pages_of(tiff)
             page = pages[0]
-            _check_size(name, page.imagewidth, page.imagelength, max_pixels, len(pages))
+            pixels = _check_size(name, _sizes(pages), max_pixels)
             size = (page.imagelength, page.imagewidth)
             turn = int(page.tags[274].value) if 274 in page.tags else 1
             number = int(page.photometric)
@@ -553,9 +592,11 @@ def _peek_tiff(path: Path, name: str, max_pixels: int | None) -> Kind:
                 alpha=any(int(sample) in (1, 2) for sample in page.extrasamples),
                 bits=bits,
                 frames=len(pages),
+                pixels=pixels,
             )
     except (PictureError, MemoryError):
         raise
     except Exception:
         with Image.open(path) as image:
-            return Kind(format="TIFF", size=image.size[::-1])
+            pixels = _check_size(name, [image.size], max_pixels)
+            return Kind(format="TIFF", size=image.size[::-1], pixels=pixels)

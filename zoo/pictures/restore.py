@@ -160,7 +160,7 @@ class Networks:
         reason: Why.
 
     Raises:
-        ValueError: There is no such restorer, nothing shipped fits, or it cannot reach the scale.
+        ValueError: There is no such restorer or kind, nothing shipped fits, or it cannot reach the scale.
         CheckpointError: The weights do not exist, are damaged, or do not fit.
     """
 
@@ -173,6 +173,8 @@ class Networks:
         kind: Literal["auto", "clean", "real"] = "auto",
         **options: Any,
     ) -> None:
+        if kind not in ("auto", "clean", "real"):
+            raise ValueError(f'kind is "auto", "clean" or "real", got {kind!r}.')
         self.size, self._task, self._options, self._kind = size, task, options, kind
         self._loaded: dict[tuple[int, Kind], nn.Module] = {}
         self._is_named = model is not None or weights is not None
@@ -214,7 +216,9 @@ class Networks:
         if self._kind == "auto" and not self._is_named and picture is not None:
             seen = judge(picture.color, picture.peak)
             kind = seen.kind
-        found = [self._of(scale, kind if step == 0 else "clean") for step, scale in enumerate(self._scales_for(size))]
+        sizes = [size] if picture is None else [size, *(page.size for page in picture.frames)]
+        scales = max((self._scales_for(each) for each in sizes), key=math.prod)  # pages may differ in size
+        found = [self._of(scale, kind if step == 0 else "clean") for step, scale in enumerate(scales)]
         cfg: Any = getattr(found[0], "pretrained_cfg", None) if found else None
         self.name = ".".join(str(cfg.get(key)) for key in ("architecture", "tag") if cfg.get(key)) if cfg else ""
         self.reason = self._why(kind, seen)
@@ -297,6 +301,8 @@ def restore_picture(
     options: dict[str, Any] = dict(budget=budget, tile=tile, overlap=overlap, exact=exact, self_ensemble=self_ensemble)
     run = partial(restore_tensor, **options)
     pages = [dataclasses.replace(picture, frames=()), *picture.frames]
+    for page in pages if crop is not None else ():  # pages may differ in size: known before the first is restored
+        crop_box(crop, page.size)
     done = []
     for index, page in enumerate(pages):
         steps = len(pages) * max(1, len(models))

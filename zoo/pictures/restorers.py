@@ -6,7 +6,7 @@ import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import timm
 import torch
@@ -66,11 +66,13 @@ def load_restorer(
     precision. Where nothing is named, `kind` chooses between shipped weights for clean and for real photos.
 
     Raises:
-        ValueError: There is no such restorer or engine, nothing shipped fits, or the scale or the noise is not the
-            model's.
+        ValueError: There is no such restorer, quality or engine, nothing shipped fits, or the scale or the noise is
+            not the model's.
         CheckpointError: The weights do not exist, are damaged, or do not fit.
         ImportError: The engine is not installed.
     """
+    if quality not in (None, *get_args(Quality)):
+        raise ValueError(f'quality is "fast", "balanced" or "best", got {quality!r}; `save` takes that of a file.')
     engine = None if engine is None else check_engine(engine)
     precision = _dtype(dtype)
     if isinstance(model, nn.Module) and hasattr(model, "require_dtype"):

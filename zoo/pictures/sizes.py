@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import numbers
 import re
 from collections.abc import Sequence
 
@@ -29,7 +30,7 @@ class Size:
         max_side: Pixels of the longer side.
 
     Raises:
-        ValueError: More than one of scale, sides and max_side is given, or one is not positive.
+        ValueError: More than one of scale, sides and max_side is given, or one is no positive number.
     """
 
     scale: float | None = None
@@ -43,8 +44,14 @@ class Size:
             raise ValueError("A size is a scale, or a width and a height, or a longest side; more than one is given.")
         for name in ("scale", "width", "height", "max_side"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < 1e6:
-                raise ValueError(f"{name} must be positive, got {value}.")
+            if value is None:
+                continue
+            if not isinstance(value, numbers.Real) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a number, got {value!r}.")
+            if not 0 < value < 1e6:
+                raise ValueError(f"{name} must be positive and less than a million, got {value}.")
+            if name != "scale" and value != int(value):
+                raise ValueError(f"{name} must be a whole number of pixels, got {value}.")
         if self.scale is not None and self.scale > 64:
             raise ValueError(f"scale must be at most 64, got {self.scale:g}.")
 
@@ -62,7 +69,7 @@ class Size:
         """
         height, width = size
         if self.width is not None and self.height is not None:
-            return self.height, self.width
+            return int(self.height), int(self.width)
         factor = float(scale)
         if self.scale is not None:
             factor = self.scale
@@ -119,7 +126,10 @@ def crop_box(crop: str | tuple[int, int, int, int], size: tuple[int, int]) -> tu
             if match[3]
             else (left, top, left + across, top + down)
         )
-    left, top, right, bottom = (int(value) for value in crop)
+    try:
+        left, top, right, bottom = (int(value) for value in crop)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"A part is (left, top, right, bottom) in pixels, got {crop!r}.") from error
     right, bottom = min(right, width), min(bottom, height)
     if not (0 <= left < right and 0 <= top < bottom):
         raise ValueError(f"The part from {left},{top} to {right},{bottom} lies outside {width}x{height} pixels.")

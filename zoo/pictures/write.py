@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import os
 import struct
 import warnings
@@ -44,6 +45,7 @@ def kind_of(picture: Picture) -> Kind:
         alpha=picture.alpha is not None,
         bits=bits,
         frames=1 + len(picture.frames),
+        pixels=sum(math.prod(page.size) for page in (picture, *picture.frames)),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zoo import catalog
+from zoo.cli.classify import default_model
 from zoo.cli.models import find_model
 from zoo.cli.output import UsageError
 from zoo.cli.restoring import TASKS
@@ -52,8 +53,9 @@ class Offers:
                 if group is not None:
                     groups[group].append(f"{architecture}.{tag}")
                     tasks.append(facts["task"])
+        usual = default_model() if groups["classifiers"] else ""  # which `zoo classify` takes: it knows photographs
         return cls(
-            classifiers=tuple(groups["classifiers"]),
+            classifiers=tuple(sorted(groups["classifiers"], key=lambda name: (name not in own, name != usual))),
             restorers=tuple(groups["restorers"]),
             pipelines=tuple(groups["pipelines"]),
             tasks=tuple(task for task in TASKS if task in tasks),

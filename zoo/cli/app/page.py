@@ -161,7 +161,10 @@ def _classify_tab(service: Service) -> None:
             models = gr.CheckboxGroup(
                 list(service.offers.classifiers), value=list(service.offers.classifiers[:2]), label="Models"
             )
-            gr.Markdown("The shipped weights know the ten classes of CIFAR-10.")
+            gr.Markdown(
+                "Of the shipped weights `.imagenette` know ten classes of photographs, `.cifar10` ten of small "
+                "pictures. Below what they are sure of, the answer says that it is none that they know."
+            )
             button = gr.Button("Classify", variant="primary")
         with gr.Column(scale=2):
             answers = gr.HTML("", elem_id="answers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shutil
 import tempfile
 import threading
@@ -267,7 +268,7 @@ class Service:
             return self._restored(file, job.restored[0], args)
         except Exception as error:
             shutil.rmtree(args.output, ignore_errors=True)
-            raise UsageError(upload_error(error, file)) from error
+            raise UsageError(upload_error(error, file).replace(f"{args.output}{os.sep}", "")) from error
 
     def _restored(self, file: Path, entry: dict[str, Any], args: argparse.Namespace) -> Restored:
         from PIL import Image
@@ -299,11 +300,10 @@ class Service:
         from zoo.pictures.read import peek
 
         kind = peek(file, self.limits.pixels)
-        pixels = kind.size[0] * kind.size[1] * kind.frames
-        if pixels > self.limits.pixels:
+        if kind.pixels > self.limits.pixels:
             frames = f" in {kind.frames} frames" if kind.frames > 1 else ""
             raise UsageError(
-                f"{file.name} has {pixels / 1e6:.1f} million pixels{frames}; this page takes at most "
+                f"{file.name} has {kind.pixels / 1e6:.1f} million pixels{frames}; this page takes at most "
                 f"{self.limits.pixels / 1e6:g} million."
             )
 
@@ -312,7 +312,7 @@ class Service:
 
         kind = peek(file, self.limits.pixels)
         height, width = job.size.of(kind.size, job.scale)
-        if height * width * kind.frames > self.limits.result_pixels:
+        if height * width * kind.pixels > self.limits.result_pixels * kind.size[0] * kind.size[1]:
             raise UsageError(
                 f"The result would have {width}x{height} pixels; this page makes at most "
                 f"{self.limits.result_pixels / 1e6:g} million: a smaller scale does, or `zoo restore`."
