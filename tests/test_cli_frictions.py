@@ -32,6 +32,21 @@ def test_narrow_terminals_leave_columns_out_and_break_no_word(
     assert ("Left out" in out) == (width < 120)
 
 
+@pytest.mark.parametrize("width", [30, 40, 50, 60])
+def test_no_letters_are_folded(width: int, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    """Not even where two columns are too wide for the terminal; a label keeps what it says."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(["list", "eff*"]) == 0
+    drawn = capsys.readouterr().out.partition("Left out")[0]
+    assert "efficientvit_msra_m0_det" in drawn
+    assert all("classification" in line for line in drawn.splitlines() if "classif" in line)
+    assert "ication" not in drawn.replace("classification", "")
+    rows = table("", "")
+    rows.add_row("a label of many words", "what it says")
+    print_table(rows)
+    assert "says" in capsys.readouterr().out
+
+
 def test_a_long_path_costs_no_column(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     rows = table("picture", "class", "probability", right=("probability",))

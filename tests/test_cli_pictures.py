@@ -140,6 +140,7 @@ def test_links_and_locked_folders(
     assert (code, names(tmp_path / "out")) == (1, ["a.png", "disk/b.png"])
     assert f"{tmp_path / 'in' / 'locked'}: " in err
     assert "pipe.png is a pipe or a device" in err
+    assert "gone.png: no such file. It is a link to nowhere. [Z104]" in err
     assert "3 of 5 failed" in err
 
 
@@ -233,6 +234,7 @@ def test_nothing_that_is_read_is_replaced(
         (["--budget", "4QB"], "--budget takes 800MB, 4GB, ... or none, got '4QB'"),
         (["--tile", "0"], "--tile must be at least 1, got 0"),
         (["--overlap", "-1"], "--overlap must be at least 0, got -1"),
+        (["--crop", "0x5"], "--crop takes"),
         (["--width", "1000000"], "width must be positive and less than a million, got 1000000"),
         (["--report", "x.png"], "--report writes a .json file, not 'x.png'"),
         (["--report", "r.html", "--compare", "./r.html"], "--compare and --report would both write r.html"),
@@ -367,9 +369,10 @@ def test_pipes(capsys: Captured, upscaler: str, tmp_path: Path, monkeypatch: pyt
     half = io.BytesIO()
     tifffile.imwrite(half, np.zeros((9, 12, 3), np.float16), photometric="rgb", metadata=None)  # unknown to Pillow
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
-    for data, options in ((half.getvalue(), ["--max-pixels", "108"]), (data, ["--max-pixels", "108"])):
-        monkeypatch.setattr(sys, "stdin", Pipe(data))
-        code, _, err = run(capsys, "restore", "-", "-o", tmp_path / "piped", "--model", upscaler, *options)
+    for content in (half.getvalue(), data):
+        monkeypatch.setattr(sys, "stdin", Pipe(content))
+        command = ["restore", "-", "-o", tmp_path / "piped", "--model", upscaler, "--max-pixels", "108"]
+        code, _, err = run(capsys, *command)
         assert code == 0, err
     assert names(tmp_path / "piped") == ["stdin.tif", "stdin.webp"]
     monkeypatch.setattr(sys, "stdin", Pipe(b"nonsense"))
@@ -444,7 +447,7 @@ def test_a_part_looks_as_in_the_whole(upscaler: str, tmp_path: Path) -> None:
     assert np.abs(corner - whole[:40, :60]).max() <= 1
     assert crop_box("30x20", (140, 150)) == (60, 60, 90, 80)
     for wrong in ("30", "30x20+150+0", (5, 5, 5, 9)):
-        with pytest.raises(ValueError, match=r"A part is written|lies outside"):
+        with pytest.raises(ValueError, match=r"A part is written|lies outside|is empty"):
             crop_box(wrong, (140, 150))  # type: ignore[arg-type]
 
 
@@ -535,3 +538,22 @@ def test_pages_of_several_sizes(upscaler: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(inference, "restore_tensor", lambda *_, **__: pytest.fail("a page was restored"))
     with pytest.raises(ValueError, match="lies outside 10x10 pixels"):
         inference.restore_picture(source, [model], crop="8x8+20+20")
+
+
+def test_a_result_has_to_fit_the_budget(upscaler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Lanczos makes has no tiles: it is refused before anything is computed, not when the memory is full."""
+    monkeypatch.setattr(inference, "restore_tensor", lambda *_, **__: pytest.fail("a picture was restored"))
+    for size in ({"width": 60_000}, {"max_side": 999_999}):
+        with pytest.raises(ValueError, match=r"A budget of 4000 MB is too small for a result of \d+x\d+ pixels: allow"):
+            restore(Image.new("RGB", (12, 9)), model=upscaler, **size)
+
+
+def test_remarks_are_made_once(capsys: Captured, upscaler: str, tmp_path: Path) -> None:
+    """What was said before the work is not said again after it, with what only the work showed."""
+    pages = [Image.new("RGB", (12, 9), color) for color in ("red", "blue")]
+    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:], software="camera")
+    command = ["restore", tmp_path / "x.tif", "-o", tmp_path / "x.gif", "--model", upscaler]
+    code, _, err = run(capsys, *command)
+    assert code == 0
+    assert err.count("only the first of 2 pages is written") == 1
+    assert "GIF: there is no place for EXIF." in err

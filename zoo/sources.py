@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -359,6 +360,8 @@ def _unknown(name: str) -> str:
 
 def beside(path: Path) -> str:
     """Return which file or folder beside a missing one may have been meant, as the end of a message."""
+    if os.path.islink(path):
+        return f" It is a link to {os.readlink(path)}."
     try:
         names = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
     except OSError:

@@ -23,6 +23,7 @@ from zoo.cli.app import exploring, generating, plot
 from zoo.cli.app.offers import Offers
 from zoo.cli.app.service import Limits, Service
 from zoo.cli.app.space import space_files
+from zoo.cli.classify import default_model
 from zoo.cli.output import UsageError
 from zoo.sources import cards_dir
 
@@ -52,14 +53,17 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     Image.new("1", (1, 90_000)).save(folder / "thin.png")
     frames = [Image.new("L", (100, 100), shade) for shade in range(0, 240, 20)]
     frames[0].save(folder / "long.gif", save_all=True, append_images=frames[1:])
+    small, *large = Image.new("L", (2, 2)), *[Image.new("L", (300, 300))] * 2
+    small.save(folder / "pages.tif", save_all=True, append_images=large)
     return {path.name: path for path in folder.iterdir()}
 
 
-BAD = ("empty.png", "page.jpg", "cut.jpg", "raw.nef", "<b>.png", "bomb.png", "long.gif")
+BAD = ("empty.png", "page.jpg", "cut.jpg", "raw.nef", "<b>.png", "bomb.png", "long.gif", "pages.tif")
 
 
 def test_shipped_weights_are_offered(service: Service) -> None:
     assert CLASSIFIER in service.offers.classifiers
+    assert service.offers.classifiers[0] == default_model()  # as `zoo classify`, what knows photographs
     assert RESTORER in service.offers.restorers
     assert "pixeldit.cifar10" in service.offers.pipelines
     assert {"sr", "denoise"} <= set(service.offers.tasks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,17 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def classification(root: Path, **kwargs: Any) -> ImageClassification:
     return ImageClassification(str(root), **{"image_size": 16, "batch_size": 4, **kwargs})
+
+
+def test_links_that_lead_in_a_circle(tmp_path: Path) -> None:
+    """Each picture is learnt once, whatever links there are in the class folders."""
+    image_folder(tmp_path, train=2, val=1)
+    for name in CLASSES:
+        (tmp_path / "train" / name / "up").symlink_to("..")
+        (tmp_path / "train" / name / "top").symlink_to(tmp_path)
+    data = open_labelled_images(str(tmp_path), "train")
+    assert len(data) == 4
+    assert len({os.path.realpath(path) for path, _ in data.samples}) == 4  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("layout", ["folder", "parquet"])

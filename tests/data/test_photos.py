@@ -126,6 +126,8 @@ def test_sizes_that_are_no_pair(tmp_path: Path) -> None:
             read_pair(wrong, "RGB")
     with pytest.raises(ValueError, match=r"half.png has 4x3 pixels and .*small.png 7x6: not a pair at scale 2"):
         read_pair(Pair(small, (half,)), "RGB", 2)
+    with pytest.raises(ValueError, match=r"half.png has 4x3 pixels: too few for scale 4"):
+        read_pair(Pair(half), "RGB", 4)
     with pytest.raises(ValueError, match="differ in size: no two views"):
         read_pair(Pair(large, (large, small)), "RGB")
 

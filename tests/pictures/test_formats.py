@@ -8,6 +8,7 @@ import os
 import re
 import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -710,3 +711,132 @@ def test_a_deep_ppm_says_its_peak(head: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.ppm").write_bytes(head + pixels.astype(">u2").tobytes() + b"\n")
     picture = open_picture(tmp_path / "x.ppm")
     assert np.array_equal(picture.color, np.round(pixels * (65535 / 1023)).astype(np.uint16))
+
+
+# --- damage
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_no_page_is_lost_in_silence(compression: str | None, tmp_path: Path) -> None:
+    """A TIFF that was cut off is damaged, wherever: its pages before that are not taken for all."""
+    whole = tmp_path / "x.tif"
+    with tifffile.TiffWriter(whole) as writer:
+        for rows in (18, 17, 16):
+            writer.write(RGB[:rows], photometric="rgb", metadata=None, compression=compression)
+    data = whole.read_bytes()
+    assert len(open_picture(whole, every_frame=True).frames) == 2
+    for cut in range(1, len(data) // 2, 40):
+        whole.write_bytes(data[:-cut])
+        with pytest.raises(PictureError, match=r"x.tif is damaged"):
+            open_picture(whole, every_frame=True)
+
+
+def test_pages_that_only_pillow_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tifffile does not know comes from Pillow, with every page."""
+    pages = [Image.fromarray(RGB), Image.fromarray(GRAY[:9])]
+    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
+
+    def unknown(*_: Any) -> Any:
+        raise NotImplementedError("old JPEG")
+
+    monkeypatch.setattr("zoo.pictures.read.read_tiff", unknown)
+    picture = open_picture(tmp_path / "x.tif", every_frame=True)
+    assert [(page.mode, page.size) for page in (picture, *picture.frames)] == [("RGB", (18, 22)), ("L", (9, 22))]
+
+
+def test_all_pages_count(tmp_path: Path) -> None:
+    """A small first page does not hide large ones behind it from the bound on pixels."""
+    pages = [Image.new("L", (2, 2)), *[Image.new("L", (40, 30))] * 3]
+    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
+    assert peek(tmp_path / "x.tif").pixels == 3604
+    for look in (peek, lambda path, most: open_picture(path, every_frame=True, max_pixels=most)):
+        with pytest.raises(PictureError, match="its 4 frames of up to 40x30 pixels are more than 3000"):
+            look(tmp_path / "x.tif", 3000)
+    assert open_picture(tmp_path / "x.tif", max_pixels=3000).size == (2, 2)
+
+
+def with_chunk(name: bytes, content: bytes, check: bool = True) -> bytes:
+    """Return a PNG with one more chunk behind its head."""
+    file = io.BytesIO()
+    Image.fromarray(RGB).save(file, "PNG")
+    data = file.getvalue()
+    end = struct.pack(">I", zlib.crc32(name + content) if check else 1)
+    return data[:33] + struct.pack(">I", len(content)) + name + content + end + data[33:]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (b"tRNS", b"\0"),
+        (b"gAMA", b"\1"),
+        (b"gAMA", bytes(4)),
+        (b"cHRM", bytes(32)),
+        (b"cHRM", bytes(4)),
+        (b"pHYs", b"\1"),
+        (b"pHYs", b"\xff" * 8 + b"\1"),
+        (b"sRGB", b""),
+        (b"iCCP", b""),
+        (b"zTXt", b"k\0\5x"),
+        (b"acTL", b"\0"),
+        (b"tEXt", b"k\0wrong check sum"),
+    ],
+)
+def test_damaged_chunks_lose_no_picture(name: bytes, content: bytes, tmp_path: Path) -> None:
+    """What PNG allows readers to ignore is ignored where it is damaged, in every format of the result."""
+    file = tmp_path / "x.png"
+    file.write_bytes(with_chunk(name, content, check=b"wrong" not in content))
+    assert peek(file).size == (18, 22)
+    picture = open_picture(file)
+    assert np.array_equal(picture.planes(), RGB)
+    for suffix in (".png", ".jpg", ".tif", ".gif"):
+        write_picture(picture, tmp_path / f"out{suffix}")
+        assert peek(tmp_path / f"out{suffix}").size == (18, 22)
+
+
+def test_damaged_pixels_stay_damage(tmp_path: Path) -> None:
+    """Leaving out what is beside the pixels hides nothing of theirs."""
+    data = bytearray(with_chunk(b"pHYs", b"\1"))
+    data[data.index(b"IDAT") + 20] ^= 255
+    (tmp_path / "x.png").write_bytes(data)
+    with pytest.raises(PictureError, match=r"x\.png is"):
+        open_picture(tmp_path / "x.png")
+
+
+def test_damaged_exif_is_said(tmp_path: Path) -> None:
+    """One remark that names the file, and none of Pillow's own."""
+    Image.fromarray(RGB).save(tmp_path / "x.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        peek(tmp_path / "x.jpg")
+        open_picture(tmp_path / "x.jpg")
+    said = [str(warning.message) for warning in caught]
+    assert said == [f"{tmp_path / 'x.jpg'}: its EXIF is damaged and left out."]
+
+
+def test_a_lossless_animation_stays_lossless(tmp_path: Path) -> None:
+    frames = [Image.fromarray(np.roll(RGB, shift, 1)) for shift in range(3)]
+    frames[0].save(tmp_path / "x.webp", save_all=True, append_images=frames[1:], lossless=True, duration=50)
+    picture = open_picture(tmp_path / "x.webp", every_frame=True)
+    write_picture(picture, tmp_path / "y.webp")
+    again = open_picture(tmp_path / "y.webp", every_frame=True)
+    for one, other in zip((picture, *picture.frames), (again, *again.frames), strict=True):
+        assert np.array_equal(one.color, other.color)
+
+
+def test_the_first_of_a_deep_animated_jxl(tmp_path: Path) -> None:
+    (tmp_path / "x.jxl").write_bytes(imagecodecs.jpegxl_encode(np.stack([RGB16] * 3), lossless=True))
+    with pytest.warns(UserWarning, match="has 3 frames; only the first is used"):
+        picture = open_picture(tmp_path / "x.jxl", every_frame=True)
+    assert np.array_equal(picture.planes(), RGB16)
+
+
+@pytest.mark.parametrize("info", [{"标题": "x"}, {"": "x"}, {"k" * 99: "v"}, {"a\0b": "\ud800"}, {"dpi": [300, 300]}])
+def test_any_text_is_written(info: dict[str, Any], tmp_path: Path, model: CFSR) -> None:
+    """Keys that PNG does not take, halves of characters, and lists for pairs come from programs."""
+    image = Image.fromarray(RGB)
+    image.info |= info
+    result = restore(image, model=model)
+    for suffix in (".png", ".jpg", ".tif", ".webp"):
+        result.save(tmp_path / f"out{suffix}")
+    found = open_picture(tmp_path / "out.png").metadata
+    assert found.text or round(found.dpi[0]) == 300

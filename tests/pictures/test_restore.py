@@ -15,6 +15,7 @@ from PIL import Image, ImageCms, ImageOps
 from registered import build
 from skimage import data
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
+from tiny_folders import classifier_folder, restorer_folder
 from torch import nn
 
 import zoo
@@ -307,6 +308,11 @@ def test_bad_arrays(array: np.ndarray, message: str) -> None:
 def test_other_things() -> None:
     with pytest.raises(PictureError, match="a path, a Pillow image or a NumPy array, got int"):
         open_picture(3)  # type: ignore[arg-type]
+    for other, hint in (([photo()], "one after the other"), (torch.zeros(3, 4, 5), "permute"), (b"", "BytesIO")):
+        with pytest.raises(PictureError, match=f"got .*{hint}"):
+            open_picture(other)  # type: ignore[arg-type]
+    with pytest.raises(PictureError, match="the image has no pixels: its size is 0x5"):
+        open_picture(Image.new("RGB", (0, 5)))
     with pytest.raises(PictureError, match="pixels that are no finite numbers"):
         open_picture(Image.fromarray(np.array([[0, np.inf]], np.float32)))
 
@@ -324,6 +330,7 @@ def test_other_things() -> None:
         ({"crop": 5}, "in pixels, got 5"),
         ({"max_pixels": "24M"}, "max_pixels must be a number such as 200e6, got '24M'"),
         ({"quality": 95}, 'quality is "fast", "balanced" or "best", got 95'),
+        ({"sigma": "25"}, "sigma must be a number, got '25'"),
         ({"kind": "photo"}, 'kind is "auto", "clean" or "real", got \'photo\''),
     ],
 )
@@ -586,3 +593,15 @@ def test_a_trained_restorer_says_what_it_is(tmp_path: Path) -> None:
     found = load_restorer(weights=tmp_path / "mine.safetensors")
     x = torch.rand(1, 3, 8, 8)
     torch.testing.assert_close(found(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_is_named_as_in_the_commands(tmp_path: Path) -> None:
+    """A folder stands for a restorer in Python too; what is none is named."""
+    folder = restorer_folder(tmp_path / "restorer")
+    expected = np.asarray(restore(photo(), model=zoo.create_model(str(folder), pretrained=True)))
+    for model in (folder, str(folder)):
+        assert np.array_equal(np.asarray(restore(photo(), model=model)), expected)
+    with pytest.raises(ValueError, match="which does not restore images"):
+        restore(photo(), model=classifier_folder(tmp_path / "classifier"))
+    with pytest.raises(ValueError, match="model must be a name, a path or a network, got 3"):
+        restore(photo(), model=3)  # type: ignore[arg-type]

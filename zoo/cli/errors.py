@@ -52,7 +52,8 @@ KINDS = (
         "Where a folder is not writable, its owner or the disk says no.",
         words=r"--force|--skip-existing|overwrite=True|would replace|not replaced|is a folder; give the name|"
         r"cannot be made:|not writable|cannot be written to|would both become|is a file; -o takes|names one file for|"
-        r"is one file for|choose a folder outside|No space left|Read-only file system|Permission denied",
+        r"is one file for|bytes and may have|choose a folder outside|No space left|Read-only file system|"
+        r"Permission denied",
     ),
     Kind(
         code="Z106",
@@ -198,6 +199,7 @@ KINDS = (
         title="The picture is of a kind that is not handled",
         cure="Convert it to 8- or 16-bit gray, RGB or CMYK first. In Python an array is (H, W) or (H, W, 1 to 4) of "
         "uint8, uint16, bool, or floats in [0, 1].",
+        words=r"pixels that are (no finite|complex) numbers|has no pixels|is a volume|has the colour mode|is in LAB",
         modules=("pictures.read", "pictures.tiff", "pictures.picture", "pictures.image", "pictures.eight_bit",
                  "pictures.color", "pictures.metadata", "pictures.png"),
     ),

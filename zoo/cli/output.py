@@ -113,7 +113,7 @@ def _narrow(part: Table, console: Console) -> list[str]:
     while True:
         widths = [needs(column) for column in part.columns]
         spare = console.width - 3 * len(widths) + 1 - sum(least for least, _ in widths)  # three between two columns
-        if spare >= 0 or len(widths) <= 2:
+        if spare >= 0 or len(widths) == 1 or not part.columns[-1].header:  # a label without what it says is nothing
             break
         headings = [str(column.header) for column in part.columns]
         first = next((name for name in getattr(part, "drop", ()) if name in headings), None)

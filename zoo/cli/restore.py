@@ -17,7 +17,6 @@ from zoo.cli.inputs import add_device, add_engine, find_pictures, report_failure
 from zoo.cli.output import FailureError, UsageError, check_target, hush, note, number, pick_device, progress
 from zoo.cli.restoring import TASKS, Job, print_results
 from zoo.cli.targets import FIELDS, USUAL_SUFFIXES, Plan, of_same_names, plan
-from zoo.sources import find
 
 if TYPE_CHECKING:
     from torch import nn
@@ -215,9 +214,9 @@ def load_model(args: argparse.Namespace, *, task: str | None, sigma: float | Non
     _require_weights(args, task)
     from zoo.pictures.restore import load_restorer
 
-    model = _model(args)
+    hush(args)
     device = pick_device(args.device)
-    return load_restorer(task, args.scale, model, args.weights, sigma=sigma, device=device, dtype=args.dtype)
+    return load_restorer(task, args.scale, args.model, args.weights, sigma=sigma, device=device, dtype=args.dtype)
 
 
 def load_networks(args: argparse.Namespace) -> Networks:
@@ -233,7 +232,8 @@ def load_networks(args: argparse.Namespace) -> Networks:
     options: dict[str, Any] = {"sigma": args.sigma, "device": pick_device(args.device), "dtype": args.dtype}
     if args.engine not in ("auto", "eager"):
         options["engine"] = args.engine
-    networks = Networks(size, task, _model(args), args.weights, kind=args.kind, quality=args.quality, **options)
+    hush(args)
+    networks = Networks(size, task, args.model, args.weights, kind=args.kind, quality=args.quality, **options)
     if args.model is None and args.weights is None:
         _say_cost(args, task, networks)
     return networks
@@ -260,21 +260,6 @@ def _require_weights(args: argparse.Namespace, task: str) -> None:
             f"No weights for {task} are shipped yet: give a weight file with --weights (the authors' files are "
             "recognised), or published weights with --model."
         )
-
-
-def _model(args: argparse.Namespace) -> Any:
-    """Return what --model names: a network from a file, a folder or the Hub, or else the name itself."""
-    from zoo.factory import create_model
-    from zoo.ffn.reparam import reparameterize
-
-    hush(args)
-    model: Any = args.model
-    if model is not None and args.weights is None and find(model).kind in ("file", "folder", "hub"):
-        model = create_model(model, pretrained=True)
-        if not hasattr(model, "scale"):
-            raise UsageError(f"{args.model} holds a {type(model).__name__}, which does not restore images.")
-        reparameterize(model, measure=False)
-    return model
 
 
 def _ships(task: str) -> bool:
@@ -313,7 +298,7 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("--workers are those of --ray.")
     if args.files.count("-") > 1:
         raise UsageError("The input, -, is one picture.")
-    if args.crop is not None and re.fullmatch(r"\d+x\d+(\+\d+\+\d+)?", args.crop) is None:
+    if args.crop is not None and re.fullmatch(r"0*[1-9]\d*x0*[1-9]\d*(\+\d+\+\d+)?", args.crop) is None:
         raise UsageError(
             f'--crop takes "640x480+100+50" (size, left, top), or "640x480" for the middle; got {args.crop!r}.'
         )

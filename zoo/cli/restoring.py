@@ -9,7 +9,7 @@ import logging
 import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,8 +89,7 @@ class Job:
         except BaseException as error:  # whatever it is, the other pictures are done
             self.failed.append({"file": str(picture.path), "error": one_line(error)})
             return
-        known = " ".join(plan.notes)
-        told = [text for text in said if text.partition(": ")[2].rstrip(".") not in known]
+        told = [text for text in (_untold(text, plan.notes) for text in said) if text]
         entry["warnings"] = [*plan.notes, *entry.get("warnings", []), *told]
         entry["told"] = len(plan.notes)  # before anything was computed
         (self.skipped if skip else self.restored).append(entry)
@@ -227,6 +226,15 @@ def _cropped(picture: Planes, crop: str | None) -> Planes:
         name: None if plane is None else plane[top:bottom, left:right] for name, plane in planes.items()
     }
     return dataclasses.replace(picture, frames=(), **parts)
+
+
+def _untold(text: str, notes: Sequence[str]) -> str:
+    """Return what of a remark was not said before; empty where all was."""
+    for known in notes:
+        if text.startswith(known):  # "PNG: a" is known of "PNG: a, b."
+            rest = text[len(known) :].strip(" ,.")
+            return f"{known.partition(': ')[0]}: {rest}." if rest else ""
+    return "" if text.partition(": ")[2].rstrip(".") in " ".join(notes) else text
 
 
 @contextmanager

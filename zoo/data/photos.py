@@ -216,6 +216,8 @@ def read_pair(pair: Pair, mode: str, scale: int = 1) -> tuple[Pixels | None, Pix
     """
     deep = len(pair.degraded) > 1
     clean = read_pixels(pair.clean, mode, deep)
+    if min(clean.shape[:2]) < scale:
+        raise ValueError(f"{pair.clean} has {clean.shape[1]}x{clean.shape[0]} pixels: too few for scale {scale}.")
     if not pair.degraded:
         return None, clean[: clean.shape[0] // scale * scale, : clean.shape[1] // scale * scale]
     views = [read_pixels(path, mode, deep) for path in pair.degraded]

@@ -33,7 +33,7 @@ def read_eight_bit(
         PictureError: It is no readable picture; the message names it.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".* frames")  # the first is what is meant here
+        warnings.simplefilter("ignore", UserWarning)  # the first frame is meant, and what is beside the pixels is not
         if isinstance(source, bytes):
             try:
                 picture = open_picture(io.BytesIO(source))

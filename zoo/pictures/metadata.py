@@ -16,6 +16,7 @@ __all__ = ["Metadata", "exif_of", "from_info", "stripped", "to_info", "upright"]
 _ORIENTATION, _EXIF_IFD, _GPS_IFD, _INTEROP_IFD = 0x0112, 0x8769, 0x8825, 0xA005
 _SIZES = {0x0100: 0, 0x0101: 1, 0xA002: 0, 0xA003: 1}  # tags of width and height -> index into (width, height)
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
+_MOST_DPI = 1e7  # more is damage, and does not fit a PNG
 _XMP_KEY, _IPTC_KEY = "XML:com.adobe.xmp", "Raw profile type iptc"
 _PROFILE_KEYS = re.compile(r"Raw profile type .*")
 _NOT_TEXT = {"aspect", "transparency", "compression"}  # of Pillow's info, beside numbers and bytes
@@ -117,8 +118,8 @@ def from_info(image: Image.Image, text: Mapping[str, Any] | None = None) -> Meta
             (str(key), str(value)) for key, value in text.items() if key != _XMP_KEY and not _PROFILE_KEYS.match(key)
         ),
         comment=comment.encode() if isinstance(comment, str) else comment or None,
-        gamma=info.get("gamma"),
-        chromaticity=info.get("chromaticity"),
+        gamma=_gamma(info.get("gamma")),
+        chromaticity=_chromaticity(info.get("chromaticity")),
         intent=info.get("srgb"),
         cicp=info.get("cicp"),
         light=info.get("light", ()),
@@ -139,8 +140,29 @@ def _dpi(image: Image.Image) -> tuple[float, float] | None:
         return None
     if image.format in ("JPEG", "MPO") and not image.info.get("jfif_unit") and 0x011A not in exif_of(image):
         return None  # Pillow's own 72, which is nowhere in the file
-    across, down = (float(value) for value in dpi)
-    return (across, down) if across > 1 and down > 1 else None  # 1 stands for an aspect alone
+    try:
+        return plausible(*map(float, dpi))
+    except (TypeError, ValueError):
+        return None
+
+
+def plausible(across: float, down: float) -> tuple[float, float] | None:
+    """Return a resolution in pixels per inch, or None of what is none: 1 stands for an aspect alone."""
+    return (across, down) if min(across, down) > 1 and max(across, down) < _MOST_DPI else None
+
+
+def _gamma(value: Any) -> float | None:
+    """Return a gAMA that can be one; PNG readers ignore others."""
+    return float(value) if isinstance(value, int | float) and 1e-4 < value < 1e4 else None
+
+
+def _chromaticity(value: Any) -> tuple[float, ...] | None:
+    """Return a cHRM of white, red, green and blue that span colours; PNG readers ignore others."""
+    if not isinstance(value, tuple) or len(value) != 8 or not all(isinstance(each, int | float) for each in value):
+        return None
+    white, red, green, blue = zip(*[iter(value)] * 2, strict=True)
+    area = (green[0] - red[0]) * (blue[1] - red[1]) - (blue[0] - red[0]) * (green[1] - red[1])
+    return value if white[1] > 1e-3 and abs(area) > 1e-3 else None
 
 
 def to_info(metadata: Metadata) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from PIL import PngImagePlugin
 from zoo.pictures.metadata import _XMP_KEY, Metadata, iptc_as_hex
 from zoo.pictures.picture import Array
 
-__all__ = ["chunks", "deepened", "info_of", "with_light"]
+__all__ = ["bare", "chunks", "deepened", "info_of", "is_png", "with_light"]
 
 _LONGEST_KEY = 79
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -28,6 +28,24 @@ def chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
             return
         yield name, data[place + 8 : place + 8 + length]
         place += 12 + length
+
+
+def is_png(head: bytes) -> bool:
+    """Tell whether a file that begins so is a PNG."""
+    return head.startswith(_SIGNATURE)
+
+
+def bare(data: bytes) -> bytes:
+    """Return a PNG with its pixels alone: all that PNG allows a reader to ignore is left out but sound transparency."""
+    kept, place, lengths = [_SIGNATURE], len(_SIGNATURE), {0: (2,), 2: (6,), 3: range(1, 257)}
+    while place + 12 <= len(data):
+        length, name = struct.unpack(">I4s", data[place : place + 8])
+        end = place + 12 + length
+        sound = data[end - 4 : end] == struct.pack(">I", zlib.crc32(data[place + 4 : end - 4]))
+        if not name[0] & 32 or (name == b"tRNS" and sound and length in lengths.get(data[25], ())):
+            kept.append(data[place:end])
+        place = end
+    return b"".join(kept)
 
 
 def _joined(parts: Iterable[tuple[bytes, bytes]]) -> bytes:

@@ -23,7 +23,7 @@ from zoo.pictures import containers, png
 from zoo.pictures.formats import RAW_SUFFIXES, Kind, load_plugins
 from zoo.pictures.metadata import exif_of, from_info, upright
 from zoo.pictures.picture import Array, Picture, PictureError
-from zoo.pictures.tiff import is_tiff, pages_of, read_tiff, to_unit
+from zoo.pictures.tiff import goes_on, is_tiff, pages_of, read_tiff, samples_of, to_unit
 
 __all__ = ["from_image", "open_picture", "peek"]
 
@@ -91,7 +91,10 @@ def open_picture(
         return dataclasses.replace(picture, metadata=dataclasses.replace(picture.metadata, times=times))
     if hasattr(source, "read") and hasattr(source, "seek"):
         return _guarded("the picture", source, every_frame, max_pixels)
-    raise PictureError(f"A picture is a path, a Pillow image or a NumPy array, got {type(source).__name__}.")
+    kind = type(source).__name__
+    hint = {"Tensor": ": x.permute(1, 2, 0).numpy() is one", "bytes": ": io.BytesIO makes a file of them"}
+    hint |= dict.fromkeys(("list", "tuple"), ": restore one after the other")
+    raise PictureError(f"A picture is a path, a Pillow image or a NumPy array, got {kind}{hint.get(kind, '')}.")
 
 
 def _check_file(path: Path) -> None:
@@ -110,6 +113,7 @@ def _guarded(name: str, file: Path | BinaryIO, every_frame: bool, max_pixels: in
         data = _head(file)
         if is_tiff(data):
             return _read_tiff(name, file, every_frame, max_pixels)
+        file = _without_damage(name, file, data)
         return _read_pillow(name, file, data, every_frame, max_pixels)
 
 
@@ -124,6 +128,7 @@ def _explained(name: str, file: Path | BinaryIO, max_pixels: int | None) -> Iter
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of damage: ours name the file
             yield
     except Image.DecompressionBombError as error:
         raise PictureError(
@@ -181,6 +186,24 @@ def _head(file: Path | BinaryIO) -> bytes:
     return head
 
 
+def _without_damage(name: str, file: Path | BinaryIO, head: bytes) -> Path | BinaryIO:
+    """Return a PNG without the chunks beside its pixels where one of these keeps Pillow from reading it."""
+    if not png.is_png(head):
+        return file
+    try:
+        with Image.open(file):
+            return file
+    except Exception:  # Pillow's readers of chunks raise what they like
+        bare = io.BytesIO(png.bare(_all(file)))
+    try:
+        with Image.open(bare):
+            pass
+    except Exception:  # there is more that is wrong, and is said when the file is read
+        return file
+    warnings.warn(f"{name}: what stands beside the pixels is damaged and left out.", stacklevel=6)
+    return bare
+
+
 def _all(file: Path | BinaryIO) -> bytes:
     if isinstance(file, Path):
         return file.read_bytes()
@@ -191,9 +214,16 @@ def _all(file: Path | BinaryIO) -> bytes:
 def _read_tiff(name: str, file: Path | BinaryIO, every_frame: bool, max_pixels: int | None) -> Picture:
     """Read by tifffile; what it does not know (old JPEG, subsampled YCbCr), by Pillow."""
     opened: Any = str(file) if isinstance(file, Path) else file
+    places: list[int] | None = None
     try:
         with tifffile.TiffFile(opened) as tiff:
             pages = pages_of(tiff)
+            places = [page.index for page in pages]
+            if every_frame and goes_on(tiff):
+                lost = f"{name} is damaged: it was cut off behind page {len(tiff.pages)}"
+                if len(tiff.pages) > 1:
+                    raise PictureError(f"{lost}, and the next one is missing.")
+                warnings.warn(f"{lost}, or says wrongly that more follow.", stacklevel=6)
             _check_size(name, _sizes(pages if every_frame else pages[:1]), max_pixels)
             turns = [int(page.tags[274].value) if 274 in page.tags else 1 for page in pages]
         if not isinstance(file, Path):
@@ -203,6 +233,8 @@ def _read_tiff(name: str, file: Path | BinaryIO, every_frame: bool, max_pixels: 
         raise
     except Exception as error:
         try:
+            if every_frame and (places is None or len(places) > 1):
+                return _read_pages(name, file, places, max_pixels)
             return _read_pillow(name, file, b"", every_frame, max_pixels)
         except Exception:
             raise error from None
@@ -214,6 +246,21 @@ def _read_tiff(name: str, file: Path | BinaryIO, every_frame: bool, max_pixels: 
     if dropped := turned[0].settings.get("dropped"):
         warnings.warn(f"{name}: {dropped} extra channels beside the picture are left out.", stacklevel=6)
     return dataclasses.replace(turned[0], frames=tuple(turned[1:]))
+
+
+def _read_pages(name: str, file: Path | BinaryIO, places: list[int] | None, max_pixels: int | None) -> Picture:
+    """Read pages of a TIFF by Pillow; None is all of them."""
+    if not isinstance(file, Path):
+        file.seek(0)
+    pictures, sizes = [], []
+    with Image.open(file) as image:
+        for place in range(int(getattr(image, "n_frames", 1))) if places is None else places:
+            image.seek(place)
+            sizes.append(image.size)
+            _check_size(name, sizes, max_pixels)
+            image.load()
+            pictures.append(dataclasses.replace(from_image(image, name), format="TIFF"))
+    return dataclasses.replace(pictures[0], frames=tuple(pictures[1:]))
 
 
 def _sizes(pages: Sequence[Any]) -> list[tuple[int, int]]:
@@ -363,6 +410,9 @@ def _deep(image: Image.Image, file: Path | BinaryIO, head: bytes) -> tuple[Array
         return _channels(np.asarray(found)), bits
     elif image.format == "JXL":
         array = imagecodecs.jpegxl_decode(data)
+        if array.ndim == 4:
+            _warn_frames(str(file) if isinstance(file, Path) else "the picture", len(array))
+            array = array[0]
         if array.dtype == np.uint8:
             return None
         bits = 16 if array.dtype == np.uint16 else 32
@@ -460,7 +510,10 @@ def _turned(picture: Picture, orientation: int) -> Picture:
     if transpose and metadata.dpi is not None:
         metadata = dataclasses.replace(metadata, dpi=metadata.dpi[::-1])
     changed = dataclasses.replace(picture, color=color, black=turn(picture.black), alpha=turn(picture.alpha))
-    return dataclasses.replace(changed, metadata=metadata.resized(changed.size))
+    resized = metadata.resized(changed.size)
+    if metadata.exif is not None and resized.exif is None:
+        warnings.warn(f"{picture.name}: its EXIF is damaged and left out.", stacklevel=6)
+    return dataclasses.replace(changed, metadata=resized)
 
 
 def from_image(image: Image.Image, name: str) -> Picture:
@@ -473,6 +526,8 @@ def from_image(image: Image.Image, name: str) -> Picture:
     Raises:
         PictureError: Its mode is unknown, or its values are no finite numbers.
     """
+    if 0 in image.size:
+        raise PictureError(f"{name} has no pixels: its size is {image.width}x{image.height}.")
     text = getattr(image, "text", None) if image.format == "PNG" else None
     common: dict[str, Any] = {"metadata": from_info(image, text), "name": name}
     mode = image.mode
@@ -550,7 +605,7 @@ def peek(path: Path, max_pixels: int | None = None) -> Kind:
         data = _head(path)
         if is_tiff(data):
             return _peek_tiff(path, name, max_pixels)
-        with Image.open(path) as image:
+        with Image.open(_without_damage(name, path, data)) as image:
             _check_size(name, [image.size], max_pixels)
             mode, kind = image.mode, image.format or ""
             alpha = mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info
@@ -589,7 +644,7 @@ def _peek_tiff(path: Path, name: str, max_pixels: int | None) -> Kind:
                 format="TIFF",
                 size=size[::-1] if upright(turn)[0] else size,
                 colors="cmyk" if number == 5 else "gray" if number < 2 else "color",
-                alpha=any(int(sample) in (1, 2) for sample in page.extrasamples),
+                alpha=int(page.samplesperpixel) > samples_of(number),
                 bits=bits,
                 frames=len(pages),
                 pixels=pixels,

@@ -21,6 +21,7 @@ from zoo.engines import EngineName
 from zoo.pictures.judging import Judgement, Kind, judge
 from zoo.pictures.metadata import stripped
 from zoo.pictures.picture import Picture, PictureError, pair_views
+from zoo.pictures.plans import held_bytes, parse_bytes
 from zoo.pictures.read import open_picture
 from zoo.pictures.restored_image import as_image
 from zoo.pictures.restorers import REAL, Quality, load_restorer, shipped_scales
@@ -51,7 +52,7 @@ def restore(
     image: Source | tuple[Source, Source],
     task: str = "sr",
     scale: float | None = None,
-    model: str | nn.Module | None = None,
+    model: str | os.PathLike[str] | nn.Module | None = None,
     weights: str | os.PathLike[str] | None = None,
     budget: int | float | str | None = "4GB",
     tile: int | None = None,
@@ -85,7 +86,8 @@ def restore(
         task: "sr", "denoise", ...: chooses shipped weights where neither `model` nor `weights` is given.
         scale: Output pixels per input pixel, also 2.5, 3 or 8: networks follow each other, and Lanczos in linear light
             makes up the rest. None takes the model's, or 2 for "sr" where there is no model.
-        model: Name of a restorer ("cfsr_x2", "cfsr_x2.authors"), or a restorer. None recognises it from `weights`.
+        model: Name of a restorer ("cfsr_x2", "cfsr_x2.authors"), file, folder or Hub id of one, or a restorer. None
+            recognises it from `weights`.
         weights: Weight file, ours or the authors', or a tag of `model`. None takes the model's published weights.
         budget: Memory the whole process (or the device) may hold, without the program files that the system shares:
             bytes, or like "4GB"; None is no limit.
@@ -168,7 +170,7 @@ class Networks:
         self,
         size: Size,
         task: str = "sr",
-        model: str | nn.Module | None = None,
+        model: str | os.PathLike[str] | nn.Module | None = None,
         weights: str | os.PathLike[str] | None = None,
         kind: Literal["auto", "clean", "real"] = "auto",
         **options: Any,
@@ -293,16 +295,17 @@ def restore_picture(
         crop: Part that is restored.
 
     Raises:
-        ValueError: The budget or the tile is too small, the part lies outside, or the network restores two views and
-            got one, or the reverse.
+        ValueError: The budget or the tile is too small, the part lies outside a page, or the network restores two views
+            and got one, or the reverse.
         RuntimeError: The network's output is not finite.
     """
     models = [model] if isinstance(model, nn.Module) else list(model)
     options: dict[str, Any] = dict(budget=budget, tile=tile, overlap=overlap, exact=exact, self_ensemble=self_ensemble)
     run = partial(restore_tensor, **options)
     pages = [dataclasses.replace(picture, frames=()), *picture.frames]
-    for page in pages if crop is not None else ():  # pages may differ in size: known before the first is restored
-        crop_box(crop, page.size)
+    size = size or Size()
+    for page in pages:  # they may differ in size, and what is wrong with one is known before the first is restored
+        _require_memory(page, models, size, crop, budget)
     done = []
     for index, page in enumerate(pages):
         steps = len(pages) * max(1, len(models))
@@ -312,10 +315,36 @@ def restore_picture(
                 before = (index * max(1, len(models)) + step) * total
                 progress(before + parts, steps * total)
 
-        done.append(_restore_page(page, models, run, tell, inform if index == 0 else None, size or Size(), crop))
+        done.append(_restore_page(page, models, run, tell, inform if index == 0 else None, size, crop))
     if len(pages) > 1 and inform is not None:
         inform(f"{len(pages)} frames")
     return dataclasses.replace(done[0], frames=tuple(done[1:]))
+
+
+def _require_memory(
+    picture: Picture,
+    models: Sequence[nn.Module],
+    size: Size,
+    crop: str | tuple[int, int, int, int] | None,
+    budget: int | float | str | None,
+) -> None:
+    """Refuse a result that a budget of the CPU's memory does not hold where Lanczos makes it; networks have tiles."""
+    left, top, right, bottom = (0, 0, *picture.size[::-1]) if crop is None else crop_box(crop, picture.size)
+    scale = math.prod(int(getattr(model, "scale", 1)) for model in models)
+    target = size.of(picture.size, scale)
+    direct = len(models) == 1 and target == tuple(scale * side for side in picture.size)
+    if budget is None or direct or (models and next(models[0].parameters()).device.type != "cpu"):
+        return
+    share = (right - left) * (bottom - top) / math.prod(picture.size)
+    planes = picture.planes().shape[2]
+    # float32: what the networks make, what Lanczos makes of it, and three planes at work
+    need = 4 * share * (planes * math.prod(picture.size) * scale**2 + (planes + 3) * math.prod(target))
+    allowed, held = parse_bytes(budget), held_bytes(torch.device("cpu"))
+    if held + need > allowed:
+        raise ValueError(
+            f"A budget of {math.ceil(allowed / 1e6)} MB is too small for a result of {target[1]}x{target[0]} pixels: "
+            f"allow at least {math.ceil((held + need) / 1e6)} MB."
+        )
 
 
 Run = Callable[..., torch.Tensor]

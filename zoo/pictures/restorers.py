@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import numbers
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,12 @@ from torch import nn
 from zoo import catalog
 from zoo.cfg import RestorationCfg
 from zoo.engines import EngineName, attach, check_engine, engine_of
+from zoo.factory import create_model
 from zoo.ffn.reparam import reparameterize
 from zoo.loading import foreign_hint, foreign_restorer, from_record
 from zoo.pictures.judging import Kind
 from zoo.restoration import FAMILIES
+from zoo.sources import find
 from zoo.weights import CheckpointError, load_strict, read_weights
 
 __all__ = ["REAL", "Offer", "Quality", "load_restorer", "offers", "shipped_scales", "usual_quality"]
@@ -50,7 +53,7 @@ class Offer:
 def load_restorer(
     task: str = "sr",
     scale: int | None = None,
-    model: str | nn.Module | None = None,
+    model: str | os.PathLike[str] | nn.Module | None = None,
     weights: str | os.PathLike[str] | None = None,
     *,
     sigma: float | None = None,
@@ -75,6 +78,14 @@ def load_restorer(
         raise ValueError(f'quality is "fast", "balanced" or "best", got {quality!r}; `save` takes that of a file.')
     engine = None if engine is None else check_engine(engine)
     precision = _dtype(dtype)
+    if sigma is not None and not isinstance(sigma, numbers.Real):
+        raise ValueError(f"sigma must be a number, got {sigma!r}.")
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
+    if not isinstance(model, str | nn.Module | None):
+        raise ValueError(f"model must be a name, a path or a network, got {model!r}.")
+    if isinstance(model, str) and weights is None and find(model).kind in ("file", "folder", "hub"):
+        model, device = _from_source(model), device or ("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(model, nn.Module) and hasattr(model, "require_dtype"):
         cast(Any, model).require_dtype(precision)
     if isinstance(model, nn.Module):
@@ -103,6 +114,15 @@ def load_restorer(
             restorer = copy.deepcopy(restorer).eval()
         attach(restorer, engine)
     return restorer
+
+
+def _from_source(name: str) -> nn.Module:
+    """Return the restorer in a file or folder, or from the Hub."""
+    model = create_model(name, pretrained=True).eval()
+    if not hasattr(model, "scale"):
+        raise ValueError(f"{name} holds a {type(model).__name__}, which does not restore images.")
+    reparameterize(model, measure=False)
+    return model
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -13,10 +13,10 @@ import numpy as np
 import tifffile
 from PIL import Image, TiffImagePlugin
 
-from zoo.pictures.metadata import Metadata
+from zoo.pictures.metadata import Metadata, plausible
 from zoo.pictures.picture import Array, Picture, PictureError
 
-__all__ = ["encode_tiff", "is_tiff", "read_tiff", "to_unit"]
+__all__ = ["encode_tiff", "goes_on", "is_tiff", "pages_of", "read_tiff", "samples_of", "to_unit"]
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _SEPARATED, _YCBCR = 0, 1, 2, 3, 5, 6
 _NAMES = {"CFA": "undeveloped sensor data", "LINEAR_RAW": "undeveloped sensor data", "CIELAB": "LAB"}
@@ -39,6 +39,21 @@ def pages_of(tiff: tifffile.TiffFile) -> list[Any]:
     pages: list[Any] = [tiff.pages[index] for index in range(len(tiff.pages))]
     own = [page for page in pages if not int(getattr(page, "subfiletype", 0) or 0) & 5]
     return own or pages[:1]
+
+
+def goes_on(tiff: tifffile.TiffFile) -> bool:
+    """Tell whether the last page that is there says that another one follows: the file was cut off."""
+    form, handle, last = tiff.tiff, tiff.filehandle, tiff.pages[len(tiff.pages) - 1]
+    handle.seek(last.offset)
+    (count,) = struct.unpack(form.tagnoformat, handle.read(form.tagnosize))
+    handle.seek(count * form.tagsize, 1)
+    following = handle.read(form.offsetsize)
+    return len(following) < form.offsetsize or struct.unpack(form.offsetformat, following)[0] != 0
+
+
+def samples_of(photometric: int) -> int:
+    """Return how many samples of a pixel are its colour; further ones are opacity, or unknown."""
+    return {_SEPARATED: 4, _RGB: 3, _YCBCR: 3}.get(photometric, 1)
 
 
 def read_tiff(file: str | BinaryIO, name: str, every_page: bool) -> list[Picture]:
@@ -98,7 +113,7 @@ def _read_page(page: Any, tiff: tifffile.TiffFile, name: str) -> Picture:
             array = np.round(array.astype(np.float64) * (most / ((1 << bits) - 1))).astype(array.dtype)
     else:
         array, values = to_unit(array, name)
-    own = {_SEPARATED: 4, _RGB: 3, _YCBCR: 3}.get(number, 1)
+    own = samples_of(number)
     if number == _SEPARATED and array.shape[2] < 4:
         raise PictureError(f"{name} has {array.shape[2]} inks; known are four, CMYK.")
     color, extra = array[..., :own], array[..., own:]
@@ -152,7 +167,8 @@ def to_unit(array: Array, name: str) -> tuple[Array, tuple[float, float, str] | 
     """
     dtype = np.dtype(array.dtype)
     if dtype.kind == "c" or not np.isfinite(low := float(array.min())) or not np.isfinite(high := float(array.max())):
-        raise PictureError(f"{name} has pixels that are no finite numbers.")
+        what = "complex" if dtype.kind == "c" else "no finite"
+        raise PictureError(f"{name} has pixels that are {what} numbers.")
     if dtype.kind == "f" and low >= 0 and high <= 1:
         return array.astype(np.float32), None if dtype == np.float32 else (0.0, 1.0, dtype.name)
     high = high if high > low else low + 1
@@ -167,7 +183,7 @@ def _metadata(page: Any) -> Metadata:
     if value(282) and value(283) and int(value(296) or 2) in (2, 3):
         inch = 2.54 if int(value(296) or 2) == 3 else 1.0
         across, down = (v[0] / v[1] * inch if v[1] else 0.0 for v in (value(282), value(283)))
-        dpi = (across, down) if across > 1 and down > 1 else None
+        dpi = plausible(across, down)
     description = str(value(270) or "")
     if description.startswith(('{"shape"', "ImageJ=", "SCIFIO=")) or "<OME" in description:
         description = ""  # tells how the file is laid out
