@@ -48,9 +48,9 @@ class Size:
                 continue
             if not isinstance(value, numbers.Real) or isinstance(value, bool):
                 raise ValueError(f"{name} must be a number, got {value!r}.")
-            if not 0 < value < 1e6:
+            if not 0 < float(value) < 1e6:
                 raise ValueError(f"{name} must be positive and less than a million, got {value}.")
-            if name != "scale" and value != int(value):
+            if name != "scale" and not float(value).is_integer():
                 raise ValueError(f"{name} must be a whole number of pixels, got {value}.")
         if self.scale is not None and self.scale > 64:
             raise ValueError(f"scale must be at most 64, got {self.scale:g}.")
