@@ -1,6 +1,6 @@
-"""Turn models into files for other runtimes, one target a module; every module has `export` and `check`.
+"""Turn models into files for other runtimes, one module a format.
 
-`zoo.export.target("onnx").export(model, "model.onnx")`; `zoo export NAME --format onnx` does the same.
+`zoo.export.export(model, "model.onnx", format="onnx")`; `zoo export NAME --format onnx` does the same and more.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from torch import Tensor, nn
-from zoo.export.network import ExportError, Kind, Network
+from zoo.export.network import ExportError, Kind, Network, compare, fixed, prepare, whole
 
-__all__ = ["FORMATS", "ExportError", "Kind", "Target", "target"]
+__all__ = ["FORMATS", "ONE_SHAPE", "ExportError", "Kind", "Target", "check", "export", "target"]
 
 FORMATS = {
     "onnx": "zoo.export.onnx",
@@ -24,6 +24,8 @@ FORMATS = {
     "openvino": "zoo.export.openvino",
 }
 """Name of each format and the module that writes it."""
+ONE_SHAPE = ("aoti", "executorch")
+"""Formats whose files take one image of one size."""
 
 
 class Target(Protocol):
@@ -31,19 +33,6 @@ class Target(Protocol):
 
     SUFFIX: str
     """Usual suffix of the files, with its dot."""
-
-    def export(
-        self,
-        model: nn.Module,
-        out: str | Path,
-        *,
-        kind: Kind | None = None,
-        name: str | None = None,
-        image_size: int | None = None,
-        dynamic_size: bool = True,
-    ) -> Path:
-        """Write `model` to `out` and return its path."""
-        ...
 
     def write(self, network: Network, path: Path) -> None:
         """Write a network that is ready."""
@@ -53,16 +42,8 @@ class Target(Protocol):
         """Return what runs a file: inputs by name -> outputs."""
         ...
 
-    def check(
-        self,
-        path: str | Path,
-        model: nn.Module,
-        *,
-        kind: Kind | None = None,
-        image_size: int | None = None,
-        dynamic_size: bool = True,
-    ) -> float:
-        """Return the largest difference between the file's and the model's outputs."""
+    def metadata(self, path: str | Path) -> dict[str, str]:
+        """Return the facts that are in a file."""
         ...
 
 
@@ -80,3 +61,76 @@ def target(format: str) -> Target:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"No export format is called {format!r}.{hint} Formats: {', '.join(FORMATS)}.")
     return cast(Target, importlib.import_module(FORMATS[format]))
+
+
+def export(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    format: str,
+    kind: Kind | None = None,
+    name: str | None = None,
+    image_size: int | None = None,
+    dynamic_size: bool = True,
+) -> Path:
+    """Write a model, merged and in float32, as a file of a format; `zoo.export.artefact` has precisions and a README.
+
+    Inputs and outputs are `image` -> `logits` (normalised image; `features` without classes), `image` -> `restored`
+    (both in [0, 1]), or `hidden_states`, `timestep` (float), `class_labels` -> `sample`. Name, weight digest, input
+    normalisation and labels are in the file, and `target(format).metadata(out)` returns them.
+
+    Args:
+        model: A classifier, a restorer or a class-conditional denoiser; it is not changed.
+        out: Path of the file; it appears only when it is complete.
+        format: A key of `FORMATS`.
+        kind: What the model is; None finds out.
+        name: Name to store; None takes the registered one.
+        image_size: Side of the images of a classifier that was built for another than its published size, or of a
+            restorer whose file is to have one size; pixels.
+        dynamic_size: Leave height and width open where the network can take any; the batch size is open too. Formats
+            of `ONE_SHAPE` have one shape, of one image.
+
+    Raises:
+        ValueError: There is no such format, or it cannot be told what the model is.
+        ImportError: The format's extra is missing.
+        ExportError: The network has something that the format cannot express.
+        OSError: `out` cannot be written.
+    """
+    module, one = target(format), format in ONE_SHAPE
+    with whole(out) as temporary:
+        options = {"image_size": image_size, "dynamic_size": dynamic_size and not one}
+        network = prepare(model, kind=kind, name=name, **options)
+        module.write(fixed(network) if one else network, temporary)
+    return Path(out)
+
+
+def check(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    format: str,
+    kind: Kind | None = None,
+    image_size: int | None = None,
+    dynamic_size: bool = True,
+) -> float:
+    """Run a file in its runtime and compare it with its model in eager mode, unmerged, at three sizes.
+
+    Args:
+        path: File that `export` wrote.
+        model: The model it was written from.
+        format: As it was in `export`.
+        kind: What the model is; None finds out.
+        image_size: As it was in `export`.
+        dynamic_size: As it was in `export`.
+
+    Returns:
+        The largest difference, relative to the largest output where that is above one.
+
+    Raises:
+        ValueError: There is no such format.
+        ImportError: The format's extra is missing.
+        ExportError: The file cannot be run, or returns another shape or values that are not finite.
+    """
+    run, one = target(format).runner(path), format in ONE_SHAPE
+    options = {"image_size": image_size, "dynamic_size": dynamic_size and not one}
+    return compare(lambda inputs: run(inputs)[0], model, kind=kind, one=one, **options)

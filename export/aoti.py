@@ -1,7 +1,7 @@
-"""Write models as libraries that PyTorch's inductor compiled ahead of time (.pt2), and compare them with their models.
+"""Libraries that PyTorch's inductor compiled ahead of time (.pt2): `torch._inductor.aoti_load_package` runs one.
 
 A library is for the processor it was compiled on, and for one shape: with open sizes inductor compiles attention
-wrongly (torch 2.13), as the comparison shows.
+wrongly (torch 2.15).
 """
 
 from __future__ import annotations
@@ -14,53 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from zoo.export.network import (
     ExportError,
-    Kind,
     Network,
     capture,
-    compare,
     described,
-    fixed,
-    prepare,
-    whole,
 )
 
-__all__ = ["SUFFIX", "check", "export", "metadata", "runner", "write"]
+__all__ = ["SUFFIX", "metadata", "runner", "write"]
 
 SUFFIX = ".aoti.pt2"
-
-
-def export(
-    model: nn.Module,
-    out: str | Path,
-    *,
-    kind: Kind | None = None,
-    name: str | None = None,
-    image_size: int | None = None,
-    dynamic_size: bool = True,
-) -> Path:
-    """Compile a model, merged and in float32, for one batch and one size; half a minute and more of processor time.
-
-    `torch._inductor.aoti_load_package(out)` returns a function of the inputs of `zoo.export.torch_export.export`.
-
-    Args:
-        model: A classifier, a restorer or a class-conditional denoiser; it is not changed.
-        out: Path of the file, which ends in .pt2; it appears only when it is complete.
-        kind: What the model is; None finds out.
-        name: Name to store; None takes the registered one.
-        image_size: Side of the images of a classifier that was built for another than its published size, pixels.
-        dynamic_size: Of no effect: shapes are fixed.
-
-    Raises:
-        ExportError: The network has something that cannot be compiled, or there is no C++ compiler.
-        OSError: `out` cannot be written.
-    """
-    del dynamic_size
-    with whole(out) as temporary:
-        write(fixed(prepare(model, kind=kind, name=name, image_size=image_size, dynamic_size=False)), temporary)
-    return Path(out)
 
 
 def write(network: Network, path: Path) -> None:
@@ -93,35 +57,6 @@ def write(network: Network, path: Path) -> None:
 def metadata(path: str | Path) -> dict[str, str]:
     """Return the facts that `export` stored in a file."""
     return {key: str(value) for key, value in _load(path).get_metadata().items() if not key.startswith("AOTI_")}
-
-
-def check(
-    path: str | Path,
-    model: nn.Module,
-    *,
-    kind: Kind | None = None,
-    image_size: int | None = None,
-    dynamic_size: bool = True,
-) -> float:
-    """Run a compiled library and compare it with its model in eager mode, unmerged, at its one shape.
-
-    Args:
-        path: File that `export` wrote.
-        model: The model it was written from.
-        kind: What the model is; None finds out.
-        image_size: As it was in `export`.
-        dynamic_size: Of no effect: shapes are fixed.
-
-    Returns:
-        The largest difference, relative to the largest output where that is above one.
-
-    Raises:
-        ExportError: The file cannot be run, or returns another shape or values that are not finite.
-    """
-    del dynamic_size
-    run = runner(path)
-    options: dict[str, Any] = {"kind": kind, "image_size": image_size, "dynamic_size": False, "one": True}
-    return compare(lambda inputs: run(inputs)[0], model, **options)
 
 
 def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:

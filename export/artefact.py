@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import zoo.export.openvino
 from torch import nn
-from zoo.export import ExportError, target
+from zoo.export import ONE_SHAPE, ExportError, target
 from zoo.export.network import Network, compare, fixed, prepare, whole
 from zoo.export.pictures import compare_pictures, taking_pictures
 from zoo.export.precision import TOLERANCE, check_precision, in_half
@@ -28,8 +28,6 @@ _NEEDS = {
     "executorch": (("executorch",), (), "executorch"),
 }
 """Of a format: modules that write it, modules that also run it, and the extra of this package that brings them."""
-
-_ONE = ("aoti", "executorch")  # formats of one image of one size
 
 _TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _PICTURE_TOLERANCE = 5e-3  # of probabilities, and of values of pixels in [0, 1]: one level of 255 and a little
@@ -131,7 +129,7 @@ def write_artefact(
     out = Path(out)
     check_runtime(format, precision, run=check)
     check_output(format, out)
-    one = format in _ONE
+    one = format in ONE_SHAPE
     options: dict[str, Any] = {"image_size": image_size, "dynamic_size": dynamic_size and not one}
     network = prepare(model, name=name, **options)
     if precision in _TYPES and format != "openvino":

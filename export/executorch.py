@@ -1,4 +1,4 @@
-"""Write models as ExecuTorch programs (.pte) for phones and small devices, and compare such files with their models.
+"""ExecuTorch programs (.pte) for phones and small devices, and ExecuTorch's runtime.
 
 What XNNPACK can compute goes to it, the rest to ExecuTorch's portable kernels. Shapes are fixed. Not every network is
 lowered; `docs/engines.md` has the list that was tried.
@@ -16,44 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from zoo.export.network import ExportError, Kind, Network, capture, compare, described, fixed, prepare, whole
+from torch import Tensor
+from zoo.export.network import ExportError, Network, capture, described
 
-__all__ = ["SUFFIX", "check", "export", "metadata", "runner", "write"]
+__all__ = ["SUFFIX", "metadata", "runner", "write"]
 
 SUFFIX = ".pte"
 _FACTS = "zoo_metadata"  # a method that returns the facts, as bytes: a program has no other place for text
 _INSTALL = "pip install 'ffn-zoo[executorch]'"
-
-
-def export(
-    model: nn.Module,
-    out: str | Path,
-    *,
-    kind: Kind | None = None,
-    name: str | None = None,
-    image_size: int | None = None,
-    dynamic_size: bool = True,
-) -> Path:
-    """Write a model, merged and in float32, for one batch and one size.
-
-    Args:
-        model: A classifier, a restorer or a class-conditional denoiser; it is not changed.
-        out: Path of the file; it appears only when it is complete.
-        kind: What the model is; None finds out.
-        name: Name to store; None takes the registered one.
-        image_size: Side of the images, as in `zoo.export.network.prepare`, pixels.
-        dynamic_size: Of no effect: shapes are fixed.
-
-    Raises:
-        ImportError: The `executorch` extra is missing.
-        ExportError: The network has an operator that ExecuTorch lacks.
-        OSError: `out` cannot be written.
-    """
-    del dynamic_size
-    with whole(out) as temporary:
-        write(fixed(prepare(model, kind=kind, name=name, image_size=image_size, dynamic_size=False)), temporary)
-    return Path(out)
 
 
 def write(network: Network, path: Path) -> None:
@@ -92,36 +62,6 @@ def _facts(network: Network) -> dict[str, Any]:
 def metadata(path: str | Path) -> dict[str, str]:
     """Return the facts that `export` stored in a file."""
     return {key: value for key, value in _stored(_load(path)).items() if key != "shapes"}
-
-
-def check(
-    path: str | Path,
-    model: nn.Module,
-    *,
-    kind: Kind | None = None,
-    image_size: int | None = None,
-    dynamic_size: bool = True,
-) -> float:
-    """Run a file in ExecuTorch and compare it with its model in eager mode, unmerged, at its one shape.
-
-    Args:
-        path: File that `export` wrote.
-        model: The model it was written from.
-        kind: What the model is; None finds out.
-        image_size: As it was in `export`.
-        dynamic_size: Of no effect: shapes are fixed.
-
-    Returns:
-        The largest difference, relative to the largest output where that is above one.
-
-    Raises:
-        ImportError: The `executorch` extra is missing.
-        ExportError: The file cannot be run, or returns another shape or values that are not finite.
-    """
-    del dynamic_size
-    run = runner(path)
-    options: dict[str, Any] = {"kind": kind, "image_size": image_size, "dynamic_size": False, "one": True}
-    return compare(lambda inputs: run(inputs)[0], model, **options)
 
 
 def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
@@ -31,7 +31,6 @@ __all__ = [
     "Network",
     "call_network",
     "capture",
-    "check_by",
     "compare",
     "described",
     "difference",
@@ -479,59 +478,6 @@ def difference(found: Tensor, expected: Tensor, inputs: Mapping[str, Tensor]) ->
 def described(inputs: Mapping[str, Tensor]) -> str:
     """Return names and shapes for a message."""
     return ", ".join(f"{key} {tuple(value.shape)}" for key, value in inputs.items())
-
-
-class Check(Protocol):
-    """Compares a file with its model."""
-
-    def __call__(
-        self,
-        path: str | Path,
-        model: nn.Module,
-        *,
-        kind: Kind | None = None,
-        image_size: int | None = None,
-        dynamic_size: bool = True,
-    ) -> float: ...
-
-
-def check_by(runner: Callable[[str | Path], Callable[[dict[str, Tensor]], list[Tensor]]]) -> Check:
-    """Return the `check` of a format.
-
-    Args:
-        runner: Loads a file of it: path -> (inputs by name -> outputs).
-    """
-
-    def check(
-        path: str | Path,
-        model: nn.Module,
-        *,
-        kind: Kind | None = None,
-        image_size: int | None = None,
-        dynamic_size: bool = True,
-    ) -> float:
-        """Run a file in its runtime and compare it with its model in eager mode, unmerged, at three sizes.
-
-        Args:
-            path: File that `export` wrote.
-            model: The model it was written from.
-            kind: What the model is; None finds out.
-            image_size: As it was in `export`.
-            dynamic_size: As it was in `export`.
-
-        Returns:
-            The largest difference, relative to the largest output where that is above one.
-
-        Raises:
-            ImportError: The format's extra is missing.
-            ExportError: The file cannot be run, or returns another shape or values that are not finite.
-        """
-        run = runner(path)
-        return compare(
-            lambda inputs: run(inputs)[0], model, kind=kind, image_size=image_size, dynamic_size=dynamic_size
-        )
-
-    return check
 
 
 @contextmanager

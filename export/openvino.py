@@ -1,4 +1,4 @@
-"""Write models as OpenVINO files (.xml and .bin), and compare such files with their models in OpenVINO's runtime."""
+"""OpenVINO files, by way of ONNX: the graph in NAME.xml, the weights beside it in NAME.bin; and its runtime."""
 
 from __future__ import annotations
 
@@ -10,45 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 import zoo.export.onnx
-from torch import Tensor, nn
-from zoo.export.network import ExportError, Kind, Network, check_by, described, prepare, whole
+from torch import Tensor
+from zoo.export.network import ExportError, Network, described
 
-__all__ = ["SUFFIX", "check", "convert", "export", "metadata", "runner", "write"]
+__all__ = ["SUFFIX", "convert", "metadata", "runner", "write"]
 
 SUFFIX = ".xml"
 _INSTALL = "pip install 'ffn-zoo[openvino]'"
 _FACTS = "zoo"  # where the facts are in the file's rt_info
-
-
-def export(
-    model: nn.Module,
-    out: str | Path,
-    *,
-    kind: Kind | None = None,
-    name: str | None = None,
-    image_size: int | None = None,
-    dynamic_size: bool = True,
-) -> Path:
-    """Write a model as an OpenVINO file, merged and in float32, by way of ONNX; weights are beside it in NAME.bin.
-
-    Inputs and outputs are those of `zoo.export.onnx.export`. `metadata(out)` returns what the file says of itself.
-
-    Args:
-        model: A classifier, a restorer or a class-conditional denoiser; it is not changed.
-        out: Path of the file, which ends in .xml; both files appear only when they are complete.
-        kind: What the model is; None finds out.
-        name: Name to store; None takes the registered one.
-        image_size: Side of the images of a classifier that was built for another than its published size, pixels.
-        dynamic_size: Leave height and width open where the network can take any; the batch size is always open.
-
-    Raises:
-        ImportError: The `openvino` extra is missing.
-        ExportError: The network has something that ONNX or OpenVINO cannot express.
-        OSError: `out` cannot be written.
-    """
-    with whole(out) as temporary:
-        write(prepare(model, kind=kind, name=name, image_size=image_size, dynamic_size=dynamic_size), temporary)
-    return Path(out)
 
 
 def write(network: Network, path: Path, *, half: bool = False) -> None:
@@ -135,9 +104,6 @@ def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
         return [torch.from_numpy(np.array(found[index])) for index in range(len(compiled.outputs))]
 
     return run
-
-
-check = check_by(runner)
 
 
 def _read(path: str | Path) -> Any:

@@ -1,4 +1,4 @@
-"""Write models as PyTorch's exported programs (.pt2), and compare such files with their models."""
+"""PyTorch's exported programs (.pt2): `torch.export.load(path).module()` runs one, inputs are keywords."""
 
 from __future__ import annotations
 
@@ -10,45 +10,13 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import torch
-from torch import Tensor, nn
-from zoo.export.network import ExportError, Kind, Network, capture, check_by, described, prepare, whole
+from torch import Tensor
+from zoo.export.network import ExportError, Network, capture, described
 
-__all__ = ["SUFFIX", "check", "export", "metadata", "runner", "write"]
+__all__ = ["SUFFIX", "metadata", "runner", "write"]
 
 SUFFIX = ".pt2"
 _FACTS = "metadata.json"
-
-
-def export(
-    model: nn.Module,
-    out: str | Path,
-    *,
-    kind: Kind | None = None,
-    name: str | None = None,
-    image_size: int | None = None,
-    dynamic_size: bool = True,
-) -> Path:
-    """Write a model as an exported program, merged and in float32; `torch.export.load(out).module()` runs it.
-
-    Inputs are keywords: `image` (normalised for classifiers, in [0, 1] for restorers, as the restored one), or
-    `hidden_states`, `timestep` (float) and `class_labels`. `metadata(out)` returns name, weight digest, input
-    normalisation and labels.
-
-    Args:
-        model: A classifier, a restorer or a class-conditional denoiser; it is not changed.
-        out: Path of the file; it appears only when it is complete.
-        kind: What the model is; None finds out.
-        name: Name to store; None takes the registered one.
-        image_size: Side of the images of a classifier that was built for another than its published size, pixels.
-        dynamic_size: Leave height and width open where the network can take any; the batch size is always open.
-
-    Raises:
-        ExportError: The network has something that cannot be exported.
-        OSError: `out` cannot be written.
-    """
-    with whole(out) as temporary:
-        write(prepare(model, kind=kind, name=name, image_size=image_size, dynamic_size=dynamic_size), temporary)
-    return Path(out)
 
 
 def write(network: Network, path: Path) -> None:
@@ -101,9 +69,6 @@ def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
         return [output] if isinstance(output, Tensor) else list(output)
 
     return run
-
-
-check = check_by(runner)
 
 
 def _load(path: str | Path, extra: dict[str, str]) -> torch.export.ExportedProgram:

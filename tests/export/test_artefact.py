@@ -22,9 +22,9 @@ from image_sets import picture
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
-from zoo.export import ExportError, aoti
+from zoo.export import ExportError, aoti, check
 from zoo.export.artefact import Artefact, write_artefact
-from zoo.export.openvino import check, metadata, runner
+from zoo.export.openvino import metadata, runner
 
 from zoo.cli import main
 
@@ -129,11 +129,11 @@ def test_openvino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     names = ["restorer.bin", "restorer.xml", "restorer.xml.md"]
     assert sorted(path.name for path in found.path.parent.iterdir()) == names
     assert metadata(found.path)["name"] == "mine"
-    assert check(found.path, model) < 2e-3
+    assert check(found.path, model, format="openvino") < 2e-3
     other = Restorer()
     with torch.no_grad():
         other.last.bias += 5.0
-    assert check(found.path, other) > 1e-2, "the check can fail"
+    assert check(found.path, other, format="openvino") > 1e-2, "the check can fail"
     with pytest.raises(ExportError, match="cannot be run on") as caught:
         runner(found.path)({"image": torch.zeros(1, 4, 8, 8)})
     assert "\n" not in str(caught.value)

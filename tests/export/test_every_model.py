@@ -34,9 +34,9 @@ def captured(request: pytest.FixtureRequest) -> Iterator[tuple[nn.Module, int | 
 def test_torch_export(captured: tuple[nn.Module, int | None], tmp_path: Path) -> None:
     """Within 1e-5 of the unmerged model after loading."""
     model, size = captured
-    path = zoo.export.torch_export.export(model, tmp_path / "model.pt2", image_size=size)
+    path = zoo.export.export(model, tmp_path / "model.pt2", image_size=size, format="torch-export")
     assert list(tmp_path.iterdir()) == [path], "one file, nothing left over"
-    assert zoo.export.torch_export.check(path, model, image_size=size) < 1e-5
+    assert zoo.export.check(path, model, image_size=size, format="torch-export") < 1e-5
     facts = zoo.export.torch_export.metadata(path)
     assert facts["weights_sha256"] == weights_digest(model)
     assert facts["kind"] in ("classifier", "restorer", "denoiser")
@@ -45,9 +45,9 @@ def test_torch_export(captured: tuple[nn.Module, int | None], tmp_path: Path) ->
 def test_onnx(captured: tuple[nn.Module, int | None], tmp_path: Path) -> None:
     """Within 1e-5 of the unmerged model in ONNX Runtime."""
     model, size = captured
-    path = zoo.export.onnx.export(model, tmp_path / "model.onnx", image_size=size)
+    path = zoo.export.export(model, tmp_path / "model.onnx", image_size=size, format="onnx")
     assert list(tmp_path.iterdir()) == [path], "one file, nothing left over"
-    assert zoo.export.onnx.check(path, model, image_size=size) < 1e-5
+    assert zoo.export.check(path, model, image_size=size, format="onnx") < 1e-5
     onnx.checker.check_model(path)
     facts = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     assert facts["weights_sha256"] == weights_digest(model)

@@ -13,7 +13,7 @@ from torch import nn
 executorch = pytest.importorskip("zoo.export.executorch", reason="needs ffn-zoo[executorch]")
 pytest.importorskip("executorch", reason="needs ffn-zoo[executorch]")
 
-from zoo.export import ExportError  # noqa: E402  after the extra was found
+from zoo.export import ExportError, check, export  # noqa: E402  after the extra was found
 from zoo.export.artefact import write_artefact  # noqa: E402
 
 
@@ -23,11 +23,11 @@ def test_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.max_error is not None
     assert found.max_error < 1e-4
     assert executorch.metadata(found.path)["name"] == "mine"
-    assert executorch.check(found.path, model, image_size=16) < 1e-4
+    assert check(found.path, model, format="executorch", image_size=16) < 1e-4
     other = MultipleOfFour()
     with torch.no_grad():
         other.down.bias += 1.0
-    assert executorch.check(found.path, other, image_size=16) > 1e-2, "the check can fail"
+    assert check(found.path, other, format="executorch", image_size=16) > 1e-2, "the check can fail"
     with pytest.raises(ExportError, match=r"takes \{'image': \[1, 3, 16, 16\]\}, got image \(2, 3, 16, 16\)"):
         executorch.runner(found.path)({"image": torch.zeros(2, 3, 16, 16)})
     (code,) = re.findall(r"^```python\n(.*?)^```", found.readme.read_text(), re.M | re.S)
@@ -42,7 +42,7 @@ def test_what_is_not_lowered_is_named(tmp_path: Path) -> None:
             return nn.functional.interpolate(super().forward(x), scale_factor=0.5, mode="bicubic", antialias=True)
 
     with pytest.raises(ExportError, match=r"cannot lower this model.*upsample_bicubic2d_aa") as caught:
-        executorch.export(Bicubic(), tmp_path / "model.pte", image_size=16)
+        export(Bicubic(), tmp_path / "model.pte", format="executorch", image_size=16)
     assert "\n" not in str(caught.value)
     (tmp_path / "text.pte").write_text("no program")
     with pytest.raises(ExportError, match="is not an ExecuTorch program"):

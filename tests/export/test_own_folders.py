@@ -9,8 +9,8 @@ import pytest
 from exported import own_folder, told, told_by_graph
 from image_sets import picture
 from registered import BACKBONES
+from zoo.export import export
 from zoo.export.network import prepare
-from zoo.export.onnx import export
 
 import zoo
 from zoo.cli import main
@@ -28,7 +28,7 @@ def test_own_models_of_all_families(family: str, tmp_path: Path, capsys: pytest.
     network = prepare(zoo.create_model(folder))
     answers = [told(network.module, network.metadata, files)]
     if family == "efficientvit_msra":
-        answers.append(told_by_graph(export(zoo.create_model(folder), tmp_path / "model.onnx"), files))
+        answers.append(told_by_graph(export(zoo.create_model(folder), tmp_path / "model.onnx", format="onnx"), files))
     assert main(["classify", *map(str, files), "--model", str(folder), "--topk", "3", "--json"]) == 0
     for result in json.loads(capsys.readouterr().out)["results"]:
         expected = {entry["label"]: entry["probability"] for entry in result["top"]}

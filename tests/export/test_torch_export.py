@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import zoo.export
 from exported import MultipleOfFour
 from registered import build
 from zoo.export import ExportError
-from zoo.export.torch_export import check, export, metadata
+from zoo.export.torch_export import metadata
+
+export = partial(zoo.export.export, format="torch-export")
+check = partial(zoo.export.check, format="torch-export")
 
 
 def test_a_difference_is_noticed(tmp_path: Path) -> None:
