@@ -294,6 +294,9 @@ def test_what_spandrel_says_is_kept() -> None:
     models = {name: zoo.spandrel.foreign(others[name]().state_dict()) for name in ("SwinIR", "SCUNet", "SAFMN")}
     with pytest.raises(ValueError, match="SwinIR does not run in float16; take float32"):
         load_restorer(model=models["SwinIR"], dtype="float16")
+    half = load_restorer(model=models["SwinIR"], dtype="bfloat16")  # which spandrel holds to run
+    with pytest.raises(ValueError, match="SwinIR does not run in bfloat16; take float32"):
+        zoo.restore(Image.new("RGB", (21, 17)), model=half)
     said: list[str] = []
     zoo.pictures.restore.restore_tensor(models["SCUNet"], torch.rand(1, 3, 24, 120), tile=96, inform=said.append)
     assert "tiles are discouraged for SCUNet" in said[0]

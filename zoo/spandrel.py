@@ -70,7 +70,12 @@ class Foreign(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # one picture at a time, as spandrel promises; it pads and cuts; copies leave its inference mode
-        return torch.cat([self._descriptor(part).clone() for part in x.split(1)])
+        try:
+            return torch.cat([self._descriptor(part).clone() for part in x.split(1)])
+        except RuntimeError as error:
+            if x.dtype != torch.float32 and "dtype" in str(error):  # not all that is said to run in half precision does
+                raise ValueError(f"{self._no_dtype(x.dtype)} ({' '.join(str(error).split())})") from error
+            raise
 
     def require_dtype(self, dtype: torch.dtype | None) -> None:
         """Raise a ValueError where the authors' code does not run in a precision."""
@@ -78,7 +83,10 @@ class Foreign(nn.Module):
             dtype == torch.bfloat16 and not self._descriptor.supports_bfloat16
         )
         if wrong:
-            raise ValueError(f"{self.name} does not run in {str(dtype).removeprefix('torch.')}; take float32.")
+            raise ValueError(self._no_dtype(dtype))
+
+    def _no_dtype(self, dtype: torch.dtype | None) -> str:
+        return f"{self.name} does not run in {str(dtype).removeprefix('torch.')}; take float32."
 
     @property
     def bytes_per_pixel(self) -> int:
