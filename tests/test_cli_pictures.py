@@ -379,6 +379,11 @@ def test_pipes(capsys: Captured, upscaler: str, tmp_path: Path, monkeypatch: pyt
     assert "The input of 8 bytes is not an image" in error_of(
         capsys, "restore", "-", "-o", tmp_path, "--model", upscaler, code=1
     )
+    monkeypatch.setattr(sys, "stdin", Pipe(picture(tmp_path / "a.png").read_bytes()[:200]))
+    code, _, err = run(capsys, "restore", "-", "-o", tmp_path / "cut.png", "--model", upscaler, "--max-pixels", "108")
+    assert code == 1
+    assert "zoo: -: the input is damaged: " in err
+    assert not (tmp_path / "cut.png").exists()
     picture(tmp_path / "in" / "a.png")
     picture(tmp_path / "in" / "b.png")
     assert "-o - takes one picture, got 2" in error_of(

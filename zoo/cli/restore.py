@@ -98,7 +98,8 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
         if "-" in args.files:
             most = None if args.max_pixels is None else int(args.max_pixels)
-            args.files = [str(_from_pipe(Path(folder), most)) if file == "-" else file for file in args.files]
+            args.input = str(_from_pipe(Path(folder), most))
+            args.files = [args.input if file == "-" else file for file in args.files]
         args.piped = str(args.output) == "-"
         if not args.piped:
             return _run(args)
@@ -161,7 +162,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.ray is not None:
         _spread(args, job, [(each, args.skip_existing and each.target in existing) for each in todo])
         print_results(args, job)
-        return report_failures(args, job.failed, len(pictures))
+        return _report(args, job, len(pictures))
     with progress(args) as bar:
         tiles = bar.add_task("parts of the picture")
         job.tell = lambda done, total: bar.update(tiles, completed=done, total=total)
@@ -169,7 +170,16 @@ def _run(args: argparse.Namespace) -> int:
         for each in bar.track(todo, description="restoring"):
             job.do(each, skip=args.skip_existing and each.target in existing)
     print_results(args, job)
-    return report_failures(args, job.failed, len(pictures))
+    return _report(args, job, len(pictures))
+
+
+def _report(args: argparse.Namespace, job: Job, total: int) -> int:
+    """List what failed, and return the exit code; what came through the input is not called by where it lies."""
+    if piped := getattr(args, "input", None):
+        for entry in job.failed:
+            entry["file"] = "-" if entry["file"] == piped else entry["file"]
+            entry["error"] = entry["error"].replace(piped, "the input")
+    return report_failures(args, job.failed, total)
 
 
 def _spread(args: argparse.Namespace, job: Job, todo: list[tuple[Plan, bool]]) -> None:
