@@ -123,6 +123,20 @@ def test_calibration(name: str) -> None:
         assert 0 < calls.computed_share < 1
 
 
+def test_one_prompt_for_several_images() -> None:
+    """Flux broadcasts a prompt to the images of a batch in its first block; other batches come before and after."""
+    pipe, run = SUBJECTS["flux"]()
+    expected = {count: run(STEPS, num_images_per_prompt=count) for count in (1, 2)}
+    with zoo.cached(pipe, CGTaylorConfig(threshold=0)):
+        for count in (2, 1):
+            assert torch.equal(run(STEPS, num_images_per_prompt=count), expected[count])
+    with zoo.cached(pipe, CGTaylorConfig(threshold=EVERYTHING)):
+        first = run(STEPS, num_images_per_prompt=2)
+        assert zoo.cache_summary(pipe).denoisers[0].skipping_calls["cond"] == STEPS - 4
+        run(STEPS)
+        assert torch.equal(run(STEPS, num_images_per_prompt=2), first)
+
+
 def test_guidance_of_skipped_layers() -> None:
     """Stable Diffusion 3 calls its transformer again, with half of the batch, at some of the steps."""
     pipe, run = SUBJECTS["sd3"]()

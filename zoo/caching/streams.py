@@ -142,6 +142,7 @@ class PlacedBlock:
         self.group = group
         self.slots: list[Slot] | None = None
         self.unmapped: str | None = None  # why the block cannot be passed through
+        self._broadcast: set[int] = set()  # streams that were given once for the whole batch
         self._skeleton: Any = None
         parameters = inspect.signature(type(module).forward).parameters.values()
         self._names = [
@@ -191,6 +192,9 @@ class PlacedBlock:
                     f"{type(self.module).__name__} returns a {tuple(tensor.shape)} that is none of its inputs"
                 )
             else:
+                given = next(each for path, each in taken if path == own)
+                if given.shape != tensor.shape:
+                    self._broadcast.add(len(slots))
                 slots.append(Slot(path, own))
         if not returned:
             self.unmapped = f"{type(self.module).__name__} returns no tensor"
@@ -209,8 +213,12 @@ class PlacedBlock:
         return rebuilt(self._skeleton, {slot.returned: stream for slot, stream in zip(slots, streams, strict=True)})
 
     def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-        """Return the streams as they come in."""
-        return [self._take(slot.taken, args, kwargs) for slot in self.slots or []]
+        """Return the streams as they come in, one prompt for all images of a batch as often as there are images."""
+        streams = [self._take(slot.taken, args, kwargs) for slot in self.slots or []]
+        for at in self._broadcast:
+            batch = max(len(stream) for stream in streams)
+            streams[at] = streams[at].expand(batch, *streams[at].shape[1:])
+        return streams
 
     def streams(self, output: Any) -> list[Any]:
         """Return the streams of what the block returned; None where it dropped one."""
@@ -337,7 +345,10 @@ def _match(tensor: Tensor, hint: str | None, taken: Sequence[tuple[Path, Tensor]
     for path, each in taken:
         if each is tensor:
             return path
-    alike = [path for path, each in taken if each.shape == tensor.shape and each.is_floating_point()]
+    real = [(path, each) for path, each in taken if each.is_floating_point()]
+    alike = [path for path, each in real if each.shape == tensor.shape]
+    if not alike and tensor.ndim > 1:  # one prompt for all images of a batch
+        alike = [path for path, each in real if len(each) == 1 and each.shape[1:] == tensor.shape[1:]]
     for path in alike:
         if hint in path:
             return path
