@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from small_models import vit
 from timm.layers import BatchNormAct2d, ConvMlp, GlobalResponseNormMlp, Mlp, RelPosMlp
+from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
 from torch.nn.utils.prune import l1_unstructured
 
 from zoo.ffn import depth, inspection, low_rank, matformer, prune, repa, spectrum
-from zoo.ffn.technique import every_layer, ffn_layers, rebuild
+from zoo.ffn.compressing import compress, recover, resized
+from zoo.ffn.technique import MOST_SAMPLES, every_layer, ffn_layers, listed, rebuild
 from zoo.layers.conv_norm import ConvNorm
 
 DIM, HIDDEN = 8, 24
@@ -108,6 +111,7 @@ TOKENS: dict[str, Callable[[], nn.Module]] = {
     "norm in front": lambda: _sequential(nn.LayerNorm(DIM)),
     "encoder layer": lambda: nn.TransformerEncoderLayer(DIM, 2, HIDDEN, activation="gelu", batch_first=True),
     "timm, Mish": lambda: Mlp(DIM, HIDDEN, act_layer=nn.Mish),
+    "timm, StarReLU": lambda: Mlp(DIM, HIDDEN, act_layer=StarReLU),  # one scale for all channels
 }
 MAPS: dict[str, Callable[[], nn.Module]] = {
     "norm with activation": lambda: nn.Sequential(
@@ -125,6 +129,7 @@ WHOLE = (
     "packed",
     "sequential",
     "timm, Mish",
+    "timm, StarReLU",
     "gated maps",
     "norm with activation",
     *(k for k in MAPS if "timm" in k),
@@ -454,3 +459,67 @@ def test_all_maps_of_a_backbone_count() -> None:
     after = torch.cat([part.flatten() for part in run(model, x)])
     assert report.error == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4)
     assert len(report.layers) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_layers_are_found_whatever_type_new_tensors_have(dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert len(ffn_layers(Trunk("inverted"), takes="any")) == 2
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_sizes_for_a_budget_are_of_layers_of_all_kinds() -> None:
+    """What depth can remove are whole layers, of maps too."""
+    assert resized(depth.DepthConfig(), 0.5, own("timm, maps")[0]).remove == 1
+
+
+def test_facts_are_of_the_model_inside_an_adapters_wrapper() -> None:
+    """Adapters on attention stay out of the way, and go with their wrapper; what was changed is known afterwards."""
+    peft = pytest.importorskip("peft")
+    model, fresh = vit(), vit()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["qkv"]))
+    x = torch.randn(4, 3, 16, 16)
+    prune.apply(wrapped, prune.PruneConfig(), [x])
+    merged = wrapped.merge_and_unload()
+    rebuild(fresh, merged.ffn_changes)
+    fresh.load_state_dict(merged.state_dict())
+    assert torch.equal(run(fresh, x), run(merged, x))
+
+
+class Labelled(nn.Module):
+    """Makes a loss of labels, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = Functional(), nn.Linear(DIM, 3)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.head(self.layer(x).mean(1))
+        found = {} if labels is None else {"loss": F.cross_entropy(logits, labels)}
+        return {**found, "logits": logits}
+
+
+def test_models_that_make_a_loss_of_labels() -> None:
+    """Taylor scores are of that loss, and the error is of the logits."""
+    batch = {"x": torch.randn(4, 5, DIM), "labels": torch.tensor([0, 1, 2, 0])}
+    report = prune.apply(Labelled(), prune.PruneConfig(scores="taylor"), [batch])
+    assert report.error is not None
+    assert 0 < report.error < 1
+
+
+def test_data_and_weights_that_nothing_can_be_measured_on() -> None:
+    """Without end, not finite, on the meta device, frozen: a stop, or one line."""
+    x = torch.randn(8, 3, 16, 16)
+    assert len(listed(itertools.repeat(x), "A test")) == MOST_SAMPLES // 8
+    for technique in (prune, low_rank, repa):
+        model = vit()
+        with pytest.raises(ValueError, match=r"^blocks\.0\.mlp.* gives values on the data that are not finite"):
+            technique.apply(model, None, [x * torch.nan])
+        assert not hasattr(model, "ffn_changes")
+    with pytest.raises(ValueError, match="on the meta device"):
+        compress(vit().to("meta"), "prune", [x])
+    with pytest.raises(ValueError, match="is frozen"):
+        recover(vit().requires_grad_(False), vit(), [x])

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.ffn.depth import DepthConfig
+from zoo.ffn.depth import DepthConfig, removable
 from zoo.ffn.low_rank import LowRankConfig
 from zoo.ffn.prune import PruneConfig
 from zoo.ffn.repa import RePaConfig
@@ -82,8 +82,8 @@ def resized(config: Config, keep: float, model: nn.Module) -> Config:
     """
     if isinstance(config, (PruneConfig, LowRankConfig)):
         return dataclasses.replace(config, keep=keep)
-    ffns = ffn_layers(model, config.pattern)
     if isinstance(config, RePaConfig):
+        ffns = ffn_layers(model, config.pattern)
         # C C + 2 k C of 2 H C stay
         ffn = next(iter(ffns.values()))
         idle = 1 - keep + ffn.dim / (2 * ffn.hidden_dim)
@@ -92,7 +92,8 @@ def resized(config: Config, keep: float, model: nn.Module) -> Config:
             raise ValueError(f"RePa cannot keep {keep:.2f} of the work: the merged matrices alone are {least:.2f}.")
         return dataclasses.replace(config, idle=idle)
     assert isinstance(config, DepthConfig)
-    return dataclasses.replace(config, remove=max(1, math.ceil((1 - keep) * len(ffns) - 1e-9)))
+    count = len(removable(model, "ffn", config.pattern))
+    return dataclasses.replace(config, remove=max(1, math.ceil((1 - keep) * count - 1e-9)))
 
 
 def config_for_budget(

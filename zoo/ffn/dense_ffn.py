@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zoo.kernels.experts import ACTIVATIONS
 from zoo.layers.ffn import RePaFFN
 
-__all__ = ["Channels", "DenseFFN", "Product", "keep_channels", "read_ffn", "read_torch", "set_hidden_dim"]
+__all__ = ["Channels", "DenseFFN", "Product", "has_rows", "keep_channels", "read_ffn", "read_torch", "set_hidden_dim"]
 
 Product = nn.Linear | nn.Conv2d
 """What makes hidden channels or outputs: a linear layer, or a 1x1 convolution of maps (B, C, H, W)."""
@@ -292,12 +292,17 @@ def keep_channels(ffn: DenseFFN, kept: Tensor) -> None:
         if product is not None:
             _keep(product, rows, product.weight.shape[0])
     for module in ffn.between:  # of a packed layer before the halves meet, or after
-        own = next(module.parameters(recurse=False), next(module.buffers(recurse=False), None))
-        assert own is not None
-        _keep(module, rows if own.shape[0] == 2 * hidden and ffn.packed is not None else kept, own.shape[0])
+        both = ffn.packed is not None and has_rows(module, 2 * hidden)
+        _keep(module, rows if both else kept, 2 * hidden if both else hidden)
     columns = torch.cat([torch.arange(ffn.first_column), kept.cpu() + ffn.first_column])
     _set(ffn.down, "weight", ffn.down.weight[:, columns.to(ffn.down.weight.device)])
     setattr(ffn.down, "in_channels" if ffn.convolutional else "in_features", len(columns))
+
+
+def has_rows(module: nn.Module, count: int) -> bool:
+    """Tell whether a module itself, not its parts, holds values for so many channels."""
+    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return any(tensor.ndim > 0 and tensor.shape[0] == count for tensor in tensors)
 
 
 def _keep(module: Any, rows: Tensor, count: int) -> None:

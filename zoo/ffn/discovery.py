@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from zoo.ffn.dense_ffn import DenseFFN, keep_channels
+from zoo.ffn.dense_ffn import DenseFFN, has_rows, keep_channels
 from zoo.kernels.experts import ACTIVATIONS
 
 __all__ = ["discover"]
@@ -150,7 +150,7 @@ def _dry_run(module: nn.Module, ups: list[int], down: int) -> tuple[DenseFFN, bo
     dim, convolutional = _sides(products[-1])[1], isinstance(products[-1], nn.Conv2d)
     device = products[-1].weight.device
     for shape in [(2, dim, 5, 4)] if convolutional else [(2, 5, dim), (2, 5, 4, dim)]:
-        x = torch.randn(shape, generator=random).to(device)
+        x = torch.randn(shape, generator=random, dtype=torch.float32).to(device)
         try:
             run = _run(one, products, x)
         except Exception:
@@ -163,7 +163,7 @@ def _dry_run(module: nn.Module, ups: list[int], down: int) -> tuple[DenseFFN, bo
     hidden, packed = _sides(products[-1])[0], _sides(products[0])[1] != _sides(products[-1])[0]
     if not _adds(one, products, x, run):
         return None
-    between = [part for part in run.between if any(True for _ in (*part.parameters(False), *part.buffers(False)))]
+    between = [part for part in run.between if has_rows(part, hidden) or (packed and has_rows(part, 2 * hidden))]
     facts = DenseFFN(
         up=products[0],
         gate=products[1] if len(ups) > 1 else None,
@@ -255,7 +255,7 @@ def _adds(module: nn.Module, products: list[Any], x: Tensor, run: _Run) -> bool:
     last = len(products) - 1
     if run.outputs[last].numel() != run.y.numel():
         return False
-    added = 1 + torch.rand(run.outputs[last].shape, generator=torch.Generator().manual_seed(1)).to(x.device)
+    added = 1 + torch.rand(run.outputs[last].shape, generator=torch.Generator().manual_seed(1)).to(x)
     change = _run(module, products, x, add=added).y - run.y
     if isinstance(products[-1], nn.Conv2d):
         change, added = change.movedim(1, -1), added.movedim(1, -1)
