@@ -44,7 +44,7 @@ class DenseFFN:
         up: Product that makes the hidden channels, or the values of a gated layer; with `packed`, values and gates.
         gate: Product that makes the gates where it is a module of its own.
         down: Product that makes the outputs.
-        activation: Key of `zoo.kernels.experts.ACTIVATIONS`.
+        activation: Key of `zoo.kernels.experts.ACTIVATIONS`; None: another one.
         packed: Order of the halves of `up` in a gated layer; None: `up` is not packed.
         first_column: Where the hidden channels start in `down`'s input; attention comes before them in Flux.
         dropout: Rate at which outputs are dropped in training.
@@ -57,7 +57,7 @@ class DenseFFN:
     up: Any  # Product; nn.Linear where `plain`
     gate: Any = None
     down: Any
-    activation: str | None
+    activation: Any  # str | None; str where `plain`
     packed: Literal["value first", "gate first"] | None = None
     first_column: int = 0
     dropout: float = 0.0

@@ -311,7 +311,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     It runs in eager mode: neither a compiled program nor another runtime tells what its layers see.
     """
     modes = {module: module.training for module in model.modules()}
-    engines = {module: call for module in modes if getattr(call := vars(module).get("forward"), "is_engine", False)}
+    forwards = {module: vars(module).get("forward") for module in modes}
+    engines = {module: call for module, call in forwards.items() if getattr(call, "is_engine", False)}
     model.eval()
     for module in engines:
         del module.forward
@@ -322,7 +323,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module, mode in modes.items():
             module.training = mode
         for module, call in engines.items():
-            module.forward = call
+            module.forward = call  # type: ignore[method-assign,assignment]
 
 
 @contextmanager
