@@ -49,7 +49,7 @@ def engines(
         progress: Told after each step.
         families: Backbones, each in turns with itself on all engines.
         restorer: Measured at batch 1; None for none.
-        large: A backbone and its rival; None for none.
+        large: A backbone and its rival, measured at the first batch only; None for none.
         trained: Classifiers whose accuracy is measured where there are data.
         size: Height and width of all inputs in pixels; None is each model's own (the restorer: 256).
         engines: None for all that are installed, and auto.
@@ -72,11 +72,15 @@ def engines(
         found.append(compare_grid([restorer], alone, settings, size=size, data=files, progress=progress))
     results = [_at(found, batch, pool, families) for batch in grid.batches for pool in grid.threads]
     if large is not None:
-        compared = compare_grid(list(large), grid, settings, size=size, data=pictures, progress=progress)
+        named = tuple(engine for engine in grid.engines if engine != "auto") or grid.engines
+        one = replace(grid, batches=grid.batches[:1], engines=named)
+        compared = compare_grid(list(large), one, settings, size=size, data=pictures, progress=progress)
         goals = [
             goal
-            for batch, pool in itertools.product(grid.batches, grid.threads)
-            for goal in _large_goals(_entries([compared], batch, pool), f"batch {batch}, {counted(pool, 'thread')}")
+            for pool in one.threads
+            for goal in _large_goals(
+                _entries([compared], one.batches[0], pool), f"batch {one.batches[0]}, {counted(pool, 'thread')}"
+            )
         ]
         results.append(replace(compared, name="engines_large", goals=tuple(goals)))
     if data is not None:

@@ -230,7 +230,7 @@ class Suite:
 SUITES = {
     "repavit": Suite(run=repavit),
     "repaffn": Suite(run=repaffn),
-    "engines": Suite(run=engines, settings=Settings(batch=1, threads=1, rounds=9, warmup=1)),
+    "engines": Suite(run=engines, settings=Settings(batch=1, threads=1, rounds=3, warmup=1)),
     "backbones": Suite(run=backbones),
     "cfsr": Suite(run=cfsr, settings=Settings(batch=1)),
     "tiling": Suite(run=tiling, settings=Settings(batch=1, rounds=1, warmup=0)),
