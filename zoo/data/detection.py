@@ -17,8 +17,9 @@ from torchvision.datasets import CocoDetection
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes
 
-from zoo.data.labelled_images import DamagePolicy, find_damaged, require_known, tell_absent
+from zoo.data.labelled_images import DamagePolicy, find_damaged
 from zoo.data.notices import notice
+from zoo.data.readable import require_known, tell_absent
 from zoo.data.samplers import LateLoader, ResumableSampler, SeededDataset
 from zoo.pictures.eight_bit import read_eight_bit
 

@@ -25,7 +25,8 @@ from zoo.data.labelled_images import (
 )
 from zoo.data.labelled_images import _read_rgb as _read_rgb
 from zoo.data.notices import notice
-from zoo.data.samplers import LateLoader, ResumableSampler, SeededDataset
+from zoo.data.samplers import BlockSampler, LateLoader, ResumableSampler, SeededDataset
+from zoo.data.shards import ShardImages, find_shards
 from zoo.pictures.folders import split_folder
 from zoo.record import record_of
 
@@ -113,7 +114,7 @@ class _Images(LightningDataModule):
             part = Subset(data, held if held_out else rest)
         return part if self.limit is None else Subset(part, range(min(self.limit, len(part))))
 
-    def _readable(self, source: str, data: FolderImages | LabelledImages) -> list[int]:
+    def _readable(self, source: str, data: FolderImages | LabelledImages | ShardImages) -> list[int]:
         """Return the images of a split that can be read, and list the others."""
         if source not in self._good:
             bad = find_damaged(data)
@@ -126,7 +127,15 @@ class _Images(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         data = self._open("train", training=True)
-        sampler = ResumableSampler(data, self.seed, rank, world, self.repeats)
+        whole = data
+        while isinstance(whole, Subset):
+            whole = whole.dataset
+        if isinstance(whole, ShardImages):
+            if self.repeats > 1:
+                raise ValueError(f"repeats is for folders and Parquet files; {self.data_dir} holds shards.")
+            sampler: ResumableSampler = BlockSampler(data, self.seed, rank, world)
+        else:
+            sampler = ResumableSampler(data, self.seed, rank, world, self.repeats)
         if len(sampler) < self.batch_size:
             raise ValueError(f"batch_size {self.batch_size} exceeds the {len(sampler)} training images of a process.")
         return LateLoader(
@@ -163,6 +172,7 @@ def _has_split(data_dir: str, split: str) -> bool:
         or (folder / split).is_dir()
         or bool(split_folder(folder, (split,)))
         or any(folder.rglob(f"{split}*.parquet"))
+        or bool(find_shards(folder, (split,)))
     )
 
 
@@ -170,7 +180,8 @@ class ImageClassification(_Images):
     """Images and labels for a classifier, with timm's augmentation.
 
     Args:
-        data_dir: Folder of `train/<class>/` and `val/<class>/` (or `test/`) images, of Parquet files, or Hub name.
+        data_dir: Folder of `train/<class>/` and `val/<class>/` (or `test/`) images, of Parquet files, of WebDataset
+            shards (`train*.tar`, `val*.tar`), or Hub name.
         image_size: Side of the square network input, pixels.
         batch_size: Images of a step and process.
         eval_batch_size: Images of a validation step; None takes `batch_size`.

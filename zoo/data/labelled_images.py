@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
-from zoo.catalog import nearest
-from zoo.data.notices import notice
+from zoo.data.readable import Readable, require_known, tell_absent
+from zoo.data.shards import ShardImages, find_shards
 from zoo.files import is_hidden, walk
 from zoo.pictures.eight_bit import read_eight_bit
 from zoo.pictures.folders import class_folders, is_picture, misnamed_parts, pictures_below, split_folder
@@ -26,9 +25,7 @@ __all__ = [
     "LabelledImages",
     "find_damaged",
     "open_labelled_images",
-    "require_known",
     "stratified_split",
-    "tell_absent",
 ]
 
 DamagePolicy = Literal["stop", "skip"]
@@ -37,48 +34,7 @@ DamagePolicy = Literal["stop", "skip"]
 VALIDATION_SPLITS = ("validation", "val", "valid", "test")
 
 
-class _Readable(Dataset[tuple[Any, int]]):
-    """What labelled images of both kinds share."""
-
-    classes: list[str]
-    """Name of each label."""
-    targets: list[int]
-    """Label of each image."""
-    transform: Callable[[Image.Image], Any] | None
-    keep_bytes: int = 0
-    """How much memory decoded images may take, so that later epochs need not read them again."""
-
-    def image(self, index: int) -> Image.Image:
-        """Read one image as upright RGB."""
-        raise NotImplementedError
-
-    def name(self, index: int) -> str:
-        """Return the file or row of one image, for messages."""
-        raise NotImplementedError
-
-    def keep(self, indices: Sequence[int]) -> None:
-        """Leave all other images out."""
-        raise NotImplementedError
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = self._kept_image(index) if self.keep_bytes else self.image(index)
-        return (self.transform(image) if self.transform else image), self.targets[index]
-
-    def _kept_image(self, index: int) -> Image.Image:
-        kept: dict[int, Image.Image] = self.__dict__.setdefault("_kept", {})
-        if index not in kept:
-            image = self.image(index)
-            used = self.__dict__.get("_used", 0) + 3 * image.width * image.height
-            if used > self.keep_bytes:
-                return image
-            kept[index], self._used = image, used
-        return kept[index].copy()
-
-
-class LabelledImages(_Readable):
+class LabelledImages(Readable):
     """A `datasets` split as (transformed image, label) pairs.
 
     Args:
@@ -146,7 +102,7 @@ def _names(feature: Any, values: list[Any], label_key: str, source: str) -> tupl
     return list(names), values
 
 
-class FolderImages(_Readable, ImageFolder):
+class FolderImages(Readable, ImageFolder):
     """A folder of class folders as (transformed image, label) pairs.
 
     Hidden files and folders, and those that a system writes (`__MACOSX`), are left out.
@@ -235,23 +191,6 @@ def _formats(folder: Path) -> str:
     return f"{found}: fill it, or take it away."
 
 
-def require_known(strange: Sequence[str], classes: Sequence[str], source: str | Path) -> None:
-    """Refuse classes that training does not know."""
-    if strange:
-        near = nearest(strange[0], list(classes), 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        listed = ", ".join(map(repr, strange[:4])) + (f" and {len(strange) - 4} more" if len(strange) > 4 else "")
-        raise ValueError(f"{source} has the class {listed}, which the training images lack.{hint}")
-
-
-def tell_absent(classes: Sequence[str] | None, used: Container[str], source: str | Path) -> None:
-    """Say which of training's classes a split lacks."""
-    absent = [name for name in classes or () if name not in used]
-    if absent:
-        listed = ", ".join(map(repr, absent[:4])) + (f" and {len(absent) - 4} more" if len(absent) > 4 else "")
-        notice(f"{source} has no images of the class {listed}: nothing is measured there.")
-
-
 def _column(split: Any, chosen: str | None, kind: str, usual: Sequence[str]) -> str:
     if chosen is not None:
         if chosen not in split.column_names:
@@ -280,12 +219,13 @@ def open_labelled_images(
     image_key: str | None = None,
     label_key: str | None = None,
     classes: Sequence[str] | None = None,
-) -> LabelledImages | FolderImages:
-    """Open one split of a folder of class folders, a folder of Parquet files, or a data set on the Hub.
+) -> LabelledImages | FolderImages | ShardImages:
+    """Open one split of a folder of class folders, of Parquet files or of WebDataset shards, or a data set on the Hub.
 
     Args:
-        data_dir: `DIR` with `DIR/<split>/<class>/*.jpg`, `DIR` with `<split>*.parquet`, or a Hub name `org/name`. A
-            folder wins over a Hub name. `DIR/<class>/*.jpg` are training images.
+        data_dir: `DIR` with `DIR/<split>/<class>/*.jpg`, `DIR` with `<split>*.parquet`, with `<split>*.tar` or
+            `<split>/*.tar`, or a Hub name `org/name`. A folder wins over a Hub name. `DIR/<class>/*.jpg` are training
+            images.
         split: "train", "test", ...; "validation" also finds the usual other names ("val", "valid", "test").
         transform: Applied to each RGB PIL image.
         image_key: Image column of Parquet or Hub data.
@@ -296,6 +236,9 @@ def open_labelled_images(
         FileNotFoundError: The folder does not exist, or holds neither.
         ValueError: The data set has no such split, a column cannot be told, or a class is none of `classes`.
     """
+    wanted = VALIDATION_SPLITS if split == "validation" else (split,)
+    if Path(data_dir).is_dir() and (shards := find_shards(Path(data_dir), wanted)):
+        return ShardImages(shards, transform, classes, f"{data_dir} ({split})")
     found, source = _find_split(data_dir, split)
     if isinstance(found, Path):
         return FolderImages(str(found), transform, classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
-__all__ = ["LateLoader", "PatchBatches", "Phase", "PhasedSampler", "ResumableSampler", "SeededDataset"]
+__all__ = ["BlockSampler", "LateLoader", "PatchBatches", "Phase", "PhasedSampler", "ResumableSampler", "SeededDataset"]
 
 
 @contextmanager
@@ -76,14 +77,46 @@ class ResumableSampler(DistributedSampler[Any]):
     def __len__(self) -> int:
         return self.size // self.num_replicas
 
-    def __iter__(self) -> Iterator[tuple[int, ...]]:  # type: ignore[override]
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+    def _own(self, generator: torch.Generator) -> Tensor:
+        """Return the samples of this process, (len,), in their order."""
         order = torch.randperm(self.size, generator=generator).repeat_interleave(self.repeats)
-        own = order[self.rank :: self.num_replicas][: len(self)].tolist()
+        return order[self.rank :: self.num_replicas][: len(self)]
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:  # type: ignore[override]
+        own = self._own(torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)).tolist()
         start, self.start = self.start, 0
         for place, index in enumerate(own[start:], start):
             repetition = (self.rank + place * self.num_replicas) % self.repeats
             yield (self.epoch, index, repetition) if repetition else (self.epoch, index)
+
+
+class BlockSampler(ResumableSampler):
+    """Shuffle blocks of neighbours, give each process a part of them, and shuffle samples within a window.
+
+    So a process reads few shards, each of them once, nearly from front to back; what is far apart in the data still
+    comes in another order in every epoch.
+
+    Args:
+        data: The data set; only its length is used.
+        seed: Seed of the order.
+        rank: Index of this process.
+        world_size: Number of processes; an incomplete last round is dropped.
+        block: Samples that stay together.
+        window: Samples among which each is drawn at random.
+    """
+
+    def __init__(
+        self, data: Any, seed: int, rank: int = 0, world_size: int = 1, *, block: int = 512, window: int = 8192
+    ) -> None:
+        super().__init__(data, seed, rank, world_size)
+        self.block, self.window = block, window
+
+    def _own(self, generator: torch.Generator) -> Tensor:
+        blocks = torch.randperm(math.ceil(self.size / self.block), generator=generator)
+        order = (blocks[:, None] * self.block + torch.arange(self.block)).flatten()
+        order = order[order < self.size]
+        parts = order[self.rank * len(self) : (self.rank + 1) * len(self)].split(self.window)
+        return torch.cat([part[torch.randperm(len(part), generator=generator)] for part in parts])
 
 
 @dataclass(kw_only=True)  # not frozen: Lightning's loggers copy hyper-parameters field by field

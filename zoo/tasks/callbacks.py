@@ -132,9 +132,9 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
     loader, data = trainer.train_dataloader, cast(Any, trainer).datamodule
     sampler = getattr(loader, "sampler", None)
     order = {"processes": trainer.world_size, "batch_size": getattr(loader, "batch_size", None)}
-    for name, attribute in (("samples", "size"), ("seed", "seed"), ("repeats", "repeats"), ("phases", "phases")):
-        if hasattr(sampler, attribute):
-            order[name] = getattr(sampler, attribute)
+    for name in ("size", "seed", "repeats", "phases", "block", "window"):
+        if hasattr(sampler, name):
+            order["samples" if name == "size" else name] = getattr(sampler, name)
     settings = {f"trainer.{name}": getattr(trainer, name) for name in _TRAINER_SETTINGS}
     for name in inspect.signature(type(data).__init__).parameters if data is not None else ():
         if name not in ("self", "num_workers", *order) and name in vars(data):

@@ -1,0 +1,73 @@
+"""What labelled images of every kind share: reading one, its label, leaving some out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from zoo.catalog import nearest
+from zoo.data.notices import notice
+
+__all__ = ["Readable", "require_known", "tell_absent"]
+
+
+class Readable(Dataset[tuple[Any, int]]):
+    """What labelled images of every kind share."""
+
+    classes: list[str]
+    """Name of each label."""
+    targets: list[int]
+    """Label of each image."""
+    transform: Callable[[Image.Image], Any] | None
+    keep_bytes: int = 0
+    """How much memory decoded images may take, so that later epochs need not read them again."""
+
+    def image(self, index: int) -> Image.Image:
+        """Read one image as upright RGB."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """Return the file or row of one image, for messages."""
+        raise NotImplementedError
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Leave all other images out."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self._kept_image(index) if self.keep_bytes else self.image(index)
+        return (self.transform(image) if self.transform else image), self.targets[index]
+
+    def _kept_image(self, index: int) -> Image.Image:
+        kept: dict[int, Image.Image] = self.__dict__.setdefault("_kept", {})
+        if index not in kept:
+            image = self.image(index)
+            used = self.__dict__.get("_used", 0) + 3 * image.width * image.height
+            if used > self.keep_bytes:
+                return image
+            kept[index], self._used = image, used
+        return kept[index].copy()
+
+
+def require_known(strange: Sequence[str], classes: Sequence[str], source: str | Path) -> None:
+    """Refuse classes that training does not know."""
+    if strange:
+        near = nearest(strange[0], list(classes), 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        listed = ", ".join(map(repr, strange[:4])) + (f" and {len(strange) - 4} more" if len(strange) > 4 else "")
+        raise ValueError(f"{source} has the class {listed}, which the training images lack.{hint}")
+
+
+def tell_absent(classes: Sequence[str] | None, used: Container[str], source: str | Path) -> None:
+    """Say which of training's classes a split lacks."""
+    absent = [name for name in classes or () if name not in used]
+    if absent:
+        listed = ", ".join(map(repr, absent[:4])) + (f" and {len(absent) - 4} more" if len(absent) > 4 else "")
+        notice(f"{source} has no images of the class {listed}: nothing is measured there.")
