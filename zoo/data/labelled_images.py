@@ -156,6 +156,7 @@ class FolderImages(Readable, ImageFolder):
         return [
             (path, label)
             for name, label in sorted(class_to_idx.items())
+            if os.path.isdir(os.path.join(directory, name))  # a split may lack a class
             for parent, _, names in sorted(walk(os.path.join(directory, name)))
             for path in (os.path.join(parent, file) for file in sorted(names))
             if is_valid_file(path)
