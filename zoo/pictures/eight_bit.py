@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
 from typing import Literal
 
 import numpy as np
@@ -12,6 +11,7 @@ from PIL import Image
 
 from zoo.pictures.picture import PictureError
 from zoo.pictures.read import open_picture
+from zoo.pictures.remarks import without_remarks
 
 __all__ = ["read_eight_bit"]
 
@@ -32,8 +32,7 @@ def read_eight_bit(
     Raises:
         PictureError: It is no readable picture; the message names it.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the first frame is meant, and what is beside the pixels is not
+    with without_remarks():  # the first frame is meant, and what is beside the pixels is not
         if isinstance(source, bytes):
             try:
                 picture = open_picture(io.BytesIO(source))

@@ -8,7 +8,6 @@ import numbers
 import os
 import re
 import struct
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from zoo.pictures import containers, png
 from zoo.pictures.formats import RAW_SUFFIXES, Kind, load_plugins
 from zoo.pictures.metadata import exif_of, from_info, upright
 from zoo.pictures.picture import Array, Picture, PictureError
+from zoo.pictures.remarks import pillow_silenced, remark
 from zoo.pictures.tiff import goes_on, is_tiff, pages_of, read_tiff, samples_of, to_unit
 
 __all__ = ["from_image", "open_picture", "peek"]
@@ -126,9 +126,7 @@ def _explained(name: str, file: Path | BinaryIO, max_pixels: int | None) -> Iter
     if max_pixels is not None:
         Image.MAX_IMAGE_PIXELS = None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of damage: ours name the file
+        with pillow_silenced():
             yield
     except Image.DecompressionBombError as error:
         raise PictureError(
@@ -200,7 +198,7 @@ def _without_damage(name: str, file: Path | BinaryIO, head: bytes) -> Path | Bin
             pass
     except Exception:  # there is more that is wrong, and is said when the file is read
         return file
-    warnings.warn(f"{name}: what stands beside the pixels is damaged and left out.", stacklevel=6)
+    remark(f"{name}: what stands beside the pixels is damaged and left out.", stacklevel=6)
     return bare
 
 
@@ -223,7 +221,7 @@ def _read_tiff(name: str, file: Path | BinaryIO, every_frame: bool, max_pixels: 
                 lost = f"{name} is damaged: it was cut off behind page {len(tiff.pages)}"
                 if len(tiff.pages) > 1:
                     raise PictureError(f"{lost}, and the next one is missing.")
-                warnings.warn(f"{lost}, or says wrongly that more follow.", stacklevel=6)
+                remark(f"{lost}, or says wrongly that more follow.", stacklevel=6)
             _check_size(name, _sizes(pages if every_frame else pages[:1]), max_pixels)
             turns = [int(page.tags[274].value) if 274 in page.tags else 1 for page in pages]
         if not isinstance(file, Path):
@@ -242,9 +240,9 @@ def _read_tiff(name: str, file: Path | BinaryIO, every_frame: bool, max_pixels: 
     if len(pages) > 1 and not every_frame:
         _warn_frames(name, len(pages))
     if turned[0].settings.get("place"):
-        warnings.warn(f"{name}: where it lies on the earth (GeoTIFF) is left out.", stacklevel=6)
+        remark(f"{name}: where it lies on the earth (GeoTIFF) is left out.", stacklevel=6)
     if dropped := turned[0].settings.get("dropped"):
-        warnings.warn(f"{name}: {dropped} extra channels beside the picture are left out.", stacklevel=6)
+        remark(f"{name}: {dropped} extra channels beside the picture are left out.", stacklevel=6)
     return dataclasses.replace(turned[0], frames=tuple(turned[1:]))
 
 
@@ -269,7 +267,7 @@ def _sizes(pages: Sequence[Any]) -> list[tuple[int, int]]:
 
 
 def _warn_frames(name: str, count: int) -> None:
-    warnings.warn(f"{name} has {count} frames; only the first is used.", stacklevel=6)
+    remark(f"{name} has {count} frames; only the first is used.", stacklevel=6)
 
 
 def _read_pillow(name: str, file: Path | BinaryIO, data: bytes, every_frame: bool, max_pixels: int | None) -> Picture:
@@ -284,7 +282,7 @@ def _read_pillow(name: str, file: Path | BinaryIO, data: bytes, every_frame: boo
             if kind == "PSD":
                 pass  # layers, of which the whole picture is made
             elif kind == "MPO" or (every_frame and not alike):
-                warnings.warn(
+                remark(
                     f"{name} holds {count} pictures; the first is used, the others (previews, gain maps, views) not.",
                     stacklevel=5,
                 )
@@ -301,7 +299,7 @@ def _read_pillow(name: str, file: Path | BinaryIO, data: bytes, every_frame: boo
         packet = image.info.get("xmp")
         if isinstance(packet, bytes) and re.search(rb"hdrgm:Version|(MotionPhoto|MicroVideo)=.1", packet):
             text = "what a telephone put behind the picture (gain map, video) is left out"
-            warnings.warn(f"{name}: {text}.", stacklevel=5)
+            remark(f"{name}: {text}.", stacklevel=5)
         if image.info.get("progressive"):
             settings["progressive"] = True
         if kind == "PNG":
@@ -512,7 +510,7 @@ def _turned(picture: Picture, orientation: int) -> Picture:
     changed = dataclasses.replace(picture, color=color, black=turn(picture.black), alpha=turn(picture.alpha))
     resized = metadata.resized(changed.size)
     if metadata.exif is not None and resized.exif is None:
-        warnings.warn(f"{picture.name}: its EXIF is damaged and left out.", stacklevel=6)
+        remark(f"{picture.name}: its EXIF is damaged and left out.", stacklevel=6)
     return dataclasses.replace(changed, metadata=resized)
 
 
@@ -532,7 +530,7 @@ def from_image(image: Image.Image, name: str) -> Picture:
     common: dict[str, Any] = {"metadata": from_info(image, text), "name": name}
     mode = image.mode
     if mode == "LAB":
-        warnings.warn(f"{name} is in LAB; it becomes RGB.", stacklevel=2)
+        remark(f"{name} is in LAB; it becomes RGB.", stacklevel=2)
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
         assert converted is not None  # it is not done in place

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import struct
-import warnings
 from collections.abc import Sequence
 from typing import Any, BinaryIO, Literal
 
@@ -15,6 +14,7 @@ from PIL import Image, TiffImagePlugin
 
 from zoo.pictures.metadata import Metadata, plausible
 from zoo.pictures.picture import Array, Picture, PictureError
+from zoo.pictures.remarks import pillow_silenced
 
 __all__ = ["encode_tiff", "goes_on", "is_tiff", "pages_of", "read_tiff", "samples_of", "to_unit"]
 
@@ -226,8 +226,7 @@ def _exif(file: str | BinaryIO) -> bytes | None:
     try:
         if not isinstance(file, str):
             file.seek(0)
-        with warnings.catch_warnings(), Image.open(file) as image:
-            warnings.simplefilter("ignore")
+        with pillow_silenced(), Image.open(file) as image:
             found = image.getexif()
             for tag in _TOLD:
                 if tag in found:
