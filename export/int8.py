@@ -336,6 +336,7 @@ class _Quantizer:
     def __init__(self, plain: Path, feeds: list[Feed]) -> None:
         self.plain, self.feeds = plain, feeds
         self.ranges, self.trial = plain.with_name("ranges.json"), plain.with_name("trial.onnx")
+        self.percentile = True  # of the values seen, 99.999 %; else all
 
     def build(self, layers: list[str], path: Path | None = None) -> Path:
         """Write the version in which these layers are int8.
@@ -360,7 +361,7 @@ class _Quantizer:
                     activation_type=QuantType.QUInt8,
                     weight_type=QuantType.QInt8,
                     use_external_data_format=self.plain.with_name(f"{self.plain.name}.data").exists(),
-                    calibrate_method=CalibrationMethod.Percentile,
+                    calibrate_method=CalibrationMethod.Percentile if self.percentile else CalibrationMethod.MinMax,
                     calibration_cache_path=str(self.ranges),
                     extra_options={
                         "CalibPercentile": 99.999,
@@ -373,6 +374,9 @@ class _Quantizer:
             raise
         except Exception as error:  # of ONNX, of ONNX Runtime, of many kinds
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            if self.percentile and "bins" in reason:  # a tensor that hardly varies has no histogram
+                self.percentile = False
+                return self.build(layers, path)
             raise ExportError(f"ONNX Runtime cannot quantise the network: {reason}") from error
         return path
 

@@ -228,6 +228,16 @@ def test_what_costs_most_stays_in_float(photos: Path, tmp_path: Path, monkeypatc
     assert len(found.loss["layers_in_float"]) == 3
 
 
+def test_int8_of_what_hardly_varies(photos: Path, tmp_path: Path) -> None:
+    """A branch of zeros and tiny numbers, as freshly built networks have, has no histogram."""
+    model = Classifier()
+    with torch.no_grad():
+        model.body.weight *= 1e-43
+        model.body.bias.zero_()
+    found = write_artefact(model, tmp_path / "int8.onnx", format="onnx", precision="int8", data=photos)
+    assert found.loss["agreeing_top1"] == 1
+
+
 @contextmanager
 def small_disk(size: int) -> Iterator[None]:
     """Let no file grow beyond a size in bytes."""
