@@ -113,7 +113,10 @@ def _at(found: Sequence[Benchmark], batch: int, threads: int, families: Sequence
     """Return one table of all families, with its goals."""
     entries = _entries(found, batch, threads)
     first = found[0]
-    inputs = dict.fromkeys(entry.settings["input"] for entry in entries)
+    inputs, precisions = (dict.fromkeys(entry.settings[key] for entry in entries) for key in ("input", "precision"))
+    # one busy moment is enough to know of, and what auto takes stands in a column
+    said = [note for result in found for note in result.notes if ": auto takes " not in note]
+    notes = {note[:20] if note.startswith("The machine was busy") else note: note for note in said}
     return replace(
         first,
         name=f"engines_batch{batch}_threads{threads}",
@@ -122,6 +125,7 @@ def _at(found: Sequence[Benchmark], batch: int, threads: int, families: Sequence
             **first.conditions,
             "batch": batch,
             "threads": threads,
+            "precision": " and ".join(map(str, precisions)),
             "input": " and ".join(map(str, inputs)),
         },
         date=found[-1].date,
@@ -129,7 +133,7 @@ def _at(found: Sequence[Benchmark], batch: int, threads: int, families: Sequence
         entries=tuple(entries),
         checks=tuple(check for benchmark in found for check in benchmark.checks),
         goals=tuple(_goals(entries, batch, families)),
-        notes=tuple(dict.fromkeys(note for benchmark in found for note in benchmark.notes)),
+        notes=tuple(notes.values()),
     )
 
 
