@@ -14,6 +14,7 @@ from typing import Any
 import fresh_process
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_folders import classifier_folder, denoiser_folder, restorer_folder
 
@@ -472,9 +473,17 @@ def test_export(capsys: Captured, models: dict[str, str], tmp_path: Path) -> Non
     assert report["max_error"] < 1e-4
     assert report["bytes"] == (tmp_path / "model.bin").stat().st_size
     assert "--force" in error_of(capsys, *command)
-    for size, name, said in (("0", "classifier", "got 0"), ("32", "restorer", "is for sr")):
-        command = ["export", models[name], "--format", "onnx", "-o", tmp_path / "x.onnx", "--image-size", size]
+    for size, name, said in (
+        (["--image-size", "0"], "classifier", "got 0"),
+        (["--image-size", "32"], "restorer", "--image-size fixes it together with --fixed-size"),
+        (["--fixed-size"], "restorer", "add --image-size PIXELS"),
+    ):
+        command = ["export", models[name], "--format", "onnx", "-o", tmp_path / "x.onnx", *size]
         assert said in error_of(capsys, *command)
+    fixed = ["export", models["restorer"], "--format", "torch-export", "-o", tmp_path / "fixed.pt2", "--fixed-size"]
+    assert run(capsys, *fixed, "--image-size", "32")[0] == 0
+    found = torch.export.load(tmp_path / "fixed.pt2").module()(image=torch.zeros(1, 3, 32, 32))
+    assert found.shape[2:] == (64, 64)
 
 
 def test_verify(capsys: Captured, models: dict[str, str]) -> None:

@@ -77,7 +77,7 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     chosen = [(entry["settings"]["engine"], entry["settings"]["precision"]) for entry in benchmark["entries"]]
     assert chosen == [("eager", "fp32"), ("eager", "bf16"), ("onnxruntime", "fp32"), ("auto", "fp32")]
     assert benchmark["entries"][2]["values"]["difference from eager fp32"] < 1e-4
-    assert "onnxruntime runs fp32, not bf16: left out." in benchmark["notes"]
+    assert "onnxruntime runs fp32, int8, not bf16: left out." in benchmark["notes"]
     assert any(note.startswith("repavit_tiny: auto takes") for note in benchmark["notes"])
     assert main([*command, "--engine", "eager,onnx"]) == 2
     assert "Did you mean onnxruntime?" in capsys.readouterr().err
