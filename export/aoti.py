@@ -7,6 +7,7 @@ wrongly (torch 2.15).
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from io import BytesIO
@@ -15,16 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from zoo.export.network import (
-    ExportError,
-    Network,
-    capture,
-    described,
-)
+from zoo.export.network import ExportError, Network, capture, described, require_shapes, shapes_of
 
-__all__ = ["SUFFIX", "metadata", "runner", "write"]
+from zoo.text import first_line
+
+__all__ = ["SUFFIX", "has_compiler", "metadata", "runner", "write"]
 
 SUFFIX = ".aoti.pt2"
+
+
+def has_compiler() -> bool:
+    """Tell whether there is a C++ compiler, which inductor needs."""
+    return any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl"))
 
 
 def write(network: Network, path: Path) -> None:
@@ -40,7 +43,7 @@ def write(network: Network, path: Path) -> None:
     from torch._inductor import aoti_compile_and_package
 
     program = capture(network, "compiled")
-    facts = network.metadata | {"shapes": json.dumps({key: list(value.shape) for key, value in network.inputs.items()})}
+    facts = network.metadata | {"shapes": json.dumps(shapes_of(network))}
     facts["by_position"] = json.dumps(network.by_position)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -50,7 +53,7 @@ def write(network: Network, path: Path) -> None:
         except OSError:
             raise
         except Exception as error:  # the compiler's own, of many kinds
-            raise ExportError(f"PyTorch's inductor cannot compile this model: {_first_line(error)}") from error
+            raise ExportError(f"PyTorch's inductor cannot compile this model: {first_line(error)}") from error
     path.write_bytes(buffer.getbuffer())
 
 
@@ -76,13 +79,11 @@ def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
     shapes, by_position = json.loads(facts.get("shapes", "{}")), facts.get("by_position") == "true"
 
     def run(inputs: dict[str, Tensor]) -> list[Tensor]:
-        wrong = {key: value for key, value in inputs.items() if list(value.shape) != shapes.get(key)}
-        if wrong:  # the library itself does not look, and computes nonsense
-            raise ExportError(f"{path} takes {shapes}, got {described(wrong)}.")
+        require_shapes(path, shapes, inputs)  # the library itself does not look, and computes nonsense
         try:
             output = program(*inputs.values()) if by_position else program(**inputs)
         except (RuntimeError, AssertionError, ValueError) as error:
-            raise ExportError(f"{path} cannot be run on {described(inputs)}: {_first_line(error)}") from error
+            raise ExportError(f"{path} cannot be run on {described(inputs)}: {first_line(error)}") from error
         return [output] if isinstance(output, Tensor) else list(output)
 
     return run
@@ -96,8 +97,4 @@ def _load(path: str | Path) -> Any:
     try:
         return aoti_load_package(str(path))
     except (RuntimeError, ValueError, OSError, KeyError) as error:
-        raise ExportError(f"{path} is not a compiled library: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ExportError(f"{path} is not a compiled library: {first_line(error)}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import torch
 import zoo.export.openvino
 from torch import nn
 from zoo.export import ONE_SHAPE, ExportError, target
+from zoo.export.aoti import has_compiler
 from zoo.export.network import Network, compare, fixed, prepare, whole
 from zoo.export.pictures import compare_pictures, taking_pictures
 from zoo.export.precision import TOLERANCE, check_precision, in_half
@@ -66,7 +66,7 @@ def check_runtime(format: str, precision: str = "fp32", *, run: bool = True) -> 
     """
     target(format)
     check_precision(format, precision)
-    if format == "aoti" and not any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
+    if format == "aoti" and not has_compiler():
         raise ImportError(f"The format {format!r} needs a C++ compiler (g++): install one with the system's packages.")
     write, runs, extra = _NEEDS.get(format, ((), (), ""))
     needed = (*write, *(runs if run or precision == "int8" else ()))

@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from zoo.export.network import ExportError, Network, capture, described
+from zoo.export.network import ExportError, Network, capture, described, require_shapes, shapes_of
+
+from zoo.text import first_line
 
 __all__ = ["SUFFIX", "metadata", "runner", "write"]
 
@@ -43,7 +45,9 @@ def write(network: Network, path: Path) -> None:
     except ImportError as error:
         raise ImportError(f"ExecuTorch files need {error.name}, which is missing: {_INSTALL}.") from error
     program = capture(network, "lowered")
-    facts = torch.frombuffer(bytearray(json.dumps(_facts(network)).encode()), dtype=torch.uint8)
+    facts = torch.frombuffer(
+        bytearray(json.dumps(network.metadata | {"shapes": shapes_of(network)}).encode()), dtype=torch.uint8
+    )
     with _quiet():
         try:
             lowered = to_edge_transform_and_lower(
@@ -51,12 +55,8 @@ def write(network: Network, path: Path) -> None:
             )
             buffer = lowered.to_executorch().buffer
         except Exception as error:  # the compiler's own, of many kinds
-            raise ExportError(f"ExecuTorch cannot lower this model: {_first_line(error)}") from error
+            raise ExportError(f"ExecuTorch cannot lower this model: {first_line(error)}") from error
     path.write_bytes(buffer)
-
-
-def _facts(network: Network) -> dict[str, Any]:
-    return network.metadata | {"shapes": {key: list(value.shape) for key, value in network.inputs.items()}}
 
 
 def metadata(path: str | Path) -> dict[str, str]:
@@ -83,17 +83,15 @@ def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
         try:
             method = program.load_method("forward")
         except RuntimeError as error:
-            raise ExportError(f"ExecuTorch's runtime cannot load {path}: {_first_line(error)}") from error
+            raise ExportError(f"ExecuTorch's runtime cannot load {path}: {first_line(error)}") from error
 
     def run(inputs: dict[str, Tensor], held: Any = program) -> list[Tensor]:  # a method does not keep its program
-        wrong = {key: value for key, value in inputs.items() if list(value.shape) != shapes.get(key)}
-        if wrong:
-            raise ExportError(f"{path} takes {shapes}, got {described(wrong)}.")
+        require_shapes(path, shapes, inputs)
         with _quiet():
             try:
                 return [value.clone() for value in method.execute([value.contiguous() for value in inputs.values()])]
             except RuntimeError as error:
-                raise ExportError(f"{path} cannot be run on {described(inputs)}: {_first_line(error)}") from error
+                raise ExportError(f"{path} cannot be run on {described(inputs)}: {first_line(error)}") from error
 
     return run
 
@@ -109,7 +107,7 @@ def _load(path: str | Path) -> Any:
         try:
             return Runtime.get().load_program(Path(path).read_bytes())
         except RuntimeError as error:
-            raise ExportError(f"{path} is not an ExecuTorch program: {_first_line(error)}") from error
+            raise ExportError(f"{path} is not an ExecuTorch program: {first_line(error)}") from error
 
 
 def _stored(program: Any) -> dict[str, Any]:
@@ -136,7 +134,3 @@ def _quiet() -> Iterator[None]:
         os.close(kept)
         os.close(nowhere)
         logging.disable(before)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

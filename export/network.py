@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +38,9 @@ __all__ = [
     "fixed",
     "open_network",
     "prepare",
+    "require_shapes",
     "sample_inputs",
+    "shapes_of",
     "weights_digest",
     "whole",
 ]
@@ -178,6 +180,22 @@ def fixed(network: Network) -> Network:
     """Return a network with all shapes fixed, of one image."""
     one = {key: value[:1].clone() if value.ndim else value for key, value in network.inputs.items()}
     return replace(network, inputs=one, dynamic_shapes={})
+
+
+def shapes_of(network: Network) -> dict[str, list[int]]:
+    """Return the shapes of the example inputs by name."""
+    return {key: list(value.shape) for key, value in network.inputs.items()}
+
+
+def require_shapes(path: str | Path, shapes: Mapping[str, Sequence[int]], inputs: Mapping[str, Tensor]) -> None:
+    """Refuse inputs of other shapes than a file's.
+
+    Raises:
+        ExportError: There is one.
+    """
+    wrong = {key: value for key, value in inputs.items() if list(value.shape) != shapes.get(key)}
+    if wrong:
+        raise ExportError(f"{path} takes {shapes}, got {described(wrong)}.")
 
 
 def capture(network: Network, purpose: str) -> torch.export.ExportedProgram:

@@ -20,6 +20,11 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """Largest difference of a file's outputs from the model's, over the largest output; int8 is judged by its loss."""
 
 _HALF = "weights and arithmetic are {name}, inputs and outputs float32"
+_TORCH = {
+    "fp32": "float32",
+    "fp16": _HALF.format(name="float16"),
+    "bf16": _HALF.format(name="bfloat16"),
+}
 _MEANS = {
     "onnx": {
         "fp32": "float32",
@@ -34,17 +39,9 @@ _MEANS = {
         "int8": "convolutions and products with weights are int8 (weights for each channel, activations uint8 for each "
         "tensor), all else float32",
     },
-    "torch-export": {
-        "fp32": "float32",
-        "fp16": _HALF.format(name="float16"),
-        "bf16": _HALF.format(name="bfloat16"),
-    },
+    "torch-export": _TORCH,
     "executorch": {"fp32": "float32"},
-    "aoti": {
-        "fp32": "float32",
-        "fp16": _HALF.format(name="float16"),
-        "bf16": _HALF.format(name="bfloat16"),
-    },
+    "aoti": _TORCH,
 }
 _LACKS = {
     ("onnx", "bf16"): "ONNX Runtime has no bfloat16 convolutions on the CPU",

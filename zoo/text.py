@@ -1,16 +1,21 @@
-"""Words for people: counted nouns, and tables as plain text for reports that are printed."""
+"""Words for people: counted nouns, errors in a line, and tables as plain text for reports that are printed."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Collection, Sequence
 
-__all__ = ["counted", "table_lines"]
+__all__ = ["counted", "first_line", "table_lines"]
 
 
 def counted(count: int, noun: str) -> str:
     """Return "1 thread", "2 threads"."""
     return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error that says something, else what kind it is."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def table_lines(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import importlib.util
-import shutil
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
+
+from zoo.text import first_line
 
 if TYPE_CHECKING:
     from zoo.export.network import Network
@@ -68,7 +69,9 @@ class Runtime:
         lacking = [name for name in self.needs if importlib.util.find_spec(name) is None]
         if lacking:
             return f"{' and '.join(lacking)} is missing: pip install 'ffn-zoo[{self.extra}]'"
-        if not self.needs and not any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
+        from zoo.export.aoti import has_compiler
+
+        if not self.needs and not has_compiler():
             return "a C++ compiler (g++) is missing: install one with the system's packages"
         return ""
 
@@ -136,7 +139,7 @@ def _load_onnx(folder: Path, shapes: Shapes | None, threads: int) -> Runner:
     try:
         session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common class of their own
-        raise EngineError(f"ONNX Runtime cannot run this model: {_first_line(error)}") from error
+        raise EngineError(f"ONNX Runtime cannot run this model: {first_line(error)}") from error
     names = [value.name for value in session.get_inputs()]
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -165,7 +168,7 @@ def _load_openvino(folder: Path, shapes: Shapes | None, threads: int) -> Runner:
         }
         compiled = core.compile_model(model, "CPU", settings)
     except RuntimeError as error:
-        raise EngineError(f"OpenVINO cannot run this model: {_first_line(error)}") from error
+        raise EngineError(f"OpenVINO cannot run this model: {first_line(error)}") from error
     local = threading.local()  # a request serves one call at a time
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -196,7 +199,7 @@ def _build_inductor(network: Network, folder: Path, threads: int) -> None:
         try:
             aoti_compile_and_package(program, package_path=str(folder / _PACKAGE))
         except Exception as error:  # the compiler's own, of many kinds
-            raise EngineError(f"PyTorch's inductor cannot compile this model: {_first_line(error)}") from error
+            raise EngineError(f"PyTorch's inductor cannot compile this model: {first_line(error)}") from error
 
 
 def _load_inductor(folder: Path, shapes: Shapes | None, threads: int) -> Runner:
@@ -210,10 +213,6 @@ def _load_inductor(folder: Path, shapes: Shapes | None, threads: int) -> Runner:
         return [result] if isinstance(result, Tensor) else list(result)
 
     return run
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 ENGINES: dict[str, Runtime] = {
