@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from zoo.export.network import ExportError, Network
 from zoo.export.pictures import pictures_of, preprocessing
 
+from zoo.text import first_line
+
 __all__ = ["Samples", "draw_samples", "quantize"]
 
 Feed = dict[str, NDArray[Any]]
@@ -146,10 +148,10 @@ def _of_classifier(network: Network, model: nn.Module, folder: str | Path) -> Sa
 
 def _pictures(folder: str | Path, read_file: Callable[[Any], Any]) -> tuple[Sequence[Any], Callable[[Any], Any]]:
     """Return the pictures of a folder, of Parquet files the training ones, and what reads one."""
-    from zoo.data.labelled_images import open_labelled_images
+    from zoo.data.labelled_images import has_parquet, open_labelled_images
     from zoo.data.photos import find_images
 
-    if any(Path(folder).rglob("*.parquet")):
+    if has_parquet(folder):
         table = open_labelled_images(str(folder), "train")
         return range(len(table)), lambda index: table[index][0]
     return find_images(folder), read_file
@@ -373,7 +375,7 @@ class _Quantizer:
         except OSError:
             raise
         except Exception as error:  # of ONNX, of ONNX Runtime, of many kinds
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = first_line(error)
             if self.percentile and "bins" in reason:  # a tensor that hardly varies has no histogram
                 self.percentile = False
                 return self.build(layers, path)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from zoo.export.network import ExportError, Network, capture, described
 
+from zoo.text import first_line
+
 __all__ = ["SUFFIX", "metadata", "runner", "write"]
 
 SUFFIX = ".pt2"
@@ -77,5 +79,4 @@ def _load(path: str | Path, extra: dict[str, str]) -> torch.export.ExportedProgr
     try:
         return torch.export.load(path, extra_files=extra)
     except (RuntimeError, ValueError, OSError, KeyError, AssertionError, BadZipFile) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ExportError(f"{path} is not an exported program: {reason}") from error
+        raise ExportError(f"{path} is not an exported program: {first_line(error)}") from error

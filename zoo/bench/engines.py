@@ -11,6 +11,7 @@ from pathlib import Path
 from zoo.bench.grid import PRECISIONS, Grid, compare_grid, refusal
 from zoo.bench.report import Benchmark, Entry, Goal, new_figure, save_with_legend
 from zoo.bench.timing import Progress, Settings
+from zoo.data.labelled_images import has_parquet
 from zoo.engines import installed
 from zoo.text import counted
 
@@ -68,7 +69,7 @@ def engines(
     found = [compare_grid([name], grid, settings, size=size, data=pictures, progress=progress) for name in families]
     if restorer is not None:
         alone = replace(grid, batches=(1,))
-        files = None if pictures is None or any(Path(pictures).rglob("*.parquet")) else pictures
+        files = None if pictures is None or has_parquet(pictures) else pictures
         found.append(compare_grid([restorer], alone, settings, size=size, data=files, progress=progress))
     results = [_at(found, batch, pool, families) for batch in grid.batches for pool in grid.threads]
     if large is not None:

@@ -273,14 +273,15 @@ def _runs(
     found: list[_Run] = []
     notes: list[str] = []
     made: dict[str, Subject] = {}  # by what is done to the weights: engines share their eight-bit file
+    refused: set[str] = set()
     expected: Tensor | None = None
     written = Path(tempfile.mkdtemp(dir=folder))
     load = data is not None or _ships(name, size)
     for engine, precision in grid.pairs:
-        on_file = (engine in INTEGER_ENGINES, precision) == (True, "int8")
-        if on_file and data is None:
-            continue
+        on_file = precision == "int8" and engine in INTEGER_ENGINES
         form = "file" if on_file else precision
+        if (on_file and data is None) or form in refused:
+            continue
         if form not in made:
             one = replace(settings, batch=1, dtype=PRECISIONS[precision])
             each = subject(name, one, size=size, merge=merge, check=not made, pretrained=load)
@@ -292,7 +293,8 @@ def _runs(
                 else:
                     _quantise(each, precision)
             except EngineError as error:
-                notes.append(str(error) if not on_file else f"Left out: {name} on {engine}: {error}")
+                refused.add(form)
+                notes.append(f"Left out: {name} {'on engines' if on_file else 'in eager int8'}: {error}")
                 continue
             made[form] = each
         for batch, threads in itertools.product(grid.batches, grid.threads):
@@ -340,7 +342,7 @@ def _quantise(each: Subject, precision: str) -> None:
     report: Any = accelerate(each.model, quantize="int8-dynamic").zoo_report
     step = next(step for step in report.steps if step.name == "integer weights")
     if not step.done:
-        raise EngineError(f"Left out: {each.source} in eager int8: {step.said}.")
+        raise EngineError(f"{step.said}.")
 
 
 def _run(each: Subject, engine: str, precision: str, batch: int, threads: int, folder: Path | None) -> _Run:

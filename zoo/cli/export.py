@@ -194,9 +194,10 @@ def _check_options(args: argparse.Namespace, denoiser: bool) -> None:
     if args.data is not None and not args.data.is_dir():
         raise UsageError(f"--data takes a folder of pictures; there is no folder {args.data}.")
     if args.data is not None:
+        from zoo.data.labelled_images import has_parquet
         from zoo.data.photos import find_images
 
-        if not any(args.data.rglob("*.parquet")):
+        if not has_parquet(args.data):
             find_images(args.data)
 
 

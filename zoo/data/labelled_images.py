@@ -18,12 +18,14 @@ from zoo.data.shards import ShardImages, find_shards
 from zoo.files import is_hidden, walk
 from zoo.pictures.eight_bit import read_eight_bit
 from zoo.pictures.folders import class_folders, is_picture, misnamed_parts, pictures_below, split_folder
+from zoo.text import first_line
 
 __all__ = [
     "DamagePolicy",
     "FolderImages",
     "LabelledImages",
     "find_damaged",
+    "has_parquet",
     "open_labelled_images",
     "stratified_split",
 ]
@@ -237,20 +239,26 @@ def open_labelled_images(
         FileNotFoundError: The folder does not exist, or holds neither.
         ValueError: The data set has no such split, a column cannot be told, or a class is none of `classes`.
     """
-    wanted = VALIDATION_SPLITS if split == "validation" else (split,)
-    if Path(data_dir).is_dir() and (shards := find_shards(Path(data_dir), wanted)):
-        return ShardImages(shards, transform, classes, f"{data_dir} ({split})")
     found, source = _find_split(data_dir, split)
+    if isinstance(found, list):
+        return ShardImages(found, transform, classes, source)
     if isinstance(found, Path):
         return FolderImages(str(found), transform, classes)
     return LabelledImages(found, transform, image_key, label_key, classes, source)
 
 
+def has_parquet(folder: str | Path) -> bool:
+    """Tell whether there are Parquet files in a folder or below."""
+    return any(Path(folder).rglob("*.parquet"))
+
+
 def _find_split(data_dir: str, split: str) -> tuple[Any, str]:
-    """Return the folder of a split, or its table, and what to call it."""
+    """Return the shards of a split, its folder, or its table, and what to call it."""
     wanted = VALIDATION_SPLITS if split == "validation" else (split,)
     folder = Path(data_dir)
     if folder.is_dir():
+        if shards := find_shards(folder, wanted):
+            return shards, f"{data_dir} ({split})"
         found = split_folder(folder, wanted)
         if found is None and split == "train" and split_folder(folder, VALIDATION_SPLITS) is None:
             if parts := misnamed_parts(folder):
@@ -260,7 +268,7 @@ def _find_split(data_dir: str, split: str) -> tuple[Any, str]:
             found = folder if any(any(pictures_below(path)) for path in class_folders(folder)) else None
         if found is not None:
             return found, str(found)
-        if not any(folder.rglob("*.parquet")):
+        if not has_parquet(folder):
             raise FileNotFoundError(
                 f"{folder} holds neither {wanted[0]}/<class>/ folders of images nor Parquet files of that split."
             )
@@ -271,8 +279,7 @@ def _find_split(data_dir: str, split: str) -> tuple[Any, str]:
     try:
         splits = load_dataset(data_dir)
     except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise FileNotFoundError(f"The data set {data_dir} cannot be opened: {reason}") from error
+        raise FileNotFoundError(f"The data set {data_dir} cannot be opened: {first_line(error)}") from error
     for name in wanted:
         if name in splits:
             return splits[name], f"{data_dir} ({name})"

@@ -67,7 +67,7 @@ class ShardImages(Readable):
         classes: Sequence[str] | None = None,
         source: str = "the shards",
     ) -> None:
-        self.files, self.transform, self.source = list(files), transform, source
+        self.files, self.transform = list(files), transform
         found = [_index(path) for path in self.files]
         sizes = [len(labels) for _, _, labels in found]
         self.shard = np.repeat(np.arange(len(found), dtype=np.int32), sizes)
@@ -75,11 +75,9 @@ class ShardImages(Readable):
         self.offset = np.concatenate([offsets for offsets, _, _ in found])
         self.length = np.concatenate([lengths for _, lengths, _ in found])
         texts = [label for _, _, labels in found for label in labels]
-        own = _class_names(texts, self.files[0].parent, source)
+        own, names = _class_names(texts, self.files[0].parent, source)
         self.classes = list(own if classes is None else classes)
         numbers = {name: number for number, name in enumerate(self.classes)}
-        numbered = all(text.isdecimal() for text in texts)
-        names = [own[int(text)] for text in texts] if numbered else texts
         used = dict.fromkeys(names)
         require_known([name for name in used if name not in numbers], self.classes, source)
         tell_absent(classes, used, source)
@@ -101,18 +99,20 @@ class ShardImages(Readable):
         self.targets = [self.targets[index] for index in indices]
 
 
-def _class_names(texts: Sequence[str], folder: Path, source: str) -> list[str]:
-    """Return the class names that labels stand for."""
+def _class_names(texts: list[str], folder: Path, source: str) -> tuple[list[str], list[str]]:
+    """Return the names of all classes, and the one that each label stands for."""
     if not all(text.isdecimal() for text in texts):
-        return sorted(set(texts))
-    most = max(map(int, texts), default=-1)
+        return sorted(set(texts)), texts
+    labels = list(map(int, texts))
+    most = max(labels, default=-1)
+    names = [str(number) for number in range(most + 1)]
     for path in (place / name for place in (folder, folder.parent) for name in _NAMES):
         if path.is_file():
             names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
             if most >= len(names):
                 raise ValueError(f"{source} has the label {most}, but {path} names {len(names)} classes.")
-            return names
-    return [str(number) for number in range(most + 1)]
+            break
+    return names, [names[label] for label in labels]
 
 
 def _index(path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], list[str]]:

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from zoo.ffn.dense_ffn import DenseFFN
 from zoo.ffn.technique import (
     FFNReport,
     LayerChange,
@@ -87,8 +88,12 @@ def removable(model: nn.Module, units: Units = "ffn", pattern: str | None = None
     Raises:
         ValueError: There is none.
     """
+    return _removable(model, every_layer(model, pattern)[0], units)
+
+
+def _removable(model: nn.Module, ffns: Mapping[str, DenseFFN], units: Units) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
-    for name, ffn in every_layer(model, pattern)[0].items():
+    for name, ffn in ffns.items():
         if not name or not ffn.whole or ffn.first_column or ffn.dim != ffn.out_dim:
             continue
         module = model.get_submodule(name)
@@ -118,7 +123,8 @@ def apply(model: nn.Module, config: DepthConfig | None = None, data: Iterable[An
     """
     config = config or DepthConfig()
     refuse_twice(model, "depth")
-    layers, ffns = removable(model, config.units, config.pattern), every_layer(model, config.pattern)[0]
+    ffns = every_layer(model, config.pattern)[0]
+    layers = _removable(model, ffns, config.units)
     if config.remove > len(layers):
         raise ValueError(f"remove must be at most {len(layers)}, the layers that can go, got {config.remove}.")
     batches = listed(data, "Removing layers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,22 +134,16 @@ def inspect_ffns(
 def _error_without(model: nn.Module, name: str, ffn: DenseFFN, batches: list[Any], outputs: list[Tensor]) -> float:
     module = model.get_submodule(name)
     if ffn.first_column:  # attention shares the second product: only the hidden channels are silenced
-        handle = ffn.down.register_forward_pre_hook(lambda _, args: (_silenced(args[0], ffn.first_column),))
-        try:
-            return output_error(model, batches, outputs)
-        finally:
-            handle.remove()
-    if not ffn.whole or ffn.dim != ffn.out_dim:  # the module does more than this layer
-        handle = ffn.down.register_forward_hook(lambda _, args, output: torch.zeros_like(output))
-        try:
-            return output_error(model, batches, outputs)
-        finally:
-            handle.remove()
-    replace_module(model, name, Nothing())
+        undo = ffn.down.register_forward_pre_hook(lambda _, args: (_silenced(args[0], ffn.first_column),)).remove
+    elif not ffn.whole or ffn.dim != ffn.out_dim:  # the module does more than this layer
+        undo = ffn.down.register_forward_hook(lambda _, args, output: torch.zeros_like(output)).remove
+    else:
+        replace_module(model, name, Nothing())
+        undo = partial(replace_module, model, name, module)
     try:
         return output_error(model, batches, outputs)
     finally:
-        replace_module(model, name, module)
+        undo()
 
 
 def _silenced(x: Tensor, first_column: int) -> Tensor:
