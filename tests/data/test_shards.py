@@ -17,6 +17,7 @@ from zoo.data.images import ImageClassification
 from zoo.data.labelled_images import FolderImages, open_labelled_images
 from zoo.data.samplers import BlockSampler
 from zoo.data.shards import ShardImages
+from zoo.files import cache_dir
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -79,6 +80,9 @@ def test_samples_are_those_of_folders(data: Path, tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr(shards, "_scan", never)
         assert open_labelled_images(str(data), "train").targets == found.targets
+    for kept in (cache_dir() / "shards").glob("*.npz"):
+        kept.write_bytes(kept.read_bytes()[:60])  # what was kept is damaged: made anew
+    assert open_labelled_images(str(data), "train").targets == found.targets
     path = write_shard(tmp_path / "more" / "train" / "a.tar", [0, 1], "json")
     assert open_labelled_images(str(tmp_path / "more"), "train").classes == ["ant", "bee"]
     write_shard(path, [0, 1, 2], "json")

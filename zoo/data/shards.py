@@ -14,6 +14,7 @@ import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
@@ -123,7 +124,7 @@ def _index(path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], list
     try:
         with np.load(kept, allow_pickle=False) as stored:
             return stored["offset"], stored["length"], stored["label"].tolist()
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         found = _scan(path)
     with contextlib.suppress(OSError), whole(kept) as temporary, temporary.open("wb") as file:
         np.savez(file, offset=found[0], length=found[1], label=np.asarray(found[2], dtype=np.str_))
