@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from zoo.export.network import ExportError, Network, capture, described, require_shapes, shapes_of
 
+from zoo.processor import instructions
 from zoo.text import first_line
 
 __all__ = ["SUFFIX", "has_compiler", "metadata", "runner", "write"]
@@ -45,6 +47,7 @@ def write(network: Network, path: Path) -> None:
     program = capture(network, "compiled")
     facts = network.metadata | {"shapes": json.dumps(shapes_of(network))}
     facts["by_position"] = json.dumps(network.by_position)
+    facts["instructions"] = " ".join(instructions())
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
@@ -94,7 +97,22 @@ def _load(path: str | Path) -> Any:
 
     if not Path(path).is_file():
         raise ExportError(f"There is no file {path}.")
+    lacking = sorted(_instructions_in(path) - set(instructions()))
+    if instructions() and lacking:  # they would end the process
+        raise ExportError(
+            f"{path} was compiled for a processor with {', '.join(lacking)}, unlike this one: export it here."
+        )
     try:
         return aoti_load_package(str(path))
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         raise ExportError(f"{path} is not a compiled library: {first_line(error)}") from error
+
+
+def _instructions_in(path: str | Path) -> set[str]:
+    """Return what the library needs of a processor, without loading it; nothing where that is not told."""
+    try:
+        with zipfile.ZipFile(path) as package:
+            notes = [name for name in package.namelist() if name.endswith("_metadata.json")]
+            return {word for name in notes for word in json.loads(package.read(name)).get("instructions", "").split()}
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile):
+        return set()  # what it is instead, loading tells

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -30,8 +31,14 @@ WAIT = 240_000  # ms; only how long a result may take on a machine with other wo
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[tuple[str, Service]]:
-    """The page with the shipped weights, on this machine."""
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Service]]:
+    """The page with the shipped weights, on this machine, in a folder of temporary files of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+        yield from _serve()
+
+
+def _serve() -> Iterator[tuple[str, Service]]:
     from zoo.cli.app.page import serve
 
     service, stop, known = Service(Offers.of(), Limits(pixels=1_000_000)), threading.Event(), threading.Event()
@@ -69,6 +76,16 @@ def page(served: tuple[str, Service]) -> Iterator[Any]:
         browser.close()
 
 
+def upload(page: Any, *files: Path) -> None:
+    """Choose files in the open tab until the page names the first: before its script is ready it takes none."""
+    name = page.get_by_text(files[0].name).first
+    for wait in (WAIT / 12,) * 11:
+        page.locator("[role=tabpanel]:visible input[type=file]").first.set_input_files(files)
+        with contextlib.suppress(playwright.TimeoutError):
+            return name.wait_for(timeout=wait)
+    return name.wait_for(timeout=WAIT / 12)
+
+
 def open_tab(page: Any, name: str) -> None:
     page.get_by_role("tab", name=name).click()
 
@@ -102,8 +119,7 @@ def test_classify(page: Any, tmp_path: Path) -> None:
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "page.jpg").write_text("<html><script>alert(1)</script></html>")
     good = photo(tmp_path / "good.png")
-    page.locator("input[type=file]").first.set_input_files([good, tmp_path / "empty.png", tmp_path / "page.jpg"])
-    page.get_by_text("good.png").first.wait_for()
+    upload(page, good, tmp_path / "empty.png", tmp_path / "page.jpg")
     page.get_by_role("button", name="Classify").click()
     page.locator("#answers .bar").first.wait_for()
     answers = page.locator("#answers")
@@ -117,9 +133,7 @@ def test_classify(page: Any, tmp_path: Path) -> None:
 
 def test_restore(page: Any, tmp_path: Path) -> None:
     open_tab(page, "Restore")
-    upload = page.locator("input[type=file]:visible, [role=tabpanel]:visible input[type=file]").first
-    upload.set_input_files(photo(tmp_path / "photo.tif"))
-    page.get_by_text("photo.tif").first.wait_for()
+    upload(page, photo(tmp_path / "photo.tif"))
     page.get_by_role("button", name="Restore", exact=True).click()
     page.get_by_text("64×64 → 128×128 pixels").wait_for()
     look(page, "restore")
@@ -136,8 +150,7 @@ def test_what_cannot_be_restored_is_said_and_the_page_lives(page: Any, tmp_path:
     Image.new("1", (5000, 5000)).save(tmp_path / "bomb.png")
     panel = page.locator("[role=tabpanel]:visible")
     panel.get_by_label("Clear").or_(panel.get_by_label("Remove this file")).first.click()
-    panel.locator("input[type=file]").first.set_input_files(tmp_path / "bomb.png")
-    page.get_by_text("bomb.png").first.wait_for()
+    upload(page, tmp_path / "bomb.png")
     page.get_by_role("button", name="Restore", exact=True).click()
     page.get_by_text("bomb.png is refused").wait_for()
     look(page, "refused")

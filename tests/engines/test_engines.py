@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import os
@@ -127,7 +128,7 @@ def check_inductor() -> None:
     """Compiled for a shape at its first call, loaded from disk after that; structured results as they are."""
     torch.manual_seed(0)
     model, x, other = Opaque().eval(), torch.rand(2, 3), torch.rand(3)
-    twin = copy.deepcopy(model)
+    twin, third = copy.deepcopy(model), copy.deepcopy(model)
     zoo.accelerate(model, engine="inductor", threads=1)
     found, expected = model(x, other=other, factor=2.0), twin(x, other=other, factor=2.0)
     assert relative(found["sum"], expected["sum"]) < 1e-4
@@ -137,6 +138,15 @@ def check_inductor() -> None:
     zoo.accelerate(twin, engine="inductor", threads=1)
     assert relative(twin(x, other=other, factor=2.0)["sum"], expected["sum"]) < 1e-4
     assert "built in" not in str(twin.zoo_report)
+
+    def build(*args: object) -> None:
+        raise EngineError("built anew")
+
+    call.ENGINES["inductor"] = dataclasses.replace(call.ENGINES["inductor"], build=build)
+    call.instructions = lambda: ("others",)  # of another processor, with the same folder of engines
+    zoo.accelerate(third, engine="inductor", threads=1)
+    with pytest.raises(EngineError, match="built anew"):
+        third(x, other=other, factor=2.0)
 
 
 @torch.no_grad()

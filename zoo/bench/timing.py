@@ -8,7 +8,6 @@ import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from zoo.bench.latency import Latency, summarize, time_in_turns
 from zoo.bench.report import Check, Ratio
 from zoo.engines.call import torch_threads
+from zoo.processor import processor_name
 from zoo.text import counted
 from zoo.version import __version__
 
@@ -208,7 +208,7 @@ def environment(device: str = "cpu") -> dict[str, str]:
     """Return what the machine and the software are."""
     kind = torch.device(device).type
     return {
-        "device": torch.cuda.get_device_name(device) if kind == "cuda" else f"{kind} ({_processor()})",
+        "device": torch.cuda.get_device_name(device) if kind == "cuda" else f"{kind} ({processor_name()})",
         "torch": torch.__version__,
         **{name: importlib.metadata.version(name) for name in ("timm", "diffusers") if _installed(name)},
         "zoo": __version__,
@@ -223,13 +223,3 @@ def _installed(name: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
-
-
-def _processor() -> str:
-    """Return the processor's name, from Linux's list where there is one."""
-    path = Path("/proc/cpuinfo")
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import json
 import logging
-import platform
 import shutil
 import tempfile
 import threading
@@ -23,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, tr
 from zoo.engines.runtimes import ENGINES, EngineError, EngineName, Runner, installed
 from zoo.engines.store import digest, engines_dir, facts_of, fingerprint, note_facts
 from zoo.files import whole
+from zoo.processor import instructions, processor_name
 from zoo.text import counted
 
 __all__ = ["TOLERANCE", "EngineCall", "attach", "detach", "engine_of", "torch_threads"]
@@ -248,6 +248,7 @@ class EngineCall:
             constants=[repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor)],
             places=str(spec),
             threads=None if runtime.open_shapes else threads,
+            processor=None if runtime.open_shapes else instructions(),  # other code would end the process
             file="onnx" if runtime.open_shapes else engine,
         )
         folder = engines_dir() / name
@@ -351,7 +352,7 @@ class EngineCall:
             shapes=[tuple(leaf.shape) if isinstance(leaf, Tensor) else repr(leaf) for leaf in timed],
             threads=threads,
             versions=[(name, ENGINES[name].version()) for name in names],
-            processor=platform.processor() or platform.node(),
+            processor=processor_name(),
         )
         kept = engines_dir() / f"{choice}.json"
         before = _read_choice(kept)
