@@ -15,10 +15,22 @@ from torch import Tensor, nn
 from zoo.kernels.experts import ACTIVATIONS
 from zoo.layers.ffn import RePaFFN
 
-__all__ = ["Channels", "DenseFFN", "Product", "has_rows", "keep_channels", "read_ffn", "read_torch", "set_hidden_dim"]
+__all__ = [
+    "CONVOLUTIONS",
+    "Channels",
+    "DenseFFN",
+    "Product",
+    "has_rows",
+    "keep_channels",
+    "read_ffn",
+    "read_torch",
+    "set_hidden_dim",
+]
 
-Product = nn.Linear | nn.Conv2d
-"""What makes hidden channels or outputs: a linear layer, or a 1x1 convolution of maps (B, C, H, W)."""
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+Product = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+"""What makes hidden channels or outputs: a linear layer, or a 1x1 convolution of maps (B, C, ...)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +64,7 @@ class DenseFFN:
             BatchNorm, depthwise convolutions; and timm's `GlobalResponseNorm`, which also takes a mean over channels.
         whole: The module does nothing else: its input goes into `up`, what `down` gives is its output.
         fused: The module reads the weights of its products itself, so that these stay linear layers.
+        counters: Numbers of hidden channels that modules hold beside their weights, and reshape by: module and name.
     """
 
     up: Any  # Product; nn.Linear where `plain`
@@ -64,11 +77,12 @@ class DenseFFN:
     between: tuple[nn.Module, ...] = ()
     whole: bool = True
     fused: bool = False
+    counters: tuple[tuple[nn.Module, str], ...] = ()
 
     @property
     def convolutional(self) -> bool:
         """The products are 1x1 convolutions."""
-        return isinstance(self.up, nn.Conv2d)
+        return isinstance(self.up, CONVOLUTIONS)
 
     @property
     def plain(self) -> bool:
@@ -114,7 +128,7 @@ class DenseFFN:
     def macs(self, hidden_dim: int | None = None) -> int:
         """Return the multiply-accumulates for one token, at the layer's own number of hidden channels or another."""
         hidden = self.hidden_dim if hidden_dim is None else hidden_dim
-        depthwise = sum(module.weight.numel() for module in self.between if isinstance(module, nn.Conv2d))
+        depthwise = sum(module.weight.numel() for module in self.between if isinstance(module, CONVOLUTIONS))
         return hidden * ((2 if self.gated else 1) * self.dim + self.out_dim + depthwise // self.hidden_dim)
 
     def rows(self, x: Tensor) -> Tensor:
@@ -294,6 +308,8 @@ def keep_channels(ffn: DenseFFN, kept: Tensor) -> None:
     for module in ffn.between:  # of a packed layer before the halves meet, or after
         both = ffn.packed is not None and has_rows(module, 2 * hidden)
         _keep(module, rows if both else kept, 2 * hidden if both else hidden)
+    for module, name in ffn.counters:
+        setattr(module, name, len(kept) * (getattr(module, name) // hidden))
     columns = torch.cat([torch.arange(ffn.first_column), kept.cpu() + ffn.first_column])
     _set(ffn.down, "weight", ffn.down.weight[:, columns.to(ffn.down.weight.device)])
     setattr(ffn.down, "in_channels" if ffn.convolutional else "in_features", len(columns))
@@ -311,7 +327,7 @@ def _keep(module: Any, rows: Tensor, count: int) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.ndim and tensor.shape[0] == count:
             _set(module, name, tensor[rows.to(tensor.device)])
-    depthwise = isinstance(module, nn.Conv2d) and module.groups > 1
+    depthwise = isinstance(module, CONVOLUTIONS) and module.groups > 1
     for name in ("out_features", "out_channels", "num_features", *(("groups", "in_channels") if depthwise else ())):
         if isinstance(vars(module).get(name), int):
             setattr(module, name, len(rows))

@@ -20,7 +20,7 @@ from timm.layers import RelPosMlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from zoo.ffn.dense_ffn import DenseFFN, read_ffn, read_torch
+from zoo.ffn.dense_ffn import CONVOLUTIONS, DenseFFN, read_ffn, read_torch
 from zoo.ffn.discovery import discover
 from zoo.layers.ffn import RePaFFN
 from zoo.profiling import count_params
@@ -147,11 +147,12 @@ def ffn_layers(model: nn.Module, pattern: str | None = None, takes: Takes = "pla
         ValueError: There is none, one cannot be split, one of its products is wrapped (by LoRA, quantisation, ...), or
             its weights are computed from others or serve another layer too.
     """
-    every, reasons = every_layer(model, pattern)
+    every, others = every_layer(model, pattern)
     found: dict[str, DenseFFN] = {}
+    reasons: dict[str, str] = {}
     for name, ffn in every.items():
         for part, product in (("first", ffn.up), ("gate's", ffn.gate), ("second", ffn.down)):
-            if product is not None and not isinstance(product, nn.Linear | nn.Conv2d):
+            if product is not None and not isinstance(product, (nn.Linear, *CONVOLUTIONS)):
                 raise ValueError(
                     f"{name}: its {part} product is a {type(product).__name__}, expected nn.Linear: merge or unload "
                     "adapters and quantisation, or undo another technique, first."
@@ -160,15 +161,18 @@ def ffn_layers(model: nn.Module, pattern: str | None = None, takes: Takes = "pla
             reasons[name] = "its products are convolutions, or have a norm or a convolution between them"
         elif takes != "any" and ffn.fused:
             reasons[name] = f"{type(model.get_submodule(name)).__name__} reads the weights of its products itself"
-        elif takes == "plain" and not (ffn.plain and (ffn.whole or ffn.first_column)):
-            reasons[name] = "its module does more than this layer, or its activation is unknown"
+        elif takes == "plain" and ffn.activation is None:
+            reasons[name] = "its activation is unknown"
+        elif takes == "plain" and not (ffn.whole or ffn.first_column):
+            reasons[name] = "its module does more than this layer: move the layer into a module of its own"
         else:
             found[name] = ffn
     _require_own_weights(model, found)
     if not found:
-        if reasons:
+        if reasons := reasons or others:
             name, why = next(iter(reasons.items()))
             need = f"; {_TAKES[takes]}" if name in every else ""
+            name = name or f"This {type(model).__name__}"
             raise ValueError(f"{name}: {why.rstrip('.')}{need}. No other layer of this {type(model).__name__} will do.")
         wanted = f" whose name matches {pattern!r}" if pattern else ""
         raise ValueError(
@@ -207,7 +211,8 @@ def every_layer(model: nn.Module, pattern: str | None = None) -> tuple[dict[str,
                 reasons[name] = str(error)
         if ffn is not None:
             known[name] = ffn
-    every = {**known, **discover(model, known)}
+    others, not_found = discover(model, known)
+    every, reasons = {**known, **others}, reasons | {n: why for n, why in not_found.items() if n not in reasons}
     return {name: every[name] for name in names if name in every}, {n: why for n, why in reasons.items() if n in names}
 
 
@@ -333,7 +338,7 @@ def watch_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], 
     def hook(name: str) -> Callable[..., None]:
         def show(module: nn.Module, args: Any) -> None:
             x = args[0].detach()
-            see(name, (x.movedim(1, -1) if isinstance(module, nn.Conv2d) else x).flatten(0, -2))
+            see(name, (x.movedim(1, -1) if isinstance(module, CONVOLUTIONS) else x).flatten(0, -2))
 
         return show
 
