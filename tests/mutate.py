@@ -49,7 +49,7 @@ AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "caching": (
         ("caching.bac", "caching.cg_taylor", "caching.runs", "caching.schedules", "caching.taylor"),
         ("caching/test_caching_mutants.py", "caching/test_schedules.py", "caching/test_taylor.py",
-         "caching/test_bac.py", "caching/test_cg_taylor.py", "caching/test_core.py"),
+         "caching/test_runs.py", "caching/test_bac.py", "caching/test_cg_taylor.py", "caching/test_core.py"),
     ),
     "moe": (
         ("moe.losses", "moe.router", "moe.experts", "moe.distillation", "moe.dense2moe", "ffn.importance", "ffn.ewa"),
