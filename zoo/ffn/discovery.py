@@ -133,7 +133,7 @@ def _sides(product: Any) -> tuple[int, int]:
 
 def _pairs(parts: Sequence[nn.Module]) -> list[tuple[nn.Module, nn.Module]]:
     """Return which products can make hidden channels, and which the outputs of these: as many as there are inputs."""
-    found = []
+    found: list[tuple[nn.Module, nn.Module]] = []
     for down in parts:
         hidden, dim = _sides(down)
         for up in parts:

@@ -60,7 +60,9 @@ class Run:
 @torch.no_grad()
 def random_copy(module: nn.Module, random: torch.Generator) -> nn.Module:
     """Return a copy in float32 without hooks, with random weights: as built, some layers give zeros."""
-    one = copy.deepcopy(module).float().eval().requires_grad_(False)
+    one = copy.deepcopy(module).float()
+    one.eval()  # what LeViT's train returns is None
+    one.requires_grad_(False)
     for part in one.modules():
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()

@@ -50,8 +50,11 @@ __all__ = [
     "watch_inputs",
 ]
 
-ERROR_SAMPLES = 64
+ERROR_SAMPLES = 32
 """A report's error is measured on as many samples at least; running all again would take as long as the fit."""
+
+_WHOLE_PRODUCTS = 256
+"""Below so many channels, outer products are made whole: parts would cost more than the symmetry saves."""
 
 MOST_SAMPLES = 4096
 """No more calibration data are held in memory, whatever is given: a loader of a training set, or one without end."""
@@ -409,12 +412,20 @@ class Moments:
         """Add rows (T, C)."""
         values = at_least_float32(rows)
         total, squares = values.sum(0).double(), values.square().sum(0).double()
-        products = (values.t() @ values).double() if self.second else None
         self.count += len(rows)
         self.total = total if self.total is None else self.total + total
         self.squares = squares if self.squares is None else self.squares + squares
-        if products is not None:
-            self.products = products if self.products is None else self.products + products
+        if self.second:
+            self._add_products(values)
+
+    def _add_products(self, values: Tensor) -> None:
+        """Add outer products in place, of float32 in float32; the lower triangle is left out but for its blocks."""
+        channels = values.shape[1]
+        if self.products is None:
+            self.products = values.new_zeros(channels, channels)
+        step = channels if channels < _WHOLE_PRODUCTS else -(-channels // 4)
+        for start in range(0, channels, step):
+            self.products[start : start + step, start:].addmm_(values[:, start : start + step].t(), values[:, start:])
 
     @property
     def mean(self) -> Tensor:
@@ -432,7 +443,8 @@ class Moments:
     def second_moment(self) -> Tensor:
         """Mean outer product (C, C), float64."""
         assert self.products is not None
-        return self.products / self.count
+        upper = self.products.double().triu()
+        return (upper + upper.triu(1).t()) / self.count
 
     @property
     def covariance(self) -> Tensor:

@@ -8,12 +8,14 @@ from zoo.moe.dense2moe import MoEConfig, MoEReport, activated_parameters, expert
 from zoo.moe.experts import MoEFFN
 from zoo.moe.losses import balance_loss, feature_loss, record_balance
 from zoo.moe.modulation import share_modulation
+from zoo.moe.pruning import ExpertPruneConfig, prune_experts
 from zoo.moe.router import Router
 from zoo.moe.routing import RoutingSummary, record_routing
 from zoo.moe.transformers import convert, load_transformer, to_dense
 
 __all__ = [
     "BlockGroup",
+    "ExpertPruneConfig",
     "MixtureOfBlocks",
     "MoBConfig",
     "MoEConfig",
@@ -29,6 +31,7 @@ __all__ = [
     "feature_loss",
     "load_transformer",
     "mix_blocks",
+    "prune_experts",
     "record_balance",
     "record_routing",
     "set_top_k",

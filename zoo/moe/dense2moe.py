@@ -54,6 +54,7 @@ class MoEConfig:
         copies: Experts that give their input back (MoE++).
         constants: Experts that give a learned mix of the input and a learned vector (MoE++).
         seed: Of random scores and deals.
+        pruned: Experts of these that `zoo.moe.prune_experts` has dropped from every layer afterwards.
 
     Raises:
         ValueError: A number is negative, top_k is above the number of experts, or a word is unknown.
@@ -69,14 +70,17 @@ class MoEConfig:
     copies: int = 0
     constants: int = 0
     seed: int = 0
+    pruned: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("shared", "zero", "copies", "constants"):
+        for name in ("shared", "zero", "copies", "constants", "pruned"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.experts < 1:
             raise ValueError(f"experts must be at least 1, got {self.experts}.")
-        every = self.experts + self.zero + self.copies + self.constants
+        if self.pruned >= self.experts:
+            raise ValueError(f"pruned must be less than the {self.experts} experts, got {self.pruned}.")
+        every = self.experts - self.pruned + self.zero + self.copies + self.constants
         if not 0 <= self.top_k <= every:
             raise ValueError(f"top_k must lie in 0 ... {every} (all experts), got {self.top_k}.")
         for name, words in (("gate", Gate), ("scores", Scores), ("deal", Deal)):
@@ -271,6 +275,8 @@ def to_experts(
     Raises:
         ValueError: A layer is unknown or not divisible, or calibration is missing.
     """
+    if config.pruned:
+        raise ValueError("pruned is what zoo.moe.prune_experts has dropped: convert with 0, prune what was trained.")
     ffns = ffn_layers(model)
     widths = {name: config.widths(ffn.dim, ffn.hidden_dim) for name, ffn in ffns.items()}
     generator = torch.Generator().manual_seed(config.seed)
@@ -305,7 +311,7 @@ def to_experts(
 
 
 def _experts(ffn: DenseFFN, config: MoEConfig, shared_dim: int, order: Tensor | None) -> MoEFFN:
-    return MoEFFN.from_dense(
+    moe = MoEFFN.from_dense(
         ffn,
         shared_dim=shared_dim,
         experts=config.experts,
@@ -316,6 +322,9 @@ def _experts(ffn: DenseFFN, config: MoEConfig, shared_dim: int, order: Tensor | 
         copies=config.copies,
         constants=config.constants,
     )
+    if config.pruned:
+        moe.keep_experts(torch.arange(config.experts - config.pruned))
+    return moe
 
 
 def _replace(model: nn.Module, name: str, moe: MoEFFN) -> None:

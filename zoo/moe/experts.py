@@ -234,6 +234,29 @@ class MoEFFN(nn.Module):
             bias = torch.cat([self.shared_up.bias.unflatten(0, (g, -1)), experts_bias], dim=1)[:, back]
         return Channels(up=up[:, back], up_bias=bias, down=down[:, back])
 
+    @torch.no_grad()
+    def keep_experts(self, kept: Tensor) -> None:
+        """Drop all normal experts but some, in place; the dense layer cannot be had back.
+
+        Args:
+            kept: (m,) int64, experts that stay, in their new order.
+
+        Raises:
+            ValueError: Fewer experts would be left than a token takes.
+        """
+        free = self.outputs - self.experts
+        if not len(kept) > 0 or self.top_k > len(kept) + free:
+            raise ValueError(f"{len(kept)} experts cannot stay where a token takes {self.top_k}: call set_top_k first.")
+        kept = kept.to(self.channel_index.device)
+        places = self.channel_index[self.shared_dim :].view(self.experts, -1)[kept].flatten()
+        self.channel_index = torch.cat([self.channel_index[: self.shared_dim], places])
+        for name in ("experts_up", "experts_up_bias", "experts_down"):
+            old = getattr(self, name)
+            if old is not None:
+                setattr(self, name, nn.Parameter(old[kept].clone(), requires_grad=old.requires_grad))
+        self.router.keep(kept)
+        self.experts = len(kept)
+
     def remember(self, dense: nn.Module) -> None:
         """Keep the kind of module that this came from, without its weights."""
         self.__dict__["dense"] = copy.deepcopy(dense).to("meta")  # not a submodule: it has no weights of its own
@@ -246,6 +269,10 @@ class MoEFFN(nn.Module):
         """
         if self.dense is None:
             raise ValueError("This layer was not made from a dense one: there is no kind of module to return.")
+        if self.router.scale != self.experts:
+            raise ValueError(
+                f"{self.router.scale - self.experts} experts were pruned: no dense layer holds the others."
+            )
         module = copy.deepcopy(self.dense).to_empty(device=self.experts_up.device).to(self.experts_up.dtype)
         ffn = read_ffn(module)
         assert ffn is not None

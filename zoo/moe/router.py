@@ -57,6 +57,7 @@ class Router(nn.Module):
         if gate not in get_args(Gate):
             raise ValueError(f"gate must be one of {', '.join(get_args(Gate))}, got {gate!r}.")
         self.experts, self.gate, self.jitter = experts, gate, jitter
+        self.scale = experts  # n of "softmax_n"; stays where experts are pruned
         outputs = outputs or experts
         self.weight = nn.Parameter(torch.empty(outputs, dim, device=device, dtype=dtype))
         free = outputs > experts
@@ -93,12 +94,26 @@ class Router(nn.Module):
             return 2 * torch.sigmoid(logits.gather(1, index))
         chosen = torch.softmax(logits, dim=-1).gather(1, index)
         if self.gate == "softmax_n":  # experts without computation have no share of the dense layer to restore
-            return chosen if self.experts == 0 else chosen * torch.where(index < self.experts, self.experts, 1)
+            return chosen if self.experts == 0 else chosen * torch.where(index < self.experts, self.scale, 1)
         if self.gate == "softmax_renorm":
             return chosen / chosen.sum(dim=-1, keepdim=True)
         if self.gate == "unit":
             return 1 + (chosen - chosen.detach())
         return chosen
+
+    @torch.no_grad()
+    def keep(self, kept: Tensor) -> None:
+        """Choose from some experts only, and from those without computation; weights of `"softmax_n"` keep their n.
+
+        Args:
+            kept: (m,) int64, experts that stay, in their new order.
+        """
+        free = torch.arange(self.experts, len(self.weight), device=kept.device)
+        rows = torch.cat([kept, free]).to(self.weight.device)
+        self.weight = nn.Parameter(self.weight[rows].clone(), requires_grad=self.weight.requires_grad)
+        if self.bias is not None:
+            self.bias = nn.Parameter(self.bias[rows].clone(), requires_grad=self.bias.requires_grad)
+        self.experts = len(kept)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, outputs={self.weight.shape[0]}, gate={self.gate!r}"

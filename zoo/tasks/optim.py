@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zoo.data.notices import notice
 from zoo.record import KEY, ModelRecord
+from zoo.tasks.blockwise import block_groups, require_factors
 from zoo.tasks.freezing import freeze
 from zoo.tasks.plain import differences, plain
 from zoo.weights import CheckpointError
@@ -33,6 +34,8 @@ class OptimConfig:
         weight_decay: Decoupled where the optimizer is; not applied to biases, norms and `no_weight_decay()`.
         betas: Of Adam-like optimizers; None keeps theirs.
         layer_decay: Factor per layer from the head down (fine-tuning); None is off.
+        block_lr: Factors of the learning rate by kind of block, "embedding", "attention", "ffn", "norm", see
+            `zoo.tasks.blockwise`; kinds that are not named keep 1. Not together with `layer_decay`.
         sched: "cosine" or "poly" (a straight line) down to `min_lr`, "step" (times `decay_rate` after each 30 % of all
             steps), "multistep" (times `decay_rate` at each of `milestones`), "constant", or "none" (no warm-up either).
         milestones: Steps of "multistep", rising. DAT's 500k steps: `milestones: [250000, 400000, 450000, 475000]` with
@@ -54,6 +57,7 @@ class OptimConfig:
     weight_decay: float = 0.05
     betas: tuple[float, float] | None = None
     layer_decay: float | None = None
+    block_lr: dict[str, float] | None = None
     sched: Literal["cosine", "poly", "step", "multistep", "constant", "none"] = "cosine"
     milestones: list[int] = field(default_factory=list)
     decay_rate: float = 0.1
@@ -67,6 +71,9 @@ class OptimConfig:
         for name in ("lr", "weight_decay", "warmup_lr", "min_lr", "decay_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        require_factors(self.block_lr or {})
+        if self.block_lr and self.layer_decay is not None:
+            raise ValueError("block_lr and layer_decay both scale learning rates: give one of them.")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup is a share of all steps and must lie in 0 ... 1, got {self.warmup}.")
         if self.milestones != sorted(set(self.milestones)) or bool(self.milestones) != (self.sched == "multistep"):
@@ -133,6 +140,10 @@ class TimmOptimModule(LightningModule):
         if "muon" in cfg.opt and self.device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
             _orthogonalize_in_float32()
         options = dict(cfg.options) if cfg.betas is None else {"betas": cfg.betas, **cfg.options}
+        if cfg.block_lr:
+            options["param_group_fn"] = lambda model: block_groups(
+                model, cfg.block_lr or {}, cfg.weight_decay, None if cfg.sched != "none" else cfg.lr
+            )
         optimizer = create_optimizer_v2(
             self.model, cfg.opt, cfg.lr, cfg.weight_decay, layer_decay=cfg.layer_decay, **options
         )
@@ -209,7 +220,7 @@ class TimmOptimModule(LightningModule):
         if sizes and sizes != own:
             raise ValueError(
                 f"{self._resumed['source']} has other groups of parameters: a run cannot go on with another "
-                "layer_decay, with weight_decay switched on or off, or with other parts frozen."
+                "layer_decay or block_lr, with weight_decay switched on or off, or with other parts frozen."
             )
 
     def on_train_start(self) -> None:

@@ -1,0 +1,73 @@
+"""Learning rates by kind of block."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+from zoo.tasks.blockwise import block_groups, kinds_of
+from zoo.tasks.optim import OptimConfig
+
+
+def vit() -> nn.Module:
+    return timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=8, num_heads=2, depth=2)
+
+
+def test_every_parameter_has_one_kind() -> None:
+    model = vit()
+    kinds = kinds_of(model)
+    assert list(kinds) == [name for name, _ in model.named_parameters()]
+    wanted = {
+        "pos_embed": "embedding",
+        "cls_token": "other",
+        "patch_embed.proj.weight": "embedding",
+        "blocks.0.norm1.weight": "norm",
+        "blocks.1.attn.qkv.weight": "attention",
+        "blocks.1.mlp.fc2.bias": "ffn",
+        "norm.bias": "norm",
+        "head.weight": "other",
+    }
+    assert {name: kinds[name] for name in wanted} == wanted
+
+
+def test_one_step_is_scaled_by_kind() -> None:
+    """Steps of plain gradient descent are the gradient times the factor, with a schedule and without."""
+    model = vit()
+    torch.manual_seed(0)
+    model(torch.randn(2, 3, 16, 16)).square().sum().backward()
+    factors = {"ffn": 3.0, "norm": 0.0, "attention": 2.0}
+    kinds = kinds_of(model)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for lr in (None, 0.5):
+        optimizer = torch.optim.SGD(block_groups(model, factors, 0.0, lr), lr=0.5)
+        if lr is None:
+            CosineLRScheduler(optimizer, 10).step(0)
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            step = 0.5 * factors.get(kinds[name], 1.0) * parameter.grad
+            assert torch.allclose(parameter, before[name] - step, atol=1e-6)
+            parameter.data.copy_(before[name])
+
+
+def test_decay_spares_biases_norms_and_what_the_model_names() -> None:
+    model = vit()
+    groups = block_groups(model, {"ffn": 2.0}, 0.1)
+    decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        spared = parameter.ndim < 2 or name in model.no_weight_decay()
+        assert (id(parameter) in decayed) != spared
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_wrong_factors_are_named() -> None:
+    with pytest.raises(ValueError, match=r"no kind of block is called 'fnn'\. Did you mean ffn\?"):
+        OptimConfig(block_lr={"fnn": 2.0})
+    with pytest.raises(ValueError, match="must not be negative"):
+        OptimConfig(block_lr={"ffn": -1.0})
+    with pytest.raises(ValueError, match="block_lr and layer_decay both"):
+        OptimConfig(block_lr={"ffn": 2.0}, layer_decay=0.7)
+    with pytest.raises(ValueError, match="Sequential has no ffn parameters"):
+        block_groups(nn.Sequential(nn.Linear(3, 3)), {"ffn": 2.0}, 0.0)
