@@ -9,6 +9,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import fresh_process
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -133,15 +134,11 @@ def test_quick_start_away_from_the_checkout(code: Path, weights: Path, tmp_path:
         "sys.exit(main(['classify', 'red.png', '--model', 'repavit_tiny.cifar10', '-q']))"
     )
 
-    def run() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", start]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600)
-
-    alone = run()
+    alone = fresh_process.run(start, cwd=tmp_path)
     assert alone.returncode == 2
     assert "repavit_tiny.cifar10 is in a distribution of its own: pip install ffn-zoo-weights." in alone.stderr
     zipfile.ZipFile(weights).extractall(site)
-    both = run()
+    both = fresh_process.run(start, cwd=tmp_path)
     assert both.returncode == 0, both.stderr
     assert str(site) in both.stdout
     assert "red.png\t" in both.stdout

