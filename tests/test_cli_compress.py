@@ -90,3 +90,22 @@ def test_a_wrong_call_is_one_line(
 def test_missing_data_is_said_before_the_model_is_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "nothing.safetensors", "--data", str(tmp_path / "no")]) == 2
     assert "--data names no folder" in capsys.readouterr().err
+
+
+def test_layers_that_need_the_size_of_a_map(own: Path, tmp_path: Path) -> None:
+    """PVT's: pruned, and rebuilt from the folder."""
+    torch.manual_seed(0)
+    size = {
+        "depths": (1, 1, 1, 1),
+        "embed_dims": (8, 16, 16, 16),
+        "num_heads": (1, 1, 1, 1),
+        "mlp_ratios": (2, 2, 2, 2),
+    }
+    model = zoo.create_model("pvt_v2_b0", num_classes=2, **size).eval()
+    record = record_of(model).of_own_weights().updated(label_names=("circle", "square"))
+    metric = Metric(name="Top-1 accuracy", value=50.0, unit="%", dataset="shapes", protocol="made in a test")
+    write_own_model(tmp_path / "pvt", model, record, metrics=[metric], training="Not trained.")
+    call = ["compress", str(tmp_path / "pvt"), "--data", str(own / "data"), "--samples", "4", "--keep", "0.5"]
+    assert main([*call, "-o", str(tmp_path / "small"), "--json"]) == 0
+    small = zoo.create_model(str(tmp_path / "small"))
+    assert small.stages[0].blocks[0].mlp.fc1.out_features == 8
