@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh_process
 import pytest
 import torch
 from image_sets import image_folder
@@ -55,11 +54,12 @@ def words(folder: Path, data: Path) -> list[str]:
     return [str(word) for word in (*words, "--trainer.default_root_dir", folder)]
 
 
-def fit_in_parallel(folder: Path, data: Path) -> None:
-    """Train in two processes; `ddp` starts Python anew for the second."""
-    command = [sys.executable, str(ROOT / "train.py"), *words(folder, data), *PARALLEL, "ddp"]
+def fit_in_parallel(folder: Path, data: Path, strategy: str, *more: str) -> None:
+    """Train in two processes: `ddp` starts Python anew for the second, `ddp_fork` forks a process that did no work."""
+    code = "import runpy, sys; sys.argv[:1] = []; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [str(ROOT / "train.py"), *words(folder, data), *PARALLEL, strategy, *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = fresh_process.run(code, *command, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -84,7 +84,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """Return the folder of a run of two processes."""
     folder = tmp_path_factory.mktemp("parallel") / "two"
-    fit_in_parallel(folder, data)
+    fit_in_parallel(folder, data, "ddp")
     return folder
 
 
@@ -97,8 +97,7 @@ def test_two_processes_equal_one(tmp_path: Path, data: Path, two: Path) -> None:
         assert torch.allclose(both[key], value, rtol=1e-5, atol=1e-6), key
 
     (middle,) = two.rglob("step=3.ckpt")  # in the middle of the second epoch
-    resume = [*words(tmp_path / "resumed", data), *PARALLEL, "ddp_fork", "--ckpt_path", str(middle)]
-    assert main(resume) == 0
+    fit_in_parallel(tmp_path / "resumed", data, "ddp_fork", "--ckpt_path", str(middle))
     resumed = checkpoint(tmp_path / "resumed", 4)
     assert all(torch.equal(resumed[key], value) for key, value in both.items())
 
