@@ -375,11 +375,10 @@ class _Quantizer:
         except OSError:
             raise
         except Exception as error:  # of ONNX, of ONNX Runtime, of many kinds
-            reason = first_line(error)
-            if self.percentile and "bins" in reason:  # a tensor that hardly varies has no histogram
+            if self.percentile:  # a tensor that hardly varies has no histogram: NumPy's own errors, of several kinds
                 self.percentile = False
                 return self.build(layers, path)
-            raise ExportError(f"ONNX Runtime cannot quantise the network: {reason}") from error
+            raise ExportError(f"ONNX Runtime cannot quantise the network: {first_line(error)}") from error
         return path
 
 
