@@ -41,9 +41,13 @@ gc.disable()  # importing leaves no garbage, but a million objects to look throu
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Collect garbage again, of what tests make only."""
+    """Collect garbage again, of what tests make only and seldom; no traces, for which pytest's handler asks."""
     gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
     gc.enable()
+    traces = logging.getLogger("torch.__trace")
+    traces.handlers.clear()
+    traces.propagate = True  # pytest adds its handler to loggers that do not
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -13,6 +13,7 @@ import torch
 from zoo.bench.memory import in_fresh_process, resident_peak
 from zoo.bench.report import Benchmark, Check, Entry, Goal
 from zoo.bench.timing import Progress, Settings, environment, now, require_close, torch_threads
+from zoo.ffn.reparam import reparameterize
 from zoo.pictures.read import open_picture
 from zoo.pictures.restore import load_restorer, restore_picture
 from zoo.pictures.tiling import parse_bytes, restore_tensor
@@ -108,7 +109,7 @@ def _restore(name: str, size: int, budget: str, threads: int, dtype: str) -> dic
 
     with torch_threads(threads):
         model: Any = load_restorer(model=timm.create_model(name).eval().requires_grad_(False), dtype=dtype)
-        model.reparameterize()
+        reparameterize(model, measure=False)
         start = time.perf_counter()
         before, peak = resident_peak(lambda: restore_picture(open_picture(picture), model, budget=budget, inform=hear))
         seconds = time.perf_counter() - start
