@@ -228,6 +228,14 @@ def eager_copy(model: nn.Module) -> nn.Module:
     return inner
 
 
+def _callee(model: nn.Module) -> nn.Module:
+    """Return a copy without the model's own hooks, which run around an engine; those of its parts stay."""
+    inner = eager_copy(model)
+    inner._forward_pre_hooks.clear()
+    inner._forward_hooks.clear()
+    return inner
+
+
 def open_network(model: nn.Module, image: Tensor) -> Network | None:
     """Describe a classifier or restorer that is called with one image, as it is: no merging, no clipping.
 
@@ -255,7 +263,7 @@ def open_network(model: nn.Module, image: Tensor) -> Network | None:
     else:
         height, width = image.shape[-2:]
     return Network(
-        module=_Classifier(eager_copy(model)),
+        module=_Classifier(_callee(model)),
         inputs={"image": torch.rand(2, image.shape[1], height, width)},
         output="output",
         dynamic_shapes={"image": shapes},
@@ -273,7 +281,7 @@ def call_network(model: nn.Module, leaves: list[Any], spec: Any) -> Network:
     """
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     return Network(
-        module=_Call(eager_copy(model), leaves, spec).eval(),
+        module=_Call(_callee(model), leaves, spec).eval(),
         inputs={f"input_{index}": tensor.detach() for index, tensor in enumerate(tensors)},
         output="",
         dynamic_shapes={},

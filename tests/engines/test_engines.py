@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.cli.inputs import ENGINES as CLI_ENGINES
-from zoo.engines import ENGINE_NAMES, EngineError, attach, call, check_engine, detach, engine_of
+from zoo.engines import ENGINE_NAMES, EngineCall, EngineError, attach, call, check_engine, detach, engine_of
 from zoo.engines.store import engines_dir, fingerprint
 from zoo.pictures import plans
 from zoo.pictures.engine import engine_if_worthwhile
@@ -311,3 +311,141 @@ def test_worthwhile_only_where_it_takes_long(restorer: tuple[nn.Module, Tensor])
     assert "minutes in eager mode" in engine_if_worthwhile(model, (64, 64), worthwhile=0.0)
     assert engine_of(model) is not None
     assert engine_if_worthwhile(build("restormer"), (64, 64), worthwhile=0.0) == "", "it streams"
+
+
+class _Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.config, self._gain, self.table = {"factor": 1.0}, 1.0, torch.ones(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.config["factor"] * self._gain * self.table
+
+
+class _Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Sequential(_Part(), nn.Sequential(nn.Linear(4, 4))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+_CHANGES: dict[str, Any] = {
+    "in place through .data": lambda m: m.layers[0].weight.data.mul_(2),
+    "other data": lambda m: setattr(m.layers[1][1][0].weight, "data", torch.rand(4, 4)),
+    "another parameter": lambda m: setattr(m.layers[1][1][0], "weight", nn.Parameter(torch.rand(4, 4))),
+    "assigned": lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}, assign=True),
+    "in place after that": lambda m: m.layers[1][0].linear.bias.mul_(2),
+    "a part deep inside": lambda m: m.layers[1].__setitem__(1, nn.Sequential(nn.Linear(4, 4))),
+    "in a dictionary": lambda m: m.layers[1][0].config.update(factor=3.0),
+    "a private attribute": lambda m: setattr(m.layers[1][0], "_gain", 5.0),
+    "a tensor that is no buffer": lambda m: m.layers[1][0].table.mul_(2),
+    "another one": lambda m: setattr(m.layers[1][0], "table", torch.rand(4)),
+    "a hook inside": lambda m: m.layers[1][0].linear.register_forward_hook(lambda module, args, out: out * 2),
+    "a hook of its own": lambda m: m.register_forward_hook(lambda module, args, out: out * 3),
+    "weight norm": lambda m: nn.utils.parametrizations.weight_norm(m.layers[0]),
+}
+
+
+@torch.no_grad()
+def test_every_change_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it is made, and in the digest too; the engine that is made then computes what the model does."""
+    torch.manual_seed(0)
+    model, x = _Deep().eval(), torch.rand(2, 4)
+    zoo.accelerate(model, engine="onnxruntime")
+    known = {fingerprint(model)}
+    with monkeypatch.context() as patch:
+        made: list[int] = []
+        patch.setattr(EngineCall, "_obtain", lambda *args: made.append(1) or (None, None))
+        model(x)
+        for done, (change, make) in enumerate(_CHANGES.items(), 2):
+            make(model)
+            assert fingerprint(model) not in known, change
+            known.add(fingerprint(model))
+            model(x)
+            model(x)
+            assert len(made) == done, change
+    eager = copy.deepcopy(model)
+    detach(eager)
+    zoo.accelerate(model, engine="onnxruntime")
+    assert relative(model(x), eager(x)) < 1e-4
+
+
+@torch.no_grad()
+def test_code_that_no_digest_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of a notebook or of a helper changes, the weights do not: what was kept is built anew."""
+    torch.manual_seed(0)
+    x = torch.rand(2, 3)
+
+    class Told(Opaque):
+        helper = staticmethod(lambda value: value)
+
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return self.helper(self.linear(x))
+
+    first, second = Told().eval(), Told().eval()
+    second.load_state_dict(first.state_dict())
+    zoo.accelerate(first, engine="onnxruntime")(x)
+    monkeypatch.setattr(Told, "helper", staticmethod(lambda value: 2 * value))
+    zoo.accelerate(second, engine="onnxruntime")
+    assert relative(second(x), 2 * second.linear(x)) < 1e-4
+    assert "built in" in str(second.zoo_report)
+
+
+class _Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.linear(x) * self.calls
+
+
+class _Keeps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.table = nn.Linear(4, 4), None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.table is None:
+            self.table = torch.arange(4.0)
+        return self.linear(x) + self.table, torch.arange(4)
+
+
+@torch.no_grad()
+def test_calls_that_change_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A count is refused and left as it was, auto stays eager; a table that is kept for the next call is none of it."""
+    x, model = torch.rand(2, 4), _Counts().eval()
+    zoo.accelerate(model, engine="onnxruntime")
+    with pytest.raises(EngineError, match="_Counts changes its own buffers or attributes in each call"):
+        model(x)
+    assert model.calls == 0
+    zoo.accelerate(model, engine="auto")
+    for calls in (1, 2, 3):
+        assert torch.equal(model(x), model.linear(x) * calls)
+    keeps = _Keeps().eval()
+    zoo.accelerate(keeps, engine="onnxruntime")
+    assert relative(keeps(x)[0], keeps.linear(x) + torch.arange(4.0)) < 1e-4
+    monkeypatch.setattr(EngineCall, "_forget", lambda self: pytest.fail("nothing changed"))
+    assert torch.equal(keeps(x)[1], torch.arange(4))
+
+
+@torch.no_grad()
+def test_one_line_for_what_is_no_longer_float32_or_cannot_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = zoo.accelerate(nn.Linear(4, 4).eval(), engine="onnxruntime")
+    with pytest.raises(EngineError, match="runs float32; an input of Linear is float16"):
+        model(torch.rand(1, 4).half())
+    model.half()
+    with pytest.raises(EngineError, match="runs float32; this Linear is float16"):
+        model(torch.rand(1, 4))
+    model.float()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "file"))
+    with pytest.raises(EngineError, match=r"cannot be written \(.+\): set ZOO_CACHE to a folder"):
+        model(torch.rand(1, 4))

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
 from zoo.engines.runtimes import ENGINES, EngineError, EngineName, Runner, installed
-from zoo.engines.store import digest, engines_dir, facts_of, fingerprint, note_facts
+from zoo.engines.store import digest, engines_dir, facts_of, fingerprint, is_known, note_facts
+from zoo.engines.watch import Kept, Watched
 from zoo.files import whole
 from zoo.processor import instructions, processor_name
 from zoo.text import counted
@@ -67,18 +68,23 @@ def attach(
         raise ValueError(
             f"An engine runs inference only; this {type(model).__name__} is in training mode: call eval()."
         )
+    if wrong := _unfit(model, engine):
+        raise ValueError(wrong)
+    call = EngineCall(model, engine, dynamic=dynamic, threads=threads, candidates=candidates, told=told)
+    model.forward = call  # type: ignore[method-assign]  # nn.Module calls what it finds under this name
+    return call
+
+
+def _unfit(model: nn.Module, engine: str) -> str:
+    """Say in words what of a model no engine takes; nothing where all is well."""
     tensors = [*model.parameters(), *model.buffers()]
     kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     if kinds - {torch.float32}:
         wrong = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
-        raise ValueError(f"The engine {engine!r} runs float32; this {type(model).__name__} is {wrong}.")
+        return f"The engine {engine!r} runs float32; this {type(model).__name__} is {wrong}."
     if any(tensor.device.type != "cpu" for tensor in tensors):
-        raise ValueError(
-            f"The engine {engine!r} runs on the CPU; this {type(model).__name__} is on {tensors[0].device}."
-        )
-    call = EngineCall(model, engine, dynamic=dynamic, threads=threads, candidates=candidates, told=told)
-    model.forward = call  # type: ignore[method-assign]  # nn.Module calls what it finds under this name
-    return call
+        return f"The engine {engine!r} runs on the CPU; this {type(model).__name__} is on {tensors[0].device}."
+    return ""
 
 
 def detach(model: nn.Module) -> None:
@@ -119,11 +125,10 @@ class EngineCall:
         self.candidates, self.told = candidates, told
         self.said: list[str] = []
         self._lock = threading.RLock()
-        self._tensors: list[
-            Tensor
-        ] = []  # a copy of a model gets its call before its weights: they are read when called
-        self._seen: Any = None
+        self._watched: Watched | None = None  # a copy of a model gets its call before its weights: read when called
+        self._own_state = False  # the call changes the model itself
         self._print = ""
+        self._compared: set[str] = set()  # artefacts, with this very model
         self._ready: OrderedDict[Any, tuple[Runner | None, Any]] = OrderedDict()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineCall:
@@ -143,7 +148,9 @@ class EngineCall:
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self._require_inference(tensors)
-        if self._state() != self._seen:
+        if self._own_state:
+            return self.eager(*args, **kwargs)
+        if self._watched is None or self._watched.changed():
             with self._lock:
                 self._forget()
         threads = self.threads or torch.get_num_threads()
@@ -185,17 +192,9 @@ class EngineCall:
 
     def _forget(self) -> None:
         """Drop all that is ready, and note the state of the model."""
-        self._tensors = [*self.model.parameters(), *self.model.buffers()]
-        self._seen = self._state()
+        self._watched = Watched(self.model)
         self._print = ""
         self._ready.clear()
-
-    def _state(self) -> Any:
-        """Return what differs once weights or parts are changed; a few microseconds, so not all of it."""
-        parts = [id(part) for child in self.model.children() for part in (child, *child._modules.values())]
-        versions = sum(0 if tensor.is_inference() else tensor._version for tensor in self._tensors)
-        first = self._tensors[0] if self._tensors else None
-        return parts, versions, None if first is None else (first.data_ptr(), first.dtype)
 
     def _digest(self) -> str:
         if not self._print:
@@ -207,7 +206,14 @@ class EngineCall:
     def _prepare(self, key: Any, leaves: list[Any], spec: Any, threads: int) -> tuple[Runner | None, Any]:
         if not any(isinstance(leaf, Tensor) for leaf in leaves):
             raise EngineError(f"{type(self.model).__name__} was called without a tensor: an engine has nothing to run.")
+        if wrong := _unfit(self.model, self.engine):  # by now
+            raise EngineError(wrong)
         for leaf in leaves:
+            if isinstance(leaf, Tensor) and leaf.dtype in (torch.float16, torch.bfloat16):
+                kind = str(leaf.dtype).removeprefix("torch.")
+                raise EngineError(
+                    f"The engine {self.engine!r} runs float32; an input of {type(self.model).__name__} is {kind}."
+                )
             if not isinstance(leaf, Tensor | bool | int | float | str | None):
                 raise EngineError(f"An engine takes tensors, numbers and text, not a {type(leaf).__name__}.")
         if len({known[2] for known in self._ready if known[3] == key[3] and known[2] != key[2]}) >= _POOL:
@@ -252,15 +258,28 @@ class EngineCall:
             file="onnx" if runtime.open_shapes else engine,
         )
         folder = engines_dir() / name
+        shapes = None if self.dynamic and network is not None else [tuple(tensor.shape) for tensor in tensors]
+        any_size = network is not None and size is None
         facts = facts_of(folder)
+        if facts and name not in self._compared and not is_known(self.model):
+            # Code that no digest reaches (a notebook's, a helper's in another file) may have changed since it was built
+            self._compared.add(name)
+            try:
+                run = runtime.load(folder, shapes, threads)
+                form = self._check(engine, run, any_size, leaves, spec, folder, facts, threads)
+            except EngineError as error:
+                _log.info("%s Built anew.", error)
+                facts = {}
+            else:
+                return run, _read_form(form)
         if not facts:
             facts = self._build(engine, network, leaves, spec, folder, threads)
-        shapes = None if self.dynamic and network is not None else [tuple(tensor.shape) for tensor in tensors]
         run = runtime.load(folder, shapes, threads)
         form = facts.get("form")
         if facts["checked"].get(f"{engine} {runtime.version()}") is None:
-            form = self._check(engine, run, network is not None and size is None, leaves, spec, folder, facts, threads)
-        return run, None if form is None else (treespec_loads(form["spec"]), form["places"], form["others"])
+            form = self._check(engine, run, any_size, leaves, spec, folder, facts, threads)
+            self._compared.add(name)
+        return run, _read_form(form)
 
     def _open(self, image: Tensor) -> Any:
         from zoo.export.network import open_network
@@ -274,8 +293,11 @@ class EngineCall:
         from zoo.export.network import ExportError, call_network
 
         runtime, start = ENGINES[engine], time.perf_counter()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".zoo-"))
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".zoo-"))
+        except OSError as error:
+            raise _not_kept(folder.parent, error) from error
         try:
             try:
                 with torch_threads(threads), torch.no_grad():
@@ -288,6 +310,8 @@ class EngineCall:
                 shutil.rmtree(folder, ignore_errors=True)  # damaged, or never finished
             with contextlib.suppress(FileExistsError):
                 temporary.rename(folder)
+        except OSError as error:
+            raise _not_kept(folder.parent, error) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         self._say(f"{runtime.label}: built in {time.perf_counter() - start:.0f} s, kept in {folder}")
@@ -314,8 +338,7 @@ class EngineCall:
             leaves = [small]
             run = runtime.load(folder, [tuple(small.shape)], threads)
         args, kwargs = tree_unflatten(leaves, spec)
-        with torch.no_grad():
-            expected, spec_out = tree_flatten(self.eager(*args, **kwargs))
+        expected, spec_out = self._computed(args, kwargs)
         wanted = [leaf for leaf in expected if isinstance(leaf, Tensor)]
         found = run([leaf for leaf in leaves if isinstance(leaf, Tensor)])
         name = type(self.model).__name__
@@ -334,11 +357,36 @@ class EngineCall:
             form = {"spec": treespec_dumps(spec_out), "places": places, "others": others}
         facts["checked"][f"{engine} {runtime.version()}"] = worst
         facts["form"] = form
-        if all(bool(torch.isfinite(one).all()) and float(one.std()) > 0 for one in wanted if one.numel() > 1):
+        if all(bool(torch.isfinite(one).all()) and float(one.double().std()) > 0 for one in wanted if one.numel() > 1):
             with contextlib.suppress(OSError):  # a full disk costs another comparison next time, no more
                 note_facts(folder, facts)
         self._say(f"{runtime.label}: differs from {name} itself by {worst:.0e} of the largest output")
         return form
+
+    @torch.no_grad()
+    def _computed(self, args: Any, kwargs: Any) -> tuple[list[Any], Any]:
+        """Return the model's own output, flat; what the call keeps in the model (tables of positions) may stay there.
+
+        Raises:
+            EngineError: The next would compute something else, because this one changed the model; it is as before.
+        """
+        watched, kept = Watched(self.model), Kept(self.model)
+        expected, spec = tree_flatten(self.eager(*args, **kwargs))
+        if not watched.changed():
+            return expected, spec
+        watched = Watched(self.model)
+        again = tree_flatten(self.eager(*args, **kwargs))[0]
+        if watched.changed() or not all(
+            torch.equal(one, other) for one, other in zip(expected, again, strict=True) if isinstance(one, Tensor)
+        ):
+            kept.restore()
+            self._own_state = self.engine == "auto"
+            raise EngineError(
+                f"{type(self.model).__name__} changes its own buffers or attributes in each call, which an engine "
+                "cannot: not used."
+            )
+        self._watched = watched
+        return expected, spec
 
     def _choose(self, leaves: list[Any], spec: Any, threads: int) -> tuple[Runner | None, Any]:
         """Time what is installed on this call, in turns, and take the fastest; eager unless one is clearly faster."""
@@ -383,6 +431,17 @@ class EngineCall:
     def _takes_any_size(self, image: Tensor) -> bool:
         network = self._open(image)
         return network is not None and len(network.dynamic_shapes["image"]) > 1
+
+
+def _not_kept(folder: Path, error: OSError) -> EngineError:
+    return EngineError(
+        f"Engines are kept in {folder}, which cannot be written ({error.strerror or error}): set ZOO_CACHE to a folder "
+        "with space."
+    )
+
+
+def _read_form(form: dict[str, Any] | None) -> Any:
+    return None if form is None else (treespec_loads(form["spec"]), form["places"], form["others"])
 
 
 def _read_choice(path: Path) -> str:

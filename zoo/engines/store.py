@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zoo.engines.watch import hooks_of, own_attributes
 from zoo.files import cache_dir, whole
 from zoo.version import __version__
 from zoo.weights import sha256_of
 
-__all__ = ["digest", "engines_dir", "facts_of", "fingerprint", "note_facts"]
+__all__ = ["digest", "engines_dir", "facts_of", "fingerprint", "is_known", "note_facts"]
 
-_VERSION = 1
+_VERSION = 2
 """Of the artefacts' layout: another one is built anew."""
 
 _FACTS = "facts.json"
@@ -59,15 +62,40 @@ def fingerprint(model: nn.Module) -> str:
     return found.hexdigest()
 
 
+def is_known(model: nn.Module) -> bool:
+    """Tell whether a digest tells all of a model: code of known packages, no hooks, no `forward` of its own."""
+    return all(
+        type(module).__module__.startswith((*_OTHERS, "zoo."))
+        and not hooks_of(module)
+        and (module is model or "forward" not in vars(module))
+        for module in model.modules()
+    )
+
+
 def _plain(module: nn.Module) -> Iterator[str]:
-    """Yield a module's own attributes that are numbers, text, or tuples of them."""
-    for key, value in sorted(vars(module).items()):
-        if not key.startswith("_") and key not in ("training", "zoo_report", "forward"):
-            items = value if isinstance(value, list | tuple) else (value,)
-            if all(isinstance(item, bool | int | float | str | None) for item in items):
-                yield f"{key}={value!r}\n"
-            elif callable(value):
-                yield f"{key}={getattr(value, '__qualname__', type(value).__qualname__)}\n"
+    """Yield a module's own attributes."""
+    for key, value in sorted(own_attributes(module).items()):
+        yield f"{key}={_told(value)}\n"
+    yield from (f"hook {_told(hook)}\n" for hook in hooks_of(module))
+
+
+def _told(value: Any, depth: int = 4) -> str:
+    """Return what tells a value from others, without addresses, which differ from run to run."""
+    if isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | None):
+        return repr(value)
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(_bytes(value)).hexdigest()}"
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    if depth and isinstance(value, list | tuple):
+        return f"[{', '.join(_told(item, depth - 1) for item in value)}]"
+    if depth and isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key!r}: {_told(item, depth - 1)}' for key, item in value.items())}}}"
+    name = str(getattr(value, "__qualname__", type(value).__qualname__))
+    inside = vars(value) if depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type) else {}
+    if isinstance(value, functools.partial):
+        inside = {"func": value.func, "args": value.args, "keywords": value.keywords}
+    return f"{name} {_told(dict(inside), depth - 1)}" if inside else name
 
 
 def _bytes(tensor: Tensor) -> Any:
