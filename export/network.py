@@ -37,6 +37,7 @@ __all__ = [
     "eager_copy",
     "fixed",
     "open_network",
+    "open_sizes",
     "prepare",
     "require_shapes",
     "sample_inputs",
@@ -236,13 +237,13 @@ def _callee(model: nn.Module) -> nn.Module:
     return inner
 
 
-def open_network(model: nn.Module, image: Tensor) -> Network | None:
-    """Describe a classifier or restorer that is called with one image, as it is: no merging, no clipping.
+def open_sizes(model: nn.Module, image: Tensor) -> dict[int, Any] | None:
+    """Return the dimensions of an image that a classifier or restorer leaves open, in the words of `torch.export`.
 
-    Batch size, and height and width where the network can take any, are open.
+    These are the batch, and height and width where the network can take any.
 
     Args:
-        model: The model; a copy is taken.
+        model: The model; only looked at.
         image: (B, C, H, W); an example.
 
     Returns:
@@ -254,19 +255,32 @@ def open_network(model: nn.Module, image: Tensor) -> Network | None:
         return None
     if kind == "denoiser" or image.ndim != 4:
         return None
-    shapes: dict[int, Any] = {0: Dim("batch")}
+    sizes: dict[int, Any] = {0: Dim("batch")}
     if _any_size(model, kind):
         step = _step(model, kind)
         for axis, side in ((2, "height"), (3, "width")):
-            shapes[axis] = Dim(side) if step == 1 else step * Dim(f"{side}_{step}")
+            sizes[axis] = Dim(side) if step == 1 else step * Dim(f"{side}_{step}")
+    return sizes
+
+
+def open_network(model: nn.Module, image: Tensor) -> Network:
+    """Describe a classifier or restorer that is called with one image, as it is: no merging, no clipping.
+
+    Args:
+        model: The model; a copy is taken.
+        image: (B, C, H, W); an example, for which `open_sizes` knows sizes.
+    """
+    kind, sizes = kind_of(model), open_sizes(model, image)
+    assert sizes is not None
+    height, width = image.shape[-2:]
+    if len(sizes) > 1:
+        step = _step(model, kind)
         height, width = (max(3 * step, side // step * step) for side in _example_size(model, kind, None))
-    else:
-        height, width = image.shape[-2:]
     return Network(
-        module=_Classifier(_callee(model)),
+        module=_Classifier(eager_copy(model)),
         inputs={"image": torch.rand(2, image.shape[1], height, width)},
         output="output",
-        dynamic_shapes={"image": shapes},
+        dynamic_shapes={"image": sizes},
         metadata=_metadata(model, kind, None),
     )
 

@@ -243,13 +243,13 @@ class EngineCall:
         runtime = ENGINES[engine]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         image = tensors[0] if len(leaves) == 1 and len(tensors) == 1 else None
-        network = self._open(image) if image is not None and runtime.open_shapes else None
-        size = None if network is None or len(network.dynamic_shapes["image"]) > 1 else tuple(tensors[0].shape[2:])
+        sizes = self._open_sizes(image) if image is not None and runtime.open_shapes else None
+        size = None if sizes is None or len(sizes) > 1 else tuple(tensors[0].shape[2:])
         name = digest(
             model=self._digest(),
             versions=runtime.versions(),
-            kind="open" if network is not None else "call",
-            size=size if network is not None else [tuple(tensor.shape) for tensor in tensors],
+            kind="call" if sizes is None else "open",
+            size=size if sizes is not None else [tuple(tensor.shape) for tensor in tensors],
             inputs=[str(tensor.dtype) for tensor in tensors],
             constants=[repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor)],
             places=str(spec),
@@ -258,8 +258,8 @@ class EngineCall:
             file="onnx" if runtime.open_shapes else engine,
         )
         folder = engines_dir() / name
-        shapes = None if self.dynamic and network is not None else [tuple(tensor.shape) for tensor in tensors]
-        any_size = network is not None and size is None
+        shapes = None if self.dynamic and sizes is not None else [tuple(tensor.shape) for tensor in tensors]
+        any_size = sizes is not None and size is None
         facts = facts_of(folder)
         if facts and name not in self._compared and not is_known(self.model):
             # Code that no digest reaches (a notebook's, a helper's in another file) may have changed since it was built
@@ -273,7 +273,7 @@ class EngineCall:
             else:
                 return run, _read_form(form)
         if not facts:
-            facts = self._build(engine, network, leaves, spec, folder, threads)
+            facts = self._build(engine, image if sizes is not None else None, leaves, spec, folder, threads)
         run = runtime.load(folder, shapes, threads)
         form = facts.get("form")
         if facts["checked"].get(f"{engine} {runtime.version()}") is None:
@@ -281,16 +281,19 @@ class EngineCall:
             self._compared.add(name)
         return run, _read_form(form)
 
-    def _open(self, image: Tensor) -> Any:
-        from zoo.export.network import open_network
+    def _open_sizes(self, image: Tensor) -> Any:
+        from zoo.export.network import open_sizes
 
-        return open_network(self.model, image)
+        return open_sizes(self.model, image)
 
     def _build(
-        self, engine: str, network: Any, leaves: list[Any], spec: Any, folder: Path, threads: int
+        self, engine: str, image: Tensor | None, leaves: list[Any], spec: Any, folder: Path, threads: int
     ) -> dict[str, Any]:
-        """Write an artefact; it appears whole, and what another process wrote in the meantime is as good."""
-        from zoo.export.network import ExportError, call_network
+        """Write an artefact, for any size of an image or for one call.
+
+        It appears whole, and what another process wrote in the meantime is as good.
+        """
+        from zoo.export.network import ExportError, call_network, open_network
 
         runtime, start = ENGINES[engine], time.perf_counter()
         try:
@@ -301,7 +304,10 @@ class EngineCall:
         try:
             try:
                 with torch_threads(threads), torch.no_grad():
-                    runtime.build(network or call_network(self.model, leaves, spec), temporary, threads)
+                    network = (
+                        call_network(self.model, leaves, spec) if image is None else open_network(self.model, image)
+                    )
+                    runtime.build(network, temporary, threads)
             except ExportError as error:
                 raise EngineError(f"{runtime.label} cannot run {type(self.model).__name__}: {error}") from error
             facts: dict[str, Any] = {"model": type(self.model).__name__, "versions": runtime.versions(), "checked": {}}
@@ -429,8 +435,8 @@ class EngineCall:
         return self._obtain(best, leaves, spec, threads)
 
     def _takes_any_size(self, image: Tensor) -> bool:
-        network = self._open(image)
-        return network is not None and len(network.dynamic_shapes["image"]) > 1
+        sizes = self._open_sizes(image)
+        return sizes is not None and len(sizes) > 1
 
 
 def _not_kept(folder: Path, error: OSError) -> EngineError:
