@@ -160,7 +160,7 @@ def prepare(
     batch = Dim("batch")
     inputs = sample_inputs(model, kind, image_size, dynamic_size)[1]
     shapes: dict[str, dict[int, Any]] = {key: {0: batch} for key in inputs}
-    if dynamic_size and _any_size(model, kind):
+    if dynamic_size and _any_size(model, kind, _example_size(model, kind, image_size)):
         step = _step(model, kind)
         for axis, side in ((2, "height"), (3, "width")):
             shapes["image"][axis] = Dim(side) if step == 1 else step * Dim(f"{side}_{step}")
@@ -256,7 +256,7 @@ def open_sizes(model: nn.Module, image: Tensor) -> dict[int, Any] | None:
     if kind == "denoiser" or image.ndim != 4:
         return None
     sizes: dict[int, Any] = {0: Dim("batch")}
-    if _any_size(model, kind):
+    if _any_size(model, kind, image.shape[-2:]):
         step = _step(model, kind)
         for axis, side in ((2, "height"), (3, "width")):
             sizes[axis] = Dim(side) if step == 1 else step * Dim(f"{side}_{step}")
@@ -277,7 +277,7 @@ def open_network(model: nn.Module, image: Tensor) -> Network:
         step = _step(model, kind)
         height, width = (max(3 * step, side // step * step) for side in _example_size(model, kind, None))
     return Network(
-        module=_Classifier(eager_copy(model)),
+        module=_Classifier(_callee(model)),
         inputs={"image": torch.rand(2, image.shape[1], height, width)},
         output="output",
         dynamic_shapes={"image": sizes},
@@ -352,7 +352,7 @@ def sample_inputs(
         ]
     channels = _channels(model)
     height, width = _example_size(model, kind, image_size)
-    step = _step(model, kind) if dynamic_size and _any_size(model, kind) else 0
+    step = _step(model, kind) if dynamic_size and _any_size(model, kind, (height, width)) else 0
     sizes = [(1, height, width), (2, height + step, width + 3 * step), (3, height + 2 * step, width)]
     draw: Callable[..., Tensor] = torch.rand if kind == "restorer" else torch.randn
     return [dict(image=draw(batch, channels, h, w, generator=generator)) for batch, h, w in sizes]
@@ -364,9 +364,12 @@ def _cfg(model: nn.Module) -> Mapping[str, Any]:
     return cfg if isinstance(cfg, Mapping) else {}
 
 
-def _any_size(model: nn.Module, kind: Kind) -> bool:
-    """True where height and width may be left open."""
-    if getattr(model, "graph_depends_on_size", False):
+def _any_size(model: nn.Module, kind: Kind, size: Sequence[int]) -> bool:
+    """True where height and width may be left open, for images of this size too.
+
+    An open graph is one of multiples of the step: what pads others, or rounds them, is not in it.
+    """
+    if getattr(model, "graph_depends_on_size", False) or any(side % _step(model, kind) for side in size):
         return False
     if kind == "restorer":
         return True

@@ -19,6 +19,7 @@ import pytest
 import torch
 from registered import build, images, relative
 from torch import Tensor, nn
+from zoo.export.network import prepare
 
 import zoo
 from zoo.cli.inputs import ENGINES as CLI_ENGINES
@@ -449,3 +450,35 @@ def test_one_line_for_what_is_no_longer_float32_or_cannot_be_kept(
     monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "file"))
     with pytest.raises(EngineError, match=r"cannot be written \(.+\): set ZOO_CACHE to a folder"):
         model(torch.rand(1, 4))
+
+
+class _Pads(nn.Module):
+    """A classifier that pads its images to multiples of 32, as window attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head, self.num_classes = nn.Conv2d(3, 4, 32, 32), nn.Linear(4, 3), 3
+        self.pretrained_cfg = {"input_size": (3, 100, 100), "fixed_input_size": False}
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        return self.head(x.mean((2, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        return self.forward_head(self.conv(nn.functional.pad(x, (0, -width % 32, 0, -height % 32))))
+
+
+@torch.no_grad()
+def test_sizes_between_the_steps(tmp_path: Path) -> None:
+    """A graph for multiples of 32 has no padding: other sizes get one of their own, in engines and in files."""
+    torch.manual_seed(0)
+    model = _Pads().eval()
+    model.register_forward_hook(lambda module, args, output: 2 * output)  # of its own: runs around the engine
+    twin = copy.deepcopy(model)
+    attach(model, "onnxruntime")
+    for size in (64, 100):
+        x = torch.rand(2, 3, size, size)
+        assert relative(model(x), twin(x)) < 1e-4, size
+    network = prepare(twin)
+    assert {side for shape in network.dynamic_shapes.values() for side in shape} == {0}
+    assert tuple(network.inputs["image"].shape[-2:]) == (100, 100)
