@@ -22,7 +22,7 @@ from zoo.export.network import ExportError, Network, capture, described, require
 from zoo.processor import instructions
 from zoo.text import first_line
 
-__all__ = ["SUFFIX", "has_compiler", "metadata", "runner", "write"]
+__all__ = ["SUFFIX", "compiled", "has_compiler", "metadata", "runner", "write"]
 
 SUFFIX = ".aoti.pt2"
 
@@ -42,22 +42,35 @@ def write(network: Network, path: Path) -> None:
     Raises:
         ExportError: It has something that cannot be compiled.
     """
-    from torch._inductor import aoti_compile_and_package
-
-    program = capture(network, "compiled")
     facts = network.metadata | {"shapes": json.dumps(shapes_of(network))}
     facts["by_position"] = json.dumps(network.by_position)
     facts["instructions"] = " ".join(instructions())
+    path.write_bytes(compiled(capture(network, "compiled"), facts))
+
+
+def compiled(program: torch.export.ExportedProgram, facts: dict[str, str] | None = None) -> memoryview:
+    """Return a traced network as a compiled library.
+
+    Args:
+        program: Of fixed shapes.
+        facts: What `metadata` gives back.
+
+    Raises:
+        ExportError: It has something that cannot be compiled.
+    """
+    from torch._inductor import aoti_compile_and_package
+
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
             buffer = BytesIO()  # torch's own writer ends the process where the disk is full
-            aoti_compile_and_package(program, package_path=buffer, inductor_configs={"aot_inductor.metadata": facts})
+            options = {"aot_inductor.metadata": facts} if facts else None
+            aoti_compile_and_package(program, package_path=buffer, inductor_configs=options)
         except OSError:
             raise
         except Exception as error:  # the compiler's own, of many kinds
             raise ExportError(f"PyTorch's inductor cannot compile this model: {first_line(error)}") from error
-    path.write_bytes(buffer.getbuffer())
+    return buffer.getbuffer()
 
 
 def metadata(path: str | Path) -> dict[str, str]:

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import zoo
 from zoo.ffn.reparam import reparameterize
+from zoo.text import first_line
 
 __all__ = [
     "ExportError",
@@ -161,9 +162,7 @@ def prepare(
     inputs = sample_inputs(model, kind, image_size, dynamic_size)[1]
     shapes: dict[str, dict[int, Any]] = {key: {0: batch} for key in inputs}
     if dynamic_size and _any_size(model, kind, _example_size(model, kind, image_size)):
-        step = _step(model, kind)
-        for axis, side in ((2, "height"), (3, "width")):
-            shapes["image"][axis] = Dim(side) if step == 1 else step * Dim(f"{side}_{step}")
+        shapes["image"] |= _open_sides(_step(model, kind))
     if kind == "classifier":
         output = "logits" if getattr(model, "num_classes", 0) else "features"
     else:
@@ -217,8 +216,7 @@ def capture(network: Network, purpose: str) -> torch.export.ExportedProgram:
                 network.module, args, kwargs=kwargs, dynamic_shapes=network.dynamic_shapes or None
             )
         except Exception as error:  # tracing runs the user's code, which raises what it likes
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ExportError(f"The network cannot be {purpose}: {reason}") from error
+            raise ExportError(f"The network cannot be {purpose}: {first_line(error)}") from error
 
 
 def eager_copy(model: nn.Module) -> nn.Module:
@@ -257,9 +255,7 @@ def open_sizes(model: nn.Module, image: Tensor) -> dict[int, Any] | None:
         return None
     sizes: dict[int, Any] = {0: Dim("batch")}
     if _any_size(model, kind, image.shape[-2:]):
-        step = _step(model, kind)
-        for axis, side in ((2, "height"), (3, "width")):
-            sizes[axis] = Dim(side) if step == 1 else step * Dim(f"{side}_{step}")
+        sizes |= _open_sides(_step(model, kind))
     return sizes
 
 
@@ -362,6 +358,12 @@ def _cfg(model: nn.Module) -> Mapping[str, Any]:
     """Return timm's description of the weights; empty for a model that was built from its class."""
     cfg: Any = getattr(model, "pretrained_cfg", None)
     return cfg if isinstance(cfg, Mapping) else {}
+
+
+def _open_sides(step: int) -> dict[int, Any]:
+    """Return height and width as open dimensions of an image that are multiples of a step."""
+    sides = ((2, "height"), (3, "width"))
+    return {axis: Dim(side) if step == 1 else step * Dim(f"{side}_{step}") for axis, side in sides}
 
 
 def _any_size(model: nn.Module, kind: Kind, size: Sequence[int]) -> bool:

@@ -6,7 +6,6 @@ import difflib
 import importlib.metadata
 import importlib.util
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,17 +188,15 @@ _PACKAGE = "model.pt2"
 
 def _build_inductor(network: Network, folder: Path, threads: int) -> None:
     del threads  # the number of this moment is compiled in; it is part of the key
-    from torch._inductor import aoti_compile_and_package
-
-    from zoo.export.network import capture
+    from zoo.export.aoti import compiled
+    from zoo.export.network import ExportError, capture
 
     program = capture(network, "compiled")
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        try:
-            aoti_compile_and_package(program, package_path=str(folder / _PACKAGE))
-        except Exception as error:  # the compiler's own, of many kinds
-            raise EngineError(f"PyTorch's inductor cannot compile this model: {first_line(error)}") from error
+    try:
+        library = compiled(program)
+    except ExportError as error:
+        raise EngineError(str(error)) from error
+    (folder / _PACKAGE).write_bytes(library)
 
 
 def _load_inductor(folder: Path, shapes: Shapes | None, threads: int) -> Runner:

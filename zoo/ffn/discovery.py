@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from zoo.ffn.dense_ffn import CONVOLUTIONS, DenseFFN, has_rows, keep_channels
 from zoo.ffn.dry_run import Call, Run, calls, first_tensor, random_copy, run_copy
 from zoo.kernels.experts import ACTIVATIONS
+from zoo.text import first_line
 
 __all__ = ["discover"]
 
@@ -203,7 +204,7 @@ def _moved(ffn: DenseFFN, where: Any) -> DenseFFN:
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:120].rstrip(".")
+    return first_line(error)[:120].rstrip(".")
 
 
 @torch.no_grad()

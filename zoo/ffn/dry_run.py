@@ -108,18 +108,16 @@ def run_copy(
         place = places.get(id(part))
         if place is None:
             return None
-        maps = isinstance(part, CONVOLUTIONS)
         first = run.counts.get(place, 0) == 0
-        rows = (output.movedim(1, -1) if maps else output).flatten(0, -2)
+        maps = isinstance(part, CONVOLUTIONS)
+        took, given = ((each.movedim(1, -1) if maps else each) for each in (args[0], output))
         if place == change and scale is not None:
-            output = output.clone()
-            (output.movedim(1, -1) if maps else output)[..., scale] *= -2
+            given = given.clone()
+            given[..., scale] *= -2
         elif place == change and first and by is not None:
-            channels = output.movedim(1, -1) if maps else output
-            channels = channels + by[: len(rows)].view(channels.shape)
-            output = channels.movedim(-1, 1) if maps else channels
-        rows = (output.movedim(1, -1) if maps else output).flatten(0, -2)
-        took = (args[0].movedim(1, -1) if maps else args[0]).flatten(0, -2)
+            given = given + by[: given[..., 0].numel()].view(given.shape)
+        output = given.movedim(-1, 1) if maps else given
+        took, rows = took.flatten(0, -2), given.flatten(0, -2)
         if first:
             run.inputs[place], run.outputs[place] = took, rows
         else:
