@@ -22,6 +22,7 @@ from zoo.ffn.technique import (
     Moments,
     evaluating,
     ffn_layers,
+    forget_change,
     listed,
     model_output,
     note_change,
@@ -236,7 +237,5 @@ def to_dense(model: nn.Module) -> list[str]:
         thin = model.get_submodule(name)
         assert isinstance(thin, LowRankLinear)
         replace_module(model, name, thin.to_dense())
-    if hasattr(model, "ffn_changes"):
-        kept = [change for change in model.ffn_changes if change["technique"] != "low_rank"]  # type: ignore[union-attr]
-        model.ffn_changes = kept  # type: ignore[assignment]
+    forget_change(model, "low_rank")
     return found

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import DenseFFN, keep_channels, set_hidden_dim
 from zoo.ffn.importance import Scores, default_loss, score_channels
-from zoo.ffn.technique import FFNReport, LayerChange, ffn_layers, listed, note_change, refuse_twice
+from zoo.ffn.technique import FFNReport, LayerChange, ffn_layers, forget_change, listed, note_change, refuse_twice
 from zoo.profiling import count_params
 
 __all__ = [
@@ -244,7 +244,5 @@ def export_width(model: nn.Module, width: float | Sequence[float] | None = None)
         keep_channels(ffn, torch.arange(kept))
         set_hidden_dim(model.get_submodule(name), kept)
         widths[name] = kept
-    model.ffn_changes = [  # type: ignore[assignment]
-        change for change in getattr(model, "ffn_changes", []) if change["technique"] != "matformer"
-    ]
+    forget_change(model, "matformer")
     note_change(model, "prune", widths)

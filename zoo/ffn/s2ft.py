@@ -25,6 +25,7 @@ from zoo.ffn.technique import (
     Moments,
     evaluating,
     ffn_layers,
+    forget_change,
     listed,
     model_output,
     note_change,
@@ -187,9 +188,7 @@ def merge(model: nn.Module) -> list[str]:
         sliced = model.get_submodule(name)
         assert isinstance(sliced, SliceLinear)
         replace_module(model, name, sliced.merge())
-    changes: list[dict[str, Any]] = getattr(model, "ffn_changes", [])
-    if changes:
-        model.ffn_changes = [change for change in changes if change["technique"] != "s2ft"]  # type: ignore[assignment]
+    forget_change(model, "s2ft")
     return found
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "evaluating",
     "every_layer",
     "ffn_layers",
+    "forget_change",
     "listed",
     "model_output",
     "note_change",
@@ -559,6 +560,13 @@ def note_change(model: nn.Module, technique: str, layers: Mapping[str, Any]) -> 
     if inner is not model:
         plain = {name.removeprefix("base_model.model."): facts for name, facts in plain.items()}
     inner.ffn_changes = [*getattr(inner, "ffn_changes", []), {"technique": technique, "layers": plain}]
+
+
+def forget_change(model: nn.Module, technique: str) -> None:
+    """Remember nothing of a technique any more, since its layers are gone."""
+    changes: list[dict[str, Any]] | None = getattr(model, "ffn_changes", None)
+    if changes is not None:
+        model.ffn_changes = [change for change in changes if change["technique"] != technique]  # type: ignore[assignment]
 
 
 def refuse_twice(model: nn.Module, technique: str) -> None:
