@@ -77,13 +77,15 @@ def page(served: tuple[str, Service]) -> Iterator[Any]:
 
 
 def upload(page: Any, *files: Path) -> None:
-    """Choose files in the open tab until the page names the first: before its script is ready it takes none."""
-    name = page.get_by_text(files[0].name).first
+    """Choose files in the open tab until it lists the first: before its script is ready it takes none."""
+    panel = page.locator("[role=tabpanel]:visible")
+    listed = panel.locator(f'td[aria-label="{files[0].name}"]')  # the text stands in two parts, stem and suffix
     for wait in (WAIT / 12,) * 11:
-        page.locator("[role=tabpanel]:visible input[type=file]").first.set_input_files(files)
+        with contextlib.suppress(playwright.TimeoutError):  # what is listed or on its way has no field for files
+            panel.locator("input[type=file]").first.set_input_files(files, timeout=wait)
         with contextlib.suppress(playwright.TimeoutError):
-            return name.wait_for(timeout=wait)
-    return name.wait_for(timeout=WAIT / 12)
+            return listed.wait_for(timeout=wait)
+    return listed.wait_for(timeout=WAIT / 12)
 
 
 def open_tab(page: Any, name: str) -> None:
