@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import math
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ import zoo
 from zoo.data.images import ImageClassification
 from zoo.ffn import matformer
 from zoo.ffn.structured import SelfGuided
+from zoo.ffn.technique import technique_module
 from zoo.tasks.classification import Classification
 from zoo.tasks.ffn_training import _CONFIGS
 
@@ -100,6 +101,11 @@ def test_losses_and_schedules_of_techniques_take_part(monkeypatch: pytest.Monkey
     logged = quiet(task, monkeypatch)
     loss = float(task.training_step(batch, 0).detach())
     assert loss == pytest.approx(sum(logged[f"train/{name}"] for name in ("loss", "locality", "sparsification")))
+    task = task_of("sigma_moe")
+    logged = quiet(task, monkeypatch)
+    loss = float(task.training_step(batch, 0).detach())
+    assert loss == pytest.approx(logged["train/loss"] + logged["train/entropy"])
+    assert -1e-3 * math.log(16) <= logged["train/entropy"] < -0.9e-3 * math.log(16)
     task = task_of("structured")
     quiet(task, monkeypatch)
     task.training_step(batch, 0)
@@ -115,7 +121,7 @@ def test_losses_and_schedules_of_techniques_take_part(monkeypatch: pytest.Monkey
 
 def test_techniques_are_those_of_the_package() -> None:
     for technique, config in _CONFIGS.items():
-        assert hasattr(importlib.import_module(f"zoo.ffn.{technique}"), config)
+        assert hasattr(technique_module(technique), config)
 
 
 @pytest.mark.parametrize(

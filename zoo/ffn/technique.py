@@ -46,6 +46,7 @@ __all__ = [
     "replace_module",
     "require_seen",
     "restructure_layers",
+    "technique_module",
     "thinned",
     "vit_blocks",
     "watch_inputs",
@@ -56,6 +57,9 @@ ERROR_SAMPLES = 32
 
 _WHOLE_PRODUCTS = 256
 """Below so many channels, outer products are made whole: parts would cost more than the symmetry saves."""
+
+_MIXTURES = ("sigma_moe",)
+"""Techniques whose modules stand in `zoo.moe`."""
 
 MOST_SAMPLES = 4096
 """No more calibration data are held in memory, whatever is given: a loader of a training set, or one without end."""
@@ -581,6 +585,21 @@ def refuse_twice(model: nn.Module, technique: str) -> None:
         )
 
 
+def technique_module(technique: str) -> Any:
+    """Return the module of a technique; that of a mixture builds on this package, and is found by its name.
+
+    Raises:
+        ValueError: There is no such technique.
+    """
+    name = f"zoo.moe.{technique}" if technique in _MIXTURES else f"zoo.ffn.{technique}"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ValueError(f"This version of zoo has no technique {technique!r}; a newer one made the file.") from error
+
+
 def rebuild(model: nn.Module, changes: Iterable[Mapping[str, Any]]) -> None:
     """Give a fresh dense model the structure that techniques made, in place and in their order; weights come after.
 
@@ -593,12 +612,7 @@ def rebuild(model: nn.Module, changes: Iterable[Mapping[str, Any]]) -> None:
     """
     for change in changes:
         technique = str(change["technique"])
-        try:
-            module = importlib.import_module(f"zoo.ffn.{technique}")
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"This version of zoo has no technique {technique!r}; a newer one made the file."
-            ) from error
+        module = technique_module(technique)
         names = {name for name, _ in model.named_modules()}
         missing = [name for name in change["layers"] if name not in names]
         if missing:

@@ -305,7 +305,7 @@ def to_experts(
         ffn_before=ffn_before,
         ffn_activated=sum(_activated(layer) for layer in after.values()),
         macs_before=macs_before,
-        macs_activated=sum(_macs(layer) for layer in after.values()),
+        macs_activated=sum(layer.macs for layer in after.values()),
         stability=stability,
     )
 
@@ -435,12 +435,6 @@ def _activated(layer: MoEFFN) -> int:
 def _ffn_parameters(ffn: DenseFFN) -> int:
     every = ffn.num_parameters - ffn.out_dim * ffn.first_column
     return every + (ffn.out_dim if ffn.owns_output_bias else 0)
-
-
-def _macs(layer: MoEFFN) -> int:
-    """Return the multiply-accumulates of a layer for one token, with the router."""
-    hidden = layer.shared_dim + min(layer.top_k, layer.experts) * layer.expert_dim
-    return hidden * ((2 if layer.gated else 1) * layer.dim + layer.out_dim) + layer.router.weight.numel()
 
 
 def build_experts(model: nn.Module, config: MoEConfig) -> None:

@@ -9,6 +9,7 @@ chosen experts, G = 2 in gated layers (value, gate), else 1.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -112,6 +113,12 @@ class MoEFFN(nn.Module):
     def outputs(self) -> int:
         """Experts that the router chooses from, with those that compute nothing."""
         return self.experts + self.zero + self.copies + self.constants
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one token, with the router."""
+        hidden = self.shared_dim + min(self.top_k, self.experts) * self.expert_dim
+        return hidden * ((2 if self.gated else 1) * self.dim + self.out_dim) + self.router.weight.numel()
 
     def set_top_k(self, k: int) -> None:
         """Set the number of chosen experts, without any other change.
@@ -358,7 +365,9 @@ def _linear(
     dtype: torch.dtype | None = None,
 ) -> nn.Linear:
     """Return an `nn.Linear` whose weights are set by the caller; 0 inputs are allowed without a warning."""
-    return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, device=device or "cpu", dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, device=device or "cpu", dtype=dtype)
 
 
 def masked_experts(moe: MoEFFN, rows: Tensor, weights: Tensor, index: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""Losses of the distillation of mixtures of experts (Dense2MoE, https://arxiv.org/abs/2510.09094)."""
+"""Losses of mixtures of experts: of routers, and of their distillation (Dense2MoE, https://arxiv.org/abs/2510.09094)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from zoo.moe.router import Router
 
-__all__ = ["balance_loss", "feature_loss", "feature_weights", "record_balance"]
+__all__ = ["balance_loss", "entropy_loss", "feature_loss", "feature_weights", "record_balance", "record_entropy"]
 
 
 def balance_loss(logits: Tensor, index: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -30,8 +31,19 @@ def balance_loss(logits: Tensor, index: Tensor, scale: Tensor | None = None) -> 
     return count * (terms if scale is None else terms * scale).sum()
 
 
-@contextmanager
-def record_balance(model: nn.Module, free_weight: float = 0.75) -> Iterator[list[Tensor]]:
+def entropy_loss(logits: Tensor) -> Tensor:
+    """Return sum_i p_i log p_i of the mean p over tokens of the softmax: -log n where it is even, 0 at one expert.
+
+    sigma-MoE, https://arxiv.org/abs/2310.10837: a token may be sure of its experts as long as the batch uses all.
+
+    Args:
+        logits: (T, n).
+    """
+    log_mean = torch.log_softmax(logits, dim=-1).logsumexp(0) - math.log(len(logits))
+    return (log_mean.exp() * log_mean).sum()
+
+
+def record_balance(model: nn.Module, free_weight: float = 0.75) -> AbstractContextManager[list[Tensor]]:
     """Collect the balance loss of every router that runs inside the context.
 
     What gradient checkpointing runs again in the backward pass is not collected again.
@@ -40,22 +52,36 @@ def record_balance(model: nn.Module, free_weight: float = 0.75) -> Iterator[list
         model: Holds the routers.
         free_weight: Weight of experts without computation, tau of MoE++; less draws more tokens to them.
 
-    Yields:
-        The losses, one a router; their mean does not depend on the depth.
+    Returns:
+        A context with the losses, one a router; their mean does not depend on the depth.
     """
+
+    def loss(router: Router, index: Tensor, logits: Tensor) -> Tensor:
+        scale = None
+        if logits.shape[1] > router.experts:
+            scale = torch.where(torch.arange(logits.shape[1], device=logits.device) < router.experts, 1.0, free_weight)
+        return balance_loss(logits, index, scale)
+
+    return _record(model, loss)
+
+
+def record_entropy(model: nn.Module) -> AbstractContextManager[list[Tensor]]:
+    """Collect `entropy_loss` of every router that runs inside the context, as `record_balance` does."""
+    return _record(model, lambda router, index, logits: entropy_loss(logits))
+
+
+@contextmanager
+def _record(model: nn.Module, loss: Callable[[Router, Tensor, Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """Collect a loss of every router's choice and logits."""
     losses: list[Tensor] = []
 
     def keep(router: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
         assert isinstance(router, Router)
         if torch._C._current_graph_task_id() != -1:  # within a backward pass, as torch.utils.checkpoint asks too
             return
-        _, index, logits = output
-        scale = None
-        if logits.shape[1] > router.experts:
-            scale = torch.where(torch.arange(logits.shape[1], device=logits.device) < router.experts, 1.0, free_weight)
         # what the loss saves is none of what a checkpoint around the router saves and computes again
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-            losses.append(balance_loss(logits, index, scale))
+            losses.append(loss(router, output[1], output[2]))
 
     with ExitStack() as hooks:
         for module in model.modules():

@@ -78,16 +78,23 @@ class Router(nn.Module):
             self.bias[self.experts :] = -2.0
 
     def forward(self, x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        with no_autocast(x):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            logits = F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        logits = self.logits(x)
         if self.training and self.jitter > 0:
             logits = logits + self.jitter * torch.randn_like(logits)
-        if k == self.weight.shape[0]:
-            index = torch.arange(k, device=x.device).expand(len(x), k)
-        else:
-            index = logits.topk(k, dim=-1).indices
+        index = self._largest(logits, k)
         return self._weights(logits, index), index, logits
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return W x, in float32 at least, under autocast too."""
+        with no_autocast(x):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+    def _largest(self, logits: Tensor, k: int) -> Tensor:
+        """Return the experts (T, k) of the k largest logits; all of them in their own order."""
+        if k == logits.shape[1]:
+            return torch.arange(k, device=logits.device).expand(len(logits), k)
+        return logits.topk(k, dim=-1).indices
 
     def _weights(self, logits: Tensor, index: Tensor) -> Tensor:
         if self.gate == "sigmoid":

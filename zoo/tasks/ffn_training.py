@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,7 +14,9 @@ from zoo.catalog import nearest
 from zoo.ffn.block_ffn import chunk_sparsification, locality, record_logits
 from zoo.ffn.matformer import MatFormerConfig, set_width, training_widths
 from zoo.ffn.structured import SelfGuided, guide_share
+from zoo.ffn.technique import technique_module
 from zoo.ffn.versatile import set_temperature
+from zoo.moe.losses import record_entropy
 
 __all__ = ["FFNTraining"]
 
@@ -28,6 +29,8 @@ _CONFIGS = {
     "macaron": "MacaronConfig",
     "matformer": "MatFormerConfig",
     "mofme": "MoFMEConfig",
+    "product_key": "ProductKeyConfig",
+    "sigma_moe": "SigmaMoEConfig",
     "structured": "StructuredConfig",
     "versatile": "VersatileConfig",
 }
@@ -36,7 +39,10 @@ _ELSEWHERE = {
     "moe": "the setting experts",
     "forget": "zoo.ffn.forget",
 }
-_LOSSES = {"locality": 1e-3, "sparsification": 5e-2}  # the paper's weights, without its adaptation while training
+_LOSSES = {  # the papers' weights, without BlockFFN's adaptation while training
+    "block_ffn": {"locality": 1e-3, "sparsification": 5e-2},
+    "sigma_moe": {"entropy": 1e-3},
+}
 
 
 class FFNTraining:
@@ -45,8 +51,9 @@ class FFNTraining:
     Args:
         model: Changed in place; keep it elsewhere.
         settings: Name of a technique, or {"technique": name, **fields of its configuration}: block_ffn, fdconv,
-            freqnet, hourglass, hybrid_norm, macaron, matformer, mofme, structured, versatile. block_ffn also takes the
-            weights of its losses, "locality" and "sparsification".
+            freqnet, hourglass, hybrid_norm, macaron, matformer, mofme, product_key, sigma_moe, structured, versatile.
+            Those with losses of their own also take their weights: block_ffn "locality" and "sparsification", sigma_moe
+            "entropy".
 
     Raises:
         ValueError: There is no such technique or field (the message names the nearest), or the model cannot be changed.
@@ -63,12 +70,9 @@ class FFNTraining:
                 f"ffn: no technique to train with is called {self.technique!r}."
                 f"{f' Did you mean {near[0]}?' if near else ''} Techniques: {', '.join(_CONFIGS)}."
             )
-        self.weights = (
-            {name: float(fields.pop(name, default)) for name, default in _LOSSES.items()}
-            if self.technique == "block_ffn"
-            else {}
-        )
-        module = importlib.import_module(f"zoo.ffn.{self.technique}")
+        defaults = _LOSSES.get(self.technique, {})
+        self.weights = {name: float(fields.pop(name, default)) for name, default in defaults.items()}
+        module = technique_module(self.technique)
         kind = getattr(module, _CONFIGS[self.technique])
         known = [field.name for field in dataclasses.fields(kind)] + list(self.weights)
         if wrong := [name for name in fields if name not in known]:
@@ -102,13 +106,14 @@ class FFNTraining:
 
     def watch(self, model: nn.Module) -> AbstractContextManager[list[Tensor]]:
         """Collect what `losses` needs while the model runs."""
-        return record_logits(model) if self.technique == "block_ffn" else nullcontext([])
+        watches = {"block_ffn": record_logits, "sigma_moe": record_entropy}
+        return watches[self.technique](model) if self.technique in watches else nullcontext([])
 
     def losses(self, seen: list[Tensor]) -> dict[str, Tensor]:
         """Return the technique's own losses by name, weighted; there may be none."""
         parts: dict[str, Callable[[Tensor], Tensor]] = {"locality": locality, "sparsification": chunk_sparsification}
         return {
-            name: weight * torch.stack([parts[name](logits) for logits in seen]).mean()
+            name: weight * torch.stack([parts[name](logits) if name in parts else logits for logits in seen]).mean()
             for name, weight in self.weights.items()
             if weight and seen
         }
