@@ -99,6 +99,8 @@ def test_refusals(measure: object) -> None:
         measure(output, target, space="luma")
     with pytest.raises(ValueError, match="leave pixels of a 40x33 image, got 17"):
         measure(output, target, space="y", crop=17)
+    with pytest.raises(ValueError, match="leave pixels of a 40x12 image, got 6"):
+        measure(output[..., :12], target[..., :12], space="y", crop=6)
 
 
 def test_ssim_needs_room() -> None:

@@ -189,3 +189,38 @@ def test_the_mean_of_the_batches_is_scored() -> None:
         single = [score_channels(layer, ffns, [batch], method=method, loss=loss)[0]["0"] for batch in batches]
         together = score_channels(layer, ffns, batches, method=method, loss=loss)[0]["0"]
         torch.testing.assert_close(together, torch.stack(single).mean(0))
+
+
+def test_agreement_of_halves_is_the_mean_over_layers() -> None:
+    """Equal batches agree wholly, however many layers there are."""
+    from timm.layers import Mlp
+
+    torch.manual_seed(0)
+    layers = nn.Sequential(Mlp(4, 8), Mlp(4, 8), Mlp(4, 8))
+    ffns = {name: read_ffn(layer) for name, layer in layers.named_children()}
+    batch = (torch.randn(3, 4), torch.randn(3, 4))
+    agreement = score_channels(
+        layers,
+        ffns,
+        [batch, batch],
+        method="taylor",
+        loss=lambda model, each: (model(each[0]) - each[1]).square().mean(),
+    )[1]
+    assert agreement == pytest.approx(1)
+
+
+# --- sizes
+
+
+def test_experts_without_computation_count_among_those_that_a_token_takes() -> None:
+    every = dict(experts=4, pruned=1, zero=2, copies=1, constants=1)
+    assert MoEConfig(**every, top_k=7).top_k == 7
+    with pytest.raises(ValueError, match=r"top_k must lie in 0 \.\.\. 7 \(all experts\), got 8"):
+        MoEConfig(**every, top_k=8)
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_a_router_lives_on_the_device_that_it_is_given(k: int) -> None:
+    router = Router(8, 4, device="meta")
+    assert {parameter.device.type for parameter in router.parameters()} == {"meta"}
+    assert {part.device.type for part in router(torch.empty(3, 8, device="meta"), k)} == {"meta"}
