@@ -4,7 +4,11 @@ S2FT (NeurIPS 2024, https://openreview.net/forum?id=lEUle8S4xQ) chooses channels
 together and trains the dense slice. Its abstract and repository page were read, not its selection study; here the
 slice is a matrix beside the frozen product, which starts at zero and merges into it exactly. That columns of the second
 product learn ("down") is the default; "both" adds the rows that make the channels. Attention's heads, which the paper
-tunes too, and PAT are left out.
+tunes too, are left out.
+
+PAT (https://arxiv.org/abs/2408.14721; abstract and authors' code were read) is left out: it masks channels of the
+residual stream in all layers at once, none of a feed-forward layer's own, and only RMSNorm, after a factor, does not
+notice when they are cut out. A LayerNorm, which vision models have, takes another mean over fewer channels.
 """
 
 from __future__ import annotations

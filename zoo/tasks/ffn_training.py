@@ -26,9 +26,11 @@ _CONFIGS = {
     "freqnet": "FreqNetConfig",
     "hourglass": "HourglassConfig",
     "hybrid_norm": "HybridNormConfig",
+    "layout": "LayoutConfig",
     "macaron": "MacaronConfig",
     "matformer": "MatFormerConfig",
     "mofme": "MoFMEConfig",
+    "parallel": "ParallelConfig",
     "product_key": "ProductKeyConfig",
     "sigma_moe": "SigmaMoEConfig",
     "structured": "StructuredConfig",
@@ -51,9 +53,9 @@ class FFNTraining:
     Args:
         model: Changed in place; keep it elsewhere.
         settings: Name of a technique, or {"technique": name, **fields of its configuration}: block_ffn, fdconv,
-            freqnet, hourglass, hybrid_norm, macaron, matformer, mofme, product_key, sigma_moe, structured, versatile.
-            Those with losses of their own also take their weights: block_ffn "locality" and "sparsification", sigma_moe
-            "entropy".
+            freqnet, hourglass, hybrid_norm, layout, macaron, matformer, mofme, parallel, product_key, sigma_moe,
+            structured, versatile. Those with losses of their own also take their weights: block_ffn "locality" and
+            "sparsification", sigma_moe "entropy".
 
     Raises:
         ValueError: There is no such technique or field (the message names the nearest), or the model cannot be changed.
