@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from small_models import batches, build, vit
 from torch import Tensor, nn
 
@@ -77,6 +78,16 @@ def test_a_block_of_a_diffusion_transformer_is_the_formula() -> None:
     expected = x + gate[:, None] * old.attn1(normed) + last_gate[:, None] * given
     found = model.transformer_blocks[0](x, timestep=condition)
     assert torch.allclose(found, expected, rtol=0, atol=1e-10)
+
+
+def test_a_plain_block_of_diffusers_is_the_formula() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(BasicTransformerBlock(16, 2, 8)).double().eval()
+    old = copy.deepcopy(model[0])
+    parallel.apply(model)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    expected = x + old.attn1(old.norm1(x)) + old.ff(old.norm3(x))
+    assert torch.allclose(model(x), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import FeedForward
 from small_models import batches, build, vit
+from timm.layers import Mlp, SwiGLU
 from torch import Tensor
 
 from zoo.ffn import product_key
@@ -48,6 +50,24 @@ def test_all_experts_at_gates_of_one_are_the_dense_layer(kind: str) -> None:
     assert torch.allclose(model(x), expected, rtol=0, atol=1e-10)
     set_top_k(model, 7)
     assert not torch.allclose(model(x), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 197])
+def test_experts_of_every_kind_of_layer_are_the_layer(tokens: int) -> None:
+    torch.manual_seed(0)
+    layers = {
+        "no bias": Mlp(8, 32, bias=False),
+        "relu, other width": Mlp(8, 32, out_features=6, act_layer=torch.nn.ReLU),
+        "gated": SwiGLU(8, 32),
+        "packed": FeedForward(8, activation_fn="geglu", inner_dim=32, bias=False),
+    }
+    x = torch.randn(2, tokens, 8, dtype=torch.float64)
+    for name, layer in layers.items():
+        expected = layer.double()(x)
+        model = torch.nn.Sequential(layer).eval()
+        sigma_moe.apply(model, SigmaMoEConfig(experts=8, top_k=8, start="channels"))
+        torch.nn.init.zeros_(model[0].router.weight)
+        assert torch.allclose(model(x), expected, rtol=0, atol=1e-10), name
 
 
 def test_a_token_takes_the_sum_of_its_experts_by_their_sigmoids() -> None:

@@ -165,8 +165,9 @@ def _new(example: SubLayer) -> SubLayer:
     """Return a sub-layer of the same kind with new weights, drawn as timm draws a ViT's."""
     new = copy.deepcopy(example)
     for module in new.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        reset: Any = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
         if isinstance(module, nn.Linear):
             trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
@@ -231,7 +232,8 @@ def apply(model: nn.Module, config: LayoutConfig | None = None, data: Iterable[A
 
 def _macs(block: nn.Module, tokens: int) -> int:
     """Return the multiply-accumulates for one token among so many, of products and of attention's among tokens."""
-    mixing = sum(2 * tokens * part.qkv.in_features for part in block.modules() if hasattr(part, "qkv"))
+    attentions: list[Any] = [part for part in block.modules() if hasattr(part, "qkv")]
+    mixing = sum(2 * tokens * part.qkv.in_features for part in attentions)
     return mixing + sum(parameter.numel() for parameter in block.parameters() if parameter.ndim == 2)
 
 

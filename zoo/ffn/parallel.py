@@ -58,6 +58,15 @@ class ParallelBlock(nn.Module):
         (B, N, C) -> (B, N, C).
     """
 
+    norm1: nn.Module
+    norm2: nn.Module
+    attn: nn.Module
+    mlp: nn.Module
+    ls1: nn.Module
+    ls2: nn.Module
+    drop_path1: nn.Module
+    drop_path2: nn.Module
+
     def __init__(self, block: nn.Module, norm: Norm = "own") -> None:
         super().__init__()
         self.shared = norm == "shared"
@@ -89,6 +98,10 @@ class ParallelDiffusionBlock(ParallelBlock):
         block: Of self-attention alone, with `norm_type` "ada_norm_zero" (DiT, our PixelDiT) or "layer_norm".
         norm: "own".
     """
+
+    norm3: nn.Module
+    attn1: nn.Module
+    ff: nn.Module
 
     def __init__(self, block: nn.Module, norm: Norm = "own") -> None:
         super().__init__(block, norm)
