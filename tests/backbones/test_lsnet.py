@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -124,6 +125,23 @@ def test_fast_forms_equal_plain_ones(batch: int, size: tuple[int, int]) -> None:
                 module.forward = MethodType(PLAIN["lsnet"][type(module)], module)
         assert torch.allclose(model(x), expected, rtol=1e-9, atol=1e-9)
         assert torch.allclose(rival(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_merged_network_holds_one_map_of_a_step() -> None:
+    """Activations overwrite their input, and the channels-last copy of the image goes with the first convolution."""
+    model, x = tiny(), torch.randn(2, 3, 64, 64)
+    image, seen = x.clone(), []
+    zoo.reparameterize(model, measure=False)
+    for layer in model.stem:
+        layer.register_forward_hook(lambda module, args, output: seen.append((args[0].data_ptr(), output.data_ptr())))
+    copies: list[weakref.ref[Tensor]] = []
+    model.stem[0].register_forward_hook(lambda module, args, output: copies.append(weakref.ref(args[0])))
+    model.stem[1].register_forward_hook(lambda module, args, output: copies.append(copies[0]()))
+    with torch.no_grad():
+        model(x)
+    assert copies[1] is None
+    assert [given == made for given, made in seen] == [False, True, False, True, False]
+    assert torch.equal(x, image)
 
 
 def test_distilled_training() -> None:

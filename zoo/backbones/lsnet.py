@@ -261,6 +261,25 @@ class LSStage(nn.Module):
         return self.blocks(x)
 
 
+class LSStem(nn.Sequential):
+    """Convolutions with strides; merged, they make the input channels-last, and the copy goes with the first of them.
+
+    Shape:
+        (B, in_chans, H, W) -> (B, C, H / 8, W / 8), rounded up.
+    """
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.merged = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            x = x.contiguous(memory_format=torch.channels_last)
+        for layer in self:
+            x = layer(x)
+        return x
+
+
 class LSNet(nn.Module):
     """Classify images or extract features of strides 8, 16, 32 and 64.
 
@@ -324,7 +343,7 @@ class LSNet(nn.Module):
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.in_chans, self.drop_rate, self.merged, self.grad_checkpointing = in_chans, drop_rate, False, False
         self.num_features = self.head_hidden_size = dims[-1]
-        self.stem = nn.Sequential(
+        self.stem = LSStem(
             ConvNorm(in_chans, dims[0] // 4, 3, 2, **dd),
             nn.ReLU(),
             ConvNorm(dims[0] // 4, dims[0] // 2, 3, 2, **dd),
@@ -439,7 +458,7 @@ class LSNet(nn.Module):
         """
         assert output_fmt == "NCHW", "Output shape must be NCHW."
         take, most = feature_take_indices(len(self.stages), indices)
-        x = self.stem(self._arrange(x))
+        x = self.stem(x)
         stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[: most + 1]
         intermediates = []
         for index, stage in enumerate(stages):
@@ -458,11 +477,8 @@ class LSNet(nn.Module):
             self.reset_classifier(0, "")
         return take
 
-    def _arrange(self, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last) if self.merged else x
-
     def forward_features(self, x: Tensor) -> Tensor:
-        return self.stages(self.stem(self._arrange(x)))
+        return self.stages(self.stem(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.global_pool(x)
@@ -480,7 +496,9 @@ class LSNet(nn.Module):
 
     @torch.no_grad()
     def reparameterize(self) -> tuple[str, ...]:
-        """Make one classifier of two, and keep maps channels-last from now on, in place.
+        """Make one classifier of two, in place.
+
+        From now on maps are channels-last, and activations overwrite their input.
 
         Raises:
             RuntimeError: The model is in training mode.
@@ -488,12 +506,15 @@ class LSNet(nn.Module):
         if self.merged:
             return ()
         require_mergeable(self)
+        for module in self.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = True  # on outputs of convolutions and products that nobody else holds
         folded = ["channels-last layout"]
         if isinstance(self.head, NormLinear) and isinstance(self.head_dist, NormLinear):
             average_heads(self.head, self.head_dist)
             self.head_dist, self.distillation = None, False
             folded.insert(0, "two classifiers")
-        self.merged = True
+        self.merged = self.stem.merged = True
         return tuple(folded)
 
 

@@ -306,6 +306,6 @@ PLAIN: dict[str, dict[type[nn.Module], Callable[[Any, Tensor], Tensor]]] = {
     },
     "emov2": {InvertedBlock: plain_inverted_block},
     "ffnet": {FFStage: plain_ff_stage},
-    "lsnet": {LSConv: plain_ls_conv, LSStage: plain_ls_stage},
+    "lsnet": {LSConv: plain_ls_conv, LSStage: plain_ls_stage, nn.ReLU: _plain_relu},
 }
 """Family -> class of a block -> the block as its authors compute it, a function of the block and its input."""
