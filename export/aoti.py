@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 import zipfile
 from collections.abc import Callable
 from io import BytesIO
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from zoo.export.network import ExportError, Network, capture, described, require_shapes, shapes_of
+from zoo.export.network import ExportError, Network, capture, described, quiet, require_shapes, shapes_of
 
 from zoo.processor import instructions
 from zoo.text import first_line
@@ -60,8 +59,7 @@ def compiled(program: torch.export.ExportedProgram, facts: dict[str, str] | None
     """
     from torch._inductor import aoti_compile_and_package
 
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with quiet(), torch.no_grad():
         try:
             buffer = BytesIO()  # torch's own writer ends the process where the disk is full
             options = {"aot_inductor.metadata": facts} if facts else None

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from zoo.export.network import ExportError, Network, capture, described, require_shapes, shapes_of
+from zoo.export.network import ExportError, Network, capture, described, quiet, require_shapes, shapes_of
 
 from zoo.text import first_line
 
@@ -121,16 +119,12 @@ def _stored(program: Any) -> dict[str, Any]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep ExecuTorch's remarks to itself; those of its runtime are written past Python."""
-    before, kept = logging.root.manager.disable, os.dup(2)
-    logging.disable(logging.WARNING)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
-        logging.disable(before)

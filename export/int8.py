@@ -6,10 +6,7 @@ that cost most, as found by quantising one at a time, where the others alone los
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from timm.data import create_transform
 from torch import Tensor, nn
-from zoo.export.network import ExportError, Network
+from zoo.export.network import ExportError, Network, quiet
 from zoo.export.pictures import pictures_of, preprocessing
 
 from zoo.text import first_line
@@ -350,7 +347,7 @@ class _Quantizer:
 
         path = path or self.trial
         try:
-            with _quiet():
+            with quiet():
                 quantize_static(
                     str(self.plain),
                     str(path),
@@ -409,15 +406,3 @@ def _reader(feeds: list[Feed]) -> Any:
             return next(self.left, None)
 
     return Reader()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep ONNX Runtime's remarks, printed and logged, to itself."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)

@@ -6,12 +6,15 @@ import copy
 import hashlib
 import inspect
 import json
+import logging
 import os
 import shutil
+import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +43,7 @@ __all__ = [
     "open_network",
     "open_sizes",
     "prepare",
+    "quiet",
     "require_shapes",
     "sample_inputs",
     "shapes_of",
@@ -208,8 +212,7 @@ def capture(network: Network, purpose: str) -> torch.export.ExportedProgram:
     Raises:
         ExportError: The network has something that a graph cannot express.
     """
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # about torch's own use of deprecated functions
+    with quiet(), torch.no_grad():
         try:
             args, kwargs = network.arguments
             return torch.export.export(
@@ -219,17 +222,66 @@ def capture(network: Network, purpose: str) -> torch.export.ExportedProgram:
             raise ExportError(f"The network cannot be {purpose}: {first_line(error)}") from error
 
 
-def eager_copy(model: nn.Module) -> nn.Module:
-    """Return a copy in evaluation mode, without gradients, that runs in eager mode where the model has an engine."""
-    inner = copy.deepcopy(model).eval().requires_grad_(False)
-    if getattr(vars(inner).get("forward"), "is_engine", False):
-        del inner.forward
+class _Muted:
+    """A stream that drops what one thread writes; what others write, a progress bar, goes where it went."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._thread = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._thread else int(self._stream.write(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep to themselves what exporters print, log and warn of: graphs of thousands of lines where one fails."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            redirect_stdout(_Muted(sys.stdout)),
+            redirect_stderr(_Muted(sys.stderr)),
+        ):
+            warnings.simplefilter("ignore")  # about torch's own use of deprecated functions
+            yield
+    finally:
+        logging.disable(before)
+
+
+def eager_copy(model: nn.Module, call: Any = None) -> nn.Module:
+    """Return a copy in evaluation mode, without gradients, that runs in eager mode where the model has an engine.
+
+    Args:
+        model: The model.
+        call: Its engine, where something may have been wrapped around that; None finds it.
+
+    Raises:
+        ExportError: It cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    try:
+        inner = copy.deepcopy(model, memo).eval().requires_grad_(False)
+    except Exception as error:  # of whatever was hung on it
+        raise ExportError(
+            f"A copy of {type(model).__name__} cannot be made ({first_line(error)}): take off what was put on it, such "
+            "as offloading."
+        ) from error
+    found = vars(model).get("forward")
+    call = call or (found if getattr(found, "is_engine", False) else None)
+    if call is not None:
+        vars(inner).pop("forward", None)
+        if call.own is not None:
+            inner.forward = copy.deepcopy(call.own, memo)
     return inner
 
 
-def _callee(model: nn.Module) -> nn.Module:
+def _callee(model: nn.Module, call: Any) -> nn.Module:
     """Return a copy without the model's own hooks, which run around an engine; those of its parts stay."""
-    inner = eager_copy(model)
+    inner = eager_copy(model, call)
     inner._forward_pre_hooks.clear()
     inner._forward_hooks.clear()
     return inner
@@ -259,12 +311,13 @@ def open_sizes(model: nn.Module, image: Tensor) -> dict[int, Any] | None:
     return sizes
 
 
-def open_network(model: nn.Module, image: Tensor) -> Network:
+def open_network(model: nn.Module, image: Tensor, call: Any = None) -> Network:
     """Describe a classifier or restorer that is called with one image, as it is: no merging, no clipping.
 
     Args:
         model: The model; a copy is taken.
         image: (B, C, H, W); an example, for which `open_sizes` knows sizes.
+        call: As in `eager_copy`.
     """
     kind, sizes = kind_of(model), open_sizes(model, image)
     assert sizes is not None
@@ -273,7 +326,7 @@ def open_network(model: nn.Module, image: Tensor) -> Network:
         step = _step(model, kind)
         height, width = (max(3 * step, side // step * step) for side in _example_size(model, kind, None))
     return Network(
-        module=_Classifier(_callee(model)),
+        module=_Classifier(_callee(model, call)),
         inputs={"image": torch.rand(2, image.shape[1], height, width)},
         output="output",
         dynamic_shapes={"image": sizes},
@@ -281,17 +334,18 @@ def open_network(model: nn.Module, image: Tensor) -> Network:
     )
 
 
-def call_network(model: nn.Module, leaves: list[Any], spec: Any) -> Network:
+def call_network(model: nn.Module, leaves: list[Any], spec: Any, call: Any = None) -> Network:
     """Describe one call of any module: all shapes and all arguments that are no tensors stay as they are.
 
     Args:
         model: The model; a copy is taken.
         leaves: Of `tree_flatten((args, kwargs))`.
         spec: Of the same.
+        call: As in `eager_copy`.
     """
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     return Network(
-        module=_Call(_callee(model), leaves, spec).eval(),
+        module=_Call(_callee(model, call), leaves, spec).eval(),
         inputs={f"input_{index}": tensor.detach() for index, tensor in enumerate(tensors)},
         output="",
         dynamic_shapes={},

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from zoo.export.network import ExportError, Network, capture, described
+from zoo.export.network import ExportError, Network, capture, described, quiet
 
 __all__ = ["SUFFIX", "metadata", "runner", "write"]
 
@@ -41,8 +40,7 @@ def write(network: Network, path: Path) -> None:
 
 def _translate(program: torch.export.ExportedProgram, network: Network) -> Any:
     args, kwargs = network.arguments
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # about the exporter's own use of deprecated functions
+    with quiet(), torch.no_grad():
         try:
             return torch.onnx.export(
                 program,

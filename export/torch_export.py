@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -11,7 +10,7 @@ from zipfile import BadZipFile
 
 import torch
 from torch import Tensor
-from zoo.export.network import ExportError, Network, capture, described
+from zoo.export.network import ExportError, Network, capture, described, quiet
 
 from zoo.text import first_line
 
@@ -32,8 +31,7 @@ def write(network: Network, path: Path) -> None:
         ExportError: It has something that cannot be exported.
     """
     program = capture(network, "exported")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about torch's own use of deprecated functions
+    with quiet():
         buffer = BytesIO()  # torch's own writer ends the process where the disk is full
         torch.export.save(program, buffer, extra_files={_FACTS: json.dumps(network.metadata)})
     path.write_bytes(buffer.getbuffer())

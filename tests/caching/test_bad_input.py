@@ -105,6 +105,19 @@ def test_no_denoiser() -> None:
             call()
 
 
+def test_an_engine_in_the_way() -> None:
+    """An engine runs a denoiser whole; it is taken off by the call that the line says."""
+    pytest.importorskip("onnxruntime")
+    model = zoo.accelerate(DENOISERS["pixel_dit"](), engine="onnxruntime")
+    with pytest.raises(
+        ValueError, match=r'an engine runs this PixelDiT whole: choose one; .+\(\.\.\., engine="eager"\)'
+    ):
+        zoo.enable_cache(model, zoo.CGTaylorConfig())
+    assert_clean(model)
+    zoo.enable_cache(zoo.accelerate(model, engine="eager"), zoo.CGTaylorConfig())
+    zoo.disable_cache(model)
+
+
 def test_schedule_of_other_steps() -> None:
     """The run is refused, and one with the right number of steps works afterwards."""
     pipe = class_pipeline()

@@ -25,6 +25,7 @@ import zoo
 from zoo.cli.inputs import ENGINES as CLI_ENGINES
 from zoo.engines import ENGINE_NAMES, EngineCall, EngineError, attach, call, check_engine, detach, engine_of
 from zoo.engines.store import engines_dir, fingerprint
+from zoo.engines.watch import Watched
 from zoo.pictures import plans
 from zoo.pictures.engine import engine_if_worthwhile
 from zoo.pictures.plans import spans
@@ -233,7 +234,18 @@ def test_a_wrong_engine_is_not_used(
     assert "built in" in built[0]
 
 
-def test_operators_that_are_lacking(folder: Path) -> None:
+@torch.no_grad()
+def test_what_cannot_be_copied() -> None:
+    model = nn.Linear(3, 3).eval()
+    model.helper = sys  # as offloading leaves modules and locks
+    attach(model, "onnxruntime")
+    with pytest.raises(EngineError, match=r"A copy of Linear cannot be made \(.+\): take off what was put on it"):
+        model(torch.ones(1, 3))
+    attach(model, "auto", candidates=["onnxruntime"])
+    model(torch.ones(1, 3))
+
+
+def test_operators_that_are_lacking(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     model = Untraceable().eval()
     attach(model, "onnxruntime")
@@ -241,6 +253,7 @@ def test_operators_that_are_lacking(folder: Path) -> None:
         model(torch.ones(1, 3))
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in folder.iterdir()) == before, "nothing half-written"
+    assert capfd.readouterr() == ("", ""), "the exporter's graph is kept out of the way"
 
 
 def test_inference_only() -> None:
@@ -435,6 +448,61 @@ def test_calls_that_change_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(keeps(x)[1], torch.arange(4))
 
 
+class _WritesInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.sub_(0.5).div_(2))
+
+
+@torch.no_grad()
+def test_calls_that_change_their_input() -> None:
+    """Refused by name, eager in auto; the comparison itself leaves the input as it was."""
+    model, x = _WritesInput().eval(), torch.rand(2, 4)
+    twin, given = copy.deepcopy(model), x.clone()
+    zoo.accelerate(model, engine="onnxruntime")
+    with pytest.raises(EngineError, match="_WritesInput changes its input in each call"):
+        model(given)
+    assert torch.equal(given, x)
+    attach(model, "auto", candidates=["onnxruntime"])
+    with torch.inference_mode():
+        for _ in range(2):
+            given = x.clone()
+            assert torch.equal(model(given), twin(x.clone()))
+            assert torch.equal(given, (x - 0.5) / 2)
+
+
+@torch.no_grad()
+def test_a_forward_that_was_set_on_a_module() -> None:
+    """It is what the engine runs, on the model and on its parts, sooner or later; it comes back after the engine."""
+    torch.manual_seed(0)
+    x, model = torch.rand(2, 4), nn.Sequential(nn.Linear(4, 4)).eval()
+    plain = model(x)
+    inner = model.forward
+    model.forward = own = lambda x: 3 * inner(x)  # as wrappers of models do
+    zoo.accelerate(model, engine="onnxruntime")
+    assert relative(model(x), 3 * plain) < 1e-4
+    assert relative(copy.deepcopy(model)(x), 3 * plain) < 1e-4
+    zoo.accelerate(model, engine="eager")
+    assert model.forward is own
+    model.forward = model[0].forward
+    zoo.accelerate(model, engine="onnxruntime")
+    inner = model.forward
+    model.forward = lambda x: 7 * inner(x)  # around the engine
+    assert relative(model(x), 7 * plain) < 1e-4
+    detach(model)
+    del model.forward
+    part = model[0]
+    part.forward = lambda x: 2 * nn.Linear.forward(part, x)
+    watched = Watched(model)
+    part.forward = lambda x: 5 * nn.Linear.forward(part, x)
+    assert watched.changed()
+    zoo.accelerate(model, engine="onnxruntime")
+    assert relative(model(x), 5 * plain) < 1e-4
+
+
 @torch.no_grad()
 def test_one_line_for_what_is_no_longer_float32_or_cannot_be_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -446,6 +514,10 @@ def test_one_line_for_what_is_no_longer_float32_or_cannot_be_kept(
     with pytest.raises(EngineError, match="runs float32; this Linear is float16"):
         model(torch.rand(1, 4))
     model.float()
+    model.is_cache_enabled = True  # as diffusers' models say it
+    with pytest.raises(EngineError, match="A cache skips blocks of Linear, and the engine 'onnxruntime' runs"):
+        model(torch.rand(1, 4))
+    del model.is_cache_enabled
     (tmp_path / "file").touch()
     monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "file"))
     with pytest.raises(EngineError, match=r"cannot be written \(.+\): set ZOO_CACHE to a folder"):

@@ -134,6 +134,11 @@ def enable_cache(
             raise ValueError(
                 f"{type(model).__name__} has a cache already ({type(active).__name__}): call zoo.disable_cache first."
             )
+        if getattr(vars(model).get("forward"), "is_engine", False):
+            raise ValueError(
+                f"A cache skips blocks of the denoiser, and an engine runs this {type(model).__name__} whole: choose "
+                'one; zoo.accelerate(..., engine="eager") takes the engine off.'
+            )
     enabled: list[nn.Module] = []
     try:
         for model in models:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import json
 import logging
 import shutil
@@ -12,6 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,8 @@ def attach(
         )
     if wrong := _unfit(model, engine):
         raise ValueError(wrong)
-    call = EngineCall(model, engine, dynamic=dynamic, threads=threads, candidates=candidates, told=told)
+    own = vars(model).get("forward")
+    call = EngineCall(model, engine, dynamic=dynamic, threads=threads, candidates=candidates, told=told, own=own)
     model.forward = call  # type: ignore[method-assign]  # nn.Module calls what it finds under this name
     return call
 
@@ -89,8 +92,10 @@ def _unfit(model: nn.Module, engine: str) -> str:
 
 def detach(model: nn.Module) -> None:
     """Let a model run in eager mode again."""
-    if engine_of(model) is not None:
+    if (call := engine_of(model)) is not None:
         del model.forward
+        if call.own is not None:
+            model.forward = call.own  # type: ignore[method-assign]
 
 
 def engine_of(model: nn.Module) -> EngineCall | None:
@@ -107,6 +112,7 @@ class EngineCall:
 
     Attributes:
         said: What was chosen and built, one line a shape.
+        own: A `forward` that was set on this very model, not its class's; None where there is none.
     """
 
     is_engine = True  # for zoo.export, which is below this package
@@ -120,13 +126,16 @@ class EngineCall:
         threads: int | None = None,
         candidates: Sequence[str] | None = None,
         told: Callable[[str], object] | None = None,
+        own: Callable[..., Any] | None = None,
     ) -> None:
         self.model, self.engine, self.dynamic, self.threads = model, engine, dynamic, threads
-        self.candidates, self.told = candidates, told
+        self.candidates, self.told, self.own = candidates, told, own
+        with contextlib.suppress(TypeError, ValueError):  # of what is written in C; pipelines look at the others
+            self.__signature__ = inspect.signature(own or partial(type(model).forward, model))
         self.said: list[str] = []
         self._lock = threading.RLock()
         self._watched: Watched | None = None  # a copy of a model gets its call before its weights: read when called
-        self._own_state = False  # the call changes the model itself
+        self._stays_eager = False  # the call changes the model itself, or its input
         self._print = ""
         self._compared: set[str] = set()  # artefacts, with this very model
         self._ready: OrderedDict[Any, tuple[Runner | None, Any]] = OrderedDict()
@@ -138,17 +147,18 @@ class EngineCall:
             dynamic=self.dynamic,
             threads=self.threads,
             candidates=self.candidates,
+            own=copy.deepcopy(self.own, memo),
         )
 
     def __reduce__(self) -> Any:
-        arguments = dict(dynamic=self.dynamic, threads=self.threads, candidates=self.candidates)
+        arguments = dict(dynamic=self.dynamic, threads=self.threads, candidates=self.candidates, own=self.own)
         return _again, (self.model, self.engine, arguments)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self._require_inference(tensors)
-        if self._own_state:
+        if self._stays_eager:
             return self.eager(*args, **kwargs)
         if self._watched is None or self._watched.changed():
             with self._lock:
@@ -179,6 +189,8 @@ class EngineCall:
 
     def eager(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model itself."""
+        if self.own is not None:
+            return self.own(*args, **kwargs)
         return type(self.model).forward(self.model, *args, **kwargs)
 
     def _require_inference(self, tensors: Sequence[Tensor]) -> None:
@@ -194,6 +206,7 @@ class EngineCall:
         """Drop all that is ready, and note the state of the model."""
         self._watched = Watched(self.model)
         self._print = ""
+        self._compared.clear()
         self._ready.clear()
 
     def _digest(self) -> str:
@@ -208,6 +221,11 @@ class EngineCall:
             raise EngineError(f"{type(self.model).__name__} was called without a tensor: an engine has nothing to run.")
         if wrong := _unfit(self.model, self.engine):  # by now
             raise EngineError(wrong)
+        if getattr(self.model, "is_cache_enabled", False):  # diffusers' own; tracing would leave its marks in it
+            raise EngineError(
+                f"A cache skips blocks of {type(self.model).__name__}, and the engine {self.engine!r} runs it whole: "
+                "call disable_cache() first."
+            )
         for leaf in leaves:
             if isinstance(leaf, Tensor) and leaf.dtype in (torch.float16, torch.bfloat16):
                 kind = str(leaf.dtype).removeprefix("torch.")
@@ -304,9 +322,10 @@ class EngineCall:
         try:
             try:
                 with torch_threads(threads), torch.no_grad():
-                    network = (
-                        call_network(self.model, leaves, spec) if image is None else open_network(self.model, image)
-                    )
+                    if image is None:
+                        network = call_network(self.model, leaves, spec, self)
+                    else:
+                        network = open_network(self.model, image, self)
                     runtime.build(network, temporary, threads)
             except ExportError as error:
                 raise EngineError(f"{runtime.label} cannot run {type(self.model).__name__}: {error}") from error
@@ -343,8 +362,7 @@ class EngineCall:
         if any_size and (small := _middle(leaves[0], _CHECK_SIDE)) is not leaves[0]:
             leaves = [small]
             run = runtime.load(folder, [tuple(small.shape)], threads)
-        args, kwargs = tree_unflatten(leaves, spec)
-        expected, spec_out = self._computed(args, kwargs)
+        expected, spec_out = self._computed(leaves, spec)
         wanted = [leaf for leaf in expected if isinstance(leaf, Tensor)]
         found = run([leaf for leaf in leaves if isinstance(leaf, Tensor)])
         name = type(self.model).__name__
@@ -369,30 +387,47 @@ class EngineCall:
         self._say(f"{runtime.label}: differs from {name} itself by {worst:.0e} of the largest output")
         return form
 
-    @torch.no_grad()
-    def _computed(self, args: Any, kwargs: Any) -> tuple[list[Any], Any]:
+    def _computed(self, leaves: list[Any], spec: Any) -> tuple[list[Any], Any]:
         """Return the model's own output, flat; what the call keeps in the model (tables of positions) may stay there.
 
         Raises:
-            EngineError: The next would compute something else, because this one changed the model; it is as before.
+            EngineError: The next would compute something else, because this one changed the model; it is as before. Or
+                the call writes into its input.
         """
         watched, kept = Watched(self.model), Kept(self.model)
-        expected, spec = tree_flatten(self.eager(*args, **kwargs))
+        expected, spec_out = self._ran(leaves, spec)
         if not watched.changed():
-            return expected, spec
+            return expected, spec_out
         watched = Watched(self.model)
-        again = tree_flatten(self.eager(*args, **kwargs))[0]
+        again = self._ran(leaves, spec)[0]
         if watched.changed() or not all(
             torch.equal(one, other) for one, other in zip(expected, again, strict=True) if isinstance(one, Tensor)
         ):
             kept.restore()
-            self._own_state = self.engine == "auto"
-            raise EngineError(
-                f"{type(self.model).__name__} changes its own buffers or attributes in each call, which an engine "
-                "cannot: not used."
-            )
+            raise self._changes("its own buffers or attributes")
         self._watched = watched
-        return expected, spec
+        return expected, spec_out
+
+    @torch.no_grad()
+    def _ran(self, leaves: list[Any], spec: Any) -> tuple[list[Any], Any]:
+        """Run the model itself on copies of tensors.
+
+        Raises:
+            EngineError: It writes into them.
+        """
+        copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs = tree_unflatten(copies, spec)
+        output, spec_out = tree_flatten(self.eager(*args, **kwargs))
+        for given, used in zip(leaves, copies, strict=True):
+            if isinstance(given, Tensor) and _is_written(used, given):
+                raise self._changes("its input")
+        return output, spec_out
+
+    def _changes(self, what: str) -> EngineError:
+        self._stays_eager = self.engine == "auto"
+        return EngineError(
+            f"{type(self.model).__name__} changes {what} in each call, which an engine cannot: not used."
+        )
 
     def _choose(self, leaves: list[Any], spec: Any, threads: int) -> tuple[Runner | None, Any]:
         """Time what is installed on this call, in turns, and take the fastest; eager unless one is clearly faster."""
@@ -472,6 +507,13 @@ def _difference(found: Tensor, expected: Tensor) -> float:
         return 0.0
     scale = expected[known].abs().max().clamp_min(1e-12)
     return float((found[known] - expected[known]).abs().max() / scale)
+
+
+def _is_written(used: Tensor, given: Tensor) -> bool:
+    """Tell whether a fresh copy of a tensor was written into; what is not a number stays that."""
+    if not used.is_inference() and used._version:
+        return True
+    return not bool(((used == given) | (used != used)).all())
 
 
 def _middle(image: Tensor, side: int) -> Tensor:

@@ -11,6 +11,7 @@ import json
 import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ def is_known(model: nn.Module) -> bool:
     return all(
         type(module).__module__.startswith((*_OTHERS, "zoo."))
         and not hooks_of(module)
-        and (module is model or "forward" not in vars(module))
+        and "forward" not in own_attributes(module)
         for module in model.modules()
     )
 
@@ -92,7 +93,8 @@ def _told(value: Any, depth: int = 4) -> str:
     if depth and isinstance(value, Mapping):
         return f"{{{', '.join(f'{key!r}: {_told(item, depth - 1)}' for key, item in value.items())}}}"
     name = str(getattr(value, "__qualname__", type(value).__qualname__))
-    inside = vars(value) if depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type) else {}
+    known = isinstance(value, nn.Module | type | ModuleType)  # told elsewhere, or code
+    inside = vars(value) if depth and hasattr(value, "__dict__") and not known else {}
     if isinstance(value, functools.partial):
         inside = {"func": value.func, "args": value.args, "keywords": value.keywords}
     return f"{name} {_told(dict(inside), depth - 1)}" if inside else name

@@ -12,13 +12,18 @@ from torch import Tensor, nn
 
 __all__ = ["Kept", "Watched", "hooks_of", "own_attributes"]
 
-_INTERNAL = frozenset(vars(nn.Module())) | {"training", "zoo_report", "forward"}
+_INTERNAL = frozenset(vars(nn.Module())) | {"training", "zoo_report"}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 def own_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return a module's attributes that are not PyTorch's own."""
-    return {key: value for key, value in vars(module).items() if key not in _INTERNAL}
+    """Return a module's attributes that are not PyTorch's own; in an engine's place what it stands in for."""
+    found = {key: value for key, value in vars(module).items() if key not in _INTERNAL}
+    if getattr(call := found.get("forward"), "is_engine", False):
+        found["forward"] = call.own
+        if call.own is None:
+            del found["forward"]
+    return found
 
 
 def hooks_of(module: nn.Module) -> list[Any]:
