@@ -19,6 +19,7 @@ from zoo.bench.grid import DIFFERENCE, LIKENESS, PRECISIONS, refusal
 from zoo.bench.grid_plot import plot_grid
 from zoo.bench.latency import Latency
 from zoo.bench.report import SAME, columns, markdown
+from zoo.bench.subjects import subject
 from zoo.cli import bench, main
 from zoo.data.images import images_to_judge
 
@@ -122,6 +123,39 @@ def test_int8_on_engines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("int8 on engines is left out" in note and "--data DIR" in note for note in without.notes)
 
 
+def test_refused_before_anything_is_built(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Folders without classes, strange classes, other tasks, sizes that a model does not take: one line each."""
+    monkeypatch.setattr(grid, "_runs", lambda *args, **options: pytest.fail("work before the refusal"))
+    name, none, strange = "repavit_tiny.cifar10", tmp_path / "none", tmp_path / "strange"
+    none.mkdir()
+    picture = next(folder.rglob("*.png")).read_bytes()
+    for label in ("cat", "unicorn"):
+        (strange / label).mkdir(parents=True)
+        (strange / label / "0.png").write_bytes(picture)
+    for call, said in (
+        ([name, "--data", str(none)], "holds neither"),
+        ([name, "--data", str(strange)], "the class 'unicorn', which is none of the known ones, 'airplane'"),
+        (["repavit_tiny", "cfsr_x2", "--size", "32", "--engine", "eager"], "Models of different tasks"),
+        ([name, "./nothing"], "There is no file or folder ./nothing."),
+    ):
+        assert main(["bench", *call]) == 2
+        error = capsys.readouterr().err
+        assert said in error, error
+        assert error.count("\n") == 1
+        assert "named benchmark" not in error
+
+
+def test_a_size_that_a_model_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any) -> Any:
+        raise AssertionError("Input height (100) doesn't match model (160).\nmore")
+
+    monkeypatch.setattr("timm.models.vision_transformer.VisionTransformer.forward", wrong)
+    with pytest.raises(BenchError, match=r"does not run on an input of 3x160x160: Input height .+\(160\)\.$"):
+        subject("test_vit", QUICK)
+
+
 def test_memory_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured for every combination; here in this process, in `test_fresh_process` in one of its own."""
     monkeypatch.setattr(grid, "in_fresh_process", lambda call, *args: call(*args))
@@ -148,7 +182,7 @@ def test_one_line_where_nothing_can_run(monkeypatch: pytest.MonkeyPatch) -> None
     ):
         with pytest.raises(ValueError, match=said):
             Grid(**wrong)  # type: ignore[arg-type]
-    monkeypatch.setattr(grid, "_runs", lambda name, *args, **options: ([], (), [f"Left out: {name}: why."]))
+    monkeypatch.setattr(grid, "_runs", lambda each, *args, **options: ([], [f"Left out: {each.source}: why."]))
     with pytest.raises(BenchError, match="Left out: repavit_tiny: why"):
         compare_grid(["repavit_tiny"], Grid(), QUICK)
 
@@ -168,7 +202,7 @@ def test_one_line_where_nothing_can_run(monkeypatch: pytest.MonkeyPatch) -> None
         (["--samples", "3"], "--samples counts images of --data"),
         (["--data", "nowhere"], "--data names no folder: nowhere"),
         (["--data", "."], "Accuracy is measured of classifiers with weights"),
-        (["--data", ".", "--size", "32"], "leave out the size"),
+        (["--data", ".", "--size", "32"], "leave out the --size"),
         (["--budgets", "0.5"], "--budgets is for `zoo bench ffn`"),
     ],
 )

@@ -200,26 +200,41 @@ def compare_grid(
     notes += [f"{each}: left out." for each in grid.refused]
     if calibrated and data is None:
         notes.append("int8 on engines is left out: it is calibrated with pictures, give a folder of them (--data DIR).")
+    forms = [pair for pair in grid.pairs if data is not None or not _is_file(*pair)]
+    if not forms:
+        raise BenchError(" ".join(filter(None, notes)))
     runs, checks = [], list[Check]()
+    one = replace(settings, batch=1, dtype=PRECISIONS[forms[0][1]])
+    load = {each: data is not None or _ships(each, size) for each in names}
+    firsts = {each: subject(each, one, size=size, merge=merge, pretrained=load[each]) for each in names}
+    if len({each.task for each in firsts.values()}) > 1:  # before anything is built
+        listed = ", ".join(f"{source}: {each.task}" for source, each in firsts.items())
+        raise ValueError(f"Models of different tasks cannot be compared: {listed}.")
+    judged = data is not None
+    if data is not None:
+        try:
+            for each in filter(_can_be_judged, firsts.values()):
+                images_to_judge(each.model, data, 1, samples)
+        except (FileNotFoundError, ValueError) as error:
+            if not calibrated:  # which any pictures do for
+                raise
+            judged = False
+            notes.append(f"Accuracy is left out: {error}")
     with tempfile.TemporaryDirectory(prefix="zoo-bench-", ignore_cleanup_errors=True) as folder:  # of eight-bit files
         for model in names:
-            made, merged, left_out = _runs(
-                model, grid, settings, Path(folder), progress, size=size, merge=merge, data=data
+            made, left_out = _runs(
+                firsts[model], forms, grid, settings, Path(folder), progress, size=size, merge=merge, data=data
             )
             runs += made
-            checks += merged
+            checks += firsts[model].checks if made else ()
             notes += left_out
             if progress is not None:
                 progress(f"{model} is ready", len(checks), len(names))
         if not runs:
             raise BenchError(" ".join(filter(None, notes)))
-        if len({each.subject.task for each in runs}) > 1:
-            tasks = {each.subject.source: each.subject.task for each in runs}
-            listed = ", ".join(f"{source}: {task}" for source, task in tasks.items())
-            raise ValueError(f"Models of different tasks cannot be compared: {listed}.")
-        _time(runs, settings, progress)
-        if data is not None:
+        if data is not None and judged:
             _judge(runs, data, samples, progress)
+        _time(runs, settings, progress)
         peaks = [_peak(each, settings, size, progress) if memory else None for each in runs]
     ratios, reference = _ratios(runs, grid, len(names))
     entries = _entries(runs, ratios, peaks, settings, size)
@@ -259,7 +274,8 @@ def _is_judged(name: str) -> bool:
 
 
 def _runs(
-    name: str,
+    ready: Subject,
+    pairs: Sequence[tuple[str, str]],
     grid: Grid,
     settings: Settings,
     folder: Path,
@@ -268,24 +284,26 @@ def _runs(
     size: int | None,
     merge: bool,
     data: str | None,
-) -> tuple[list[_Run], tuple[Check, ...], list[str]]:
-    """Build and check all combinations of a model before anything is timed; return what cannot run as notes."""
+) -> tuple[list[_Run], list[str]]:
+    """Build and check all combinations of a model before anything is timed; return what cannot run as notes.
+
+    `ready` is the model in the first precision.
+    """
     found: list[_Run] = []
     notes: list[str] = []
     made: dict[str, Subject] = {}  # by what is done to the weights: engines share their eight-bit file
     refused: set[str] = set()
-    expected: Tensor | None = None
+    name, expected = ready.source, ready.expected
     written = Path(tempfile.mkdtemp(dir=folder))
     load = data is not None or _ships(name, size)
-    for engine, precision in grid.pairs:
-        on_file = precision == "int8" and engine in INTEGER_ENGINES
+    for engine, precision in pairs:
+        on_file = _is_file(engine, precision)
         form = "file" if on_file else precision
-        if (on_file and data is None) or form in refused:
+        if form in refused:
             continue
         if form not in made:
             one = replace(settings, batch=1, dtype=PRECISIONS[precision])
-            each = subject(name, one, size=size, merge=merge, check=not made, pretrained=load)
-            expected = each.expected if expected is None else expected
+            each = subject(name, one, size=size, merge=merge, check=False, pretrained=load) if made else ready
             try:
                 if on_file:
                     said = write_integer(each, str(data), written, _teller(name, progress))
@@ -312,8 +330,16 @@ def _runs(
                 one_run.taken = said.split()[2]
                 notes.append(f"{name}: {said}.")
             found.append(one_run)
-    checks = next(iter(made.values())).checks if made else ()
-    return found, checks, notes
+    return found, notes
+
+
+def _is_file(engine: str, precision: str) -> bool:
+    """Tell whether an engine runs the eight-bit file of `zoo export`."""
+    return precision == "int8" and engine in INTEGER_ENGINES
+
+
+def _can_be_judged(each: Subject) -> bool:
+    return each.task == "classification" and each.trained
 
 
 def _teller(name: str, progress: Progress | None) -> Callable[[str], object]:
@@ -401,7 +427,7 @@ def _time(runs: list[_Run], settings: Settings, progress: Progress | None) -> No
 
 def _judge(runs: list[_Run], data: str, samples: int, progress: Progress | None) -> None:
     """Measure the accuracy of trained classifiers, once for each engine and precision."""
-    judged = [each for each in runs if each.subject.task == "classification" and each.subject.trained]
+    judged = [each for each in runs if _can_be_judged(each.subject)]
     largest = {(each.subject.source, each.pair): each for each in sorted(judged, key=lambda each: each.batch)}
     for done, (key, each) in enumerate(largest.items()):
         if progress is not None:

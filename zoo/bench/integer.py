@@ -42,9 +42,9 @@ def write_integer(each: Subject, data: str, folder: Path, told: Callable[[str], 
 
     try:
         network = prepare(each.model)
+        samples = draw_samples(network, each.model, data)
         plain = folder / "float.onnx"
         write(network, plain)
-        samples = draw_samples(network, each.model, data)
         found = quantize(plain, folder / "model.onnx", samples, search=each.trained, told=told)
     except ExportError as error:
         raise EngineError(f"int8: {error}") from error

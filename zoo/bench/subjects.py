@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from zoo import catalog, factory
 from zoo.bench.report import Check
-from zoo.bench.timing import Settings, cast, require_close
+from zoo.bench.timing import BenchError, Settings, cast, require_close
 from zoo.ffn.reparam import reparameterize
 from zoo.profiling import count_macs, denoiser_inputs
 from zoo.record import record_of
 from zoo.sources import Source, find, metrics_of
+from zoo.text import first_line
 
 __all__ = ["Subject", "first", "subject"]
 
@@ -99,7 +100,7 @@ def subject(
 
     Raises:
         ValueError: There is no such model, the message names the nearest; or it takes no input of this size.
-        BenchError: Merging changes the output.
+        BenchError: Merging changes the output, or the model does not run on its input.
     """
     torch.manual_seed(0)
     source = find(name)
@@ -110,7 +111,11 @@ def subject(
     checks: tuple[Check, ...] = ()
     merged = False
     with torch.inference_mode():
-        expected = first(model(x, **named)) if check else None
+        try:
+            expected = first(model(x, **named)) if check else None
+        except Exception as error:  # of the user's code, of many kinds
+            shape = "x".join(map(str, x.shape[1:]))
+            raise BenchError(f"{name} does not run on an input of {shape}: {first_line(error)}") from error
         if merge:
             before, merged = expected, bool(reparameterize(model, measure=False).layers)
             if merged and before is not None:

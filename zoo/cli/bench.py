@@ -178,6 +178,8 @@ def _check(args: argparse.Namespace, suites: list[str]) -> None:
             raise UsageError("--plot takes one named benchmark; with -o, each that can be drawn gets a plot.")
     if args.data is not None and not Path(args.data).is_dir():
         raise UsageError(f"--data names no folder: {args.data}.{beside(Path(args.data))}")
+    if args.data is not None and args.size is not None:
+        raise UsageError("Accuracy is measured at the size of the weights: leave out the --size, or the --data.")
     given = [name for name in _FFN if getattr(args, name) is not None]
     if suites and set(suites) & {"ffn", "engines"}:
         given = [] if "ffn" in suites else [name for name in given if name not in ("data", "samples")]
@@ -225,7 +227,7 @@ def _check_names(args: argparse.Namespace, given: list[str]) -> None:
         try:
             kinds[name] = find_model(name, weights=False).kind
         except ValueError as error:
-            near = nearest(name, list(SUITES), 1)
+            near = nearest(name, list(SUITES), 1) if Path(name).name == name else []
             raise UsageError(f"{error}{f' A named benchmark is called {near[0]}.' if near else ''}") from error
     given += [] if args.count is None else ["count"]
     pipelines = [name for name, kind in kinds.items() if kind == "pipeline"]

@@ -57,12 +57,13 @@ class Readable(Dataset[tuple[Any, int]]):
 
 
 def require_known(strange: Sequence[str], classes: Sequence[str], source: str | Path) -> None:
-    """Refuse classes that training does not know."""
+    """Refuse classes that are not those of the model, or of the images that it is trained on."""
     if strange:
         near = nearest(strange[0], list(classes), 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         listed = ", ".join(map(repr, strange[:4])) + (f" and {len(strange) - 4} more" if len(strange) > 4 else "")
-        raise ValueError(f"{source} has the class {listed}, which the training images lack.{hint}")
+        known = ", ".join(map(repr, classes[:4])) + (f" and {len(classes) - 4} more" if len(classes) > 4 else "")
+        raise ValueError(f"{source} has the class {listed}, which is none of the known ones, {known}.{hint}")
 
 
 def tell_absent(classes: Sequence[str] | None, used: Container[str], source: str | Path) -> None:

@@ -19,7 +19,8 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 def own_attributes(module: nn.Module) -> dict[str, Any]:
     """Return a module's attributes that are not PyTorch's own; in an engine's place what it stands in for."""
     found = {key: value for key, value in vars(module).items() if key not in _INTERNAL}
-    if getattr(call := found.get("forward"), "is_engine", False):
+    call: Any = found.get("forward")
+    if getattr(call, "is_engine", False):
         found["forward"] = call.own
         if call.own is None:
             del found["forward"]
