@@ -46,7 +46,7 @@ def test_a_class_that_val_lacks_shifts_nothing(tmp_path: Path) -> None:
 def test_a_class_that_train_lacks_is_an_error(tmp_path: Path) -> None:
     root = image_folder(tmp_path, train=4, val=2)
     add_class(root, "cirle", "val")
-    with pytest.raises(ValueError, match=r"val has the class 'cirle', which .* lack\. Did you mean 'circle'\?"):
+    with pytest.raises(ValueError, match=r"val has the class 'cirle', which is none of .*\. Did you mean 'circle'\?"):
         data_module(root).val_dataloader()
 
 
