@@ -13,7 +13,7 @@ import torch
 from timm.utils import reparameterize_model
 from torch import nn
 
-from zoo.bench.memory import in_fresh_process, resident_peak
+from zoo.bench.memory import in_fresh_process, map_large_blocks, resident_peak
 from zoo.bench.plain_backbones import PLAIN
 from zoo.bench.report import Benchmark, Entry, Goal
 from zoo.bench.subjects import subject
@@ -123,6 +123,7 @@ def _family(name: str, settings: Settings, progress: Progress | None) -> Benchma
 
 def _peak(name: str, settings: Settings, plain: bool) -> int:
     """Return the bytes by which memory grows in one call, in this process."""
+    map_large_blocks()
     with torch_threads(settings.threads):
         ours = subject(name, settings, check=False)
         model = with_plain_blocks(ours.model, PLAIN[_FAMILIES[name]]) if plain else ours.model
