@@ -75,12 +75,13 @@ def export(
 ) -> Path:
     """Write a model, merged and in float32, as a file of a format; `zoo.export.artefact` has precisions and a README.
 
-    Inputs and outputs are `image` -> `logits` (normalised image; `features` without classes), `image` -> `restored`
-    (both in [0, 1]), or `hidden_states`, `timestep` (float), `class_labels` -> `sample`. Name, weight digest, input
-    normalisation and labels are in the file, and `target(format).metadata(out)` returns them.
+    Inputs and outputs are `image` -> `logits` (normalised image; `features` without classes, several maps of timm's
+    `features_only`), `image` -> `restored` (both in [0, 1]), or `hidden_states`, `timestep` (float), `class_labels` ->
+    `sample`. Name, weight digest, input normalisation and labels are in the file, and `target(format).metadata(out)`
+    returns them.
 
     Args:
-        model: A classifier, a restorer or a class-conditional denoiser; it is not changed.
+        model: A classifier, a backbone, a restorer or a class-conditional denoiser; it is not changed.
         out: Path of the file; it appears only when it is complete.
         format: A key of `FORMATS`.
         kind: What the model is; None finds out.
@@ -133,4 +134,4 @@ def check(
     """
     run, one = target(format).runner(path), format in ONE_SHAPE
     options = {"image_size": image_size, "dynamic_size": dynamic_size and not one}
-    return compare(lambda inputs: run(inputs)[0], model, kind=kind, one=one, **options)
+    return compare(run, model, kind=kind, one=one, **options)

@@ -14,7 +14,7 @@ import zoo.export.openvino
 from torch import nn
 from zoo.export import ONE_SHAPE, ExportError, target
 from zoo.export.aoti import has_compiler
-from zoo.export.network import Network, compare, fixed, prepare, whole
+from zoo.export.network import Kind, Network, compare, fixed, prepare, whole
 from zoo.export.pictures import compare_pictures, taking_pictures
 from zoo.export.precision import TOLERANCE, check_precision, in_half
 from zoo.export.readme import readme
@@ -94,6 +94,7 @@ def write_artefact(
     *,
     format: str,
     precision: str = "fp32",
+    kind: Kind | None = None,
     with_preprocess: bool = False,
     data: str | Path | None = None,
     name: str | None = None,
@@ -105,10 +106,11 @@ def write_artefact(
     """Write a model for another runtime, compare the file with the model, and put a README beside it.
 
     Args:
-        model: A classifier, a restorer or a class-conditional denoiser; it is not changed.
+        model: A classifier, a backbone, a restorer or a class-conditional denoiser; it is not changed.
         out: Path of the file; nothing appears where an error comes first.
         format: A key of `zoo.export.FORMATS`.
         precision: One of `zoo.export.precision.PRECISIONS`.
+        kind: What the model is; None finds out.
         with_preprocess: Take 8-bit pictures, return probabilities or 8-bit pictures.
         data: Folder of pictures that int8 is calibrated and measured with.
         name: Name to store; None takes the registered one.
@@ -131,7 +133,7 @@ def write_artefact(
     check_output(format, out)
     one = format in ONE_SHAPE
     options: dict[str, Any] = {"image_size": image_size, "dynamic_size": dynamic_size and not one}
-    network = prepare(model, name=name, **options)
+    network = prepare(model, kind=kind, name=name, **options)
     if precision in _TYPES and format != "openvino":
         network = in_half(network, _TYPES[precision])
     if with_preprocess:
@@ -143,8 +145,8 @@ def write_artefact(
     def compared(path: Path) -> float:
         run = target(format).runner(path)
         if with_preprocess:
-            return compare_pictures(lambda inputs: run(inputs)[0], network, model, **options)
-        return compare(lambda inputs: run(inputs)[0], model, **options, one=one)
+            return compare_pictures(lambda inputs: run(inputs)[0], network, model, kind=kind, **options)
+        return compare(run, model, kind=kind, **options, one=one)
 
     return _write(network, out, format, precision, compared if check else None, samples, told)
 

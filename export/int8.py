@@ -103,7 +103,7 @@ def draw_samples(network: Network, model: nn.Module, folder: str | Path) -> Samp
     """
     kind = network.metadata["kind"]
     if kind not in _CALIBRATION:
-        raise ValueError(f"int8 is for classifiers and restorers; {network.metadata['name']} is a {kind}.")
+        raise ValueError(f"int8 is for classifiers and restorers; {network.metadata['name']} is exported as {kind}.")
     return _of_classifier(network, model, folder) if kind == "classifier" else _of_restorer(network, model, folder)
 
 

@@ -17,17 +17,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import zoo
 from zoo.ffn.reparam import reparameterize
-from zoo.text import first_line
+from zoo.text import counted, first_line
 
 __all__ = [
     "ExportError",
@@ -51,8 +52,9 @@ __all__ = [
     "whole",
 ]
 
-Kind = Literal["classifier", "restorer", "denoiser"]
-KINDS: tuple[Kind, ...] = ("classifier", "restorer", "denoiser")
+Kind = Literal["classifier", "features", "restorer", "denoiser"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""`features` is timm's backbone with `features_only`, which returns several maps."""
 
 
 class ExportError(RuntimeError):
@@ -90,6 +92,21 @@ class _Classifier(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.model(image)
+
+
+class _Features(nn.Module):
+    """Return the maps of a backbone in their order, as a tuple; of timm's classes some return a dictionary."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        found = self.model(image)
+        return tuple(found.values() if isinstance(found, Mapping) else found)
+
+
+_WRAPPERS = {"classifier": _Classifier, "features": _Features, "restorer": _Restorer, "denoiser": _Denoiser}
 
 
 class _Call(nn.Module):
@@ -147,7 +164,7 @@ def prepare(
 
     Args:
         model: A classifier, a restorer or a class-conditional denoiser; it is not changed.
-        kind: Which of these; None finds out.
+        kind: Which of these, or a backbone for its features; None finds out.
         name: Name to store; None takes the registered one.
         image_size: Side of square images of a classifier with other than its published size, or of a restorer whose
             file is to have one size; pixels.
@@ -161,18 +178,16 @@ def prepare(
         raise ValueError("A cache is enabled on the model, and a file cannot hold it: call zoo.disable_cache first.")
     inner = eager_copy(model).float().cpu()
     reparameterize(inner, measure=False)
-    wrapper = {"classifier": _Classifier, "restorer": _Restorer, "denoiser": _Denoiser}[kind]
     batch = Dim("batch")
     inputs = sample_inputs(model, kind, image_size, dynamic_size)[1]
     shapes: dict[str, dict[int, Any]] = {key: {0: batch} for key in inputs}
     if dynamic_size and _any_size(model, kind, _example_size(model, kind, image_size)):
         shapes["image"] |= _open_sides(_step(model, kind))
-    if kind == "classifier":
-        output = "logits" if getattr(model, "num_classes", 0) else "features"
-    else:
-        output = "restored" if kind == "restorer" else "sample"
+    output = {"features": "", "restorer": "restored", "denoiser": "sample"}.get(kind, "output")
+    if kind == "classifier" and hasattr(model, "num_classes"):  # else nobody knows
+        output = "logits" if model.num_classes else "features"
     return Network(
-        module=wrapper(inner).eval(),
+        module=_WRAPPERS[kind](inner).eval(),
         inputs=inputs,
         output=output,
         dynamic_shapes=shapes,
@@ -219,7 +234,10 @@ def capture(network: Network, purpose: str) -> torch.export.ExportedProgram:
                 network.module, args, kwargs=kwargs, dynamic_shapes=network.dynamic_shapes or None
             )
         except Exception as error:  # tracing runs the user's code, which raises what it likes
-            raise ExportError(f"The network cannot be {purpose}: {first_line(error)}") from error
+            said = f"The network cannot be {purpose}: {first_line(error)}"
+            if any(len(axes) > 1 for axes in network.dynamic_shapes.values()):
+                said = f"{said.rstrip('.')}. Height and width were open; images of one size it may take (--fixed-size)."
+            raise ExportError(said) from error
 
 
 class _Muted:
@@ -303,7 +321,7 @@ def open_sizes(model: nn.Module, image: Tensor) -> dict[int, Any] | None:
         kind = kind_of(model)
     except ValueError:
         return None
-    if kind == "denoiser" or image.ndim != 4:
+    if kind in ("denoiser", "features") or image.ndim != 4:
         return None
     sizes: dict[int, Any] = {0: Dim("batch")}
     if _any_size(model, kind, image.shape[-2:]):
@@ -358,7 +376,7 @@ def kind_of(model: nn.Module, kind: Kind | None = None) -> Kind:
     """Return what a model is, or check what the caller says it is.
 
     Raises:
-        ValueError: `kind` is not one of the three, or the model is none of them.
+        ValueError: `kind` is not one of them, or the model is none of them.
     """
     if kind is not None:
         if kind not in KINDS:
@@ -368,11 +386,13 @@ def kind_of(model: nn.Module, kind: Kind | None = None) -> Kind:
         return "denoiser"
     if hasattr(model, "forward_head"):
         return "classifier"
+    if hasattr(model, "feature_info"):
+        return "features"
     if _cfg(model).get("task", "classification") != "classification" or hasattr(model, "scale"):
         return "restorer"
     raise ValueError(
-        f"{type(model).__name__} is no classifier (forward_head), restorer (scale) or class-conditional denoiser "
-        f"(class_labels) as far as can be told; give kind, one of {', '.join(KINDS)}."
+        f"{type(model).__name__} is no classifier (forward_head), backbone (feature_info), restorer (scale) or "
+        f"class-conditional denoiser (class_labels) as far as can be told; give kind, one of {', '.join(KINDS)}."
     )
 
 
@@ -425,11 +445,12 @@ def _any_size(model: nn.Module, kind: Kind, size: Sequence[int]) -> bool:
 
     An open graph is one of multiples of the step: what pads others, or rounds them, is not in it.
     """
-    if getattr(model, "graph_depends_on_size", False) or any(side % _step(model, kind) for side in size):
+    depends = any(getattr(part, "graph_depends_on_size", False) for part in (model, *model.children()))
+    if depends or any(side % _step(model, kind) for side in size):
         return False
     if kind == "restorer":
         return True
-    return kind == "classifier" and not _cfg(model).get("fixed_input_size", True)
+    return kind != "denoiser" and not _cfg(model).get("fixed_input_size", True)
 
 
 def _step(model: nn.Module, kind: Kind) -> int:
@@ -441,7 +462,10 @@ def _step(model: nn.Module, kind: Kind) -> int:
 
 
 def _channels(model: nn.Module) -> int:
-    return int(getattr(model, "in_chans", _cfg(model).get("input_size", (3,))[0]))
+    if hasattr(model, "in_chans"):
+        return int(model.in_chans)
+    convolutions = (part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d))
+    return int(next(convolutions, _cfg(model).get("input_size", (3,))[0]))
 
 
 def _example_size(model: nn.Module, kind: Kind, image_size: int | None) -> tuple[int, int]:
@@ -458,7 +482,9 @@ def _example_size(model: nn.Module, kind: Kind, image_size: int | None) -> tuple
         return sides[0], sides[1]
     if image_size is not None:
         return image_size, image_size
-    embed: Any = getattr(model, "patch_embed", None) or getattr(model, "stem", None)
+    bodies = [model, *([model.model] if kind == "features" and hasattr(model, "model") else [])]
+    parts: Iterator[Any] = (getattr(body, name, None) for body in bodies for name in ("patch_embed", "stem"))
+    embed = next(filter(None, parts), None)
     own = getattr(embed, "img_size", None) or _cfg(model).get("input_size", (3, 224, 224))[-2:]
     return int(own[0]), int(own[1])
 
@@ -475,7 +501,7 @@ def _metadata(model: nn.Module, kind: Kind, name: str | None, image_size: int | 
         "paper": cfg.get("paper_ids"),
         "producer": f"zoo {zoo.__version__}, torch {torch.__version__}",
     }
-    if kind == "classifier":
+    if kind in ("classifier", "features"):
         facts |= {
             "input": "RGB image in [0, 1], then (image - mean) / std",
             "input_size": [_channels(model), *_example_size(model, kind, image_size)],
@@ -486,6 +512,8 @@ def _metadata(model: nn.Module, kind: Kind, name: str | None, image_size: int | 
             "interpolation": cfg.get("interpolation"),
             "labels": _labels(model),
         }
+        if isinstance(info := getattr(model, "feature_info", None), FeatureInfo):
+            facts |= {"channels": info.channels(), "reductions": info.reduction()}
     elif kind == "restorer":
         facts |= {
             "input": "RGB image in [0, 1]",
@@ -525,7 +553,7 @@ def weights_digest(model: nn.Module) -> str:
 
 @torch.no_grad()
 def compare(
-    run: Callable[[dict[str, Tensor]], Tensor],
+    run: Callable[[dict[str, Tensor]], Sequence[Tensor]],
     model: nn.Module,
     *,
     kind: Kind | None = None,
@@ -538,7 +566,7 @@ def compare(
     Differences are absolute where the model's largest output is below one, else relative to that output.
 
     Args:
-        run: Computes the output of the exported file for inputs by name.
+        run: Computes the outputs of the exported file for inputs by name.
         model: The model that was exported; it is not changed.
         kind: What it is; None finds out.
         image_size: As in `prepare`.
@@ -549,10 +577,15 @@ def compare(
         ExportError: An output has another shape, or is not finite where the model's is.
     """
     kind = kind_of(model, kind)
-    eager = eager_copy(model).float().cpu()
-    wrapper = {"classifier": _Classifier, "restorer": _Restorer, "denoiser": _Denoiser}[kind](eager)
-    samples = sample_inputs(model, kind, image_size, dynamic_size)[: 1 if one else None]
-    return max(difference(run(inputs), wrapper(**inputs), inputs) for inputs in samples)
+    eager = _WRAPPERS[kind](eager_copy(model).float().cpu())
+    worst = 0.0
+    for inputs in sample_inputs(model, kind, image_size, dynamic_size)[: 1 if one else None]:
+        found, expected = run(inputs), eager(**inputs)
+        wanted = expected if isinstance(expected, tuple) else (expected,)
+        if len(found) != len(wanted):
+            raise ExportError(f"The file returns {counted(len(found), 'output')}, the model {len(wanted)}.")
+        worst = max(worst, *(difference(*pair, inputs) for pair in zip(found, wanted, strict=True)))
+    return worst
 
 
 def difference(found: Tensor, expected: Tensor, inputs: Mapping[str, Tensor]) -> float:

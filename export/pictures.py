@@ -145,7 +145,9 @@ def taking_pictures(
     """
     kind = network.metadata["kind"]
     if kind not in ("classifier", "restorer"):
-        raise ValueError(f"Pictures go into classifiers and restorers; {network.metadata['name']} is a {kind}.")
+        raise ValueError(
+            f"Pictures go into classifiers and restorers; {network.metadata['name']} is exported as {kind}."
+        )
     image = network.inputs["image"]
     if kind == "restorer":
         shapes = network.dynamic_shapes["image"]

@@ -39,6 +39,8 @@ outputs = [value.numpy() for value in method.execute([{tensors}])]  # these shap
 found = aoti_load_package("{file}")({tensors})  # these shapes only
 outputs = [value.numpy() for value in (found if isinstance(found, (tuple, list)) else [found])]""",
 }
+_SEEING = ("classifier", "features")
+"""Kinds that take normalised images."""
 _PIL = {"bilinear": "BILINEAR", "bicubic": "BICUBIC", "lanczos": "LANCZOS", "nearest": "NEAREST"}
 
 
@@ -88,7 +90,7 @@ def _inputs(network: Network) -> str:
         shapes.append(f"`{key}` ({', '.join(sides)}) {str(value.dtype).removeprefix('torch.')}")
     facts = network.metadata
     said = [", ".join(shapes), facts.get("input", "")]
-    if facts["kind"] == "classifier" and "picture" not in network.inputs and "mean" in facts:
+    if facts["kind"] in _SEEING and "picture" not in network.inputs and "mean" in facts:
         said.append(f"mean {facts['mean']}, std {facts['std']}")
     if facts["kind"] == "restorer" and int(facts.get("multiple_of", 1)) > 1:
         said.append(f"height and width are multiples of {facts['multiple_of']}")
@@ -103,6 +105,11 @@ def _output(network: Network) -> str:
         scale = f", {facts['scale']} times as high and wide" if str(facts["scale"]) != "1" else ""
         kind = "8-bit, clipped and rounded" if "picture" in network.inputs else "clipped to [0, 1]"
         return f"`{name}`, the restored picture, {kind}{scale}"
+    if facts["kind"] == "features":
+        sizes = (f"{key} {', '.join(map(str, json.loads(facts[key])))}" for key in ("channels", "reductions"))
+        return (
+            f"maps of features, one after the other; {'; '.join(sizes)}" if "channels" in facts else "maps of features"
+        )
     words = {
         "logits": "one value a class, before softmax",
         "probabilities": "of the classes, after softmax",
@@ -115,7 +122,7 @@ def _snippet(network: Network, format: str, file: str) -> list[str]:
     facts = network.metadata
     lines = ["import numpy as np", f"import {_NEEDS[format]}"]
     photo = 'picture = Image.new("RGB", ({0}, {1}), "gray")  # yours: Image.open("photo.jpg").convert("RGB")'
-    if facts["kind"] not in ("classifier", "restorer"):
+    if facts["kind"] not in (*_SEEING, "restorer"):
         for key, value in network.inputs.items():
             dtype = str(value.dtype).removeprefix("torch.")
             lines.append(f"{key} = np.zeros({tuple(value.shape)}, np.{dtype})")
@@ -128,7 +135,9 @@ def _snippet(network: Network, format: str, file: str) -> list[str]:
     prepared: list[str]
     if facts["kind"] == "classifier" and is_picture:
         prepared = [photo.format(width, height), "picture = np.array(picture)[None]  # (1, height, width, 3)"]
-    elif facts["kind"] == "classifier":
+    elif facts["kind"] in _SEEING and channels != 3:
+        prepared = [f"{key} = np.zeros((1, {channels}, {height}, {width}), np.float32)  # yours, normalised"]
+    elif facts["kind"] in _SEEING:
         prepared = _prepare(facts, tuple(json.loads(facts["input_size"])[1:]), photo)
     else:
         prepared = [photo.format(width, height), f"{key} = np.array(picture)[None]  # (1, height, width, 3)"]
@@ -147,8 +156,8 @@ def _snippet(network: Network, format: str, file: str) -> list[str]:
             lines.append("restored = outputs[0]")
         lines.append('Image.fromarray(restored[0]).save("restored.png")' if channels == 3 else "print(restored.shape)")
         return lines
-    if network.output == "features":
-        return [*lines, "print(outputs[0].shape)"]
+    if network.output not in ("logits", "probabilities"):
+        return [*lines, "print([value.shape for value in outputs])"]
     if network.output == "logits":
         lines.append("scores = np.exp(outputs[0] - outputs[0].max(1, keepdims=True))")
         lines.append("scores /= scores.sum(1, keepdims=True)")

@@ -19,6 +19,7 @@ import pytest
 import torch
 from registered import build, images, relative
 from torch import Tensor, nn
+from zoo.export import ExportError, export
 from zoo.export.network import prepare
 
 import zoo
@@ -232,6 +233,35 @@ def test_a_wrong_engine_is_not_used(
         path.write_bytes(path.read_bytes()[:-100])
     attach(model, "onnxruntime", told=built.append)(x)
     assert "built in" in built[0]
+
+
+class _PadsInside(nn.Module):
+    """A user's own restorer of any size, which says nothing of what it pads to."""
+
+    scale = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 4, 8, 8), nn.ConvTranspose2d(4, 3, 8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        y = nn.functional.pad(x, (0, -width % 8, 0, -height % 8), mode="reflect")
+        return x + self.up(self.down(y))[..., :height, :width]
+
+
+@torch.no_grad()
+def test_a_network_that_cannot_be_open_gets_a_graph_for_each_size(tmp_path: Path) -> None:
+    """Engines fall back to it, and look for it first; a file says how one size is asked for."""
+    torch.manual_seed(0)
+    model, x = _PadsInside().eval(), torch.rand(1, 3, 12, 20)
+    twin, built = copy.deepcopy(model), list[str]()
+    assert relative(attach(model, "onnxruntime", told=built.append)(x), twin(x)) < 1e-4
+    attach(model, "onnxruntime", told=built.append)(x)
+    assert sum("built in" in words for words in built) == 1
+    with pytest.raises(ExportError, match=r"Height and width were open; images of one size it may take"):
+        export(model, tmp_path / "model.onnx", format="onnx")
+    assert not list(tmp_path.iterdir())
 
 
 @torch.no_grad()

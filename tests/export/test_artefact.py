@@ -17,14 +17,16 @@ import onnx
 import onnxruntime
 import openvino
 import pytest
+import timm
 import torch
 from exported import Restorer
 from image_sets import picture
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
-from zoo.export import ExportError, check
+from zoo.export import ExportError, check, target
 from zoo.export.artefact import Artefact, write_artefact
+from zoo.export.network import compare
 from zoo.export.openvino import metadata, runner
 
 from zoo.cli import main
@@ -95,6 +97,27 @@ def test_pictures_go_in_as_they_are(
     assert "Labels: 3" in text
     assert "any size, scaled and cropped inside" in text
     assert float(run_snippet(found, monkeypatch, capsys).split()[1]) > 1 / 3
+
+
+def test_maps_of_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A backbone with `features_only`: all its maps, at any size, with channels and reductions in the metadata."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", features_only=True, out_indices=(1, 2), in_chans=1).eval()
+    artefact = write_artefact(model, tmp_path / "maps.pt2", format="torch-export")
+    facts, run = target("torch-export").metadata(artefact.path), target("torch-export").runner(artefact.path)
+    assert (facts["kind"], facts["channels"], facts["reductions"]) == ("features", "[32, 48]", "[4, 8]")
+    x = torch.rand(2, 1, 64, 96)
+    with torch.no_grad():
+        for found, expected in zip(run({"image": x}), model(x), strict=True):
+            assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+    assert "maps of features, one after the other; channels 32, 48; reductions 4, 8." in artefact.readme.read_text()
+    assert run_snippet(artefact, monkeypatch, capsys).startswith("[(1, 32, ")
+
+
+def test_the_number_of_outputs_counts() -> None:
+    model = Classifier().eval()
+    with pytest.raises(ExportError, match="The file returns 2 outputs, the model 1"):
+        compare(lambda inputs: [torch.zeros(1, 3)] * 2, model)
 
 
 def test_squashed_and_fixed(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
-from zoo.engines.runtimes import ENGINES, EngineError, EngineName, Runner, installed
+from zoo.engines.runtimes import ENGINES, EngineError, EngineName, Runner, Runtime, installed
 from zoo.engines.store import digest, engines_dir, facts_of, fingerprint, is_known, note_facts
 from zoo.engines.watch import Kept, Watched
 from zoo.files import whole
@@ -256,14 +256,59 @@ class EngineCall:
 
     def _obtain(self, engine: str, leaves: list[Any], spec: Any, threads: int) -> tuple[Runner | None, Any]:
         """Return a runner for a call and the form of its output."""
+        from zoo.export.network import ExportError
+
         if engine == "eager":
             return None, None
         runtime = ENGINES[engine]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         image = tensors[0] if len(leaves) == 1 and len(tensors) == 1 else None
         sizes = self._open_sizes(image) if image is not None and runtime.open_shapes else None
+        is_open = sizes is not None and len(sizes) > 1
+        folder = self._folder(runtime, engine, sizes, leaves, spec, threads)
+        facts = facts_of(folder)
+        if is_open and not facts:  # one for this size may be there, where none can be open
+            one = self._folder(runtime, engine, None, leaves, spec, threads)
+            if facts := facts_of(one):
+                sizes, folder = None, one
+        if facts and folder.name not in self._compared and not is_known(self.model):
+            # Code that no digest reaches (a notebook's, a helper's in another file) may have changed since it was built
+            facts["checked"].pop(f"{engine} {runtime.version()}", None)
+            try:
+                return self._loaded(engine, folder, facts, sizes, leaves, spec, threads)
+            except EngineError as error:
+                _log.info("%s Built anew.", error)
+                facts = {}
+        if not facts:
+            try:
+                facts = self._build(engine, image if sizes is not None else None, leaves, spec, folder, threads)
+            except EngineError as error:
+                if not is_open or sizes is None or not isinstance(error.__cause__, ExportError):
+                    raise
+                _log.info("%s Built for one size.", error)
+                sizes, folder = None, self._folder(runtime, engine, None, leaves, spec, threads)
+                facts = self._build(engine, None, leaves, spec, folder, threads)
+        return self._loaded(engine, folder, facts, sizes, leaves, spec, threads)
+
+    def _loaded(
+        self, engine: str, folder: Path, facts: dict[str, Any], sizes: Any, leaves: list[Any], spec: Any, threads: int
+    ) -> tuple[Runner | None, Any]:
+        """Load an artefact, and compare it with the model where it was not yet."""
+        runtime = ENGINES[engine]
+        fixed = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
+        run = runtime.load(folder, None if self.dynamic and sizes is not None else fixed, threads)
+        form = facts.get("form")
+        if facts["checked"].get(f"{engine} {runtime.version()}") is None:
+            any_size = sizes is not None and len(sizes) > 1
+            form = self._check(engine, run, any_size, leaves, spec, folder, facts, threads)
+            self._compared.add(folder.name)
+        return run, _read_form(form)
+
+    def _folder(self, runtime: Runtime, engine: str, sizes: Any, leaves: list[Any], spec: Any, threads: int) -> Path:
+        """Return where the artefact of a call is kept, or that of images of these open sizes."""
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         size = None if sizes is None or len(sizes) > 1 else tuple(tensors[0].shape[2:])
-        name = digest(
+        return engines_dir() / digest(
             model=self._digest(),
             versions=runtime.versions(),
             kind="call" if sizes is None else "open",
@@ -275,29 +320,6 @@ class EngineCall:
             processor=None if runtime.open_shapes else instructions(),  # other code would end the process
             file="onnx" if runtime.open_shapes else engine,
         )
-        folder = engines_dir() / name
-        shapes = None if self.dynamic and sizes is not None else [tuple(tensor.shape) for tensor in tensors]
-        any_size = sizes is not None and size is None
-        facts = facts_of(folder)
-        if facts and name not in self._compared and not is_known(self.model):
-            # Code that no digest reaches (a notebook's, a helper's in another file) may have changed since it was built
-            self._compared.add(name)
-            try:
-                run = runtime.load(folder, shapes, threads)
-                form = self._check(engine, run, any_size, leaves, spec, folder, facts, threads)
-            except EngineError as error:
-                _log.info("%s Built anew.", error)
-                facts = {}
-            else:
-                return run, _read_form(form)
-        if not facts:
-            facts = self._build(engine, image if sizes is not None else None, leaves, spec, folder, threads)
-        run = runtime.load(folder, shapes, threads)
-        form = facts.get("form")
-        if facts["checked"].get(f"{engine} {runtime.version()}") is None:
-            form = self._check(engine, run, any_size, leaves, spec, folder, facts, threads)
-            self._compared.add(name)
-        return run, _read_form(form)
 
     def _open_sizes(self, image: Tensor) -> Any:
         from zoo.export.network import open_sizes
