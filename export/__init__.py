@@ -125,7 +125,7 @@ def check(
         dynamic_size: As it was in `export`.
 
     Returns:
-        The largest difference, relative to the largest output where that is above one.
+        The largest difference, relative to the largest output.
 
     Raises:
         ValueError: There is no such format.

@@ -229,7 +229,7 @@ def _write(
                     f"The file differs from the model by {error:.1e} of the largest output, more than the {allowed:g} "
                     f"of {precision}, and is not kept; without comparison (--no-check) it is."
                 )
-            said = f"at most {error:.1e} of the largest output, or of 1, apart"
+            said = f"at most {error:.1e}{'' if 'picture' in network.inputs else ' of the largest output'} apart"
         text = readme(
             network,
             format=format,

@@ -563,8 +563,6 @@ def compare(
 ) -> float:
     """Return the largest difference between `run` and the model in eager mode, unmerged, over `sample_inputs`.
 
-    Differences are absolute where the model's largest output is below one, else relative to that output.
-
     Args:
         run: Computes the outputs of the exported file for inputs by name.
         model: The model that was exported; it is not changed.
@@ -588,13 +586,14 @@ def compare(
     return worst
 
 
-def difference(found: Tensor, expected: Tensor, inputs: Mapping[str, Tensor]) -> float:
-    """Return the largest difference of an output, relative to the model's largest where that is above one.
+def difference(found: Tensor, expected: Tensor, inputs: Mapping[str, Tensor], least: float = 1e-6) -> float:
+    """Return the largest difference of an output, relative to the model's largest.
 
     Args:
         found: What the file returned.
         expected: What the model returned.
         inputs: What both were given, by name.
+        least: What the largest output counts as at least.
 
     Raises:
         ExportError: The shapes differ, or a value of the file's is not finite.
@@ -604,7 +603,7 @@ def difference(found: Tensor, expected: Tensor, inputs: Mapping[str, Tensor]) ->
         raise ExportError(f"For {described(inputs)} the file returns {shapes}.")
     if not torch.isfinite(found).all():
         raise ExportError(f"For {described(inputs)} the file returns values that are not finite.")
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1.0))
+    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(least))
 
 
 def described(inputs: Mapping[str, Tensor]) -> str:

@@ -64,7 +64,9 @@ def convert(graph: Path, path: Path, facts: Mapping[str, str], *, half: bool = F
         openvino.save_model(model, str(path), compress_to_fp16=half)
         openvino.Core().read_model(str(path))  # what is cut short is not kept
     except RuntimeError as error:
-        raise OSError(f"{path.name} or {path.stem}.bin is not complete: {_first_line(error)}") from error
+        raise OSError(
+            f"{path.name} or {path.stem}.bin is cut short, as on a full disk: {_first_line(error)}"
+        ) from error
 
 
 def metadata(path: str | Path) -> dict[str, str]:

@@ -230,7 +230,7 @@ def compare_pictures(
             found = run({"picture": picture})
             if found.dtype != torch.uint8:
                 raise ExportError(f"The file returns {found.dtype}, expected uint8.")
-            worst = max(worst, difference(found.float() / 255, expected.float() / 255, {"picture": picture}))
+            worst = max(worst, difference(found.float() / 255, expected.float() / 255, {"picture": picture}, 1.0))
         return worst
     facts = preprocessing(model, image_size)
     side = network.inputs["picture"].shape[1:3] if pictures_of(network) else None
@@ -247,5 +247,5 @@ def compare_pictures(
         expected = eager(images)
         expected = (expected / temperature_of(model)).softmax(-1) if network.output == "probabilities" else expected
         picture = torch.from_numpy(pixels)
-        worst = max(worst, difference(run({"picture": picture}), expected, {"picture": picture}))
+        worst = max(worst, difference(run({"picture": picture}), expected, {"picture": picture}, 1.0))
     return worst

@@ -235,6 +235,23 @@ def test_a_wrong_engine_is_not_used(
     assert "built in" in built[0]
 
 
+@torch.no_grad()
+def test_auto_does_not_remember_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays eager for now, and times anew once there is space."""
+
+    def full(*args: Any) -> Any:
+        raise call._not_kept(folder, OSError(28, "No space left on device")) from OSError(28)
+
+    model, x, said = nn.Linear(5, 5).eval(), torch.rand(1, 5), list[str]()
+    attach(model, "auto", candidates=["onnxruntime"], told=said.append)
+    monkeypatch.setattr(EngineCall, "_build", full)
+    assert torch.equal(model(x), nn.functional.linear(x, model.weight, model.bias))
+    assert "auto takes eager for 1x5" in said[-1]
+    assert "No space left on device" in said[-1]
+    attach(model, "auto", candidates=["onnxruntime"], told=said.append)(x)
+    assert "as timed before" not in said[-1]
+
+
 class _PadsInside(nn.Module):
     """A user's own restorer of any size, which says nothing of what it pads to."""
 

@@ -474,11 +474,13 @@ class EngineCall:
         args, kwargs = tree_unflatten(timed, spec)
         given = [leaf for leaf in timed if isinstance(leaf, Tensor)]
         refused: list[str] = []
+        lasts = True
         for name in names:
             try:
                 run = self._obtain(name, timed, spec, threads)[0]
             except (EngineError, ImportError, OSError) as error:
                 refused.append(str(error).rstrip("."))
+                lasts = lasts and not isinstance(error.__cause__ or error, OSError)  # a disk may be full for now only
                 continue
             calls[name] = lambda run=run: run(given)  # type: ignore[misc]
         calls["eager"] = lambda: self.eager(*args, **kwargs)
@@ -487,8 +489,9 @@ class EngineCall:
         figures = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in times.items() if seconds)
         figures = "; ".join(filter(None, [figures, *refused])) or "nothing else is installed"
         self._say(f"auto takes {best} for {shown} on {counted(threads, 'thread')} ({figures})")
-        with contextlib.suppress(OSError), whole(kept) as temporary:  # else it is timed again next time
-            temporary.write_text(json.dumps({"engine": best, "figures": figures}), encoding="utf-8")
+        if lasts:
+            with contextlib.suppress(OSError), whole(kept) as temporary:  # else it is timed again next time
+                temporary.write_text(json.dumps({"engine": best, "figures": figures}), encoding="utf-8")
         return self._obtain(best, leaves, spec, threads)
 
     def _takes_any_size(self, image: Tensor) -> bool:
