@@ -21,6 +21,7 @@ from spandrel import ArchRegistry, ArchSupport, ModelLoader
 from spandrel.architectures.Compact import Compact, CompactArch
 from spandrel.architectures.DAT import DAT, DATArch
 from torch import Tensor
+from zoo.export.network import capture, prepare
 
 import zoo
 import zoo.spandrel
@@ -287,6 +288,17 @@ def test_restorers_of_others(name: str, tmp_path: Path) -> None:
     result = zoo.restore(picture, weights=tmp_path / "x.pth", tile=48, budget="4GB")
     assert (result.size, result.mode) == ((61 * model.scale, 45 * model.scale), "RGBA")
     assert isinstance(zoo.create_model(str(tmp_path / "x.pth")), zoo.spandrel.Foreign)
+
+
+@pytest.mark.parametrize(("name", "size"), [("RealPLKSR", None), ("NAFNet", 32)])
+def test_restorers_of_others_as_graphs(name: str, size: int | None) -> None:
+    """Engines and files hold them, too: any batch, and any size, but of those that pad inside."""
+    torch.manual_seed(0)
+    model = zoo.spandrel.foreign(_others()[name]().state_dict())
+    assert model is not None
+    network = prepare(model.eval(), image_size=size, dynamic_size=size is None)
+    x = torch.rand(3, 3, size or 24, size or 40)
+    assert (capture(network, "exported").module()(image=x) - model(x)).abs().max() < 1e-5
 
 
 def test_what_spandrel_says_is_kept() -> None:
