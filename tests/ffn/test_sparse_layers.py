@@ -19,7 +19,15 @@ from torch import Tensor
 from zoo.ffn import product_key
 from zoo.ffn.product_key import ProductKeyConfig, ProductKeyMemory
 from zoo.ffn.technique import ffn_layers, rebuild, technique_module
-from zoo.moe import entropy_loss, record_entropy, record_routing, set_top_k, sigma_moe
+from zoo.moe import (
+    ExpertPruneConfig,
+    entropy_loss,
+    prune_experts,
+    record_entropy,
+    record_routing,
+    set_top_k,
+    sigma_moe,
+)
 from zoo.moe.experts import MoEFFN
 from zoo.moe.router import Router
 from zoo.moe.sigma_moe import SigmaMoEConfig, SigmaRouter
@@ -208,6 +216,15 @@ def test_layers_run_train_and_are_rebuilt_from_plain_facts(technique: str, kind:
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     with pytest.raises(ValueError, match="already"):
         module.apply(model)
+
+
+def test_pruned_experts_are_rebuilt_too() -> None:
+    fresh, model = vit(), vit()
+    sigma_moe.apply(model, SigmaMoEConfig(experts=8, top_k=2))
+    prune_experts(model.eval(), ExpertPruneConfig(keep=3), batches("timm", 1))
+    rebuild(fresh, json.loads(json.dumps(model.ffn_changes)))
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh.eval()(IMAGES), model(IMAGES))
 
 
 def test_wrong_settings_are_one_line() -> None:

@@ -57,7 +57,7 @@ def prune_experts(model: nn.Module, config: ExpertPruneConfig, data: Iterable[An
     """Drop normal experts of every mixture of a trained model, in place; a diffusers class is saved with what is left.
 
     Args:
-        model: Made by `zoo.moe.convert`.
+        model: Made by `zoo.moe.convert` or `zoo.moe.sigma_moe.apply`.
         config: How.
         data: Batches of inputs, or of a denoiser's arguments; not needed for random scores.
 
@@ -106,6 +106,9 @@ def prune_experts(model: nn.Module, config: ExpertPruneConfig, data: Iterable[An
         made = MoEConfig(**moe)
         saved: Any = model
         saved.register_to_config(moe=asdict(replace(made, pruned=made.experts - config.keep)))
+    for change in getattr(model, "ffn_changes", ()):  # the record of a model with sigma-MoE
+        for name in layers.keys() & change["layers"].keys():
+            change["layers"][name]["kept"] = config.keep
     return FFNReport(
         technique="prune_experts",
         layers=tuple(changes),

@@ -146,4 +146,12 @@ def apply(model: nn.Module, config: SigmaMoEConfig | None = None, data: Iterable
 
 def restructure(model: nn.Module, layers: Mapping[str, Any]) -> None:
     """Give a dense model the same layers; weights are loaded after."""
-    restructure_layers(model, layers, lambda ffn, facts: _build(ffn, SigmaMoEConfig(**facts), 1))
+    restructure_layers(model, layers, _rebuild)
+
+
+def _rebuild(ffn: DenseFFN, facts: Mapping[str, Any]) -> MoEFFN:
+    config = {name: fact for name, fact in facts.items() if name != "kept"}
+    layer = _build(ffn, SigmaMoEConfig(**config), 1)
+    if "kept" in facts:  # by zoo.moe.prune_experts
+        layer.keep_experts(torch.arange(facts["kept"]))
+    return layer
