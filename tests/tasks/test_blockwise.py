@@ -8,6 +8,10 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
+from zoo.ffn import product_key
+from zoo.ffn.product_key import ProductKeyConfig
+from zoo.moe import sigma_moe
+from zoo.moe.sigma_moe import SigmaMoEConfig
 from zoo.tasks.blockwise import block_groups, kinds_of
 from zoo.tasks.optim import OptimConfig
 
@@ -31,6 +35,18 @@ def test_every_parameter_has_one_kind() -> None:
         "head.weight": "other",
     }
     assert {name: kinds[name] for name in wanted} == wanted
+
+
+def test_mixtures_and_memories_are_feed_forward_layers() -> None:
+    model = vit()
+    sigma_moe.apply(model, SigmaMoEConfig(experts=4, top_k=1, pattern=r"blocks\.0"))
+    product_key.apply(model, ProductKeyConfig(top_k=2, heads=1, batch_norm=True, pattern=r"blocks\.1"))
+    kinds = {name: kind for name, kind in kinds_of(model).items() if ".mlp." in name}
+    assert {name for name, kind in kinds.items() if kind != "ffn"} == {
+        "blocks.1.mlp.norm.weight",
+        "blocks.1.mlp.norm.bias",
+    }
+    assert {"blocks.0.mlp.router.weight", "blocks.0.mlp.experts_up", "blocks.1.mlp.keys"} < kinds.keys()
 
 
 def test_one_step_is_scaled_by_kind() -> None:

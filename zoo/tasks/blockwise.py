@@ -15,7 +15,9 @@ from typing import Any
 from torch import nn
 
 from zoo.catalog import nearest
+from zoo.ffn.product_key import ProductKeyMemory
 from zoo.ffn.technique import every_layer
+from zoo.moe.experts import MoEFFN
 
 __all__ = ["KINDS", "block_groups", "kinds_of", "require_factors"]
 
@@ -42,10 +44,12 @@ def kinds_of(model: nn.Module) -> dict[str, str]:
     """Return the kind of block of every parameter, by name; "other" is a stem's, a head's, a convolution's.
 
     Args:
-        model: Any; feed-forward layers are found as `zoo.ffn` finds them.
+        model: Any; feed-forward layers are found as `zoo.ffn` finds them; mixtures and memories are such too.
     """
     ffns = every_layer(model)[0].values()
     products = {id(part) for ffn in ffns for part in (*ffn.products, *ffn.between)}
+    sparse = [module for module in model.modules() if isinstance(module, MoEFFN | ProductKeyMemory)]
+    products |= {id(part) for layer in sparse for part in layer.modules()}
     kinds = {}
     for name, module in model.named_modules():
         for key in module._parameters:
