@@ -359,6 +359,7 @@ def test_wrong_shapes(shape: tuple[int, ...]) -> None:
         torch.OutOfMemoryError("CUDA out of memory"),
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"),
+        RuntimeError("Not enough memory: you tried to allocate 4 bytes"),
     ],
 )
 def test_out_of_memory_makes_tiles_smaller(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
