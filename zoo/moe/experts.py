@@ -28,6 +28,24 @@ __all__ = ["LinearPlusMoE", "MoEFFN", "masked_experts", "sorted_experts"]
 _GROUPED_MM: Callable[..., Tensor] | None = getattr(F, "grouped_mm", None)  # torch 2.11 may lack it
 
 
+def _grouped_types() -> frozenset[torch.dtype]:
+    """Return the types whose grouped products compilers can trace: torch 2.11 knows bfloat16 alone."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        options: dict[str, Any] = dict(dtype=dtype, device="meta")
+        ends = torch.empty(1, dtype=torch.int32, device="meta")
+        try:
+            if _GROUPED_MM is not None:
+                _GROUPED_MM(torch.empty(16, 16, **options), torch.empty(1, 16, 16, **options), offs=ends)
+                found.append(dtype)
+        except (RuntimeError, NotImplementedError):
+            pass
+    return frozenset(found)
+
+
+_GROUPED_TYPES = _grouped_types()
+
+
 class MoEFFN(nn.Module):
     """Compute the shared expert, and for every token the chosen normal experts with their weights.
 
@@ -316,7 +334,7 @@ class MoEFFN(nn.Module):
             return out + routed_experts(
                 rows, weights, index, up, bias, down, activation=self.activation, gated=self.gated
             )
-        if torch.compiler.is_compiling() and _GROUPED_MM is None:
+        if torch.compiler.is_compiling() and (_GROUPED_MM is None or rows.dtype not in _GROUPED_TYPES):
             return out + masked_experts(self, rows, weights, index)
         return sorted_experts(self, rows, weights, index, out)
 
