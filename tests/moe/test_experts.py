@@ -271,6 +271,16 @@ def test_compile_in_one_graph(top_k: int) -> None:
         torch.testing.assert_close(compiled(tokens().float()), moe(tokens().float()), rtol=1e-4, atol=1e-5)
 
 
+def test_compile_where_grouped_products_are_of_other_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 traces them in bfloat16 alone."""
+    monkeypatch.setattr(experts_module, "_GROUPED_TYPES", frozenset({torch.bfloat16}))
+    monkeypatch.setattr(experts_module, "_grouped", lambda *args: pytest.fail("a grouped product"))
+    moe, x = mixture(dense_layers()["Mlp"], top_k=2).float(), tokens().float()
+    with torch.no_grad():
+        found = torch.compile(moe, fullgraph=True, backend="eager")(x)
+        torch.testing.assert_close(found, moe(x), rtol=1e-4, atol=1e-5)
+
+
 def test_errors() -> None:
     ffn = read_ffn(Mlp(DIM, HIDDEN))
     assert ffn is not None
