@@ -191,6 +191,27 @@ def test_many_visitors_at_once(served: tuple[str, Service], tmp_path: Path) -> N
     assert all(path.is_relative_to(served[1].folder) for path in uploads(served[1]))
 
 
+def test_what_a_visitor_reads_is_not_written_again(served: tuple[str, Service], tmp_path: Path) -> None:
+    """Two visitors with the same picture get the same files; the second must not empty them while the first reads."""
+    from gradio_client import Client, handle_file
+
+    client = Client(served[0], verbose=False, download_files=False, httpx_kwargs={"timeout": WAIT / 1000})
+    calls: list[tuple[str, list[Any]]] = [
+        ("/restore", [handle_file(photo(tmp_path / "same.png", 24)), "sr", "fast", "", "4GB", "auto"]),
+        ("/generate", [served[1].offers.pipelines[0], "frog", 1, 0, 3, "none"]),
+    ]
+    for name, values in calls:
+        client.predict(*values, api_name=name)
+        given = [path for path in uploads(served[1]) if path.name == "image.png"]
+        assert given
+        for path in given:
+            path.write_bytes(b"being read")
+        client.predict(*values, api_name=name)
+        assert {path.read_bytes() for path in given} == {b"being read"}
+        for path in given:
+            path.unlink()
+
+
 def test_generate(page: Any) -> None:
     open_tab(page, "Generate")
     panel = page.locator("[role=tabpanel]:visible")

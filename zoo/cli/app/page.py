@@ -5,9 +5,11 @@ from __future__ import annotations
 import html
 import os
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it is read when gradio is imported
 
@@ -20,6 +22,9 @@ from zoo.cli.errors import code_for, code_of, with_code
 from zoo.cli.inputs import one_line
 from zoo.cli.output import FailureError, UsageError
 from zoo.cli.restoring import TASKS
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = ["build", "serve"]
 
@@ -219,7 +224,7 @@ def _restore_tab(service: Service) -> None:
             )
             button = gr.Button("Restore", variant="primary")
         with gr.Column(scale=2):
-            slider = gr.ImageSlider(label="before and after", type="pil", format="png", interactive=False)
+            slider = gr.ImageSlider(label="before and after", type="filepath", interactive=False)
             said = gr.Markdown("", elem_id="restored")
             download = gr.DownloadButton("Download the result", interactive=False)
 
@@ -245,7 +250,8 @@ def _restore_tab(service: Service) -> None:
         except Exception as error:
             raise _said(error) from error
         download = gr.DownloadButton(f"Download {done.file.name}", value=str(done.file), interactive=True)
-        return (done.before, done.after), restored_text(done), download
+        shown = tuple(_as_file(service, image) for image in (done.before, done.after))
+        return shown, restored_text(done), download
 
     button.click(
         restore,
@@ -290,10 +296,10 @@ def _generate_tab(service: Service) -> None:
         with gr.Column(scale=2):
             said = gr.Markdown("", elem_id="generated")
             with gr.Row():
-                plain = gr.Gallery(label="without a cache", columns=2, format="png", object_fit="contain", height=360)
-                cached = gr.Gallery(label="with the cache", columns=2, format="png", object_fit="contain", height=360)
+                plain = gr.Gallery(label="without a cache", columns=2, object_fit="contain", height=360)
+                cached = gr.Gallery(label="with the cache", columns=2, object_fit="contain", height=360)
             gr.Markdown("Computed and skipped steps:")
-            timeline = gr.Image(show_label=False, interactive=False, format="png", buttons=["download", "fullscreen"])
+            timeline = gr.Image(show_label=False, interactive=False, buttons=["download", "fullscreen"])
 
     def classes(model: str) -> Any:
         try:
@@ -325,7 +331,8 @@ def _generate_tab(service: Service) -> None:
         except Exception as error:
             raise _said(error) from error
         drawing = None if made.timeline is None else str(made.timeline)
-        return _named(made.plain, made.names), _named(made.cached, made.names), drawing, generated_text(made)
+        plain, cached = (_named(service, images, made.names) for images in (made.plain, made.cached))
+        return plain, cached, drawing, generated_text(made)
 
     model.change(classes, model, subject, queue=False, api_visibility="private")
     button.click(
@@ -337,14 +344,25 @@ def _generate_tab(service: Service) -> None:
     )
 
 
-def _named(images: Sequence[Any], names: Sequence[str]) -> list[tuple[Any, str]]:
-    from PIL import Image
+def _as_file(service: Service, image: Image) -> str:
+    """Write a picture for the page.
+
+    Gradio writes pictures in memory to one file for equal ones, anew each time, so that a visitor who is just reading it
+    gets a part; files it copies once and under another name first.
+    """
+    file = Path(tempfile.mkdtemp(dir=service.folder)) / "image.png"
+    image.save(file)
+    return str(file)
+
+
+def _named(service: Service, images: Sequence[Image], names: Sequence[str]) -> list[tuple[str, str]]:
+    from PIL.Image import Resampling
 
     shown = []
     for image, name in zip(images, names, strict=False):
         zoom = max(1, 192 // max(image.size))  # pictures of 32 pixels are to be seen
-        large = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
-        shown.append((large, name))
+        large = image.resize((image.width * zoom, image.height * zoom), Resampling.NEAREST)
+        shown.append((_as_file(service, large), name))
     return shown
 
 
