@@ -9,16 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from denoisers import pixel_dit
+from diffusers import DDIMScheduler
+from PIL import Image
+from tiny_folders import denoiser_folder
 
 import zoo
 from tests.image_sets import image_folder
-from zoo.bench import Entry, Settings
-from zoo.bench.ffn import DENSE, LEFT, RECOVERED, TECHNIQUES, TOP1, TORCH_PRUNING, _to_recover, ffn, goals
+from zoo.bench import Entry, Settings, ffn_subjects
+from zoo.bench.ffn import TECHNIQUES, TORCH_PRUNING, _to_recover, ffn, goals
+from zoo.bench.ffn_subjects import DENSE, LEFT, ClassifierSubject, heading
 from zoo.cards import Metric
 from zoo.cards.own import write_own_model
 from zoo.cli import main
+from zoo.diffusion import PixelDiTPipeline
 from zoo.record import record_of
 
+TOP1, RECOVERED = (heading(ffn_subjects.TOP1, when) for when in ("right away", "recovered"))
 SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 2}
 
 
@@ -74,6 +81,58 @@ def test_random_weights_give_times_only() -> None:
     assert found.goals == ()
 
 
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a small pipeline of the classes of CIFAR-10."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    model = pixel_dit(num_classes=10, sample_size=32, patch_size=8)
+    PixelDiTPipeline(model, DDIMScheduler(), id2label=dict(enumerate(names))).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_denoiser_through_the_whole_path(
+    known: bool, pipeline: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is judged by its images: beside the dense model's of the same noise, and real ones where these are known."""
+    pytest.importorskip("torch_pruning")
+    made = pipeline if known else str(denoiser_folder(tmp_path / "own"))
+    names = [
+        "prune, Taylor",
+        "prune, no compensation",
+        "depth",
+        f"{TORCH_PRUNING}, magnitude",
+        f"{TORCH_PRUNING}, Taylor",
+    ]
+    call = ["bench", "ffn", "--model", made, "--techniques", "; ".join(names), "--budgets", "0.5", "--samples", "8"]
+    assert main([*call, "--count", "4", "--batch", "4", "--rounds", "1", "--json", "-o", str(tmp_path)]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["benchmarks"]
+    lines = {entry["name"]: entry["values"] for entry in found["entries"]}
+    assert list(lines) == [DENSE, *(f"{name}, 0.5" for name in names)]
+    assert all(("FID-C right away" in values) == known for values in lines.values())
+    assert ["PSNR right away (dB)" in values for values in lines.values()] == [False, *[True] * len(names)]
+    assert [values[LEFT] for values in lines.values()] == pytest.approx([100, 50, 50, 33, 50, 50], abs=2)
+    assert found["conditions"]["images made"] == 4
+    assert (tmp_path / "ffn.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_denoiser_recovers_on_images_of_its_classes(tmp_path: Path) -> None:
+    folder = denoiser_folder(tmp_path / "own")
+    for place, name in enumerate(("cat", "dog", "ship", "truck")):
+        for split in ("train", "val"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for number in range(2):
+                Image.new("RGB", (8, 8), (60 * place, 90 * number, 0)).save(
+                    tmp_path / "data" / split / name / f"{number}.png"
+                )
+    settings = Settings(batch=2, rounds=1, warmup=0, threads=1, count=4)
+    (found,) = ffn(settings, model=str(folder), data=tmp_path / "data", techniques=["prune, random"], budgets=[0.5],
+                   recovery=40)  # fmt: skip
+    values = found.entries[1].values
+    assert values["PSNR recovered (dB)"] > values["PSNR right away (dB)"] + 0.5
+
+
 def test_recovered_are_those_that_lost_most() -> None:
     """At the smallest budget, one of each kind: three of ours, and the rival."""
     made = [
@@ -84,7 +143,7 @@ def test_recovered_are_those_that_lost_most() -> None:
         )
         for budget in (0.5, 0.2)
     ]  # fmt: skip
-    chosen: Any = _to_recover(made)  # type: ignore[arg-type]
+    chosen: Any = _to_recover(made, ClassifierSubject)  # type: ignore[arg-type]
     assert {each.budget for each in chosen} == {0.2}
     kinds = ["prune, activation", "RePa", "low rank, whitened", f"{TORCH_PRUNING}, Taylor"]
     assert [each.series for each in chosen] == kinds
@@ -122,11 +181,15 @@ def test_goals_compare_the_best_at_half_of_the_work() -> None:
         (["ffn", "--model", "MINE", "--data", "DATA", "--techniques", "prune, CFPS"], "Did you mean 'prune, CFSP'?"),
         (["ffn", "--model", "MINE", "--data", "DATA", "--budgets", "half"], "--budgets takes shares such as 0.75,0.5"),
         (["ffn", "--model", "MINE", "--data", "DATA", "--budgets", "1.5"], "A budget is a share"),
+        (["ffn", "--model", "pixeldit.cifar10", "--recover", "1"], "Recovery of pixeldit.cifar10 learns from images"),
+        (["ffn", "--model", "PIPE", "--data", "DATA"], "has the classes circle, square; those of the pipe"),
         (["cfsr", "--budgets", "0.5"], "--budgets is for `zoo bench ffn`"),
     ],
 )
-def test_a_wrong_call_is_one_line(words: list[str], said: str, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    places = {"MINE": str(own / "mine"), "DATA": str(own / "data")}
+def test_a_wrong_call_is_one_line(
+    words: list[str], said: str, own: Path, pipeline: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"PIPE": pipeline, "MINE": str(own / "mine"), "DATA": str(own / "data")}
     assert main(["bench", *(places.get(word, word) for word in words)]) == 2
     error = capsys.readouterr().err
     assert said in error

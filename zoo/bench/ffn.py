@@ -1,28 +1,43 @@
-"""Smaller feed-forward layers of a trained classifier: techniques by budget, their cost and speed, and rivals."""
+"""Smaller feed-forward layers of a trained model: techniques by budget, their cost and speed, and rivals."""
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import resolve_model_data_config
-from torch import Tensor, nn
+from torch import nn
 
 import zoo
-from zoo.bench.latency import processor_clock
+from zoo.bench.caching import PSNR
+from zoo.bench.ffn_subjects import (
+    DENSE,
+    LEFT,
+    PREPARED,
+    RECOVERED,
+    RECOVERY_BATCH,
+    RIGHT_AWAY,
+    TOP1,
+    TRAINED,
+    Candidate,
+    ClassifierSubject,
+    DenoiserSubject,
+    Subject,
+    Technique,
+    heading,
+)
 from zoo.bench.report import Benchmark, Entry, Goal, new_figure, plot, save_with_legend
-from zoo.bench.timing import Progress, Settings, cast, compare, environment, now, torch_threads
+from zoo.bench.timing import Progress, Settings, cast, environment, now, torch_threads
 from zoo.catalog import nearest
-from zoo.data.images import draw, images_for
-from zoo.ffn.compressing import compress, recover, resized
-from zoo.ffn.depth import DepthConfig, Nothing
+from zoo.diffusion.pipelines import PixelDiTPipeline
+from zoo.evaluation.fid_c import FID_C
+from zoo.ffn.compressing import compress, resized
+from zoo.ffn.depth import DepthConfig
 from zoo.ffn.eugens import EUGensConfig
 from zoo.ffn.importance import default_loss
 from zoo.ffn.low_rank import LowRankConfig
@@ -30,39 +45,24 @@ from zoo.ffn.prune import PruneConfig
 from zoo.ffn.repa import RePaConfig
 from zoo.ffn.reparam import reparameterize
 from zoo.ffn.snnk import SNNKConfig
-from zoo.ffn.technique import FFNReport, ffn_layers, replace_module
-from zoo.profiling import count_macs, count_params
+from zoo.ffn.technique import FFNReport, ffn_layers
 from zoo.sources import find
 
-__all__ = ["TECHNIQUES", "TORCH_PRUNING", "ffn", "goals", "plot_accuracy"]
+__all__ = ["TECHNIQUES", "TORCH_PRUNING", "ffn", "goals", "plot_quality"]
 
 BUDGETS = (0.75, 0.5, 0.35)
-DENSE = "dense"
-TRAINED = "trained so"
-TOP1 = "top-1 right away (%)"
-RECOVERED = "top-1 recovered (%)"
-LEFT = "FFN MACs left (%)"
-SINGLE = "one image (ms)"
-SINGLE_SPEED = "one image, times as fast"
-PREPARED = "preparing (s)"
 TORCH_PRUNING = "Torch-Pruning"
 _RIVALS = (TORCH_PRUNING, "plain SVD")
 _HALF = 0.5
 _RECOVERED_KINDS = 3
-_RECOVERY_BATCH = 128
-_KEPT_VALUES = 2**28  # of validation images in memory, a gibibyte
 _MOST_LOST = 1.5  # points, with recovery, at half of the work
 
-Batches = Sequence[Any]
-Technique = Callable[[nn.Module, float, Batches], object]
-"""Makes a model's feed-forward layers smaller in place: the model, the share that stays, calibration batches."""
 
-
-def _sized(config: Any, model: nn.Module, keep: float, data: Batches) -> FFNReport:
+def _sized(config: Any, model: nn.Module, keep: float, data: Sequence[Any]) -> FFNReport:
     return compress(model, resized(config, keep, model), data)
 
 
-def _features(config: EUGensConfig | SNNKConfig, model: nn.Module, keep: float, data: Batches) -> FFNReport:
+def _features(config: EUGensConfig | SNNKConfig, model: nn.Module, keep: float, data: Sequence[Any]) -> FFNReport:
     """Take as many random features as cost the share of the first layer's work that stays."""
     layer = next(iter(ffn_layers(model).values()))
     if isinstance(config, EUGensConfig):
@@ -73,7 +73,7 @@ def _features(config: EUGensConfig | SNNKConfig, model: nn.Module, keep: float, 
     return compress(model, replace(config, features=max(1, int(keep * layer.macs() / cost))), data)
 
 
-def _torch_pruning(method: str, everywhere: bool, model: nn.Module, keep: float, data: Batches) -> None:
+def _torch_pruning(method: str, everywhere: bool, model: nn.Module, keep: float, data: Sequence[Any]) -> None:
     """Prune hidden channels of the feed-forward layers with Torch-Pruning, as its users do.
 
     Args:
@@ -86,7 +86,7 @@ def _torch_pruning(method: str, everywhere: bool, model: nn.Module, keep: float,
     """
     import torch_pruning
 
-    importance = torch_pruning.importance
+    importance, denoiser = torch_pruning.importance, isinstance(data[0], dict)
     first = [layer.up for layer in ffn_layers(model).values()]
     kinds = (nn.Linear, nn.Conv2d, nn.LayerNorm)
     with warnings.catch_warnings(), torch.enable_grad():
@@ -94,14 +94,16 @@ def _torch_pruning(method: str, everywhere: bool, model: nn.Module, keep: float,
         if method == "Taylor":
             for batch in data:
                 default_loss(model, batch).backward()
+        example = {key: value for key, value in data[0].items() if key != "target"} if denoiser else data[0][0][:1]
         pruner = torch_pruning.pruner.BasePruner(
             model,
-            data[0][0][:1],
+            example,
             importance=importance.GroupTaylorImportance()
             if method == "Taylor"
             else importance.GroupMagnitudeImportance(),
             pruning_ratio=1 - keep,
             global_pruning=everywhere,
+            output_transform=(lambda output: output.sample) if denoiser else None,
             ignored_layers=[each for each in model.modules() if isinstance(each, kinds) and each not in first],
         )
         pruner.step()
@@ -128,174 +130,6 @@ TECHNIQUES: dict[str, Technique] = {
 """What is compared; rivals come last."""
 
 
-@dataclass(kw_only=True)
-class _Candidate:
-    """A model to measure.
-
-    Args:
-        name: Of its line.
-        series: Technique, or `TRAINED`.
-        budget: Share of the feed-forward work that was to stay; None: it was trained so.
-        model: Itself.
-        macs: For one image.
-        values: What was measured, by heading.
-    """
-
-    name: str
-    series: str
-    budget: float | None
-    model: nn.Module
-    macs: int
-    values: dict[str, float]
-
-
-class _OnDevice:
-    """Batches of images and labels, moved to where the model is."""
-
-    def __init__(self, batches: Any, settings: Settings) -> None:
-        self.batches, self.settings = batches, settings
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in self.batches:
-            yield images.to(self.settings.device, self.settings.torch_dtype), labels.to(self.settings.device)
-
-
-class _Subject:
-    """The dense model, and what its smaller forms are made with and measured on.
-
-    Args:
-        dense: In evaluation mode.
-        settings: How to measure.
-        data: Labelled images; None: noise, and no accuracy.
-        samples: Images for calibration.
-        progress: Told after each step.
-    """
-
-    def __init__(
-        self, dense: nn.Module, settings: Settings, data: str | None, samples: int, progress: Progress | None
-    ) -> None:
-        self.dense, self.settings, self.progress = dense, settings, progress
-        self.notes: list[str] = []
-        self.images = None if data is None else images_for(dense, data, min(samples, 64))
-        self.validation: Any = ()
-        self.seen = 0
-        if self.images is None:
-            noise = torch.randn(settings.batch, *resolve_model_data_config(dense)["input_size"])
-            calibration: Any = [(noise, torch.zeros(len(noise), dtype=torch.long))]
-        else:
-            calibration = draw(self.images, "train", samples)
-            validation = draw(self.images, "validation", settings.count or 10**9)
-            self.seen = len(validation.dataset)  # type: ignore[arg-type]
-            self.validation = _OnDevice(validation, settings)
-        self.calibration = list(_OnDevice(calibration, settings))
-        self.one = self.calibration[0][0][:1]
-        if self.one.numel() * self.seen < _KEPT_VALUES:
-            self.validation = list(self.validation)
-        self.macs = _macs(dense, self.one)
-        bare = copy.deepcopy(dense)
-        for name in ffn_layers(dense):
-            replace_module(bare, name, Nothing())
-        self.ffn_macs = self.macs - _macs(bare, self.one)
-
-    def tell(self, what: str, done: int, total: int) -> None:
-        """Report progress."""
-        if self.progress is not None:
-            self.progress(what, done, total)
-
-    def accuracy(self, model: nn.Module) -> float:
-        """Return the share of validation images whose class is right, in percent."""
-        right = count = 0
-        with torch.inference_mode():
-            for images, labels in self.validation:
-                right += int((model(images).argmax(1) == labels).sum())
-                count += len(labels)
-        return 100 * right / count
-
-    def measured(self, name: str, series: str, budget: float | None, model: nn.Module, seconds: float) -> _Candidate:
-        """Return a candidate with what needs no clock."""
-        macs = _macs(model, self.one)
-        left = 100 * (1 - (self.macs - macs) / self.ffn_macs)
-        values = {TOP1: self.accuracy(model)} if self.images is not None else {}
-        # models that were trained smaller may differ in more than their feed-forward layers
-        values |= {} if series == TRAINED else {LEFT: left}
-        values |= {PREPARED: seconds} if budget is not None else {}
-        return _Candidate(name=name, series=series, budget=budget, model=model, macs=macs, values=values)
-
-    def make(self, techniques: Mapping[str, Technique], budgets: Sequence[float]) -> list[_Candidate]:
-        """Apply every technique at every budget; what cannot be is noted."""
-        found = []
-        clock = processor_clock(self.settings.device)
-        for place, (series, technique) in enumerate(techniques.items()):
-            for budget in budgets:
-                self.tell(f"{series}, {budget:g}", place, len(techniques))
-                model = copy.deepcopy(self.dense)
-                start = clock()
-                try:
-                    technique(model, budget, self.calibration)
-                except ValueError as error:
-                    self.notes.append(f"Not measured: {series} at {budget:g}. {error}")
-                    continue
-                found.append(self.measured(f"{series}, {budget:g}", series, budget, model.eval(), clock() - start))
-        return found
-
-    def recover(self, candidates: Sequence[_Candidate], steps: int) -> None:
-        """Let candidates learn from the dense model, in place, and measure them again."""
-        assert self.images is not None
-        for candidate in candidates:
-            self.images.batch_size = min(_RECOVERY_BATCH, len(self.images._open("train", training=True)))
-            loader: Any = _OnDevice(self.images.train_dataloader(), self.settings)
-
-            def tell(done: int, total: int, loss: float, name: str = candidate.name) -> None:
-                self.tell(f"recovering {name}, loss {loss:.3f}", done, total)
-
-            recover(candidate.model, self.dense, loader, steps=steps, progress=tell)
-            candidate.values[RECOVERED] = self.accuracy(candidate.model)
-
-    @torch.inference_mode()
-    def entries(self, candidates: Sequence[_Candidate]) -> tuple[Entry, ...]:
-        """Time the dense model and all candidates in turns, one call of the batch and one of one image."""
-        clock = processor_clock(self.settings.device)
-        many = self.one.expand(self.settings.batch, *self.one.shape[1:]).contiguous()
-        dense = self.measured(DENSE, DENSE, None, self.dense, 0)
-        everyone = [dense, *candidates]
-        timed = [
-            compare(
-                {each.name: partial(each.model, x) for each in everyone},
-                self.settings,
-                reference=DENSE,
-                progress=self.progress,
-                clock=clock,
-            )
-            for x in (many, self.one)
-        ]
-        entries = []
-        for each in everyone:
-            single, speedup = timed[1][each.name]
-            values = {**each.values, SINGLE: single.median}
-            if speedup is not None:
-                values[SINGLE_SPEED] = speedup.median
-            entries.append(
-                Entry(
-                    name=each.name,
-                    time=timed[0][each.name][0],
-                    speedup=timed[0][each.name][1],
-                    params=count_params(each.model),
-                    macs=each.macs,
-                    values=values,
-                    series=each.series,
-                )
-            )
-        return tuple(entries)
-
-
-def _macs(model: nn.Module, one: Tensor) -> int:
-    """Count on the meta device, where attention is counted."""
-    return count_macs(copy.deepcopy(model).to("meta"), one.to("meta"))
-
-
 def ffn(
     settings: Settings,
     progress: Progress | None = None,
@@ -309,13 +143,17 @@ def ffn(
     rivals: Sequence[str] = (),
     model_args: Mapping[str, Any] | None = None,
 ) -> list[Benchmark]:
-    """Compare techniques at budgets of feed-forward work: accuracy at once and recovered, time, size.
+    """Compare techniques at budgets of feed-forward work: quality at once and recovered, time, size.
+
+    A classifier is judged by its accuracy, the denoiser of a pipeline by the images that it makes.
 
     Args:
-        settings: `batch` images are one call, and one image is another; `count` validation images tell the accuracy.
+        settings: `batch` images are one call, and one image is another; `count` validation images tell the accuracy,
+            or so many images are made.
         progress: Told after each step.
-        model: Name, file or folder of a classifier; without weights only times are measured, on noise.
-        data: Labelled images, as `zoo compress` takes them.
+        model: Name, file or folder of a classifier, or a `PixelDiTPipeline`; without weights only times are measured,
+            on noise.
+        data: Labelled images, as `zoo compress` takes them; a pipeline is calibrated on images of its own without.
         samples: Training images for calibration.
         budgets: Shares of the feed-forward multiply-accumulates that stay.
         recovery: Steps of learning from the dense model, of 128 images each; at the smallest budget, where most is
@@ -340,47 +178,55 @@ def ffn(
     if model is None:
         raise ValueError(
             "zoo bench ffn needs a classifier and labelled images: --model NAME.TAG, file or folder, and --data DIR "
-            "(class folders or Parquet); or one without weights, such as vit_small_patch16_224, for times only."
+            "(class folders or Parquet); or one without weights, such as vit_small_patch16_224, for times only; or a "
+            "pipeline such as pixeldit.cifar10."
         )
     source = find(model)
-    trained = source.kind != "model" or bool(source.tag)
-    if trained and data is None:
+    generates, trained = source.kind == "pipeline", source.kind != "model" or bool(source.tag)
+    if generates and recovery and data is None:
+        raise ValueError(f"Recovery of {model} learns from images: --data DIR (class folders or Parquet).")
+    if generates and rivals:
+        raise ValueError("--rival takes classifiers; a pipeline stands alone.")
+    if trained and not generates and data is None:
         raise ValueError(f"Accuracy of {model} is measured on labelled images: --data DIR (class folders or Parquet).")
     names = list(techniques or TECHNIQUES)
     if any(name.startswith(TORCH_PRUNING) for name in names) and find_spec("torch_pruning") is None:
         raise ImportError("Torch-Pruning needs the 'benchmark' extra: pip install 'ffn-zoo[benchmark]'")
     torch.manual_seed(0)
-    dense = cast(zoo.create_model(model, pretrained=trained, **(model_args or {})).eval(), settings)
     with torch_threads(settings.threads):
-        subject = _Subject(dense, settings, str(data) if trained else None, samples, progress)
+        words = None if data is None else str(data)
+        subject: Subject
+        if generates:
+            subject = DenoiserSubject(_pipeline(model, settings), settings, words, samples, progress)
+        else:
+            dense = cast(zoo.create_model(model, pretrained=trained, **(model_args or {})).eval(), settings)
+            subject = ClassifierSubject(dense, settings, words if trained else None, samples, progress)
         candidates = subject.make({name: TECHNIQUES[name] for name in names}, budgets)
-        if subject.images is not None and recovery:
-            subject.recover(_to_recover(candidates), recovery)
+        if trained and recovery:
+            subject.recover(_to_recover(candidates, subject), recovery)
         for rival in rivals:
             trained_so = cast(zoo.create_model(rival, pretrained=True).eval(), settings)
             reparameterize(trained_so, measure=False)
-            candidates.append(subject.measured(rival, TRAINED, None, trained_so, 0))
+            candidates.append(subject.candidate(rival, TRAINED, None, trained_so, 0))
         entries = subject.entries(candidates)
-    conditions = settings.conditions(model=model, input="x".join(map(str, subject.one.shape[1:])))
-    if subject.images is not None:
-        conditions |= {"calibration images": samples, "validation images": subject.seen}
     notes = [
         f"{LEFT}: of the dense model's feed-forward layers. Times, {PREPARED} too, are of the process where one thread "
         "runs on a CPU; those of calls are taken in turns.",
         *subject.notes,
     ]
-    if subject.images is None:
+    if not trained:
         notes.append("The weights are random: times only.")
     elif recovery:
         notes.append(
-            f"Recovered: {recovery} steps of {_RECOVERY_BATCH} images on outputs and features of the dense model; only "
+            f"Recovered: {recovery} steps of {RECOVERY_BATCH} images on outputs and features of the dense model; only "
             "the best technique of each kind, at the smallest budget."
         )
     return [
         Benchmark(
             name="ffn",
-            title="Smaller feed-forward layers of a trained classifier: techniques by share of the work that stays",
-            conditions=conditions,
+            title=f"Smaller feed-forward layers of a trained {'denoiser' if generates else 'classifier'}: techniques "
+            "by share of the work that stays",
+            conditions=settings.conditions(model=model, **subject.conditions()),
             environment=environment(settings.device),
             date=now(),
             reference=DENSE,
@@ -391,15 +237,30 @@ def ffn(
     ]
 
 
-def _to_recover(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+def _pipeline(name: str, settings: Settings) -> PixelDiTPipeline:
+    pipe = zoo.create_pipeline(name, dtype=settings.torch_dtype)
+    if not isinstance(pipe, PixelDiTPipeline):
+        raise ValueError(
+            f"zoo bench ffn takes classifiers and pipelines such as pixeldit.cifar10, not a {type(pipe).__name__}."
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(settings.device)
+
+
+def _to_recover(candidates: Sequence[Candidate], subject: Subject) -> list[Candidate]:
     """Return the best of the best three kinds of technique, and Torch-Pruning's best, at the smallest budget."""
     smallest = min((each.budget for each in candidates if each.budget is not None), default=None)
-    best: dict[str, _Candidate] = {}
+
+    def worth(each: Candidate) -> float:
+        value = each.values[heading(subject.quality, RIGHT_AWAY)]
+        return -value if subject.falls else value
+
+    best: dict[str, Candidate] = {}
     for each in candidates:
         kind = each.series.partition(",")[0]
-        if each.budget == smallest and (kind not in best or each.values[TOP1] > best[kind].values[TOP1]):
+        if each.budget == smallest and (kind not in best or worth(each) > worth(best[kind])):
             best[kind] = each
-    ours = sorted((kind for kind in best if kind not in _RIVALS), key=lambda kind: -best[kind].values[TOP1])
+    ours = sorted((kind for kind in best if kind not in _RIVALS), key=lambda kind: -worth(best[kind]))
     return [best[kind] for kind in (*ours[:_RECOVERED_KINDS], TORCH_PRUNING) if kind in best]
 
 
@@ -411,7 +272,8 @@ def goals(entries: Sequence[Entry]) -> tuple[Goal, ...]:
     Args:
         entries: Of `ffn`; a line's name ends with its budget.
     """
-    by_name = {entry.name: entry.values for entry in entries if TOP1 in entry.values}
+    right_away, later = heading(TOP1, RIGHT_AWAY), heading(TOP1, RECOVERED)
+    by_name = {entry.name: entry.values for entry in entries if right_away in entry.values}
     end = f", {_HALF:g}"
 
     def best(kind: str, key: str) -> tuple[float, str] | None:
@@ -423,28 +285,32 @@ def goals(entries: Sequence[Entry]) -> tuple[Goal, ...]:
         return max(found, default=None)
 
     told = []
-    ours, theirs, recovered = best("prune", TOP1), best(TORCH_PRUNING, TOP1), best("prune", RECOVERED)
-    last, when = (recovered, "recovered") if recovered else (ours, "right away")
+    ours, theirs, recovered = best("prune", right_away), best(TORCH_PRUNING, right_away), best("prune", later)
+    last, when = (recovered, RECOVERED) if recovered else (ours, RIGHT_AWAY)
     if ours and theirs:
         what = f"{ours[1]}: points of top-1 above {theirs[1]}, right away"
         told.append(Goal(what=what, value=ours[0] - theirs[0], wanted=0))
     if last and DENSE in by_name:
         what = f"{last[1]}: points of top-1 below {DENSE}, {when}"
-        told.append(Goal(what=what, value=by_name[DENSE][TOP1] - last[0], wanted=_MOST_LOST, at_most=True))
+        told.append(Goal(what=what, value=by_name[DENSE][right_away] - last[0], wanted=_MOST_LOST, at_most=True))
     return tuple(told)
 
 
-def plot_accuracy(benchmark: Benchmark, path: str | Path) -> Path:
-    """Draw top-1 against the share of work that stays, and against speed, and write a PNG or SVG by the suffix.
+def plot_quality(benchmark: Benchmark, path: str | Path) -> Path:
+    """Draw quality against the share of work that stays, and against speed, and write a PNG or SVG by the suffix.
 
-    Without accuracies it is the plot of other benchmarks, work against time.
+    Quality is top-1 accuracy, of images that were made FID-C or PSNR; without any it is the plot of other benchmarks,
+    work against time.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    entries = [entry for entry in benchmark.entries if TOP1 in entry.values]
-    if not entries:
+    measured = {key for entry in benchmark.entries for key in entry.values}
+    quality = next((key for key in (TOP1, FID_C, PSNR) if heading(key, RIGHT_AWAY) in measured), None)
+    if quality is None:
         return plot(benchmark, path)
+    right_away, later = heading(quality, RIGHT_AWAY), heading(quality, RECOVERED)
+    entries = [entry for entry in benchmark.entries if right_away in entry.values]
     figure = new_figure(11.4, 5.2)
     work, speed = figure.subplots(1, 2, sharey=True)
     batch = benchmark.conditions["batch"]
@@ -457,27 +323,33 @@ def plot_accuracy(benchmark: Benchmark, path: str | Path) -> Path:
             shown = [(place(entry), entry) for entry in own if place(entry) is not None]
             style: dict[str, Any] = dict(color=color, marker=marker, markersize=5, linewidth=1.2)
             label = series if axes is work or series == TRAINED else None
-            axes.plot([x for x, _ in shown], [e.values[TOP1] for _, e in shown], linestyle=line, label=label, **style)
+            axes.plot(
+                [x for x, _ in shown], [e.values[right_away] for _, e in shown], linestyle=line, label=label, **style
+            )
             for x, entry in shown:
-                if RECOVERED in entry.values:
+                if later in entry.values:
                     axes.plot(
                         [x, x],
-                        [entry.values[TOP1], entry.values[RECOVERED]],
+                        [entry.values[right_away], entry.values[later]],
                         color=color,
                         linewidth=0.8,
                         linestyle="--",
                     )
-                    axes.plot(x, entry.values[RECOVERED], color=color, marker="*", markersize=13, markeredgecolor="k")
+                    axes.plot(x, entry.values[later], color=color, marker="*", markersize=13, markeredgecolor="k")
                 if series == TRAINED:
-                    axes.annotate(Path(entry.name).name, (x, entry.values[TOP1]), xytext=(5, -9),
+                    axes.annotate(Path(entry.name).name, (x, entry.values[right_away]), xytext=(5, -9),
                                   textcoords="offset points", fontsize=7)  # fmt: skip
     work.set_xlabel("feed-forward MACs that stay (%)")
     work.invert_xaxis()
-    work.set_ylabel(f"top-1 on {benchmark.conditions.get('validation images', '?')} validation images (%)")
+    told = benchmark.conditions
+    count = f"{told['validation images']} validation images" if quality == TOP1 else f"{told['images made']} images"
+    work.set_ylabel(f"{quality} of {count}")
+    if quality == FID_C:
+        work.invert_yaxis()  # up is better
     speed.set_xlabel(f"times as fast as dense, batch {batch} — {benchmark.environment['device']}", fontsize=9)
     for axes in (work, speed):
         axes.grid(alpha=0.3)
-    stars = "; stars: recovered" if any(RECOVERED in entry.values for entry in entries) else ""
+    stars = "; stars: recovered" if any(later in entry.values for entry in entries) else ""
     figure.suptitle(f"{benchmark.title}\nright away{stars}", fontsize=10)
     return save_with_legend(figure, path, loc="outside right upper", fontsize=7)
 

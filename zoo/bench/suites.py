@@ -237,7 +237,7 @@ SUITES = {
     "restorers": Suite(run=restorers, settings=Settings(batch=1, rounds=3, warmup=0)),
     "caching": Suite(run=caching, settings=Settings(batch=20, rounds=3, warmup=1)),
     "moe": Suite(run=moe, settings=Settings(batch=1)),
-    "ffn": Suite(run=ffn, settings=Settings(batch=64, threads=1, rounds=7, warmup=1, count=2000)),
+    "ffn": Suite(run=ffn, settings=Settings(batch=64, threads=1, rounds=7, warmup=1)),
     "kernels": Suite(run=kernels, settings=Settings(batch=4, rounds=5)),
     "policy": Suite(run=policy, settings=Settings(batch=1, threads=1, rounds=7, warmup=1)),
 }

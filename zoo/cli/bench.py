@@ -14,6 +14,7 @@ from zoo.cli.models import find_model
 from zoo.cli.output import (
     UsageError,
     check_target,
+    hush,
     note,
     pick_device,
     print_json,
@@ -40,7 +41,7 @@ SUITES = {
     "restorers": "merged and streamed restorers against their authors' formulation, time and memory",
     "caching": "every cache of diffusers against fewer steps in the same time",
     "moe": "a mixture of experts against the masked loop over its experts and the dense layer",
-    "ffn": "techniques that make feed-forward layers smaller, by budget, on a trained classifier, with rivals",
+    "ffn": "techniques that make feed-forward layers smaller, by budget, on a trained model, with rivals",
     "kernels": "Triton kernels against eager and compiled PyTorch and library calls; on a CPU, plain formulas",
     "policy": "caches on a diffusion policy: plans a second and success against fewer steps",
 }
@@ -338,6 +339,8 @@ def _measure(args: argparse.Namespace, suites: list[str]) -> list[Benchmark]:
     from zoo.bench.grid import PRECISIONS
     from zoo.bench.suites import run as run_suites
 
+    hush(args, diffusers=True)
+
     args.batch = args.batches[0] if args.batches else None
     args.threads = args.pools[0] if args.pools else None if suites else _usual_threads()
     overrides = {name: getattr(args, name) for name in ("batch", "dtype", "threads", "rounds", "count")}
@@ -503,9 +506,9 @@ def _draw(benchmarks: list[Benchmark], suites: list[str], path: Path) -> None:
     from zoo.bench.report import plot, plot_ratios
 
     if suites == ["ffn"]:
-        from zoo.bench.ffn import plot_accuracy
+        from zoo.bench.ffn import plot_quality
 
-        plot_accuracy(benchmarks[0], path)
+        plot_quality(benchmarks[0], path)
     elif suites == ["kernels"]:
         plot_ratios(benchmarks, path)
     elif suites == ["engines"]:

@@ -347,8 +347,8 @@ def _generate_tab(service: Service) -> None:
 def _as_file(service: Service, image: Image) -> str:
     """Write a picture for the page.
 
-    Gradio writes pictures in memory to one file for equal ones, anew each time, so that a visitor who is just reading it
-    gets a part; files it copies once and under another name first.
+    Gradio writes pictures in memory to one file for equal ones, anew each time, so that a visitor who is just reading
+    it gets a part; files it copies once and under another name first.
     """
     file = Path(tempfile.mkdtemp(dir=service.folder)) / "image.png"
     image.save(file)
