@@ -16,7 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from zoo.export.network import ExportError, Network, capture, described, quiet, require_shapes, shapes_of
+from zoo.export.network import (
+    ExportError,
+    Network,
+    capture,
+    described,
+    in_plain_memory,
+    quiet,
+    require_shapes,
+    shapes_of,
+)
 
 from zoo.processor import instructions
 from zoo.text import first_line
@@ -42,6 +51,7 @@ def write(network: Network, path: Path) -> None:
         ExportError: It has something that cannot be compiled.
     """
     facts = network.metadata | {"shapes": json.dumps(shapes_of(network))}
+    facts["types"] = json.dumps({key: _type(value) for key, value in network.inputs.items()})
     facts["by_position"] = json.dumps(network.by_position)
     facts["instructions"] = " ".join(instructions())
     path.write_bytes(compiled(capture(network, "compiled"), facts))
@@ -91,16 +101,26 @@ def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
     program = _load(path)
     facts = program.get_metadata()
     shapes, by_position = json.loads(facts.get("shapes", "{}")), facts.get("by_position") == "true"
+    types = json.loads(facts.get("types", "{}"))
 
     def run(inputs: dict[str, Tensor]) -> list[Tensor]:
         require_shapes(path, shapes, inputs)  # the library itself does not look, and computes nonsense
+        if wrong := [
+            f"{key} {_type(value)}" for key, value in inputs.items() if types.get(key, _type(value)) != _type(value)
+        ]:
+            raise ExportError(f"{path} takes {types}, got {', '.join(wrong)}.")
+        plain = {key: in_plain_memory(value) for key, value in inputs.items()}
         try:
-            output = program(*inputs.values()) if by_position else program(**inputs)
+            output = program(*plain.values()) if by_position else program(**plain)
         except (RuntimeError, AssertionError, ValueError) as error:
             raise ExportError(f"{path} cannot be run on {described(inputs)}: {first_line(error)}") from error
         return [output] if isinstance(output, Tensor) else list(output)
 
     return run
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _load(path: str | Path) -> Any:

@@ -15,7 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from zoo.export.network import ExportError, Network, capture, described, quiet, require_shapes, shapes_of
+from zoo.export.network import (
+    ExportError,
+    Network,
+    capture,
+    described,
+    in_plain_memory,
+    quiet,
+    require_shapes,
+    shapes_of,
+)
 
 from zoo.text import first_line
 
@@ -87,7 +96,9 @@ def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
         require_shapes(path, shapes, inputs)
         with _quiet():
             try:
-                return [value.clone() for value in method.execute([value.contiguous() for value in inputs.values()])]
+                return [
+                    value.clone() for value in method.execute([in_plain_memory(value) for value in inputs.values()])
+                ]
             except RuntimeError as error:
                 raise ExportError(f"{path} cannot be run on {described(inputs)}: {first_line(error)}") from error
 

@@ -41,6 +41,7 @@ __all__ = [
     "difference",
     "eager_copy",
     "fixed",
+    "in_plain_memory",
     "open_network",
     "open_sizes",
     "prepare",
@@ -148,8 +149,9 @@ class Network:
 
     @property
     def arguments(self) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        """The example inputs as the module takes them."""
-        return (tuple(self.inputs.values()), {}) if self.by_position else ((), self.inputs)
+        """The example inputs as the module takes them, in plain memory: compiled graphs take the layout as given."""
+        plain = {key: in_plain_memory(value) for key, value in self.inputs.items()}
+        return (tuple(plain.values()), {}) if self.by_position else ((), plain)
 
 
 def prepare(
@@ -199,6 +201,11 @@ def fixed(network: Network) -> Network:
     """Return a network with all shapes fixed, of one image."""
     one = {key: value[:1].clone() if value.ndim else value for key, value in network.inputs.items()}
     return replace(network, inputs=one, dynamic_shapes={})
+
+
+def in_plain_memory(tensor: Tensor) -> Tensor:
+    """Return a tensor's values one after the other, which is what runtimes read that know shapes, but no strides."""
+    return tensor.detach().resolve_conj().resolve_neg().contiguous()
 
 
 def shapes_of(network: Network) -> dict[str, list[int]]:

@@ -13,7 +13,7 @@ import zoo.export.onnx
 from torch import Tensor
 from zoo.export.network import ExportError, Network, described
 
-__all__ = ["SUFFIX", "convert", "metadata", "runner", "write"]
+__all__ = ["SUFFIX", "convert", "last_line", "metadata", "runner", "write"]
 
 SUFFIX = ".xml"
 _INSTALL = "pip install 'ffn-zoo[openvino]'"
@@ -57,16 +57,14 @@ def convert(graph: Path, path: Path, facts: Mapping[str, str], *, half: bool = F
     try:
         model = openvino.convert_model(str(graph))
     except Exception as error:  # OpenVINO's own have no common class
-        raise ExportError(f"The network cannot be written for OpenVINO: {_first_line(error)}") from error
+        raise ExportError(f"The network cannot be written for OpenVINO: {last_line(error)}") from error
     for key, value in facts.items():
         model.set_rt_info(value, [_FACTS, key])
     try:
         openvino.save_model(model, str(path), compress_to_fp16=half)
         openvino.Core().read_model(str(path))  # what is cut short is not kept
     except RuntimeError as error:
-        raise OSError(
-            f"{path.name} or {path.stem}.bin is cut short, as on a full disk: {_first_line(error)}"
-        ) from error
+        raise OSError(f"{path.name} or {path.stem}.bin is cut short, as on a full disk: {last_line(error)}") from error
 
 
 def metadata(path: str | Path) -> dict[str, str]:
@@ -96,13 +94,13 @@ def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
     try:
         compiled = _openvino().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     except RuntimeError as error:
-        raise ExportError(f"OpenVINO cannot run {path}: {_first_line(error)}") from error
+        raise ExportError(f"OpenVINO cannot run {path}: {last_line(error)}") from error
 
     def run(inputs: dict[str, Tensor]) -> list[Tensor]:
         try:
             found = compiled({key: value.detach().contiguous().numpy() for key, value in inputs.items()})
         except (RuntimeError, TypeError, ValueError) as error:
-            raise ExportError(f"{path} cannot be run on {described(inputs)}: {_first_line(error)}") from error
+            raise ExportError(f"{path} cannot be run on {described(inputs)}: {last_line(error)}") from error
         return [torch.from_numpy(np.array(found[index])) for index in range(len(compiled.outputs))]
 
     return run
@@ -115,7 +113,7 @@ def _read(path: str | Path) -> Any:
     try:
         return openvino.Core().read_model(str(path))
     except RuntimeError as error:
-        raise ExportError(f"{path} is not a file that OpenVINO can read: {_first_line(error)}") from error
+        raise ExportError(f"{path} is not a file that OpenVINO can read: {last_line(error)}") from error
 
 
 def _openvino() -> Any:
@@ -126,7 +124,7 @@ def _openvino() -> Any:
     return openvino
 
 
-def _first_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     """Return the last line that says something: those before it say where in OpenVINO's code."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -22,7 +22,8 @@ _NEEDS = {format: "torch" for format in _TITLES} | {"onnx": "onnxruntime", "open
 _RUN = {
     "onnx": """session = onnxruntime.InferenceSession("{file}", providers=["CPUExecutionProvider"])
 outputs = session.run(None, {{{dictionary}}})""",
-    "openvino": """model = openvino.compile_model("{file}", "CPU")
+    "openvino": """precision = {{"INFERENCE_PRECISION_HINT": "f32"}}  # else bfloat16 where the processor has it
+model = openvino.compile_model("{file}", "CPU", precision)
 found = model({{{dictionary}}})
 outputs = [found[index] for index in range(len(model.outputs))]""",
     "torch-export": """program = torch.export.load("{file}").module()
@@ -34,8 +35,11 @@ outputs = [value.numpy() for value in (found if isinstance(found, (tuple, list))
 program = Runtime.get().load_program("{file}")
 method = program.load_method("forward")  # both have to stay
 outputs = [value.numpy() for value in method.execute([{tensors}])]  # these shapes only""",
-    "aoti": """from torch._inductor import aoti_load_package
+    "aoti": """import os
 
+from torch._inductor import aoti_load_package
+
+os.environ["AOTI_RUNTIME_CHECK_INPUTS"] = "1"  # else other shapes, types and memory formats give nonsense
 found = aoti_load_package("{file}")({tensors})  # these shapes only
 outputs = [value.numpy() for value in (found if isinstance(found, (tuple, list)) else [found])]""",
 }
@@ -194,7 +198,8 @@ def _with_run(lines: list[str], network: Network, format: str, file: str) -> lis
     tensors = dictionary = ""
     if format in ("torch-export", "aoti", "executorch"):
         by_name = not network.by_position and format != "executorch"
-        tensors = ", ".join(f"{f'{key}=' if by_name else ''}torch.from_numpy({key})" for key in network.inputs)
+        plain = "" if format == "torch-export" else ".contiguous()"  # the others read memory as it lies
+        tensors = ", ".join(f"{f'{key}=' if by_name else ''}torch.from_numpy({key}){plain}" for key in network.inputs)
     else:
         dictionary = ", ".join(f'"{key}": {key}' for key in network.inputs)
     return lines + _RUN[format].format(file=file, dictionary=dictionary, tensors=tensors).splitlines()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import runpy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import fresh_process
@@ -24,12 +27,14 @@ from image_sets import picture
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
-from zoo.export import ExportError, check, target
+from zoo.export import ExportError, aoti, check, target
 from zoo.export.artefact import Artefact, write_artefact
-from zoo.export.network import compare
+from zoo.export.network import Network, compare, fixed, prepare
 from zoo.export.openvino import metadata, runner
+from zoo.export.readme import readme
 
 from zoo.cli import main
+from zoo.engines import ENGINES
 
 
 class Classifier(nn.Module):
@@ -209,6 +214,69 @@ except ExportError as error:
 else:
     assert not any("avx" in name for name in facts["instructions"].split()), "code that this processor cannot run"
 """
+
+
+@pytest.mark.parametrize("format", ["aoti", "executorch"])
+@pytest.mark.parametrize("kind", ["classifier", "restorer"])
+def test_a_readme_gives_memory_as_these_runtimes_read_it(
+    format: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They read a picture's channels from where the example's were, whatever the strides, and compute nonsense."""
+    given: list[Tensor] = []
+
+    def program(*tensors: Tensor, **named: Tensor) -> list[Tensor]:
+        (tensor,) = (*tensors, *named.values())
+        given.append(tensor)
+        return [torch.zeros(1, 3, 24, 24)]
+
+    method = SimpleNamespace(execute=lambda tensors: program(*tensors))
+    runtime = SimpleNamespace(load_program=lambda path: SimpleNamespace(load_method=lambda name: method))
+    stub = SimpleNamespace(Runtime=SimpleNamespace(get=lambda: runtime))
+    monkeypatch.setitem(sys.modules, "executorch", SimpleNamespace(runtime=stub))
+    monkeypatch.setitem(sys.modules, "executorch.runtime", stub)
+    monkeypatch.setattr("torch._inductor.aoti_load_package", lambda path: program)
+    monkeypatch.setenv("AOTI_RUNTIME_CHECK_INPUTS", "0")
+    model: nn.Module = Classifier() if kind == "classifier" else Restorer()
+    network = fixed(prepare(model, image_size=24))
+    text = readme(network, format=format, file="file", precision="fp32", difference="no")
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert given[0].is_contiguous()
+    assert given[0].dtype == torch.float32
+    assert os.environ["AOTI_RUNTIME_CHECK_INPUTS"] == ("1" if format == "aoti" else "0")
+
+
+def test_a_library_is_given_memory_as_it_was_compiled_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By zoo itself too, and no other type."""
+    given: list[Tensor] = []
+    facts = {"shapes": json.dumps({"x": [1, 3, 4, 4]}), "types": json.dumps({"x": "float32"})}
+
+    class Library:
+        def get_metadata(self) -> dict[str, str]:
+            return facts
+
+        def __call__(self, *tensors: Tensor, **named: Tensor) -> Tensor:
+            given.extend((*tensors, *named.values()))
+            return torch.zeros(1)
+
+    monkeypatch.setattr("torch._inductor.aoti_load_package", lambda path: Library())
+    (tmp_path / "x.pt2").write_bytes(b"")
+    (tmp_path / "model.pt2").write_bytes(b"")
+    x = torch.rand(1, 3, 4, 4).to(memory_format=torch.channels_last)
+    run = aoti.runner(tmp_path / "x.pt2")
+    run({"x": x})
+    ENGINES["inductor"].load(tmp_path, None, 1)([x])
+    for found in given:
+        assert found.is_contiguous()
+        assert torch.equal(found, x)
+    assert len(given) == 2
+    with pytest.raises(ExportError, match=r"takes \{'x': 'float32'\}, got x float64"):
+        run({"x": x.double()})
+    network = Network(
+        module=nn.Identity(), inputs={"x": x}, output="", dynamic_shapes={}, metadata={}, by_position=True
+    )
+    assert network.arguments[0][0].is_contiguous(), "the example"
 
 
 def test_half_precision_keeps_inputs_and_outputs(tmp_path: Path) -> None:

@@ -129,6 +129,8 @@ def _fixed_onnx(path: Path, shapes: Shapes) -> str | bytes:
 def _load_onnx(folder: Path, shapes: Shapes | None, threads: int) -> Runner:
     import onnxruntime
 
+    from zoo.export.network import in_plain_memory
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
@@ -142,7 +144,7 @@ def _load_onnx(folder: Path, shapes: Shapes | None, threads: int) -> Runner:
     names = [value.name for value in session.get_inputs()]
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
-        fed = {name: value.detach().contiguous().numpy() for name, value in zip(names, inputs, strict=True)}
+        fed = {name: in_plain_memory(value).numpy() for name, value in zip(names, inputs, strict=True)}
         return [torch.from_numpy(np.asarray(value)) for value in session.run(None, fed)]
 
     return run
@@ -153,6 +155,9 @@ def _load_onnx(folder: Path, shapes: Shapes | None, threads: int) -> Runner:
 
 def _load_openvino(folder: Path, shapes: Shapes | None, threads: int) -> Runner:
     import openvino
+
+    from zoo.export.network import in_plain_memory
+    from zoo.export.openvino import last_line
 
     core = openvino.Core()
     try:
@@ -167,14 +172,14 @@ def _load_openvino(folder: Path, shapes: Shapes | None, threads: int) -> Runner:
         }
         compiled = core.compile_model(model, "CPU", settings)
     except RuntimeError as error:
-        raise EngineError(f"OpenVINO cannot run this model: {first_line(error)}") from error
+        raise EngineError(f"OpenVINO cannot run this model: {last_line(error)}") from error
     local = threading.local()  # a request serves one call at a time
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
         request = getattr(local, "request", None)
         if request is None:
             request = local.request = compiled.create_infer_request()
-        request.infer([value.detach().contiguous().numpy() for value in inputs], share_inputs=True)
+        request.infer([in_plain_memory(value).numpy() for value in inputs], share_inputs=True)
         outputs = (request.get_output_tensor(index).data for index in range(len(model.outputs)))
         return [torch.from_numpy(np.array(values)) for values in outputs]
 
@@ -203,10 +208,12 @@ def _load_inductor(folder: Path, shapes: Shapes | None, threads: int) -> Runner:
     del shapes, threads
     from torch._inductor import aoti_load_package
 
+    from zoo.export.network import in_plain_memory
+
     program = aoti_load_package(str(folder / _PACKAGE))
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
-        result: Any = program(*inputs)
+        result: Any = program(*map(in_plain_memory, inputs))  # it would read others as if they were
         return [result] if isinstance(result, Tensor) else list(result)
 
     return run
