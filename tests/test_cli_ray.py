@@ -19,17 +19,22 @@ from zoo.cli.cluster import spread
 Captured = pytest.CaptureFixture[str]
 
 
-def test_what_is_refused(capsys: Captured, tmp_path: Path) -> None:
+def test_what_is_refused(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a model is loaded, in both commands."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    command = ["restore", str(tmp_path / "a.png"), "-o", str(tmp_path / "out")]
-    for more, said in (
-        (["--workers", "2"], "--workers are those of --ray"),
-        (["--ray", "local", "--compare", "a.html"], "--ray takes files, and neither - nor --compare"),
-    ):
-        assert main([*command, *more]) == 2
-        assert said in capsys.readouterr().err
-    with pytest.raises(ValueError, match="--workers must be at least 1, got 0"):
-        next(spread(argparse.Namespace(ray="local", workers=0, device="cpu"), [1], str))
+    for command in (["restore", str(tmp_path / "a.png"), "-o", str(tmp_path / "out")], ["classify", str(tmp_path)]):
+        for more, said in (
+            (["--workers", "2"], "--workers are those of --ray"),
+            (["--ray", "local", "--workers", "0"], "--workers must be at least 1, got 0"),
+            (["--ray", "local", "--compare", "a.html"], "--ray takes files, and neither - nor --compare"),
+        ):
+            if command[0] == "restore" or "--compare" not in more:
+                assert main([*command, *more]) == 2
+                assert said in capsys.readouterr().err
+        with monkeypatch.context() as patch:
+            patch.setattr("importlib.util.find_spec", lambda name: None)
+            assert main([*command, "--ray", "local"]) == 1
+        assert "pip install 'ffn-zoo[ray]'" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +60,53 @@ def test_a_worker_that_dies_loses_nothing(tmp_path: Path) -> None:
         return work
 
     args = argparse.Namespace(ray="local", workers=2, device="cpu")
-    assert dict(spread(args, range(6), make, str(tmp_path))) == {number: number**2 for number in range(6)}
+    assert dict(spread(args, range(6), make, str(tmp_path), lost=lambda item, why: item)) == {
+        number: number**2 for number in range(6)
+    }
     assert (tmp_path / "tried 3").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.enable_socket
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.timeout(300)
+def test_what_ends_every_worker_is_given_up(capsys: Captured) -> None:
+    """The others are done, and what Ray says about it stays out of the output, which is the report's."""
+
+    def make() -> Callable[[int], int]:
+        def work(item: int) -> int:
+            if item == 1:
+                os._exit(1)
+            return item
+
+        return work
+
+    args = argparse.Namespace(ray="local", workers=2, device="cpu")
+    found = dict(spread(args, range(4), make, lost=lambda item, why: (item, why)))
+    assert {number: found[number] for number in (0, 2, 3)} == {0: 0, 2: 2, 3: 3}
+    assert found[1][0] == 1
+    assert "every worker that began it died" in found[1][1]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+@pytest.mark.enable_socket
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("when", ["made", "at work"])
+def test_an_error_in_a_worker_is_the_error(when: str) -> None:
+    """Of its own class and words, as without Ray."""
+
+    def make() -> Callable[[int], int]:
+        def work(item: int) -> int:
+            raise FileExistsError(f"{item} is there.")
+
+        if when == "made":
+            raise FileExistsError("0 is there.")
+        return work
+
+    args = argparse.Namespace(ray="local", workers=1, device="cpu")
+    with pytest.raises(FileExistsError, match=r"^0 is there\.$"):
+        dict(spread(args, range(1), make, lost=lambda item, why: item))
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from zoo import catalog
-from zoo.cli.cluster import add_ray, spread
+from zoo.cli.cluster import add_ray, check_ray, spread
 from zoo.cli.inputs import add_device, add_engine, find_pictures, one_line, report_failures
 from zoo.cli.models import add_model_args, find_model, model_args
 from zoo.cli.output import UsageError, hush, note, pick_device, print_json, print_table, progress, table
@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     """Classify pictures."""
     if args.topk < 1:
         raise UsageError(f"--topk must be at least 1, got {args.topk}.")
+    check_ray(args)
     name = args.model or default_model()
     find_model(name, task="classification")
     arguments = model_args(args)
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     paths = [picture.path for picture in pictures if os.path.exists(picture.path)]
     found: Iterable[tuple[int, dict[str, Any]]] = enumerate(map(_teller(classifier, args.topk), paths))
     if args.ray is not None:
-        found = spread(args, paths, _worker, name, args.topk, options)
+        found = spread(args, paths, _worker, name, args.topk, options, lost=_lost)
     with progress(args) as bar:
         outcomes = dict(bar.track(found, total=len(paths), description="classifying"))
     told = [outcomes[number] for number in range(len(paths))]
@@ -123,6 +124,10 @@ def _teller(classifier: Classifier, topk: int) -> Callable[[Path], dict[str, Any
 def _worker(name: str, topk: int, options: dict[str, Any]) -> Callable[[Path], dict[str, Any]]:
     """Return what classifies in a process of a cluster."""
     return _teller(Classifier(name, **options), topk)
+
+
+def _lost(path: Path, why: str) -> dict[str, Any]:
+    return {"file": str(path), "error": f"{path}: {why}"}
 
 
 class Classifier:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo import catalog
-from zoo.cli.cluster import add_ray, spread
+from zoo.cli.cluster import add_ray, check_ray, spread
 from zoo.cli.inputs import add_device, add_engine, find_pictures, report_failures
 from zoo.cli.output import FailureError, UsageError, check_target, hush, note, number, pick_device, progress
 from zoo.cli.restoring import TASKS, Job, print_results
@@ -187,13 +187,18 @@ def _spread(args: argparse.Namespace, job: Job, todo: list[tuple[Plan, bool]]) -
     if not todo:
         return
     with progress(args) as bar:
-        workers = spread(args, todo, _worker, args, job.references, job.rights)
+        workers = spread(args, todo, _worker, args, job.references, job.rights, lost=_lost)
         found = dict(bar.track(workers, total=len(todo), description="restoring"))
     for place in range(len(todo)):
         restored, skipped, failed = found[place]
         job.restored += restored
         job.skipped += skipped
         job.failed += failed
+
+
+def _lost(item: tuple[Plan, bool], why: str) -> tuple[list[Any], list[Any], list[dict[str, str]]]:
+    path = item[0].picture.path
+    return [], [], [{"file": str(path), "error": f"{path}: {why}"}]
 
 
 def _worker(args: argparse.Namespace, references: dict[Path, Path], rights: dict[Path, Path]) -> Any:
@@ -304,8 +309,7 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("-o - writes the picture to the output; --json would go there too: --report writes a file.")
     if args.ray is not None and (args.compare is not None or "-" in args.files or str(args.output) == "-"):
         raise UsageError("--ray takes files, and neither - nor --compare.")
-    if args.ray is None and args.workers is not None:
-        raise UsageError("--workers are those of --ray.")
+    check_ray(args)
     if args.files.count("-") > 1:
         raise UsageError("The input, -, is one picture.")
     if args.crop is not None and re.fullmatch(r"0*[1-9]\d*x0*[1-9]\d*(\+\d+\+\d+)?", args.crop) is None:
