@@ -205,8 +205,7 @@ def from_record(record: ModelRecord, state_dict: dict[str, Tensor], source: str,
         return timm.create_model(record.architecture, True, pretrained_cfg=vars(cfg), **built).eval()
     model = build_timm(record.architecture, pretrained_cfg={**fields, "file": source}, **built)
     try:
-        for change in record.changes:
-            _give_experts(model, change) if change["technique"] == "moe" else rebuild(model, [change])
+        rebuild(model, record.changes)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: {error}") from error
     load_pretrained(model, cfg, ours or _timm_filter(record.architecture, model, state_dict))
@@ -232,13 +231,6 @@ def _as_used(record: ModelRecord, state_dict: dict[str, Tensor]) -> tuple[ModelR
                 state_dict = drop_guides(state_dict)
             kept.append(change)
     return dataclasses.replace(record, changes=tuple(kept)), state_dict
-
-
-def _give_experts(model: nn.Module, change: Mapping[str, Any]) -> None:
-    """Give a new model the experts that a training with `MoEConfig` has made; weights come after."""
-    from zoo.moe.dense2moe import MoEConfig, build_experts  # imports diffusers
-
-    build_experts(model, MoEConfig(**{key: value for key, value in change.items() if key != "technique"}))
 
 
 def require_architecture(record: ModelRecord, source: str) -> None:

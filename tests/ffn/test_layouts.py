@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from small_models import batches, build, vit
 from torch import Tensor, nn
 
 import zoo
-from zoo.ffn import layout, parallel
+from zoo.ffn import layout, parallel, product_key, s2ft
 from zoo.ffn.layout import LayoutConfig, par_layout, sandwich_layout
 from zoo.ffn.parallel import ParallelConfig
 from zoo.ffn.technique import rebuild
+from zoo.moe import SigmaMoEConfig, sigma_moe
 
 X = batches("timm", 1, size=3)[0][0].double()
 
@@ -229,3 +231,29 @@ def test_wrong_models_and_settings_are_one_line() -> None:
     model.blocks.append(nn.Identity())
     with pytest.raises(ValueError, match=r"one list of ViT blocks of timm alone, .* it also holds Identity"):
         layout.apply(model)
+
+
+def test_work_is_counted_as_other_techniques_count_it() -> None:
+    model = vit()
+    made = product_key.apply(model, product_key.ProductKeyConfig(keys=6, top_k=4)).macs[1]
+    attention = 4 * 16 * 16
+    assert parallel.apply(copy.deepcopy(model)).macs == (made + 3 * attention,) * 2
+    whole = layout.apply(model, LayoutConfig(layout="sssfff"))
+    assert whole.macs == (made + 3 * (attention + 2 * 5 * 16),) * 2
+    model = vit()
+    made = sigma_moe.apply(model, SigmaMoEConfig(experts=4, top_k=2)).macs[1]
+    assert parallel.apply(model).macs == (made + 3 * attention,) * 2
+
+
+def test_a_diffusion_transformer_is_saved_side_by_side(tmp_path: Path) -> None:
+    """Keys of the state dict stay, so that nothing else would tell."""
+    model = build("dit")
+    parallel.apply(model)
+    s2ft.apply(model)
+    batch = {key: value[:2] for key, value in batches("dit", 1)[0].items() if key != "target"}
+    expected = model(**batch)[0]
+    model.save_pretrained(tmp_path)
+    for other in (type(model).from_pretrained(tmp_path), model.copy_as(torch.float32), copy.deepcopy(model)):
+        assert torch.equal(other.eval()(**batch)[0], expected)
+    s2ft.merge(model)
+    assert [change["technique"] for change in model.config["ffn_changes"]] == ["parallel"]

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.denoisers import condition, pixel_dit
-from zoo.moe import ExpertPruneConfig, MoEConfig, convert, expert_layers, prune_experts, set_top_k, to_dense
+from tests.ffn.small_models import batches, vit
+from zoo.ffn import parallel
+from zoo.ffn.technique import rebuild
+from zoo.moe import (
+    ExpertPruneConfig,
+    MoEConfig,
+    SigmaMoEConfig,
+    convert,
+    expert_layers,
+    prune_experts,
+    set_top_k,
+    sigma_moe,
+    to_dense,
+)
 from zoo.moe.transformers import load_transformer
 
 
@@ -98,3 +113,58 @@ def test_what_cannot_be_pruned_is_said() -> None:
         to_dense(model)
     with pytest.raises(ValueError, match=r"top_k must lie in 0 \.\.\. 3"):
         set_top_k(model, 4)
+
+
+def sigma() -> nn.Module:
+    model = vit()
+    sigma_moe.apply(model, SigmaMoEConfig(experts=8, top_k=2, start="channels"))
+    return model.eval()
+
+
+def converted() -> nn.Module:
+    model, _ = convert(vit(), MoEConfig(scores="random", experts=6, top_k=2))
+    parallel.apply(model)  # what comes later does not make the experts forgotten
+    return model.eval()
+
+
+def compiled(model: nn.Module) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+def adapted(model: nn.Module) -> Any:
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["qkv"]))
+
+
+@pytest.mark.parametrize("make", [sigma, converted])
+@pytest.mark.parametrize("wrap", [lambda model: model, compiled, adapted], ids=["plain", "compiled", "adapted"])
+def test_a_classifier_is_rebuilt_with_what_is_left(make: Any, wrap: Any) -> None:
+    model = make()
+    x = batches("timm", 1, size=3)[0][0]
+    noted = model.ffn_changes
+    before = copy.deepcopy(noted)
+    whole = wrap(model)
+    prune_experts(whole, ExpertPruneConfig(keep=4), [x])
+    prune_experts(whole, ExpertPruneConfig(keep=3), [x])
+    set_top_k(whole, 1)
+    assert noted == before  # records that were made before stay as they are
+    model = whole.merge_and_unload() if hasattr(whole, "merge_and_unload") else model
+    fresh = vit()
+    rebuild(fresh, json.loads(json.dumps(model.ffn_changes)))
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(x), model.eval()(x))
+
+
+def test_the_number_of_chosen_experts_is_saved_whoever_sets_it(tmp_path: Path) -> None:
+    for number, choose in enumerate((set_top_k, lambda model, k: model.set_top_k(k))):
+        model = mixture()
+        choose(model, 1)
+        model.save_pretrained(tmp_path / str(number))
+        assert torch.equal(call(load_transformer(tmp_path / str(number)).eval()), call(model))
+    dense = to_dense(converted())
+    assert [change["technique"] for change in dense.ffn_changes] == ["parallel"]
+    model = sigma()
+    set_top_k(model, 0)  # fewer than one can be trained with
+    fresh = vit()
+    rebuild(fresh, model.ffn_changes)
+    assert {layer.top_k for layer in expert_layers(fresh).values()} == {0}

@@ -20,6 +20,7 @@ from zoo.ffn.structured import SelfGuided
 from zoo.ffn.technique import technique_module
 from zoo.tasks.classification import Classification
 from zoo.tasks.ffn_training import _CONFIGS
+from zoo.tasks.own_model import SaveOwnModel
 
 VIT = dict(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, class_token=False, global_pool="avg")
 CONVNEXT = dict(depths=(1, 1, 1, 1), dims=(17, 17, 17, 17), conv_mlp=True)
@@ -45,7 +46,7 @@ def task_of(technique: str, **kwargs: Any) -> Classification:
 
 @pytest.mark.parametrize("technique", SETTINGS)
 def test_each_technique_is_one_setting(technique: str, folder: Path, tmp_path: Path) -> None:
-    """A step changes its weights, and the checkpoint is the model that was trained."""
+    """A step changes its weights, and the checkpoint and the folder are the model that was trained."""
     task = task_of(technique)
     assert [change["technique"] for change in task.model.ffn_changes] == [technique]
     before = {name: parameter.detach().clone() for name, parameter in task.model.named_parameters()}
@@ -55,15 +56,17 @@ def test_each_technique_is_one_setting(technique: str, folder: Path, tmp_path: P
         trainer = Trainer(
             accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, default_root_dir=tmp_path, limit_val_batches=0,
+            callbacks=SaveOwnModel(tmp_path / "model"),
         )  # fmt: skip
         trainer.fit(task, ImageClassification(str(folder), image_size=size, batch_size=4, crop_padding=1))
         trainer.save_checkpoint(tmp_path / "last.ckpt")
     assert any(not torch.equal(value, before[name]) for name, value in task.model.named_parameters())
     x = torch.randn(2, 3, size, size)
-    loaded = zoo.create_model(tmp_path / "last.ckpt")
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(x), task.model.eval()(x), rtol=1e-5, atol=1e-5)
-    assert not any(isinstance(module, SelfGuided) for module in loaded.modules())
+    for left in ("last.ckpt", "model"):
+        loaded = zoo.create_model(tmp_path / left)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(x), task.model.eval()(x), rtol=1e-5, atol=1e-5)
+        assert not any(isinstance(module, SelfGuided) for module in loaded.modules())
 
 
 def quiet(task: Classification, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:

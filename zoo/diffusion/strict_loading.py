@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from diffusers import ModelMixin
 
 from zoo.catalog import nearest
+from zoo.ffn.technique import rebuild
 from zoo.weights import CheckpointError
 
 __all__ = ["StrictModelMixin"]
@@ -34,6 +36,18 @@ class StrictModelMixin(ModelMixin):
                     f"{f' Did you mean {near[0]!r}?' if near else ''} It has: {', '.join(known)}."
                 )
         return super().extract_init_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Build a model as diffusers does, with the layers that techniques of `zoo.ffn` have given it.
+
+        Raises:
+            ValueError: This version does not know a technique.
+        """
+        arguments = {key: value for key, value in config.items() if key != "ffn_changes"}
+        built = super().from_config(arguments, return_unused_kwargs, **kwargs)
+        rebuild(built[0] if return_unused_kwargs else built, config.get("ffn_changes") or ())
+        return built
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Any:

@@ -126,7 +126,7 @@ def apply(model: nn.Module, config: BlockFFNConfig | None = None, data: Iterable
     """
     config = config or BlockFFNConfig()
     what = f"experts of {config.expert_dim} channels, chosen by ReLU"
-    return replace_layers(model, "block_ffn", config.pattern, lambda ffn: _build(ffn, config), asdict(config), what)
+    return replace_layers(model, "block_ffn", config.pattern, lambda ffn, _: _build(ffn, config), asdict(config), what)
 
 
 def restructure(model: nn.Module, layers: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from zoo.ffn.dense_ffn import DenseFFN
 from zoo.ffn.technique import (
     FFNReport,
     LayerChange,
+    block_macs,
     evaluating,
     every_layer,
     listed,
@@ -147,7 +148,7 @@ def apply(model: nn.Module, config: DepthConfig | None = None, data: Iterable[An
     changes = []
     for name in (name for name in layers if name in gone):
         ffn = ffns.get(name)
-        macs = ffn.macs() if ffn is not None else sum(p.numel() for p in layers[name].parameters() if p.ndim == 2)
+        macs = ffn.macs() if ffn is not None else block_macs(layers[name])
         changes.append(LayerChange(name=name, what="removed", params=(count_params(layers[name]), 0), macs=(macs, 0)))
     note_change(model, "depth", dict.fromkeys(gone, 0))
     return FFNReport(

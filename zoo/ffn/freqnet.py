@@ -137,7 +137,7 @@ def apply(model: nn.Module, config: FreqNetConfig | None = None, data: Iterable[
     """
     config = config or FreqNetConfig(prefix_tokens=int(getattr(model, "num_prefix_tokens", 0)))
     return replace_layers(
-        model, "freqnet", config.pattern, lambda ffn: _build(ffn, config), asdict(config), "frequency layer"
+        model, "freqnet", config.pattern, lambda ffn, _: _build(ffn, config), asdict(config), "frequency layer"
     )
 
 

@@ -93,7 +93,7 @@ def apply(model: nn.Module, config: HourglassConfig | None = None, data: Iterabl
     """
     config = config or HourglassConfig()
     what = f"{config.layers} layers of ratio {config.ratio:g}"
-    return replace_layers(model, "hourglass", config.pattern, lambda ffn: _build(ffn, config), asdict(config), what)
+    return replace_layers(model, "hourglass", config.pattern, lambda ffn, _: _build(ffn, config), asdict(config), what)
 
 
 def restructure(model: nn.Module, layers: Mapping[str, Any]) -> None:

@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from zoo.ffn.technique import FFNReport, LayerChange, note_change, refuse_twice, replace_module, vit_blocks
+from zoo.ffn.technique import (
+    FFNReport,
+    LayerChange,
+    block_macs,
+    note_change,
+    refuse_twice,
+    replace_module,
+    vit_blocks,
+)
 from zoo.profiling import count_params
 
 __all__ = ["HybridNormBlock", "HybridNormConfig", "apply", "restructure"]
@@ -105,13 +113,12 @@ def apply(model: nn.Module, config: HybridNormConfig | None = None, data: Iterab
     for place, (name, block) in enumerate(blocks.items()):
         first = config.special_first and place == 0
         new = _build(block, first, len(blocks))
-        macs = sum(p.numel() for p in block.parameters() if p.ndim == 2)
         changes.append(
             LayerChange(
                 name=name,
                 what="HybridNorm* first block" if first else "HybridNorm",
                 params=(count_params(block), count_params(new)),
-                macs=(macs, sum(p.numel() for p in new.parameters() if p.ndim == 2)),
+                macs=(block_macs(block), block_macs(new)),
             )
         )
         replace_module(model, name, new)

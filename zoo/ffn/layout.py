@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from zoo.ffn.technique import FFNReport, LayerChange, note_change, refuse_twice, replace_module, vit_blocks
+from zoo.ffn.technique import FFNReport, LayerChange, block_macs, note_change, refuse_twice, replace_module, vit_blocks
 from zoo.profiling import count_params
 
 __all__ = [
@@ -217,24 +217,17 @@ def apply(model: nn.Module, config: LayoutConfig | None = None, data: Iterable[A
     layout = {name: letters[start:end] for name, start, end in zip(blocks, bounds, bounds[1:], strict=False)}
     params_before, changes = count_params(model), []
     tokens = getattr(getattr(model, "patch_embed", None), "num_patches", 0) + getattr(model, "num_prefix_tokens", 0)
-    before = {name: (count_params(block), _macs(block, tokens)) for name, block in blocks.items()}
+    before = {name: (count_params(block), block_macs(block, tokens)) for name, block in blocks.items()}
     for name, new in _arrange(blocks, layout).items():
         params, macs = before[name]
         changes.append(
             LayerChange(
-                name=name, what=new.letters, params=(params, count_params(new)), macs=(macs, _macs(new, tokens))
+                name=name, what=new.letters, params=(params, count_params(new)), macs=(macs, block_macs(new, tokens))
             )
         )
         replace_module(model, name, new)
     note_change(model, "layout", layout)
     return FFNReport(technique="layout", layers=tuple(changes), params=(params_before, count_params(model)))
-
-
-def _macs(block: nn.Module, tokens: int) -> int:
-    """Return the multiply-accumulates for one token among so many, of products and of attention's among tokens."""
-    attentions: list[Any] = [part for part in block.modules() if hasattr(part, "qkv")]
-    mixing = sum(2 * tokens * part.qkv.in_features for part in attentions)
-    return mixing + sum(parameter.numel() for parameter in block.parameters() if parameter.ndim == 2)
 
 
 def restructure(model: nn.Module, layers: Mapping[str, str]) -> None:

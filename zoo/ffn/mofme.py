@@ -124,7 +124,7 @@ def apply(model: nn.Module, config: MoFMEConfig | None = None, data: Iterable[An
     """
     config = config or MoFMEConfig()
     what = f"{config.experts} modulations, {config.top_k} a token"
-    return replace_layers(model, "mofme", config.pattern, lambda ffn: _build(ffn, config), asdict(config), what)
+    return replace_layers(model, "mofme", config.pattern, lambda ffn, _: _build(ffn, config), asdict(config), what)
 
 
 def restructure(model: nn.Module, layers: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from zoo.ffn.technique import FFNReport, LayerChange, note_change, refuse_twice, replace_module
+from zoo.ffn.technique import FFNReport, LayerChange, block_macs, note_change, refuse_twice, replace_module
 from zoo.layers.ffn import RePaFFN
 from zoo.profiling import count_params
 
@@ -187,7 +187,7 @@ def apply(model: nn.Module, config: ParallelConfig | None = None, data: Iterable
     for name, kind in kinds.items():
         block = model.get_submodule(name)
         new = kind(block, config.norm)
-        macs = sum(p.numel() for key, p in block.named_parameters() if p.ndim == 2 and not key.startswith("norm"))
+        macs = block_macs(block)
         changes.append(
             LayerChange(
                 name=name,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import DenseFFN
-from zoo.ffn.technique import FFNReport, ffn_layers, refuse_twice, replace_layers, restructure_layers
+from zoo.ffn.technique import FFNReport, replace_layers, restructure_layers
 
 __all__ = ["ProductKeyConfig", "ProductKeyMemory", "apply", "restructure"]
 
@@ -185,11 +185,9 @@ def apply(model: nn.Module, config: ProductKeyConfig | None = None, data: Iterab
         ValueError: A layer cannot be replaced, or it was done before.
     """
     config = config or ProductKeyConfig()
-    refuse_twice(model, "product_key")
-    layers = len(ffn_layers(model, config.pattern))
     what = f"product keys, {config.heads} x {config.top_k} values a token"
     return replace_layers(
-        model, "product_key", config.pattern, lambda ffn: _build(ffn, config, layers), asdict(config), what
+        model, "product_key", config.pattern, lambda ffn, layers: _build(ffn, config, layers), asdict(config), what
     )
 
 

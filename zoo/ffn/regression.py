@@ -100,7 +100,7 @@ def fit_layers(
             layer.output.weight.copy_(weight)
             layer.output.bias.copy_(bias)
     made = iter(layers.values())
-    report = replace_layers(model, technique, pattern, lambda ffn: next(made), facts, what)
+    report = replace_layers(model, technique, pattern, lambda ffn, _: next(made), facts, what)
     return FFNReport(
         technique=technique,
         layers=report.layers,

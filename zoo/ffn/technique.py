@@ -6,6 +6,7 @@ A technique notes what it did in `model.ffn_changes`, a list of plain dictionari
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import io
@@ -31,7 +32,9 @@ __all__ = [
     "FFNReport",
     "LayerChange",
     "Moments",
+    "amend_mixtures",
     "at_least_float32",
+    "block_macs",
     "evaluating",
     "every_layer",
     "ffn_layers",
@@ -39,6 +42,8 @@ __all__ = [
     "listed",
     "model_output",
     "note_change",
+    "note_mixture",
+    "noted_changes",
     "output_error",
     "rebuild",
     "refuse_twice",
@@ -58,8 +63,8 @@ ERROR_SAMPLES = 32
 _WHOLE_PRODUCTS = 256
 """Below so many channels, outer products are made whole: parts would cost more than the symmetry saves."""
 
-_MIXTURES = ("sigma_moe",)
-"""Techniques whose modules stand in `zoo.moe`."""
+_MIXTURES = {"moe": "zoo.moe.dense2moe", "sigma_moe": "zoo.moe.sigma_moe"}
+"""Modules of techniques that do not stand in this package."""
 
 MOST_SAMPLES = 4096
 """No more calibration data are held in memory, whatever is given: a loader of a training set, or one without end."""
@@ -489,7 +494,7 @@ def replace_layers(
     model: nn.Module,
     technique: str,
     pattern: str | None,
-    build: Callable[[DenseFFN], nn.Module],
+    build: Callable[[DenseFFN, int], nn.Module],
     facts: Mapping[str, Any],
     what: str,
 ) -> FFNReport:
@@ -499,7 +504,8 @@ def replace_layers(
         model: Changed in place.
         technique: Its module in `zoo.ffn`.
         pattern: Only layers whose name matches this regular expression.
-        build: Makes the new layer from the dense one; it has `macs`, multiply-accumulates for one token.
+        build: Makes the new layer from the dense one and the number of layers; it has `macs`, multiply-accumulates for
+            one token.
         facts: Plain arguments that `restructure` needs.
         what: Was done, in words.
 
@@ -513,7 +519,7 @@ def replace_layers(
         try:
             if ffn.first_column:
                 raise ValueError("it shares a product with attention, and layers of their own are needed")
-            built[name] = build(ffn).to(ffn.up.weight)
+            built[name] = build(ffn, len(ffns)).to(ffn.up.weight)
         except ValueError as error:
             raise ValueError(f"{name} cannot be replaced: {error}") from error
     params_before, changes = count_params(model), []
@@ -547,6 +553,22 @@ def restructure_layers(
         replace_module(model, name, build(ffns[name], facts).to(ffns[name].up.weight))
 
 
+def block_macs(block: nn.Module, tokens: int = 0) -> int:
+    """Return the multiply-accumulates of a block for one token: products, and attention among so many tokens.
+
+    Layers that say what they take (mixtures, memories) are believed. Norms are left out: what modulates them is made
+    once a sample.
+    """
+    own: Any = getattr(block, "macs", None)
+    if isinstance(own, int):
+        return own
+    qkv = getattr(block, "qkv", None)
+    mixing = 2 * tokens * qkv.in_features if isinstance(qkv, nn.Linear) else 0
+    products = sum(parameter.numel() for parameter in block.parameters(recurse=False) if parameter.ndim == 2)
+    inside = [part for part in block.children() if "norm" not in type(part).__name__.lower()]
+    return int(mixing + products + sum(block_macs(part, tokens) for part in inside))
+
+
 def vit_blocks(model: nn.Module) -> dict[str, Any]:
     """Return the ViT blocks of timm in a model, by name; there may be none."""
     return {name: module for name, module in model.named_modules() if type(module) is Block}
@@ -557,20 +579,55 @@ def note_change(model: nn.Module, technique: str, layers: Mapping[str, Any]) -> 
 
     They are of the model inside the wrappers of the compiler and of PEFT, which are gone when it is saved.
     """
-    inner: Any = model
-    if hasattr(model, "get_base_model"):
-        inner = model.get_base_model()  # type: ignore[operator]
     plain = {name.replace("_orig_mod.", ""): facts for name, facts in layers.items()}
-    if inner is not model:
+    if _inner(model) is not model:
         plain = {name.removeprefix("base_model.model."): facts for name, facts in plain.items()}
-    inner.ffn_changes = [*getattr(inner, "ffn_changes", []), {"technique": technique, "layers": plain}]
+    _set_changes(model, [*noted_changes(model), {"technique": technique, "layers": copy.deepcopy(plain)}])
+
+
+def note_mixture(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Remember a mixture of experts: one configuration for all layers of the model, instead of facts of each."""
+    _set_changes(model, [*noted_changes(model), {"technique": "moe", **config}])
+
+
+def amend_mixtures(model: nn.Module, amend: Callable[[dict[str, Any]], None]) -> None:
+    """Keep what is remembered of a model's mixtures of experts true.
+
+    Args:
+        model: Its layers have just changed.
+        amend: Changes the facts of one layer, or of all, in place.
+    """
+    changes = noted_changes(model)
+    for change in changes:
+        if change["technique"] in _MIXTURES:
+            for facts in change["layers"].values() if "layers" in change else [change]:
+                amend(facts)
+    if changes:
+        _set_changes(model, changes)
 
 
 def forget_change(model: nn.Module, technique: str) -> None:
     """Remember nothing of a technique any more, since its layers are gone."""
-    changes: list[dict[str, Any]] | None = getattr(model, "ffn_changes", None)
-    if changes is not None:
-        model.ffn_changes = [change for change in changes if change["technique"] != technique]  # type: ignore[assignment]
+    changes = noted_changes(model)
+    if changes:
+        _set_changes(model, [change for change in changes if change["technique"] != technique])
+
+
+def noted_changes(model: nn.Module) -> list[dict[str, Any]]:
+    """Return a copy of what techniques noted, in their order."""
+    return copy.deepcopy(getattr(_inner(model), "ffn_changes", []))
+
+
+def _inner(model: nn.Module) -> Any:
+    """Return the model inside PEFT's wrapper; the compiler's passes attributes on."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def _set_changes(model: nn.Module, changes: list[dict[str, Any]]) -> None:
+    inner = _inner(model)
+    inner.ffn_changes = changes
+    if hasattr(inner, "register_to_config"):  # of diffusers, whose folders hold the configuration alone
+        inner.register_to_config(ffn_changes=changes)
 
 
 def refuse_twice(model: nn.Module, technique: str) -> None:
@@ -579,7 +636,7 @@ def refuse_twice(model: nn.Module, technique: str) -> None:
     Raises:
         ValueError: It has.
     """
-    if any(change["technique"] == technique for change in getattr(model, "ffn_changes", [])):
+    if any(change["technique"] == technique for change in noted_changes(model)):
         raise ValueError(
             f"{type(model).__name__} has been through zoo.ffn.{technique} already: start from the model before it."
         )
@@ -591,7 +648,7 @@ def technique_module(technique: str) -> Any:
     Raises:
         ValueError: There is no such technique.
     """
-    name = f"zoo.moe.{technique}" if technique in _MIXTURES else f"zoo.ffn.{technique}"
+    name = _MIXTURES.get(technique, f"zoo.ffn.{technique}")
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -613,6 +670,9 @@ def rebuild(model: nn.Module, changes: Iterable[Mapping[str, Any]]) -> None:
     for change in changes:
         technique = str(change["technique"])
         module = technique_module(technique)
+        if "layers" not in change:  # a mixture, which notes itself
+            module.restructure(model, {key: value for key, value in change.items() if key != "technique"})
+            continue
         names = {name for name, _ in model.named_modules()}
         missing = [name for name in change["layers"] if name not in names]
         if missing:

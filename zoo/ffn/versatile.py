@@ -157,7 +157,7 @@ def apply(model: nn.Module, config: VersatileConfig | None = None, data: Iterabl
     """
     config = config or VersatileConfig()
     what = f"{config.windows} windows, up to {config.loops} loops"
-    return replace_layers(model, "versatile", config.pattern, lambda ffn: _build(ffn, config), asdict(config), what)
+    return replace_layers(model, "versatile", config.pattern, lambda ffn, _: _build(ffn, config), asdict(config), what)
 
 
 def restructure(model: nn.Module, layers: Mapping[str, Any]) -> None:

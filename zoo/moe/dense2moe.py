@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 import torch
+from diffusers import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import DenseFFN, read_ffn
 from zoo.ffn.importance import Deal, Loss, Scores, deal_channels, default_loss, score_channels
+from zoo.ffn.technique import amend_mixtures, forget_change, note_mixture
 from zoo.layers.ffn import RePaFFN
 from zoo.moe.blocks import MixtureOfBlocks
 from zoo.moe.experts import LinearPlusMoE, MoEFFN
@@ -29,8 +31,10 @@ __all__ = [
     "MoEConfig",
     "MoEReport",
     "activated_parameters",
+    "amend_record",
     "expert_layers",
     "ffn_layers",
+    "restructure",
     "set_top_k",
     "to_dense_layers",
     "to_experts",
@@ -295,6 +299,7 @@ def to_experts(
     for name, ffn in ffns.items():
         order = deal_channels(scores[name], widths[name][0], config.experts, config.deal, generator)
         _replace(model, name, _experts(ffn, config, widths[name][0], order))
+    _note(model, config)
     after = expert_layers(model)
     return MoEReport(
         layout=config.layout,
@@ -374,10 +379,11 @@ def to_dense_layers(model: nn.Module) -> None:
             continue
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, dense)
+    forget_change(model, "moe")
 
 
 def set_top_k(model: nn.Module, k: int) -> None:
-    """Set the number of chosen experts of every mixture of a model; no weight changes.
+    """Set the number of chosen experts of every mixture of a model, saved with the model; no weight changes.
 
     Raises:
         ValueError: The model has no experts, or k does not fit one of the layers; then nothing is changed.
@@ -393,6 +399,7 @@ def set_top_k(model: nn.Module, k: int) -> None:
         for layer, old in before.items():
             layer.top_k = old
         raise
+    amend_record(model, lambda facts: facts.update(top_k=k))
 
 
 def activated_parameters(model: nn.Module) -> int:
@@ -441,3 +448,30 @@ def build_experts(model: nn.Module, config: MoEConfig) -> None:
     """Give a new dense model the layers that `to_experts` makes, in place, for weights to be loaded into."""
     for name, ffn in ffn_layers(model).items():
         _replace(model, name, _experts(ffn, config, config.widths(ffn.dim, ffn.hidden_dim)[0], None))
+    _note(model, config)
+
+
+def restructure(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Give a model the same experts, as `zoo.ffn.technique.rebuild` asks for; weights are loaded after."""
+    build_experts(model, MoEConfig(**config))
+
+
+def _note(model: nn.Module, config: MoEConfig) -> None:
+    if not isinstance(model, ModelMixin):  # those of diffusers have it in their configuration
+        note_mixture(model, asdict(config))
+
+
+def amend_record(model: nn.Module, amend: Callable[[dict[str, Any]], None]) -> None:
+    """Keep what is saved with a model about its mixtures true.
+
+    Args:
+        model: Its layers have just changed.
+        amend: Changes the facts of one layer, or of all, in place.
+    """
+    saved: Any = model
+    config = getattr(getattr(model, "config", None), "moe", None)
+    if config is not None:
+        facts = dict(config)
+        amend(facts)
+        saved.register_to_config(moe=asdict(MoEConfig(**facts)))
+    amend_mixtures(model, amend)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.ffn.technique import FFNReport, LayerChange, evaluating, listed, model_output, output_error
-from zoo.moe.dense2moe import MoEConfig, expert_layers
+from zoo.moe.dense2moe import amend_record, expert_layers
 from zoo.moe.experts import MoEFFN
 from zoo.profiling import count_params
 
@@ -90,31 +90,29 @@ def prune_experts(model: nn.Module, config: ExpertPruneConfig, data: Iterable[An
         if config.scores != "reap":
             scores = counts if config.scores == "usage" else torch.rand(layer.experts, generator=generator)
         kept = scores.argsort(descending=True, stable=True)[: config.keep].sort().values
-        before, params = layer.experts, count_params(layer)
-        macs = layer.top_k * layer.expert_dim * ((2 if layer.gated else 1) * layer.dim + layer.out_dim)
+        before, params, macs = layer.experts, count_params(layer), layer.macs
         layer.keep_experts(kept)
         changes.append(
             LayerChange(
                 name=name,
                 what=f"{before} -> {config.keep} experts",
                 params=(params, count_params(layer)),
-                macs=(macs + before * layer.dim, macs + config.keep * layer.dim),
+                macs=(macs, layer.macs),
             )
         )
-    moe = getattr(getattr(model, "config", None), "moe", None)
-    if moe is not None:
-        made = MoEConfig(**moe)
-        saved: Any = model
-        saved.register_to_config(moe=asdict(replace(made, pruned=made.experts - config.keep)))
-    for change in getattr(model, "ffn_changes", ()):  # the record of a model with sigma-MoE
-        for name in layers.keys() & change["layers"].keys():
-            change["layers"][name]["kept"] = config.keep
+    amend_record(model, lambda facts: _less(facts, config.keep))
     return FFNReport(
         technique="prune_experts",
         layers=tuple(changes),
         params=(params_before, count_params(model)),
         error=output_error(model, batches, outputs) if batches else None,
     )
+
+
+def _less(facts: dict[str, Any], keep: int) -> None:
+    """Note that so many experts are left."""
+    facts.pop("kept", None)  # of older files
+    facts["pruned"] = facts["experts"] - keep
 
 
 def _watch(layer: MoEFFN, sums: Tensor) -> Any:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import DenseFFN
-from zoo.ffn.technique import FFNReport, ffn_layers, refuse_twice, replace_layers, restructure_layers
+from zoo.ffn.technique import FFNReport, replace_layers, restructure_layers
 from zoo.moe.experts import MoEFFN
 from zoo.moe.router import Router
 
@@ -136,11 +136,9 @@ def apply(model: nn.Module, config: SigmaMoEConfig | None = None, data: Iterable
         ValueError: A layer cannot be divided (the message names it and a number that fits), or it was done before.
     """
     config = config or SigmaMoEConfig()
-    refuse_twice(model, "sigma_moe")
-    layers = len(ffn_layers(model, config.pattern))
     what = f"{config.experts} experts, {config.top_k} a token, sigmoid gates"
     return replace_layers(
-        model, "sigma_moe", config.pattern, lambda ffn: _build(ffn, config, layers), asdict(config), what
+        model, "sigma_moe", config.pattern, lambda ffn, layers: _build(ffn, config, layers), asdict(config), what
     )
 
 
@@ -150,8 +148,11 @@ def restructure(model: nn.Module, layers: Mapping[str, Any]) -> None:
 
 
 def _rebuild(ffn: DenseFFN, facts: Mapping[str, Any]) -> MoEFFN:
-    config = {name: fact for name, fact in facts.items() if name != "kept"}
-    layer = _build(ffn, SigmaMoEConfig(**config), 1)
-    if "kept" in facts:  # by zoo.moe.prune_experts
-        layer.keep_experts(torch.arange(facts["kept"]))
+    experts = facts["experts"]
+    config = {name: fact for name, fact in facts.items() if name not in ("kept", "pruned", "top_k")}
+    layer = _build(ffn, SigmaMoEConfig(**config, top_k=1), 1)
+    kept = facts.get("kept", experts - facts.get("pruned", 0))  # by zoo.moe.prune_experts; "kept" in older files
+    if kept < experts:
+        layer.keep_experts(torch.arange(kept))
+    layer.set_top_k(facts["top_k"])  # any number, by zoo.moe.set_top_k
     return layer

@@ -103,9 +103,7 @@ class MoETransformerMixin(StrictModelMixin):
         Raises:
             ValueError: k is negative or above the number of experts.
         """
-        model: Any = self
-        set_top_k(model, k)
-        model.register_to_config(moe={**model.config.moe, "top_k": k})
+        set_top_k(self, k)
 
     def share_modulation(self) -> int:
         """Replace the modulations of all blocks by one, see `zoo.moe.share_modulation`; returns the parameters saved.

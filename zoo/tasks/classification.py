@@ -147,8 +147,7 @@ class Classification(TimmOptimModule):
         record = trained_record(
             self.model, hparams["model"] if started else None, getattr(self._trainer, "datamodule", None)
         )
-        changed = {"moe": hparams["experts"], "lora": hparams["lora"] and {"rank": hparams["lora"]}}
-        changes = [{"technique": name, **config} for name, config in changed.items() if config]
+        changes: list[dict[str, Any]] = [{"technique": "lora", "rank": hparams["lora"]}] if hparams["lora"] else []
         if any(isinstance(module, ExpertsWeightsAveraging) for module in self.model.modules()):
             changes.append({"technique": "ewa"})
         return record if record is None or not changes else record.updated(changes=[*record.changes, *changes])

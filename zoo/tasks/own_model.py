@@ -71,8 +71,8 @@ class SaveOwnModel(Callback):
             pl_module.load_state_dict(read_training_checkpoint(cast(Any, best).best_model_path)["state_dict"])
             values = {cast(Any, best).monitor: float(cast(Any, best).best_model_score)}
         model, record = cast(Any, pl_module).trained_model()
-        if record is None or record.changes:
-            notice(f"{self.folder} is not written: the model is not what its architecture's name says.")
+        if record is None:
+            notice(f"{self.folder} is not written: nobody knows what the model is.")
             return
         metrics = _metrics(values, trainer)
         if not metrics:
