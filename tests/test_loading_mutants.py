@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +11,12 @@ import pytest
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from safetensors.torch import save
 from torch import nn
 
 from zoo import hub, weights
 from zoo.cfg import ModelCfg
+from zoo.record import is_safetensors, kept_by_lightning, record_of
 from zoo.weights import CheckpointError, load_strict, merge_adapters, read_checkpoint, save_checkpoint, verify_component
 
 
@@ -93,7 +96,90 @@ def test_the_stem_of_four_channels_keeps_the_response(tmp_path: Path) -> None:
     torch.testing.assert_close(same, model.patch_embed.proj(torch.ones(1, 3, 16, 16)))
 
 
+def test_weights_are_converted_before_they_are_loaded() -> None:
+    model, seen = nn.Linear(2, 2, bias=False), []
+
+    def filter_fn(state_dict: dict[str, torch.Tensor], module: nn.Module) -> dict[str, torch.Tensor]:
+        seen.append(module)
+        return {key.removeprefix("theirs."): value for key, value in state_dict.items()}
+
+    weights.load_pretrained(model, ModelCfg(state_dict={"theirs.weight": torch.ones(2, 2)}), filter_fn)
+    weights.load_pretrained(model, ModelCfg(state_dict={"weight": torch.full((2, 2), 3.0)}))
+    assert seen == [model]
+    assert (model.weight == 3).all()
+
+
+@pytest.mark.parametrize("head", [b"\x08\x07onnx", b"\x08\x07pytorch", b"\x08\x07else", b"pytorch"])
+def test_an_onnx_file_of_another_name_is_told(tmp_path: Path, head: bytes) -> None:
+    (tmp_path / "model.bin").write_bytes(head + bytes(64))
+    with pytest.raises(CheckpointError) as error:
+        read_checkpoint(tmp_path / "model.bin")
+    assert ("an ONNX model" in str(error.value)) == (head in (b"\x08\x07onnx", b"\x08\x07pytorch"))
+
+
+def test_safetensors_without_a_suffix_are_known_by_a_header_that_fits(tmp_path: Path) -> None:
+    """With tensors of no values the header ends the file; a byte less, and it is cut short or something else."""
+    whole = save({"none": torch.empty(0)})
+    assert int.from_bytes(whole[:8], "little") + 8 == len(whole)
+    (tmp_path / "blob").write_bytes(whole)
+    assert is_safetensors(tmp_path / "blob")
+    (tmp_path / "blob").write_bytes(whole[:-1])
+    assert not is_safetensors(tmp_path / "blob")
+
+
+def test_hyper_parameters_of_lightning_are_a_record() -> None:
+    kept: dict[str, Any] = {"model": "repavit_tiny.cifar10", "num_classes": 3, "model_args": {"depth": 2}}
+    record = kept_by_lightning({"hyper_parameters": kept})
+    assert record is not None
+    assert (record.architecture, record.base) == ("repavit_tiny", "repavit_tiny.cifar10")
+    assert (record.num_classes, record.model_args) == (3, {"depth": 2})
+    assert kept_by_lightning({"hyper_parameters": {"model": "a path/of something"}}) is None
+    assert kept_by_lightning({}) is None
+
+
+@pytest.mark.parametrize(("channels", "mean"), [(1, (0.449,)), (4, (0.485, 0.456, 0.406, 0.485))])
+def test_means_follow_the_channels(channels: int, mean: tuple[float, ...]) -> None:
+    size: dict[str, Any] = dict(embed_dim=16, depth=1, num_heads=2, img_size=16, patch_size=8)
+    record = record_of(timm.create_model("repavit_tiny", in_chans=channels, **size))
+    assert record.pretrained_cfg["mean"] == pytest.approx(mean)
+
+
+def test_an_address_is_asked_for_its_head_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is fetched twice, and the folder in the advice is the one that is looked in."""
+    asked = []
+
+    def urlopen(request: Any, timeout: float) -> Any:
+        asked.append(request.get_method())
+        raise OSError("away")
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(hub, "is_offline", lambda: False)
+    with pytest.raises(hub.HubError, match=re.escape(f"into {tmp_path} (TORCH_HOME)")):
+        weights._fetch("https://example.org/m.pth", tmp_path)
+    assert asked == ["HEAD"]
+
+
 # --- the Hub
+
+
+def test_a_revision_and_a_folder_go_to_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(hub, "is_offline", lambda: True)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *names, **options: asked.append(options) or "file")
+    hub.download("org/name@v2", "m.safetensors", cache_dir=tmp_path)
+    hub.download("org/name", "m.safetensors")
+    assert asked == [{"revision": "v2", "cache_dir": tmp_path}, {"revision": None, "cache_dir": None}]
+
+
+def test_a_file_that_was_searched_for_comes_into_the_given_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(weights, "_search", lambda architecture, repo_id: f"{architecture}.safetensors")
+    monkeypatch.setattr(hub, "download", lambda *names, cache_dir: asked.append((*names, cache_dir)) or tmp_path)
+    weights._locate(ModelCfg(architecture="a", hf_hub_id="org/name", hub_search=True), tmp_path)
+    assert asked == [("org/name", "a.safetensors", tmp_path)]
 
 
 def test_a_folder_inside_a_hidden_one_is_published(tmp_path: Path) -> None:
