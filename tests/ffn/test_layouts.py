@@ -15,7 +15,7 @@ from small_models import batches, build, vit
 from torch import Tensor, nn
 
 import zoo
-from zoo.ffn import layout, parallel, product_key, s2ft
+from zoo.ffn import layout, macaron, parallel, product_key, s2ft
 from zoo.ffn.layout import LayoutConfig, par_layout, sandwich_layout
 from zoo.ffn.parallel import ParallelConfig
 from zoo.ffn.technique import rebuild
@@ -227,6 +227,10 @@ def test_wrong_models_and_settings_are_one_line() -> None:
         layout.apply(vit(), LayoutConfig(layout="sf"))
     with pytest.raises(ValueError, match="ratio must be at least 2"):
         LayoutConfig(ratio=1)
+    model = vit()
+    s2ft.apply(model)
+    with pytest.raises(ValueError, match=r"with an Mlp: blocks\.0 has a SliceLinear"):
+        macaron.apply(model)
     model = vit()
     model.blocks.append(nn.Identity())
     with pytest.raises(ValueError, match=r"one list of ViT blocks of timm alone, .* it also holds Identity"):

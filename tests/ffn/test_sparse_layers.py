@@ -17,7 +17,10 @@ from timm.layers import Mlp, SwiGLU
 from torch import Tensor
 
 from zoo.ffn import product_key
+from zoo.ffn.layout import LayoutConfig
+from zoo.ffn.parallel import ParallelConfig
 from zoo.ffn.product_key import ProductKeyConfig, ProductKeyMemory
+from zoo.ffn.s2ft import S2FTConfig
 from zoo.ffn.technique import ffn_layers, rebuild, technique_module
 from zoo.moe import (
     ExpertPruneConfig,
@@ -225,6 +228,26 @@ def test_pruned_experts_are_rebuilt_too() -> None:
     rebuild(fresh, json.loads(json.dumps(model.ffn_changes)))
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh.eval()(IMAGES), model(IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SigmaMoEConfig(experts=4.0), r"experts must be int, got 4\.0"),  # type: ignore[arg-type]
+        (lambda: SigmaMoEConfig(top_k=True), "top_k must be int, got True"),
+        (lambda: ProductKeyConfig(keys="8"), "keys must be int or nothing, got '8'"),  # type: ignore[arg-type]
+        (lambda: ProductKeyConfig(batch_norm=1), "batch_norm must be bool, got 1"),  # type: ignore[arg-type]
+        (lambda: ProductKeyConfig(pattern="["), r"pattern is no regular expression: '\['"),
+        (lambda: S2FTConfig(share="1"), "share must be float, got '1'"),  # type: ignore[arg-type]
+        (lambda: LayoutConfig(layout=5), "layout must be str or tuple, got 5"),  # type: ignore[arg-type]
+        (lambda: ParallelConfig(pattern=5), "pattern must be str or nothing"),  # type: ignore[arg-type]
+        (lambda: ExpertPruneConfig(keep=2.5), r"keep must be int, got 2\.5"),  # type: ignore[arg-type]
+    ],
+)
+def test_values_of_another_type_are_named(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+    assert S2FTConfig(share=1).share == LayoutConfig(ratio=2).ratio / 2 == 1  # a whole number is one
 
 
 def test_wrong_settings_are_one_line() -> None:

@@ -147,3 +147,14 @@ def test_a_wrong_setting_is_one_line(ffn: Any, said: str) -> None:
 def test_it_excludes_experts_and_adapters() -> None:
     with pytest.raises(ValueError, match="leave experts and lora out"):
         Classification("vit_tiny_patch16_224", 2, dict(VIT), ffn="matformer", lora=2)
+
+
+def test_values_of_another_type_are_named() -> None:
+    for ffn, message in (
+        ({"technique": "matformer", "widths": 0.5}, r"widths must be tuple, got 0\.5"),
+        ({"technique": "hourglass", "pattern": "["}, "pattern is no regular expression"),
+        ({"technique": "sigma_moe", "entropy": "much"}, "entropy is the weight of a loss, a number of at least 0"),
+        ({"technique": "block_ffn", "locality": -1}, "locality is the weight of a loss"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Classification("vit_tiny_patch16_224", 2, dict(VIT), ffn=ffn)

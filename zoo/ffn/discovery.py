@@ -58,7 +58,7 @@ def discover(model: nn.Module, known: Mapping[str, DenseFFN]) -> tuple[dict[str,
     reasons: dict[str, str] = {}
     verdicts: dict[Any, _Verdict] = {}
     for name in reversed(list(modules)):  # from inside out: the innermost module holds the layer
-        if id(modules[name]) in closed or name not in inside or "emb" in name:  # of timesteps, labels, positions
+        if id(modules[name]) in closed or name not in inside or _embeds(name):
             continue
         parts = [part for part in inside[name] if id(part) not in closed]
         pairs = _pairs(parts)
@@ -83,6 +83,13 @@ def discover(model: nn.Module, known: Mapping[str, DenseFFN]) -> tuple[dict[str,
         {name: found[name] for name in modules if name in found},
         {name: reasons[name] for name in modules if name in reasons and name not in gone},
     )
+
+
+def _embeds(name: str) -> bool:
+    """Tell whether a module embeds timesteps, labels or positions; blocks inside of an embedder do not."""
+    words = name.split(".")
+    last = max((place for place, word in enumerate(words) if re.search("embed|(?<![a-z])emb", word)), default=-1)
+    return last >= 0 and not any(word.isdigit() for word in words[last + 2 : -1])
 
 
 def _outer(name: str) -> list[str]:

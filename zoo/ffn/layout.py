@@ -18,7 +18,16 @@ from typing import Any, Literal, get_args
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from zoo.ffn.technique import FFNReport, LayerChange, block_macs, note_change, refuse_twice, replace_module, vit_blocks
+from zoo.ffn.technique import (
+    FFNReport,
+    LayerChange,
+    block_macs,
+    note_change,
+    refuse_twice,
+    replace_module,
+    require_types,
+    vit_blocks,
+)
 from zoo.profiling import count_params
 
 __all__ = [
@@ -55,6 +64,7 @@ class LayoutConfig:
     missing: Missing = "new"
 
     def __post_init__(self) -> None:
+        require_types(type(self), vars(self))
         if self.layout not in ("par", "sandwich") and (not self.layout or set(self.layout) - {"s", "f"}):
             raise ValueError(f"layout must be par, sandwich, or letters s and f like sfsfff, got {self.layout!r}.")
         if self.ratio < 2:

@@ -104,9 +104,14 @@ def _change(block: Any, start: Start) -> MacaronBlock:
 
 def _blocks(model: nn.Module) -> dict[str, Any]:
     found = vit_blocks(model)
-    odd = [name for name, block in found.items() if type(block.mlp) is not Mlp]
+    odd = [
+        f"{name} has a {type(part).__name__}"
+        for name, block in found.items()
+        for part, kind in ((block.mlp, Mlp), *((getattr(block.mlp, key, None), nn.Linear) for key in ("fc1", "fc2")))
+        if type(part) is not kind
+    ]
     if not found or odd:
-        what = f"{odd[0]} has a {type(found[odd[0]].mlp).__name__}" if odd else "it has none"
+        what = odd[0] if odd else "it has none"
         raise ValueError(f"{type(model).__name__} needs timm's ViT blocks with an Mlp: {what}.")
     return found
 

@@ -18,7 +18,15 @@ from typing import Any, Literal, get_args
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from zoo.ffn.technique import FFNReport, LayerChange, block_macs, note_change, refuse_twice, replace_module
+from zoo.ffn.technique import (
+    FFNReport,
+    LayerChange,
+    block_macs,
+    note_change,
+    refuse_twice,
+    replace_module,
+    require_types,
+)
 from zoo.layers.ffn import RePaFFN
 from zoo.profiling import count_params
 
@@ -43,6 +51,7 @@ class ParallelConfig:
     pattern: str | None = None
 
     def __post_init__(self) -> None:
+        require_types(type(self), vars(self))
         if self.norm not in get_args(Norm):
             raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, got {self.norm!r}.")
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import DenseFFN
-from zoo.ffn.technique import FFNReport, replace_layers, restructure_layers
+from zoo.ffn.technique import FFNReport, replace_layers, require_types, restructure_layers
 
 __all__ = ["ProductKeyConfig", "ProductKeyMemory", "apply", "restructure"]
 
@@ -53,6 +53,7 @@ class ProductKeyConfig:
     pattern: str | None = None
 
     def __post_init__(self) -> None:
+        require_types(type(self), vars(self))
         for name in ("keys", "top_k", "heads", "key_dim"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -36,6 +36,7 @@ from zoo.ffn.technique import (
     refuse_twice,
     replace_module,
     require_seen,
+    require_types,
     watch_inputs,
 )
 from zoo.profiling import count_params
@@ -69,6 +70,7 @@ class S2FTConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_types(type(self), vars(self))
         if not 0 < self.share <= 1:
             raise ValueError(f"share is of the hidden channels, above 0 and at most 1, got {self.share}.")
         for name, words in (("scores", SliceScores), ("slice", Slice)):

@@ -14,7 +14,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from timm.layers import RelPosMlp
@@ -35,6 +37,7 @@ __all__ = [
     "amend_mixtures",
     "at_least_float32",
     "block_macs",
+    "dense_layers",
     "evaluating",
     "every_layer",
     "ffn_layers",
@@ -50,6 +53,7 @@ __all__ = [
     "replace_layers",
     "replace_module",
     "require_seen",
+    "require_types",
     "restructure_layers",
     "technique_module",
     "thinned",
@@ -202,6 +206,16 @@ def every_layer(model: nn.Module, pattern: str | None = None) -> tuple[dict[str,
     Raises:
         ValueError: A layer is a `RePaFFN`.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, RePaFFN) and (pattern is None or re.search(pattern, name)):
+            raise ValueError(
+                f"{name} is a RePaFFN, whose idle channels zoo.reparameterize merges: techniques are for dense layers."
+            )
+    return dense_layers(model, pattern)
+
+
+def dense_layers(model: nn.Module, pattern: str | None = None) -> tuple[dict[str, DenseFFN], dict[str, str]]:
+    """Return what `every_layer` does, of a model that may have `RePaFFN` beside it."""
     known: dict[str, DenseFFN] = {}
     reasons: dict[str, str] = {}
     names = [name for name, _ in model.named_modules() if pattern is None or re.search(pattern, name)]
@@ -210,11 +224,6 @@ def every_layer(model: nn.Module, pattern: str | None = None) -> tuple[dict[str,
         if module in biases:
             continue
         if isinstance(module, RePaFFN):
-            if name in names:
-                raise ValueError(
-                    f"{name} is a RePaFFN, whose idle channels zoo.reparameterize merges: techniques are for dense "
-                    "layers."
-                )
             continue
         ffn = read_torch(module)
         if ffn is None or ffn.plain:
@@ -567,6 +576,34 @@ def block_macs(block: nn.Module, tokens: int = 0) -> int:
     products = sum(parameter.numel() for parameter in block.parameters(recurse=False) if parameter.ndim == 2)
     inside = [part for part in block.children() if "norm" not in type(part).__name__.lower()]
     return int(mixing + products + sum(block_macs(part, tokens) for part in inside))
+
+
+def require_types(kind: type, fields: Mapping[str, Any]) -> None:
+    """Say which field of a configuration is not of its type; a whole number is a number too, a list a tuple.
+
+    Args:
+        kind: The configuration's class.
+        fields: Values by name.
+
+    Raises:
+        ValueError: There is one, or a pattern is no regular expression.
+    """
+    numbers = {int: Integral, float: Real, tuple: (tuple, list)}
+    for name, hint in get_type_hints(kind).items():
+        parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        kinds = [get_origin(part) or part for part in parts]
+        value = fields.get(name)
+        if name not in fields or not all(isinstance(each, type) for each in kinds):  # words are checked by themselves
+            continue
+        right = any(isinstance(value, numbers.get(each, each)) for each in kinds)  # type: ignore[arg-type,call-overload]
+        if not right or (isinstance(value, bool) and bool not in kinds):
+            wanted = " or ".join("nothing" if each is type(None) else each.__name__ for each in kinds)
+            raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+        if name == "pattern" and value is not None:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"pattern is no regular expression: {value!r} ({error}).") from error
 
 
 def vit_blocks(model: nn.Module) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.ffn.technique import FFNReport, LayerChange, evaluating, listed, model_output, output_error
+from zoo.ffn.technique import FFNReport, LayerChange, evaluating, listed, model_output, output_error, require_types
 from zoo.moe.dense2moe import amend_record, expert_layers
 from zoo.moe.experts import MoEFFN
 from zoo.profiling import count_params
@@ -47,6 +47,7 @@ class ExpertPruneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_types(type(self), vars(self))
         if self.keep < 1:
             raise ValueError(f"keep is a number of experts, at least 1, got {self.keep}.")
         if self.scores not in get_args(ExpertScores):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import DenseFFN
-from zoo.ffn.technique import FFNReport, replace_layers, restructure_layers
+from zoo.ffn.technique import FFNReport, replace_layers, require_types, restructure_layers
 from zoo.moe.experts import MoEFFN
 from zoo.moe.router import Router
 
@@ -51,6 +51,7 @@ class SigmaMoEConfig:
     pattern: str | None = None
 
     def __post_init__(self) -> None:
+        require_types(type(self), vars(self))
         if not 1 <= self.top_k <= self.experts:
             raise ValueError(f"top_k must lie in 1 ... {self.experts} (experts), got {self.top_k}.")
         if not 0 <= self.dropout < 1:

@@ -9,15 +9,20 @@ them in one product; whether images show the disparity was not measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 from torch import nn
 
 from zoo.catalog import nearest
-from zoo.ffn.product_key import ProductKeyMemory
-from zoo.ffn.technique import every_layer
-from zoo.moe.experts import MoEFFN
+from zoo.ffn.ewa import ExpertsWeightsAveraging
+from zoo.ffn.low_rank import LowRankLinear
+from zoo.ffn.s2ft import SliceLinear
+from zoo.ffn.structured import SelfGuided
+from zoo.ffn.technique import dense_layers
+from zoo.layers.ffn import RePaFFN
 
 __all__ = ["KINDS", "block_groups", "kinds_of", "require_factors"]
 
@@ -36,37 +41,53 @@ def require_factors(factors: Mapping[str, float]) -> None:
             near = nearest(kind, list(KINDS), 1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise ValueError(f"block_lr: no kind of block is called {kind!r}.{hint} Kinds: {', '.join(KINDS)}.")
-        if factor < 0:
-            raise ValueError(f"block_lr: the factor of {kind} must not be negative, got {factor}.")
+        if isinstance(factor, bool) or not isinstance(factor, Real) or not 0 <= float(factor) < math.inf:
+            raise ValueError(
+                f"block_lr: the factor of {kind} must be a number and must not be negative, got {factor!r}."
+            )
 
 
 def kinds_of(model: nn.Module) -> dict[str, str]:
     """Return the kind of block of every parameter, by name; "other" is a stem's, a head's, a convolution's.
 
     Args:
-        model: Any; feed-forward layers are found as `zoo.ffn` finds them; mixtures and memories are such too.
+        model: Any; feed-forward layers are found as `zoo.ffn` finds them; what techniques put in their places too.
     """
-    ffns = every_layer(model)[0].values()
+    ffns = dense_layers(model)[0].values()
     products = {id(part) for ffn in ffns for part in (*ffn.products, *ffn.between)}
-    sparse = [module for module in model.modules() if isinstance(module, MoEFFN | ProductKeyMemory)]
-    products |= {id(part) for layer in sparse for part in layer.modules()}
+    modules = dict(model.named_modules())
+    products |= {id(part) for layer in modules.values() if _made(layer) for part in layer.modules()}
     kinds = {}
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         for key in module._parameters:
             full = f"{name}.{key}" if name else key
-            words = full.lower()
             if "norm" in type(module).__name__.lower():
-                kind = "norm"
+                kinds[full] = "norm"
             elif id(module) in products:
-                kind = "ffn"
-            elif "embed" in words or isinstance(module, nn.Embedding):
-                kind = "embedding"
-            elif "attn" in words or "attention" in words:
-                kind = "attention"
+                kinds[full] = "ffn"
             else:
-                kind = _OTHER
-            kinds[full] = kind
+                kinds[full] = _kind(full, modules)
     return kinds
+
+
+def _made(module: nn.Module) -> bool:
+    """Tell whether a technique put a module in the place of a feed-forward layer, or of a product in one."""
+    parts = (RePaFFN, LowRankLinear, SelfGuided, SliceLinear, ExpertsWeightsAveraging)
+    ours = type(module).__module__.startswith("zoo.")
+    return isinstance(module, parts) or (ours and isinstance(getattr(module, "macs", None), int))
+
+
+def _kind(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """Return what the nearest name, or class, around a parameter says; not that of the model itself."""
+    while name:
+        module = modules.get(name)
+        words = f"{name.rpartition('.')[2]} {'' if module is None else type(module).__name__}".lower()
+        if "embed" in words:
+            return "embedding"
+        if "attn" in words or "attention" in words:
+            return "attention"
+        name = name.rpartition(".")[0]
+    return _OTHER
 
 
 def block_groups(

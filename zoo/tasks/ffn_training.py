@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,7 +15,7 @@ from zoo.catalog import nearest
 from zoo.ffn.block_ffn import chunk_sparsification, locality, record_logits
 from zoo.ffn.matformer import MatFormerConfig, set_width, training_widths
 from zoo.ffn.structured import SelfGuided, guide_share
-from zoo.ffn.technique import technique_module
+from zoo.ffn.technique import require_types, technique_module
 from zoo.ffn.versatile import set_temperature
 from zoo.moe.losses import record_entropy
 
@@ -73,7 +74,10 @@ class FFNTraining:
                 f"{f' Did you mean {near[0]}?' if near else ''} Techniques: {', '.join(_CONFIGS)}."
             )
         defaults = _LOSSES.get(self.technique, {})
-        self.weights = {name: float(fields.pop(name, default)) for name, default in defaults.items()}
+        self.weights = {name: fields.pop(name, default) for name, default in defaults.items()}
+        for name, weight in self.weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+                raise ValueError(f"ffn: {name} is the weight of a loss, a number of at least 0, got {weight!r}.")
         module = technique_module(self.technique)
         kind = getattr(module, _CONFIGS[self.technique])
         known = [field.name for field in dataclasses.fields(kind)] + list(self.weights)
@@ -81,6 +85,7 @@ class FFNTraining:
             raise ValueError(f"ffn: {self.technique} has no setting {wrong[0]!r}; it has {', '.join(known)}.")
         if self.technique == "freqnet":  # tokens before the map of patches
             fields.setdefault("prefix_tokens", getattr(model, "num_prefix_tokens", 1))
+        require_types(kind, fields)
         self.config = kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
         module.apply(model, self.config)
 
