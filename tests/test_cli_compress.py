@@ -74,6 +74,7 @@ def test_inspection_names_every_layer_and_draws_them(
         (["--method", "repa", "--scores", "taylor"], "--scores ranks channels for --method prune"),
         (["--method", "prun"], "Did you mean prune"),
         (["--recover", "-1"], "--recover takes a number of epochs"),
+        (["--recover", "1", "--lr", "nan"], "--lr is a learning rate above 0, got nan"),
     ],
 )
 def test_a_wrong_call_is_one_line(
@@ -85,6 +86,11 @@ def test_a_wrong_call_is_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_a_kind_of_picture_is_checked_before_the_work(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(own / "mine"), "--data", str(own / "data"), "--plot", "layers.xyz"]) == 2
+    assert "--plot takes a picture whose name ends in " in capsys.readouterr().err
 
 
 def test_missing_data_is_said_before_the_model_is_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

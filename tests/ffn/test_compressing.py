@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_models import batches, build, vit
 
+from zoo.ffn import product_key
 from zoo.ffn.compressing import METHODS, compress, config_for_budget, recover
 from zoo.ffn.prune import PruneConfig
 
@@ -33,6 +34,17 @@ def test_what_cannot_be_met_is_said() -> None:
         ValueError, match=r"cannot be met by feed-forward layers alone: the nearest that can is macs<=0\."
     ):
         config_for_budget(vit(), PruneConfig(), "macs<=0.05", batches("timm", 1)[0])
+
+
+def test_what_stands_in_the_way_of_every_budget_is_said() -> None:
+    model, data = vit(), batches("timm", 1)
+    compress(model, "prune", data)
+    with pytest.raises(ValueError, match=r"has been through zoo\.ffn\.prune already"):
+        config_for_budget(model, PruneConfig(), "macs<=0.8", data[0])
+    model = vit()
+    product_key.apply(model, product_key.ProductKeyConfig(keys=6, top_k=4))
+    with pytest.raises(ValueError, match="no dense feed-forward layer left after product_key: start from the one"):
+        config_for_budget(model, PruneConfig(), "macs<=0.8", data[0])
 
 
 def test_unknown_method_has_a_nearest() -> None:

@@ -155,6 +155,7 @@ def test_values_of_another_type_are_named() -> None:
         ({"technique": "hourglass", "pattern": "["}, "pattern is no regular expression"),
         ({"technique": "sigma_moe", "entropy": "much"}, "entropy is the weight of a loss, a number of at least 0"),
         ({"technique": "block_ffn", "locality": -1}, "locality is the weight of a loss"),
+        ("s2ft", r"s2ft is switched on by zoo\.ffn\.s2ft"),
     ):
         with pytest.raises(ValueError, match=message):
             Classification("vit_tiny_patch16_224", 2, dict(VIT), ffn=ffn)

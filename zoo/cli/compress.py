@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,8 @@ def run_compress(args: argparse.Namespace) -> int:
         raise UsageError(f"--scores ranks channels for --method prune, not for {args.method}.")
     if args.recover < 0:
         raise UsageError(f"--recover takes a number of epochs, got {args.recover}.")
+    if not 0 < args.lr < math.inf:
+        raise UsageError(f"--lr is a learning rate above 0, got {args.lr:g}.")
     _check(args)
     from zoo.cards.own import is_own_folder
 
@@ -161,6 +164,11 @@ def run_inspect(args: argparse.Namespace) -> int:
         check_target(args.plot, force=args.force)
         if importlib.util.find_spec("matplotlib") is None:
             raise UsageError("--plot draws with matplotlib, which is missing: pip install 'ffn-zoo[demo]'.")
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+        if args.plot.suffix.lower().removeprefix(".") not in kinds:
+            raise UsageError(f"--plot takes a picture whose name ends in {', '.join(kinds)}, got {args.plot.name}.")
     hush(args)
     from zoo.data.images import draw
     from zoo.ffn.inspection import inspect_ffns, plot_inspection

@@ -121,18 +121,22 @@ def config_for_budget(
     measure = _share_of_macs if kind == "macs" else _share_of_time
     best: tuple[Config, float] | None = None
     least = math.inf
+    why: ValueError | None = None
     for keep in (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1):
         try:
             candidate = resized(config, keep, model)
             share = measure(model, candidate, example, rounds)
-        except ValueError:
+        except ValueError as error:
+            why = error
             continue
         least = min(least, share)
         if share <= wanted:
             best = candidate, share
             break
+    if why is not None and least == math.inf:  # no size at all can be had
+        raise why
     if best is None:
-        nearest = "none can be" if least == math.inf else f"the nearest that can is {kind}<={least:.2f}"
+        nearest = f"the nearest that can is {kind}<={least:.2f}"
         raise ValueError(f"The budget {budget} cannot be met by feed-forward layers alone: {nearest}.")
     return best
 

@@ -192,6 +192,11 @@ def ffn_layers(model: nn.Module, pattern: str | None = None, takes: Takes = "pla
             name = name or f"This {type(model).__name__}"
             raise ValueError(f"{name}: {why.rstrip('.')}{need}. No other layer of this {type(model).__name__} will do.")
         wanted = f" whose name matches {pattern!r}" if pattern else ""
+        done = ", ".join(change["technique"] for change in noted_changes(model))
+        if done and not pattern:
+            raise ValueError(
+                f"{type(model).__name__} has no dense feed-forward layer left after {done}: start from the one before."
+            )
         raise ValueError(
             f"{type(model).__name__} has no feed-forward layer{wanted} that is known: FeedForward and Flux's single "
             "blocks of diffusers, Mlp, GluMlp and SwiGLU of timm, or a module of two linear layers, three where they "

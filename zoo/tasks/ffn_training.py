@@ -41,6 +41,7 @@ _ELSEWHERE = {
     "ewa": "the callback zoo.tasks.callbacks.AverageExperts",
     "moe": "the setting experts",
     "forget": "zoo.ffn.forget",
+    "s2ft": "zoo.ffn.s2ft",
 }
 _LOSSES = {  # the papers' weights, without BlockFFN's adaptation while training
     "block_ffn": {"locality": 1e-3, "sparsification": 5e-2},
