@@ -211,3 +211,21 @@ def test_onnx_runtime_quantises_what_we_write(
     ]
     for other in found[1:]:
         assert np.abs(other - found[0]).max() < 0.2 * np.abs(found[0]).max()
+
+
+class Normalised(torch.nn.Module):
+    """Divides by a sum that is zero for a black picture, and drops a dimension that is not 1."""
+
+    scale, in_chans = 1, 3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x / (x.sum() + 1e-12)).squeeze(1)
+
+
+def test_the_number_that_guards_a_division_stays(tmp_path: Path) -> None:
+    """The exporter takes 1e-8 for 0 and leaves it out, so that black pictures gave NaN; squeezes broke the file."""
+    path = export(Normalised(), tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for x in (np.zeros((1, 3, 16, 16), np.float32), np.full((1, 3, 16, 16), 0.5, np.float32)):
+        (found,) = session.run(None, {"image": x})
+        assert found == pytest.approx(Normalised()(torch.from_numpy(x)).numpy(), rel=1e-5)

@@ -25,7 +25,7 @@ from zoo.weights import sha256_of
 
 __all__ = ["digest", "engines_dir", "facts_of", "fingerprint", "is_known", "note_facts"]
 
-_VERSION = 2
+_VERSION = 3
 """Of the artefacts' layout: another one is built anew."""
 
 _FACTS = "facts.json"
