@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import zoo
 from zoo.ffn.reparam import reparameterize
+from zoo.layers.own import engine_in
 from zoo.text import counted, first_line
 
 __all__ = [
@@ -295,8 +296,7 @@ def eager_copy(model: nn.Module, call: Any = None) -> nn.Module:
             f"A copy of {type(model).__name__} cannot be made ({first_line(error)}): take off what was put on it, such "
             "as offloading."
         ) from error
-    found = vars(model).get("forward")
-    call = call or (found if getattr(found, "is_engine", False) else None)
+    call = call or engine_in(model)
     if call is not None:
         vars(inner).pop("forward", None)
         if call.own is not None:

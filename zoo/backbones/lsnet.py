@@ -341,7 +341,7 @@ class LSNet(nn.Module):
             raise ValueError(f"img_size must be square, got {tuple(img_size)}; other sizes can be given to forward.")
         side = img_size if isinstance(img_size, int) else img_size[0]
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
-        self.in_chans, self.drop_rate, self.merged, self.grad_checkpointing = in_chans, drop_rate, False, False
+        self.in_chans, self.drop_rate, self.grad_checkpointing = in_chans, drop_rate, False
         self.num_features = self.head_hidden_size = dims[-1]
         self.stem = LSStem(
             ConvNorm(in_chans, dims[0] // 4, 3, 2, **dd),
@@ -494,6 +494,11 @@ class LSNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
+    @property
+    def merged(self) -> bool:
+        """Whether it is in inference form; its first layers keep it, whose maps that form is about."""
+        return self.stem.merged
+
     @torch.no_grad()
     def reparameterize(self) -> tuple[str, ...]:
         """Make one classifier of two, in place.
@@ -514,7 +519,7 @@ class LSNet(nn.Module):
             average_heads(self.head, self.head_dist)
             self.head_dist, self.distillation = None, False
             folded.insert(0, "two classifiers")
-        self.merged = self.stem.merged = True
+        self.stem.merged = True
         return tuple(folded)
 
 

@@ -37,6 +37,7 @@ from zoo.caching.registry import place
 from zoo.caching.runs import RunTracker
 from zoo.caching.saved import find_setting
 from zoo.caching.summary import CacheSummary, DenoiserSummary
+from zoo.layers.own import engine_in
 
 __all__ = [
     "active_cache",
@@ -134,7 +135,7 @@ def enable_cache(
             raise ValueError(
                 f"{type(model).__name__} has a cache already ({type(active).__name__}): call zoo.disable_cache first."
             )
-        if getattr(vars(model).get("forward"), "is_engine", False):
+        if engine_in(model) is not None:
             raise ValueError(
                 f"A cache skips blocks of the denoiser, and an engine runs this {type(model).__name__} whole: choose "
                 'one; zoo.accelerate(..., engine="eager") takes the engine off.'

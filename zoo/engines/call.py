@@ -115,7 +115,7 @@ class EngineCall:
         own: A `forward` that was set on this very model, not its class's; None where there is none.
     """
 
-    is_engine = True  # for zoo.export, which is below this package
+    is_engine = True  # for `zoo.layers.own.engine_in`, which packages below this one ask
 
     def __init__(
         self,

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.layers.own import engine_in
+
 __all__ = ["Kept", "Watched", "hooks_of", "own_attributes"]
 
 _INTERNAL = frozenset(vars(nn.Module())) | {"training", "zoo_report"}
@@ -19,8 +21,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 def own_attributes(module: nn.Module) -> dict[str, Any]:
     """Return a module's attributes that are not PyTorch's own; in an engine's place what it stands in for."""
     found = {key: value for key, value in vars(module).items() if key not in _INTERNAL}
-    call: Any = found.get("forward")
-    if getattr(call, "is_engine", False):
+    if (call := engine_in(module)) is not None:
         found["forward"] = call.own
         if call.own is None:
             del found["forward"]

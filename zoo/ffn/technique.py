@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from zoo.ffn.dense_ffn import CONVOLUTIONS, DenseFFN, read_ffn, read_torch
 from zoo.ffn.discovery import discover
 from zoo.layers.ffn import RePaFFN
+from zoo.layers.own import engine_in
 from zoo.profiling import count_params
 
 __all__ = [
@@ -343,8 +344,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     It runs in eager mode: neither a compiled program nor another runtime tells what its layers see.
     """
     modes = {module: module.training for module in model.modules()}
-    forwards = {module: vars(module).get("forward") for module in modes}
-    engines = {module: call for module, call in forwards.items() if getattr(call, "is_engine", False)}
+    engines = {module: call for module in modes if (call := engine_in(module)) is not None}
     model.eval()
     for module in engines:
         del module.forward

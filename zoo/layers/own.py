@@ -7,14 +7,25 @@ what merging left: an adapter, a quantised layer or a hook in the place of one h
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["first_foreign", "is_own", "require_mergeable"]
+__all__ = ["engine_in", "first_foreign", "is_own", "require_mergeable"]
 
 _LIBRARIES = ("torch.nn.modules.", "timm.", "zoo.")
+
+
+def engine_in(module: nn.Module) -> Any:
+    """Return the call of `zoo.engines` that stands in for a module's `forward`, None where none does.
+
+    It is told by its mark, as this module is below that package. What it stands in for is its `own`: a `forward` that
+    was set on this very module, or None.
+    """
+    call = vars(module).get("forward")
+    return call if getattr(call, "is_engine", False) else None
 
 
 def is_own(part: nn.Module | None, kind: type[nn.Module]) -> bool:
