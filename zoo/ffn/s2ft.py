@@ -186,6 +186,8 @@ def _scores(
 def merge(model: nn.Module) -> list[str]:
     """Add what was learned to the dense weights, in place: the model has its own form and keys again.
 
+    What `apply` has frozen stays frozen: `model.requires_grad_(True)` lets all learn on.
+
     Returns:
         Names of the products.
     """
