@@ -269,3 +269,12 @@ def test_wrong_settings_are_one_line() -> None:
     assert not hasattr(model, "ffn_changes")
     with pytest.raises(ValueError, match="no technique 'sigma_mof'"):
         technique_module("sigma_mof")
+
+
+def test_mixtures_are_exported_for_any_number_of_images() -> None:
+    model = vit(depth=1)
+    sigma_moe.apply(model, SigmaMoEConfig(experts=4, top_k=2))
+    dynamic = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    program = torch.export.export(model.eval(), (IMAGES[:2],), dynamic_shapes=dynamic).module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(IMAGES[:3]), model(IMAGES[:3]), rtol=1e-5, atol=1e-5)

@@ -318,7 +318,7 @@ class MoEFFN(nn.Module):
         """Compute the layer; further arguments are what a dense layer of diffusers ignores too."""
         rows = x.reshape(-1, self.dim)
         out = self.shared_down(self.activate(self.shared_up(rows)))
-        if self.top_k > 0 and len(rows) > 0:
+        if self.top_k > 0 and rows.shape[0] > 0:
             weights, index, _ = self.router(rows, self.top_k)
             out = self._add_experts(out, rows, weights.to(out.dtype), index)
         return self.drop(out).view(*x.shape[:-1], self.out_dim)
@@ -400,7 +400,7 @@ def masked_experts(moe: MoEFFN, rows: Tensor, weights: Tensor, index: Tensor) ->
     Returns:
         (T, O), the sum of the chosen experts.
     """
-    out = rows.new_zeros(len(rows), moe.out_dim)
+    out = rows.new_zeros(rows.shape[0], moe.out_dim)
     for number in range(moe.experts):
         weight = (weights * (index == number)).sum(1, keepdim=True)
         out = out + F.linear(moe.expert(number, rows) * weight, moe.experts_down[number])
@@ -450,7 +450,8 @@ def _grouped(
     """Compute all experts by two grouped products; without them, by masks."""
     if _GROUPED_MM is None:
         pairs = order.argsort()
-        return out + masked_experts(moe, rows, weight[pairs].view(len(rows), -1), flat[pairs].view(len(rows), -1))
+        index_shape = (rows.shape[0], -1)
+        return out + masked_experts(moe, rows, weight[pairs].view(index_shape), flat[pairs].view(index_shape))
     counts = torch.zeros(moe.outputs, dtype=torch.int32, device=rows.device)
     counts = counts.scatter_add(0, flat, torch.ones_like(flat, dtype=torch.int32))
     ends = counts[: moe.experts].cumsum(0).to(torch.int32)
@@ -461,7 +462,7 @@ def _grouped(
         hidden = hidden + moe.experts_up_bias[flat.clamp(max=moe.experts - 1)]
     hidden = moe.activate(hidden) * weight
     added = torch.where(computed, _GROUPED_MM(hidden, moe.experts_down.transpose(1, 2), offs=ends), 0)
-    return out + added[order.argsort()].view(len(rows), -1, moe.out_dim).sum(1)  # not scattered: the order is fixed
+    return out + added[order.argsort()].view(rows.shape[0], -1, moe.out_dim).sum(1)  # not scattered: the order is fixed
 
 
 class LinearPlusMoE(nn.Module):

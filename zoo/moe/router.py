@@ -93,7 +93,7 @@ class Router(nn.Module):
     def _largest(self, logits: Tensor, k: int) -> Tensor:
         """Return the experts (T, k) of the k largest logits; all of them in their own order."""
         if k == logits.shape[1]:
-            return torch.arange(k, device=logits.device).expand(len(logits), k)
+            return torch.arange(k, device=logits.device).expand(logits.shape[0], k)
         return logits.topk(k, dim=-1).indices
 
     def _weights(self, logits: Tensor, index: Tensor) -> Tensor:
