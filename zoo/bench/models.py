@@ -51,6 +51,7 @@ def compare_models(
     title: str | None = None,
     progress: Progress | None = None,
     engines: Sequence[str] = (),
+    plotted: bool = False,
 ) -> Benchmark:
     """Time models in turns.
 
@@ -68,6 +69,7 @@ def compare_models(
         title: What is compared, in words; None names the models.
         progress: Told after each step.
         engines: Run each model on each of these, see `compare_grid`.
+        plotted: It is to be drawn: refuse what would be one point, before it is timed.
 
     Raises:
         ValueError: A name is unknown or repeated, or the models do different tasks.
@@ -91,6 +93,12 @@ def compare_models(
             raise ValueError(f"Models of different tasks cannot be compared: {tasks}.")
         if len(subjects) == 1 and subjects[0].checks:
             subjects.append(subject(names[0], settings, size=size, merge=False, label=f"{names[0]} (training form)"))
+        if plotted and len(subjects) == 1:
+            why = "has nothing to merge" if merge else "is in one form"
+            raise ValueError(
+                f"A plot needs two points, and {names[0]} {why}: give another model, or several --engine, --precision "
+                "or --batch."
+            )
         reference = subjects[1].name if len(subjects) > 1 else subjects[0].name
         with torch.inference_mode():
             timed = compare({each.name: each for each in subjects}, settings, reference=reference, progress=progress)

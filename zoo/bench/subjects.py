@@ -105,8 +105,12 @@ def subject(
     torch.manual_seed(0)
     source = find(name)
     is_denoiser = source.kind == "pipeline"
+    if is_denoiser and settings.model_args:
+        raise ValueError(f"Arguments of a model go to one that is built by name; {name} is a pipeline.")
     loaded = pretrained and bool(source.tag)
-    task, model, x, named = _denoiser(name, size) if is_denoiser else _network(source, size, loaded)
+    task, model, x, named = (
+        _denoiser(name, size) if is_denoiser else _network(source, size, loaded, settings.model_args)
+    )
     model = model.eval().requires_grad_(False)
     checks: tuple[Check, ...] = ()
     merged = False
@@ -160,13 +164,13 @@ def _denoiser(name: str, size: int | None) -> Parts:
     )
 
 
-def _network(source: Source, size: int | None, pretrained: bool) -> Parts:
+def _network(source: Source, size: int | None, pretrained: bool, given: tuple[tuple[str, Any], ...] = ()) -> Parts:
     name = source.name
     ours = source.kind == "model" and source.architecture in catalog.load()
     arguments: dict[str, Any] = {"pretrained": True} if pretrained else {}
     if size and source.task == "classification" and source.kind == "model":  # a user's model keeps its own
         arguments |= {"img_size": size} if ours else factory.image_size_args(name, size)
-    model: Any = factory.create_model(name, **arguments)
+    model: Any = factory.create_model(name, **(arguments | dict(given)))
     task = source.task or record_of(model).task
     if task != "classification":
         side = size or _RESTORER_SIZE

@@ -60,6 +60,7 @@ class Settings:
         device: "cpu", "cuda", "cuda:1", ...
         count: Images in all that quality is measured on, where a benchmark makes images; None is one call's.
         tune: Find and store the best tiles of the kernels first, where a benchmark has kernels.
+        model_args: Arguments of every model that is built by name, as (name, value).
 
     Raises:
         ValueError: A count is too small, the type is unknown, or there is no such device.
@@ -73,6 +74,7 @@ class Settings:
     device: str = "cpu"
     count: int | None = None
     tune: bool = False
+    model_args: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("threads", 1), ("rounds", 1), ("warmup", 0), ("count", 1)):
@@ -95,7 +97,8 @@ class Settings:
     def conditions(self, **more: Any) -> dict[str, Any]:
         """Return the settings for people, with what a benchmark adds."""
         own = {"batch": self.batch, "dtype": self.dtype, "threads": self.threads, "rounds": self.rounds}
-        return {**own, "warm-up rounds": self.warmup, **more}
+        said = {"model args": " ".join(f"{name}={value}" for name, value in self.model_args)} if self.model_args else {}
+        return {**own, "warm-up rounds": self.warmup, **said, **more}
 
 
 def compare(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.catalog import nearest
 from zoo.cli.inputs import ENGINES
-from zoo.cli.models import find_model
+from zoo.cli.models import add_model_args, find_model, model_args
 from zoo.cli.output import (
     UsageError,
     check_target,
@@ -125,6 +125,7 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(device="cpu", is_of_pipelines=False)
     parser.add_argument("--tune", action="store_true", help="find and store the best tiles of kernels first, on a GPU")
     parser.add_argument("--size", type=int, metavar="PIXELS", help="height and width of the models' input")
+    add_model_args(parser)
     parser.add_argument("--no-merge", action="store_true", help="leave the models in training form")
     parser.add_argument("--memory", action="store_true", help="measure the models' peak memory too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw quality or work against time: png, svg, pdf")
@@ -172,7 +173,7 @@ def _check(args: argparse.Namespace, suites: list[str]) -> None:
     if suites and len(suites) != len(args.names) and args.names != ["all"]:
         raise UsageError(f"Give models or named benchmarks, not both; named: {', '.join(suites)}.")
     if suites:
-        for option in ("size", "no_merge", "memory"):
+        for option in ("size", "model_args", "no_merge", "memory"):
             if getattr(args, option):
                 raise UsageError(f"--{option.replace('_', '-')} is for models; {suites[0]} is a named benchmark.")
         if args.plot and len(suites) > 1:
@@ -238,13 +239,14 @@ def _check_names(args: argparse.Namespace, given: list[str]) -> None:
     if models and given:
         raise UsageError(f"--{given[0].replace('_', '-')} is for pipelines; {models[0]} is a model.")
     args.is_of_pipelines = bool(given or pipelines)
-    own = ("size", "no_merge", "memory", "engine", "precision", "data", "samples")
+    own = ("size", "model_args", "no_merge", "memory", "engine", "precision", "data", "samples")
     for option in own if args.is_of_pipelines else ():
         if getattr(args, option):
             raise UsageError(f"--{option.replace('_', '-')} is for models; {args.names[0]} is a pipeline.")
     for option, numbers in (("batch", args.batches), ("threads", args.pools)) if args.is_of_pipelines else ():
         if len(numbers) > 1:
             raise UsageError(f"--{option} takes one number for pipelines, got {getattr(args, option)}.")
+    model_args(args)  # refuses what is not KEY=VALUE
     if args.samples is not None and args.data is None:
         raise UsageError("--samples counts images of --data; give it, too.")
 
@@ -346,6 +348,8 @@ def _measure(args: argparse.Namespace, suites: list[str]) -> list[Benchmark]:
     overrides = {name: getattr(args, name) for name in ("batch", "dtype", "threads", "rounds", "count")}
     overrides = {name: value for name, value in overrides.items() if value is not None}
     overrides |= {"device": str(pick_device(args.device)), "tune": args.tune}
+    if args.model_args:
+        overrides["model_args"] = tuple(model_args(args).items())
     with progress(args) as display:
         task = display.add_task("preparing", total=None)
 
@@ -361,7 +365,7 @@ def _measure(args: argparse.Namespace, suites: list[str]) -> list[Benchmark]:
         common: dict[str, Any] = dict(size=args.size, merge=not args.no_merge, memory=args.memory, progress=tell)
         varied = _grid_options(args)
         if not varied:
-            return [compare_models(args.names, settings, **common)]
+            return [compare_models(args.names, settings, plotted=args.plot is not None, **common)]
         common |= {name: varied.pop(name) for name in ("data", "samples") if name in varied}
         precision = next(name for name, dtype in PRECISIONS.items() if dtype == args.dtype)
         usual = {"precisions": (precision,), "batches": (settings.batch,), "threads": (settings.threads,)}
