@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from zoo.data import images
 from zoo.data.degradations import (
     BicubicDownscale,
     Chain,
@@ -160,3 +162,15 @@ def test_every_class_gives_its_share() -> None:
     assert [sum(labels[index] == label for index in held) for label in range(4)] == [4, 2, 1, 0]
     assert stratified_split(labels, 0.2, seed=1) == (rest, held)
     assert stratified_split(labels, 0.2, seed=2) != (rest, held)
+
+
+def test_a_split_is_found_however_it_is_stored(tmp_path: Path) -> None:
+    """A name of the Hub may have it; a folder has it as a folder or a file."""
+    assert images._has_split("org/name", "test")
+    (tmp_path / "val").mkdir()
+    assert not images._has_split(str(tmp_path), "test")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test-00000.parquet").touch()
+    assert images._has_split(str(tmp_path), "test")
+    (tmp_path / "other" / "test").mkdir(parents=True)
+    assert images._has_split(str(tmp_path / "other"), "test")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from zoo.data import degradations
 from zoo.data.degradations import (
     BicubicDownscale,
     CameraNoise,
@@ -158,6 +159,43 @@ def test_a_real_photo_stays_in_place(scale: int) -> None:
     tested = RealPhoto(scale, test_quality=75).evaluate(image, np.random.default_rng(0))
     plain = image if scale == 1 else BicubicDownscale(scale)(image, np.random.default_rng(0))
     assert np.array_equal(tested, JpegCompression(75)(plain, np.random.default_rng(1)))
+
+
+def test_real_photos_are_drawn_in_the_shares_that_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half are blurred, half noisy, four in five resized to 0.6 to 1.5 of the result; 0.4 of 0.9 compressed twice."""
+    done: dict[str, list[Any]] = {"blur": [], "noise": [], "jpeg": [], "size": []}
+    degradation, image, draws = RealPhoto(2, plain=0.0), photo()[:, :, :3], 600
+
+    def counted(name: str, call: Any, fact: Any) -> Any:
+        return lambda *given, **named: done[name].append(fact(*given, **named)) or call(*given, **named)
+
+    monkeypatch.setattr(degradation._blur, "blur", counted("blur", lambda x, *_: x, lambda x, rng, unit: unit))
+    monkeypatch.setattr(degradation, "_noise", counted("noise", lambda x, rng: x, lambda x, rng: None))
+    monkeypatch.setattr(
+        degradation._jpeg,
+        "compress",
+        counted("jpeg", lambda x, *_, **__: x, lambda x, q, subsampling: (q, subsampling)),
+    )
+    monkeypatch.setattr(
+        degradations, "_resized", counted("size", lambda x, *_: x, lambda x, height, width, kind: height)
+    )
+    for seed in range(draws):
+        degradation(image, np.random.default_rng(seed))
+    shares = {name: len(calls) / draws for name, calls in done.items()}
+    assert shares == pytest.approx({"blur": 0.5, "noise": 0.5, "jpeg": 1.3, "size": 1.8}, abs=0.08)
+    heights = [height for height in done["size"] if height != 20]  # the last is always the result's
+    assert (min(heights), max(heights)) == (12, 30)
+    qualities = [quality for quality, _ in done["jpeg"]]
+    assert (min(qualities), max(qualities)) == (40, 95)
+    assert np.mean([subsampling == 0 for _, subsampling in done["jpeg"]]) == pytest.approx(0.25, abs=0.06)
+
+
+def test_ranges_of_real_photos_are_those_of_the_shipped_weights() -> None:
+    known = RealPhoto()
+    assert (known.scale, known.plain, known.margin) == (2, 0.4, 16)
+    assert (known._blur.low, known._blur.high, known._noise.low, known._noise.high) == (0.1, 0.7, 1.0, 10.0)
+    camera = CameraNoise()
+    assert (camera.low, camera.high, camera.spread, camera.gray, camera.margin) == (1.0, 10.0, (0.0, 0.8), 0.4, 3)
 
 
 def test_refusals() -> None:
