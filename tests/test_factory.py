@@ -210,3 +210,15 @@ def test_classifiers_do_without_diffusers() -> None:
     )
     done = fresh_process.run(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_parts_are_there_after_import_zoo() -> None:
+    """The documents name them so; nothing of them is imported before."""
+    code = (
+        "import sys, zoo\n"
+        "assert not any(name.startswith(('zoo.caching', 'zoo.ffn.s2ft')) for name in sys.modules)\n"
+        "zoo.ffn.s2ft.S2FTConfig, zoo.ffn.prune.PruneConfig, zoo.caching.register_blocks\n"
+        "assert 'prune' in dir(zoo.ffn) and not hasattr(zoo.ffn, 'prunes')\n"
+    )
+    done = fresh_process.run(code)
+    assert done.returncode == 0, done.stderr

@@ -55,7 +55,7 @@ _LAZY = {
     "tune_cache": "zoo.bench.tuning",
 }
 
-_LAZY_MODULES = ("diffusion", "ffn", "moe", "spandrel")
+_LAZY_MODULES = ("caching", "diffusion", "ffn", "moe", "spandrel")
 
 __all__ = [
     "BACConfig",
