@@ -10,7 +10,7 @@ from small_models import batches, build, vit
 
 from zoo.ffn import matformer, prune
 from zoo.ffn.matformer import MatFormerConfig
-from zoo.ffn.technique import ffn_layers, model_output, rebuild
+from zoo.ffn.technique import ffn_layers, model_output, note_change, rebuild
 
 WIDTHS = (0.25, 0.5, 1.0)
 
@@ -65,6 +65,24 @@ def test_exported_width_loads_into_a_stock_model() -> None:
     fresh = vit()
     rebuild(fresh, nested.ffn_changes)
     fresh.load_state_dict(nested.state_dict(), strict=True)
+
+
+def test_the_width_in_use_is_saved_with_the_model() -> None:
+    """What was chosen last comes back, in the place among techniques; files of before are at full width."""
+    nested, images = vit(), batches("timm")[0][0]
+    matformer.apply(nested, MatFormerConfig(widths=WIDTHS))
+    note_change(nested, "skip", {})
+    matformer.set_width(nested, 1.0)
+    matformer.set_width(nested, 0.25)
+    assert [change["technique"] for change in nested.ffn_changes] == ["matformer", "skip"]
+    fresh, old = vit(), vit()
+    rebuild(fresh, nested.ffn_changes[:1])
+    rebuild(old, [{"technique": "matformer", "layers": dict.fromkeys(nested.ffn_changes[0]["layers"], list(WIDTHS))}])
+    with torch.no_grad():
+        for model, width in ((fresh, 0.25), (old, 1.0)):
+            model.load_state_dict(nested.state_dict(), strict=True)
+            matformer.set_width(nested, width)
+            assert torch.equal(model(images), nested(images))
 
 
 @pytest.mark.parametrize("budget", [0.25, 0.4, 0.5, 0.75, 1.0])

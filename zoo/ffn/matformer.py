@@ -18,7 +18,16 @@ from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import DenseFFN, keep_channels, set_hidden_dim
 from zoo.ffn.importance import Scores, default_loss, score_channels
-from zoo.ffn.technique import FFNReport, LayerChange, ffn_layers, forget_change, listed, note_change, refuse_twice
+from zoo.ffn.technique import (
+    FFNReport,
+    LayerChange,
+    amend_change,
+    ffn_layers,
+    forget_change,
+    listed,
+    note_change,
+    refuse_twice,
+)
 from zoo.profiling import count_params
 
 __all__ = [
@@ -122,7 +131,7 @@ def apply(
         for name, ffn in ffns.items():
             keep_channels(ffn, scores[name].argsort(descending=True, stable=True).cpu())
     params = count_params(model)
-    facts = {name: list(config.widths) for name in ffns}
+    facts = {name: {"width": 1.0} for name in ffns}
     restructure(model, facts)
     note_change(model, "matformer", facts)
     smallest = config.widths[0]
@@ -152,13 +161,18 @@ def _check(name: str, ffn: DenseFFN, widths: Sequence[float]) -> None:
 def restructure(model: nn.Module, layers: Mapping[str, Any]) -> None:
     """Turn the products of a dense model's layers into nested ones, in place; no weight changes."""
     ffns = ffn_layers(model, takes="linear")
-    for name in layers:
+    for name, facts in layers.items():
         ffn = ffns[name]
+        share = facts["width"] if isinstance(facts, Mapping) else 1.0  # older files have the widths alone
         for product, axis in ((ffn.up, 0), (ffn.gate, 0), (ffn.down, 1)):
             if product is not None:
                 product.__class__ = NestedLinear
-                product.width, product.axis = None, axis  # type: ignore[assignment]
+                product.width, product.axis = _channels(ffn, share), axis  # type: ignore[assignment]
                 product.halves = 2 if axis == 0 and ffn.packed is not None else 1  # type: ignore[assignment]
+
+
+def _channels(ffn: DenseFFN, share: float) -> int | None:
+    return None if share == 1 else max(1, round(share * ffn.down.in_features))
 
 
 def _nested(model: nn.Module) -> dict[str, DenseFFN]:
@@ -169,7 +183,7 @@ def _nested(model: nn.Module) -> dict[str, DenseFFN]:
 
 
 def set_width(model: nn.Module, width: float | Sequence[float]) -> None:
-    """Use a share of the hidden channels in every layer, or one share a layer; no weight changes.
+    """Use a share of the hidden channels in every layer, or one share a layer, saved with the model; no weight changes.
 
     Raises:
         ValueError: The model has no nested widths, the number of shares is not that of its layers, or a share is not
@@ -183,10 +197,10 @@ def set_width(model: nn.Module, width: float | Sequence[float]) -> None:
         if not 0 < share <= 1:
             raise ValueError(f"A width is a share of the hidden channels, above 0 and at most 1, got {share:g}.")
     for share, ffn in zip(shares, ffns.values(), strict=True):
-        count = None if share == 1 else max(1, round(share * ffn.down.in_features))
         for product in ffn.products:
             if isinstance(product, NestedLinear):
-                product.width = count
+                product.width = _channels(ffn, share)
+    amend_change(model, "matformer", {name: {"width": share} for name, share in zip(ffns, shares, strict=True)})
 
 
 def training_widths(config: MatFormerConfig) -> Iterator[float]:

@@ -35,6 +35,7 @@ __all__ = [
     "FFNReport",
     "LayerChange",
     "Moments",
+    "amend_change",
     "amend_mixtures",
     "at_least_float32",
     "block_macs",
@@ -621,10 +622,23 @@ def note_change(model: nn.Module, technique: str, layers: Mapping[str, Any]) -> 
 
     They are of the model inside the wrappers of the compiler and of PEFT, which are gone when it is saved.
     """
+    _set_changes(model, [*noted_changes(model), {"technique": technique, "layers": _plain(model, layers)}])
+
+
+def amend_change(model: nn.Module, technique: str, layers: Mapping[str, Any]) -> None:
+    """Remember other facts of the layers of a technique that was noted, in its place among the others."""
+    changes = noted_changes(model)
+    for change in changes:
+        if change["technique"] == technique:
+            change["layers"] = _plain(model, layers)
+    _set_changes(model, changes)
+
+
+def _plain(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Any]:
     plain = {name.replace("_orig_mod.", ""): facts for name, facts in layers.items()}
     if _inner(model) is not model:
         plain = {name.removeprefix("base_model.model."): facts for name, facts in plain.items()}
-    _set_changes(model, [*noted_changes(model), {"technique": technique, "layers": copy.deepcopy(plain)}])
+    return copy.deepcopy(plain)
 
 
 def note_mixture(model: nn.Module, config: Mapping[str, Any]) -> None:
