@@ -77,7 +77,7 @@ def test_the_width_in_use_is_saved_with_the_model() -> None:
     assert [change["technique"] for change in nested.ffn_changes] == ["matformer", "skip"]
     fresh, old = vit(), vit()
     rebuild(fresh, nested.ffn_changes[:1])
-    rebuild(old, [{"technique": "matformer", "layers": dict.fromkeys(nested.ffn_changes[0]["layers"], list(WIDTHS))}])
+    rebuild(old, [{"technique": "matformer", "layers": {name: WIDTHS for name in nested.ffn_changes[0]["layers"]}}])
     with torch.no_grad():
         for model, width in ((fresh, 0.25), (old, 1.0)):
             model.load_state_dict(nested.state_dict(), strict=True)
