@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -17,6 +19,7 @@ from zoo.moe import MoEConfig, record_balance
 from zoo.tasks import callbacks
 from zoo.tasks.callbacks import AverageExperts
 from zoo.tasks.classification import Classification
+from zoo.tasks.optim import OptimConfig
 from zoo.tasks.restoration import Restoration, fft_loss, initialize
 from zoo.tasks.teachers import Teachers
 from zoo.weights import CheckpointError, save_checkpoint
@@ -74,6 +77,83 @@ def test_excepted_prefixes_are_beginnings_of_names(tmp_path: Path) -> None:
     save_checkpoint(given, tmp_path / "b.safetensors")
     with pytest.raises(CheckpointError, match=r"missing: body\.up\.bias"):
         initialize(model, tmp_path / "b.safetensors", ["up"])
+
+
+# --- settings, checkpoints, pictures
+
+
+def test_settings_that_are_not_given() -> None:
+    """Recipes rely on them."""
+    assert OptimConfig() == OptimConfig(
+        opt="adamw",
+        lr=1e-3,
+        weight_decay=0.05,
+        sched="cosine",
+        decay_rate=0.1,
+        warmup=0.05,
+        warmup_lr=1e-6,
+        min_lr=1e-6,
+    )
+    assert (module().hparams["temperature"], module().hparams["distillation_weight"]) == (1.0, 0.5)
+
+
+def test_rates_are_scaled_by_layers_or_by_kinds() -> None:
+    assert OptimConfig(block_lr={"ffn": 2.0}).layer_decay is None
+    assert OptimConfig(layer_decay=0.7).block_lr is None
+    with pytest.raises(ValueError, match="block_lr and layer_decay both scale learning rates"):
+        OptimConfig(block_lr={"ffn": 2.0}, layer_decay=0.7)
+
+
+def test_a_checkpoint_is_read_without_a_trainer_too() -> None:
+    task = module()
+    checkpoint = {"state_dict": task.state_dict(), "schedule_shift": 3, "hyper_parameters": {"num_classes": 9}}
+    task.on_load_checkpoint(checkpoint)
+    assert task._shift == 3
+    task._trainer = SimpleNamespace(ckpt_path="a.ckpt", training=False)  # type: ignore[assignment]
+    task.on_load_checkpoint(checkpoint)  # only a run that goes on needs the same settings
+    task._trainer = None
+    with pytest.raises(CheckpointError, match=r"^The checkpoint "):
+        task.on_load_checkpoint({"state_dict": {"model.x": torch.ones(1)}})
+
+
+def test_a_task_trains_when_it_is_told_to() -> None:
+    assert module().eval().train().training
+    assert not module().train(False).training
+
+
+def test_low_resolution_is_without_aliases_and_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the columns are white, those that the nearest pixels alone would show."""
+    task, seen = module(low_res=(4, 0.7)), list[torch.Tensor]()
+    monkeypatch.setattr(task, "_loss", lambda images, *_: seen.append(images) or images.sum())
+    images = torch.tensor([0.0, 1.0, 1.0, 0.0]).repeat(4).expand(2, 3, 16, 16)
+    for step in (0, 6, 7):
+        task._trainer = SimpleNamespace(global_step=step, estimated_stepping_batches=10)  # type: ignore[assignment]
+        task.training_step((images, torch.tensor([0, 1])), step)
+    assert [batch.shape[-1] for batch in seen] == [4, 4, 16]
+    assert seen[0][..., 1:-1].sub(0.5).abs().max() < 0.2
+
+
+def test_pictures_are_stretched_and_framed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Darkest is 0 and brightest 1, also where all are equal; red is wrong, green is right."""
+
+    class Board(TensorBoardLogger):
+        def __init__(self) -> None:
+            self.shown: list[torch.Tensor] = []
+
+        @property
+        def experiment(self) -> Any:
+            return SimpleNamespace(add_image=lambda name, image, step: self.shown.append(image))
+
+    board, task = Board(), module()
+    monkeypatch.setattr(Classification, "loggers", property(lambda self: [board]))
+    images = torch.linspace(-2, 3, 2 * 36).view(2, 1, 6, 6)
+    task._log_pictures(images, torch.tensor([False, True]))
+    task._log_pictures(torch.full((1, 1, 6, 6), 5.0), torch.tensor([True]))
+    both, flat = board.shown  # a grid has two pixels between pictures, and around them
+    torch.testing.assert_close(both[:, 2, 2], torch.tensor([0.85, 0.1, 0.1]))
+    torch.testing.assert_close(both[:, 2, 14], torch.tensor([0.1, 0.7, 0.1]))
+    assert (both[0, 4, 4], both[0, 9, 21]) == (0, pytest.approx(1))
+    assert (flat[:, 2:-2, 2:-2] == 0).all()
 
 
 # --- experts
