@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, JpegImagePlugin
+from PIL import Image, ImageOps, JpegImagePlugin
 from torch import Tensor, nn
 
 import zoo
 from zoo.pictures import plans
 from zoo.pictures.picture import Picture
-from zoo.pictures.read import open_picture
+from zoo.pictures.read import open_picture, peek
 from zoo.pictures.restore import restore_picture
 from zoo.pictures.restored_image import as_image
 from zoo.pictures.tiling import restore_tensor
@@ -189,3 +189,50 @@ def test_opacity_is_enlarged_by_bicubic_interpolation(dtype: type) -> None:
     expected = np.asarray(Image.fromarray(flat).resize((16, 16), Image.Resampling.BICUBIC)) / 255
     assert np.abs(found[..., 0] / peak - expected).max() < 0.01
     assert len(np.unique(expected)) > 3
+
+
+# --- heads of files, turned pictures, parts
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "colors", "alpha"),
+    [
+        ("L", "tif", "gray", False), ("RGB", "tif", "color", False), ("RGBA", "tif", "color", True),
+        ("CMYK", "tif", "cmyk", False), ("L", "png", "gray", False), ("RGB", "png", "color", False),
+        ("RGBA", "png", "color", True), ("RGB", "jpg", "color", False),
+    ],
+)  # fmt: skip
+def test_the_head_tells_the_kind(tmp_path: Path, mode: str, suffix: str, colors: str, alpha: bool) -> None:
+    Image.new(mode, (6, 4)).save(tmp_path / f"a.{suffix}")
+    kind = peek(tmp_path / f"a.{suffix}")
+    assert kind.format == {"tif": "TIFF", "png": "PNG", "jpg": "JPEG"}[suffix]
+    assert (kind.colors, kind.alpha, kind.bits, kind.frames, kind.pixels) == (colors, alpha, 8, 1, 24)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_pictures_are_turned_upright(tmp_path: Path, orientation: int, suffix: str) -> None:
+    image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6) * 10)
+    exif = Image.Exif()
+    exif[274] = orientation
+    image.save(tmp_path / f"a.{suffix}", exif=exif)
+    image.getexif()[274] = orientation
+    expected = np.asarray(ImageOps.exif_transpose(image))
+    picture = open_picture(tmp_path / f"a.{suffix}")
+    assert np.array_equal(picture.color[..., 0], expected)
+    assert peek(tmp_path / f"a.{suffix}").size == expected.shape
+
+
+def test_floats_above_one_are_refused() -> None:
+    assert zoo.restore(np.ones((8, 8, 3), np.float32), model=Restorer()) is not None
+    with pytest.raises(ValueError, match=r"values in \[0, 1\], got 0 to 1\.5"):
+        zoo.restore(np.linspace(0, 1.5, 192, dtype=np.float32).reshape(8, 8, 3), model=Restorer())
+
+
+@pytest.mark.parametrize("opaque", [True, False])
+def test_a_part_is_cut_from_all_planes(opaque: bool) -> None:
+    values = (np.arange(16 * 16 * 4) % 251).astype(np.uint8).reshape(16, 16, 4)
+    image = Image.fromarray(values[..., :3] if opaque else values)
+    whole, part = (np.asarray(zoo.restore(image, model=Restorer(), crop=crop)) for crop in (None, (2, 3, 9, 12)))
+    assert part.shape == (9, 7, 3 if opaque else 4)
+    assert np.array_equal(part, whole[3:12, 2:9])
