@@ -125,6 +125,40 @@ def test_the_number_of_outputs_counts() -> None:
         compare(lambda inputs: [torch.zeros(1, 3)] * 2, model)
 
 
+class Several(Classifier):
+    """Returns more than logits, in whatever it is told."""
+
+    kind: ClassVar[Any] = dict
+
+    def forward(self, x: Tensor) -> Any:
+        logits = self.forward_head(self.forward_features(x))
+        return {"out": logits, "aux": x.mean()} if self.kind is dict else self.kind((logits, x.mean()))
+
+
+@pytest.mark.parametrize("kind", [dict, tuple, list])
+@pytest.mark.parametrize("restores", [True, False])
+def test_several_outputs_are_refused_before_they_are_compiled(tmp_path: Path, kind: Any, restores: bool) -> None:
+    model = Several()
+    model.kind = kind
+    with pytest.raises(ExportError, match=rf"^Several returns a {kind.__name__}, not one tensor: export a module"):
+        write_artefact(model, tmp_path / "a.pt2", format="torch-export", kind="restorer" if restores else "classifier")
+    assert not (tmp_path / "a.pt2").exists()
+
+
+def test_a_model_that_changes_with_its_calls_is_found_at_one_size() -> None:
+    class Counting(Classifier):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x) * self.calls
+
+    model = Counting().eval()
+    assert compare(lambda inputs: [super(Counting, model).forward(inputs["image"])], model, one=True) > 0.1
+    plain = Classifier().eval()
+    assert compare(lambda inputs: [plain(inputs["image"])], plain, one=True) == 0
+
+
 def test_squashed_and_fixed(tmp_path: Path) -> None:
     """Another way to crop; with one size only, pictures come as the network sees them."""
     model = Classifier()
