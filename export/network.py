@@ -215,8 +215,12 @@ def fixed(network: Network) -> Network:
 
 
 def in_plain_memory(tensor: Tensor) -> Tensor:
-    """Return a tensor's values one after the other, which is what runtimes read that know shapes, but no strides."""
-    return tensor.detach().resolve_conj().resolve_neg().contiguous()
+    """Return a tensor's values one after the other, which is what runtimes read that know shapes, but no strides.
+
+    Strides of sides of length 1, which NumPy sets to 0 where it inserts them, are those of a new tensor: some look.
+    """
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    return plain.view(-1).view(plain.shape)
 
 
 def shapes_of(network: Network) -> dict[str, list[int]]:

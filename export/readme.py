@@ -198,7 +198,8 @@ def _with_run(lines: list[str], network: Network, format: str, file: str) -> lis
     tensors = dictionary = ""
     if format in ("torch-export", "aoti", "executorch"):
         by_name = not network.by_position and format != "executorch"
-        plain = "" if format == "torch-export" else ".contiguous()"  # the others read memory as it lies
+        # the others read memory as it lies; strides of NumPy's inserted sides are 0, which a copy mends
+        plain = "" if format == "torch-export" else ".clone(memory_format=torch.contiguous_format)"
         tensors = ", ".join(f"{f'{key}=' if by_name else ''}torch.from_numpy({key}){plain}" for key in network.inputs)
     else:
         dictionary = ", ".join(f'"{key}": {key}' for key in network.inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from denoisers import denoise, dit, pixel_dit
+from denoisers import condition, denoise, dit, pixel_dit
 from diffusers import DDIMScheduler, FirstBlockCacheConfig
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from hooked import assert_clean, class_pipeline, generate
@@ -261,6 +262,34 @@ def test_copies_are_refused(config: Any, tmp_path: Any) -> None:
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     alone = torch.nn.DataParallel(model, device_ids=None)
     assert torch.isfinite(alone(images()[0], **images()[1]).sample).all()
+
+
+def test_a_thread_whose_run_another_has_ended_is_told() -> None:
+    """In the middle of its run, however far the other came; a run from its beginning is its own again."""
+    model = class_pipeline().transformer
+    zoo.enable_cache(model, TaylorSeerConfig(interval=3))
+    expected = denoise(model, contexts=("cond",))
+
+    def elsewhere(steps: int | None) -> None:
+        def work() -> None:
+            with contextlib.suppress(KeyboardInterrupt):
+                denoise(model, contexts=("cond",), stop_after=steps)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    sample, inputs = condition(model, 2, 0)
+    for own in (1, 2, 4):
+        for other in (1, 3, 5, None):
+            reset_cache(model)
+            with pytest.raises(KeyboardInterrupt):
+                denoise(model, contexts=("cond",), stop_after=own)
+            elsewhere(other)
+            with pytest.raises(RuntimeError, match="Two threads run one PixelDiT"), model.cache_context("cond"):
+                model(sample, timestep=torch.full((2,), 900.0 - 800.0 * own / 6), **inputs)
+            elsewhere(other)
+            assert torch.equal(denoise(model, contexts=("cond",)), expected)
 
 
 def test_two_threads_are_refused() -> None:

@@ -12,6 +12,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from types import FrameType
 from typing import Any, Literal
@@ -308,18 +309,25 @@ class RunTracker:
             f"its own, or take turns by whole runs."
         )
 
-    def _check_thread(self, timesteps: Any, begins: bool) -> None:
-        """Refuse a run that goes on after another thread has begun one, or in another thread."""
+    def _check_thread(self, timesteps: Any, time: float | None, begins: bool) -> None:
+        """Refuse a run that goes on after another thread has begun one, or in another thread.
+
+        What looks like a beginning beside the other thread's calls may go on from the thread's own last one.
+        """
         own, owner, module = threading.get_ident(), self._thread, self._model()
         assert module is not None
-        goes_on = not begins or (timesteps is not None and self._ousted.get(own) is timesteps)
+        left = self._ousted.get(own)
+        goes_on = not begins or (left is not None and left.goes_on(timesteps, time))
         taken = own in self._ousted or (owner not in (None, own) and owner in _frames())
         if goes_on and taken:
             self._holder.pop("thread", None)
             self._refuse_thread(module)
         self._ousted.pop(own, None)
         if begins and owner is not None and owner != own and self.step >= 0:
-            self._ousted[owner] = self._timesteps if self._is_called_by_pipeline else None
+            by_pipeline, last = self._is_called_by_pipeline, self._last.time if self._last else None
+            self._ousted[owner] = _Left(
+                self._timesteps if by_pipeline else None, self._first_time, last, self._direction
+            )
         self._thread = own
 
     # which run, which step, which branch
@@ -334,7 +342,7 @@ class RunTracker:
         fresh = renewed or self._trained or pipeline is not self._pipeline()
         fresh = fresh or by_pipeline != self._is_called_by_pipeline
         place = "run" if fresh or self._last is None else self._place(self._last, inputs, context)
-        self._check_thread(timesteps if by_pipeline else None, place == "run")
+        self._check_thread(timesteps if by_pipeline else None, inputs.time, place == "run")
         if place == "run":
             self._is_called_by_pipeline, self._timesteps, self._trained = by_pipeline, timesteps, False
             self._begin(pipeline, inputs, context, drives=by_pipeline or renewed)
@@ -537,6 +545,31 @@ def _find_pipeline() -> Any:
         elif isinstance(found := frame.f_locals.get("self"), DiffusionPipeline):
             return found
     return None
+
+
+@dataclass(frozen=True)
+class _Left:
+    """Where a thread's run was when another thread began one.
+
+    Args:
+        timesteps: Of its scheduler, where a pipeline called.
+        first: Timestep of its first call.
+        last: Of its last call.
+        direction: In which they went; 0 where there was one step.
+    """
+
+    timesteps: Any
+    first: float | None
+    last: float | None
+    direction: float
+
+    def goes_on(self, timesteps: Any, time: float | None) -> bool:
+        """Return whether a call of this thread belongs to that run."""
+        if timesteps is not None or self.timesteps is not None:
+            return timesteps is self.timesteps
+        if time is None or self.last is None or time == self.first:
+            return False
+        return self.direction == 0 or (time - self.last) * self.direction >= 0
 
 
 def _frames() -> dict[int, FrameType]:
