@@ -16,12 +16,12 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from zoo.cfg import ModelCfg
+from zoo.cfg import CIFAR10, ModelCfg
 from zoo.ffn.reparam import reparameterize
 from zoo.layers.cache_blocking import run_in_parts
 from zoo.layers.conv_norm import ConvNorm, RepConv, fold_norm_into_linear
 from zoo.layers.own import require_mergeable
-from zoo.weights import build_model
+from zoo.weights import build_model, shipped
 
 __all__ = [
     "ChannelMixer",
@@ -662,7 +662,15 @@ _AT_384: dict[str, Any] = dict(input_size=(3, 384, 384), pool_size=(12, 12), cro
 
 default_cfgs = generate_default_cfgs(
     {
-        "ffnet_1.in1k": _authors("ffnet_1", top1=81.3),
+        "ffnet_1.cifar10": _cfg(
+            **CIFAR10,
+            file=shipped("ffnet_1.cifar10"),
+            input_size=(3, 64, 64),
+            pool_size=(2, 2),
+            model_args=dict(dims=(36, 72, 144, 288)),  # less than half of the paper's
+        ),
+        # a star makes a tag the default; it must come after a tag that has weights, or timm moves that one to the front
+        "ffnet_1.in1k*": _authors("ffnet_1", top1=81.3),
         "ffnet_1.dist_in1k": _authors("ffnet_1_distillation", top1=82.1),
         "ffnet_2.in1k": _authors("ffnet_2", top1=82.9),
         "ffnet_2.dist_in1k": _authors("ffnet_2_distillation", top1=83.7),
