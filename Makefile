@@ -15,12 +15,15 @@ QUICK := tests/test_catalog.py tests/test_files.py tests/test_hub.py tests/test_
 demo: $(STAMP)
 	$(BIN)/zoo demo -o demo
 
+# At most three tests are run a second time, with the first traceback shown: worker processes have died with no word of why.
+RERUN := --reruns 1 --max-suite-reruns 3 --rerun-show-tracebacks
+
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal $(RERUN)
 
 # In 90 s on two quiet cores; types are checked beside the tests.
 quick: $(STAMP)
