@@ -98,8 +98,8 @@ def render(results: Results) -> str:
     facts = ", ".join(f"{text(key)} {text(value)}" for key, value in results.environment.items())
     foot = (
         f"<p>Made by <code>zoo demo</code>, {text(results.date)}: {facts}, {results.threads} threads. Speeds are "
-        "medians of rounds in which all sides take turns; pictures and PSNR depend on the weights only, times on the "
-        "machine and on what else it does.</p>"
+        "medians of rounds in which all sides take turns, of caches by the processor time of one thread. Pictures and "
+        "PSNR depend on the weights only, times on the machine and on what else it does.</p>"
     )
     return page(
         title="zoo: the demo",
