@@ -199,6 +199,8 @@ def test_ranges_of_real_photos_are_those_of_the_shipped_weights() -> None:
 
 
 def test_refusals() -> None:
+    with pytest.raises(ValueError, match="gray must be at least 0"):
+        CameraNoise(gray=1.2)
     for wrong in (0, 101, (60, 10)):
         with pytest.raises(ValueError, match="quality must be at least 1 and at most 100, a pair in rising order"):
             JpegCompression(wrong)

@@ -236,3 +236,17 @@ def test_a_part_is_cut_from_all_planes(opaque: bool) -> None:
     whole, part = (np.asarray(zoo.restore(image, model=Restorer(), crop=crop)) for crop in (None, (2, 3, 9, 12)))
     assert part.shape == (9, 7, 3 if opaque else 4)
     assert np.array_equal(part, whole[3:12, 2:9])
+
+
+def test_only_a_budget_refuses_a_result_of_lanczos() -> None:
+    image = np.zeros((8, 8, 3), np.uint8)
+    assert np.asarray(zoo.restore(image, model=Restorer(2), scale=3, budget=None)).shape == (24, 24, 3)
+    with pytest.raises(ValueError, match="too small for a result of 24x24 pixels: allow at least"):
+        zoo.restore(image, model=Restorer(2), scale=3, budget="1MB")
+
+
+def test_durations_are_milliseconds_as_floats(tmp_path: Path) -> None:
+    frames = [Image.new("L", (4, 4), value) for value in (0, 255)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=70)
+    picture = open_picture(tmp_path / "a.gif", every_frame=True)
+    assert [(page.duration, type(page.duration)) for page in (picture, *picture.frames)] == [(70.0, float)] * 2

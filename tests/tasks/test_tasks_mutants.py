@@ -116,6 +116,13 @@ def test_a_checkpoint_is_read_without_a_trainer_too() -> None:
         task.on_load_checkpoint({"state_dict": {"model.x": torch.ones(1)}})
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_adapters_are_recorded_where_there_are_any(rank: int | None) -> None:
+    record = module(lora=rank).model_record()
+    assert record is not None
+    assert list(record.changes) == ([{"technique": "lora", "rank": 2}] if rank else [])
+
+
 def test_a_task_trains_when_it_is_told_to() -> None:
     assert module().eval().train().training
     assert not module().train(False).training
