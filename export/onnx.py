@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from zoo.export.network import ExportError, Network, capture, described, quiet
+from zoo.export.network import ExportError, Network, capture, described, in_plain_memory, quiet
 
 __all__ = ["SUFFIX", "metadata", "runner", "write"]
 
@@ -109,7 +109,7 @@ def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
 
     def run(inputs: dict[str, Tensor]) -> list[Tensor]:
         try:
-            found = session.run(None, {key: value.numpy() for key, value in inputs.items()})
+            found = session.run(None, {key: in_plain_memory(value).numpy() for key, value in inputs.items()})
             return [torch.from_numpy(value) for value in found]
         except (Fail, InvalidArgument) as error:
             raise ExportError(f"{path} cannot be run on {described(inputs)}: {str(error).splitlines()[0]}") from error

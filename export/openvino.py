@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import zoo.export.onnx
 from torch import Tensor
-from zoo.export.network import ExportError, Network, described
+from zoo.export.network import ExportError, Network, described, in_plain_memory
 
 __all__ = ["SUFFIX", "convert", "last_line", "metadata", "runner", "write"]
 
@@ -98,7 +98,7 @@ def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
 
     def run(inputs: dict[str, Tensor]) -> list[Tensor]:
         try:
-            found = compiled({key: value.detach().contiguous().numpy() for key, value in inputs.items()})
+            found = compiled({key: in_plain_memory(value).numpy() for key, value in inputs.items()})
         except (RuntimeError, TypeError, ValueError) as error:
             raise ExportError(f"{path} cannot be run on {described(inputs)}: {last_line(error)}") from error
         return [torch.from_numpy(np.array(found[index])) for index in range(len(compiled.outputs))]

@@ -45,7 +45,7 @@ from zoo.ffn.prune import PruneConfig
 from zoo.ffn.repa import RePaConfig
 from zoo.ffn.reparam import reparameterize
 from zoo.ffn.snnk import SNNKConfig
-from zoo.ffn.technique import FFNReport, ffn_layers
+from zoo.ffn.technique import FFNReport, arguments_of, ffn_layers
 from zoo.sources import find
 
 __all__ = ["TECHNIQUES", "TORCH_PRUNING", "ffn", "goals", "plot_quality"]
@@ -94,7 +94,7 @@ def _torch_pruning(method: str, everywhere: bool, model: nn.Module, keep: float,
         if method == "Taylor":
             for batch in data:
                 default_loss(model, batch).backward()
-        example = {key: value for key, value in data[0].items() if key != "target"} if denoiser else data[0][0][:1]
+        example = arguments_of(data[0]) if denoiser else data[0][0][:1]
         pruner = torch_pruning.pruner.BasePruner(
             model,
             example,

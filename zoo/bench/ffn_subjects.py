@@ -16,11 +16,11 @@ from zoo.bench.caching import PSNR, class_images, psnr_of_all
 from zoo.bench.latency import processor_clock
 from zoo.bench.report import Entry
 from zoo.bench.timing import Progress, Settings, compare
-from zoo.data.images import ImageDiffusion, draw, images_for
+from zoo.data.images import ImageClassification, ImageDiffusion, draw, images_for
 from zoo.evaluation.fid_c import FID_C, judge_of
 from zoo.ffn.compressing import recover
 from zoo.ffn.depth import Nothing
-from zoo.ffn.technique import ffn_layers, model_output, replace_module
+from zoo.ffn.technique import arguments_of, ffn_layers, model_output, replace_module
 from zoo.moe.calibration import class_batches, sampled_images
 from zoo.profiling import count_macs, count_params
 
@@ -245,9 +245,7 @@ class ClassifierSubject(Subject):
 
     def training(self) -> Any:
         """Return augmented training images."""
-        assert self.images is not None
-        self.images.batch_size = min(RECOVERY_BATCH, len(self.images._open("train", training=True)))
-        return _OnDevice(self.images.train_dataloader(), self.settings)
+        return _OnDevice(_recovery_batches(self.images), self.settings)
 
     def conditions(self) -> dict[str, Any]:
         """Return how many images there were."""
@@ -324,9 +322,7 @@ class DenoiserSubject(Subject):
 
     def training(self) -> Any:
         """Return training images with noise."""
-        assert self.images is not None
-        self.images.batch_size = min(RECOVERY_BATCH, len(self.images._open("train", training=True)))
-        return _Noisy(self.pipe, self.images.train_dataloader())
+        return _Noisy(self.pipe, _recovery_batches(self.images))
 
     def conditions(self) -> dict[str, Any]:
         """Return how images were made."""
@@ -368,6 +364,13 @@ class _Noisy:
         return class_batches(self.pipe, self.batches, seed=self.passes)
 
 
+def _recovery_batches(images: ImageClassification | ImageDiffusion | None) -> Any:
+    """Return training images in batches of `RECOVERY_BATCH`, or of all where there are fewer."""
+    assert images is not None
+    images.batch_size = min(RECOVERY_BATCH, len(images._open("train", training=True)))
+    return images.train_dataloader()
+
+
 def _resized(batch: Any, count: int) -> Any:
     """Return a batch of so many of the first sample."""
     if isinstance(batch, Tensor):
@@ -377,16 +380,9 @@ def _resized(batch: Any, count: int) -> Any:
     return tuple(_resized(part, count) for part in batch)
 
 
-class _Whole(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Any) -> Tensor:
-        return model_output(self.model, batch)
-
-
 def _macs(model: nn.Module, one: Any) -> int:
     """Count on the meta device, where attention is counted."""
-    batch = {key: value.to("meta") for key, value in one.items()} if isinstance(one, dict) else one[0].to("meta")
-    return count_macs(_Whole(copy.deepcopy(model).to("meta")), batch)
+    meta = copy.deepcopy(model).to("meta")
+    if isinstance(one, dict):
+        return count_macs(meta, **{key: value.to("meta") for key, value in arguments_of(one).items()})
+    return count_macs(meta, one[0].to("meta"))

@@ -191,7 +191,7 @@ class RunTracker:
         self._timesteps: Any = None
         self._holder: dict[str, int] = {}
         self._thread: int | None = None
-        self._ousted: dict[int, Any] = {}
+        self._ousted: dict[int, _Left] = {}
         self.log = RunLog()
         self.states: list[ContextStates] = []
         self.observed: list[ContextStates] = []
@@ -318,7 +318,7 @@ class RunTracker:
         assert module is not None
         left = self._ousted.get(own)
         goes_on = not begins or (left is not None and left.goes_on(timesteps, time))
-        taken = own in self._ousted or (owner not in (None, own) and owner in _frames())
+        taken = left is not None or (owner not in (None, own) and owner in _frames())
         if goes_on and taken:
             self._holder.pop("thread", None)
             self._refuse_thread(module)

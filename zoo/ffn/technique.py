@@ -37,6 +37,7 @@ __all__ = [
     "Moments",
     "amend_change",
     "amend_mixtures",
+    "arguments_of",
     "at_least_float32",
     "block_macs",
     "dense_layers",
@@ -303,6 +304,11 @@ def _samples(batch: Any) -> int:
     return max((_samples(part) for part in parts if isinstance(part, Tensor)), default=1)
 
 
+def arguments_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model is called with of a batch: all but the "target" and "labels" of a loss."""
+    return {key: value for key, value in batch.items() if key not in ("target", "labels")}
+
+
 def model_output(model: nn.Module, batch: Any) -> Tensor:
     """Run a batch and return the output tensor.
 
@@ -315,7 +321,7 @@ def model_output(model: nn.Module, batch: Any) -> Tensor:
         ValueError: The model has no arguments of these names, or returns no tensor.
     """
     if isinstance(batch, Mapping):
-        arguments = {key: value for key, value in batch.items() if key not in ("target", "labels")}
+        arguments = arguments_of(batch)
         try:
             inspect.signature(model.forward).bind(**arguments)
         except TypeError as error:
