@@ -57,6 +57,7 @@ __all__ = [
 Kind = Literal["classifier", "features", "restorer", "denoiser"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """`features` is timm's backbone with `features_only`, which returns several maps."""
+_SIZES = ("in_channels", "sample_size", "num_classes")  # in the config of a class-conditional denoiser
 
 
 class ExportError(RuntimeError):
@@ -401,12 +402,20 @@ def kind_of(model: nn.Module, kind: Kind | None = None) -> Kind:
     Raises:
         ValueError: `kind` is not one of them, or the model is none of them.
     """
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
+    taken = set(inspect.signature(model.forward).parameters)
+    if kind == "denoiser" or (kind is None and "timestep" in taken):
+        config = getattr(model, "config", {})
+        if {"hidden_states", "timestep", "class_labels"} <= taken and all(config.get(key) for key in _SIZES):
+            return "denoiser"
+        raise ValueError(
+            f"{type(model).__name__} is no class-conditional denoiser (hidden_states, timestep, class_labels; "
+            f"{', '.join(_SIZES)} in its config): `zoo export PIPELINE` writes others as a run calls them, in Python "
+            "zoo.export.step.record_steps with zoo.export.artefact.write_step."
+        )
     if kind is not None:
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
         return kind
-    if "class_labels" in inspect.signature(model.forward).parameters:
-        return "denoiser"
     if hasattr(model, "forward_head"):
         return "classifier"
     if hasattr(model, "feature_info"):
@@ -415,7 +424,7 @@ def kind_of(model: nn.Module, kind: Kind | None = None) -> Kind:
         return "restorer"
     raise ValueError(
         f"{type(model).__name__} is no classifier (forward_head), backbone (feature_info), restorer (scale) or "
-        f"class-conditional denoiser (class_labels) as far as can be told; give kind, one of {', '.join(KINDS)}."
+        f"class-conditional denoiser (timestep) as far as can be told; give kind, one of {', '.join(KINDS)}."
     )
 
 
@@ -534,6 +543,8 @@ def _metadata(model: nn.Module, kind: Kind, name: str | None, image_size: int | 
             "crop_mode": cfg.get("crop_mode"),
             "interpolation": cfg.get("interpolation"),
             "labels": _labels(model),
+            "temperature": cfg.get("temperature"),
+            "threshold": cfg.get("threshold"),
         }
         if isinstance(info := getattr(model, "feature_info", None), FeatureInfo):
             facts |= {"channels": info.channels(), "reductions": info.reduction()}

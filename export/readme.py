@@ -81,6 +81,8 @@ def readme(
         labels = json.loads(facts["labels"])
         shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
         lines.append(f"- Labels: {len(labels)}, in the file's metadata under `labels`: {shown}.")
+    if "threshold" in facts and network.output in ("logits", "probabilities"):
+        lines.append(f"- Below a probability of {facts['threshold']} none of the classes is likely.")
     lines += [f"- {line}" for line in loss]
     lines += ["", f"With {_NEEDS[format]}, NumPy and Pillow, in the folder of the file:", "", "```python"]
     return "\n".join([*lines, *_snippet(network, format, file), "```", ""])
@@ -114,8 +116,9 @@ def _output(network: Network) -> str:
         return (
             f"maps of features, one after the other; {'; '.join(sizes)}" if "channels" in facts else "maps of features"
         )
+    divided = f", to be divided by {facts['temperature']} first" if "temperature" in facts else ""
     words = {
-        "logits": "one value a class, before softmax",
+        "logits": f"one value a class, before softmax{divided}",
         "probabilities": "of the classes, after softmax",
         "features": "before the classifier",
     }
@@ -125,13 +128,14 @@ def _output(network: Network) -> str:
 def _snippet(network: Network, format: str, file: str) -> list[str]:
     facts = network.metadata
     lines = ["import numpy as np", f"import {_NEEDS[format]}"]
-    photo = 'picture = Image.new("RGB", ({0}, {1}), "gray")  # yours: Image.open("photo.jpg").convert("RGB")'
+    upright = 'ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")'  # as zoo reads what a camera turned
+    photo = f'picture = Image.new("RGB", ({{0}}, {{1}}), "gray")  # yours: {upright}'
     if facts["kind"] not in (*_SEEING, "restorer"):
         for key, value in network.inputs.items():
             dtype = str(value.dtype).removeprefix("torch.")
             lines.append(f"{key} = np.zeros({tuple(value.shape)}, np.{dtype})")
         return [*_with_run(lines, network, format, file), "print([value.shape for value in outputs])"]
-    lines.insert(1, "from PIL import Image")
+    lines.insert(1, "from PIL import Image, ImageOps")
     key, value = next(iter(network.inputs.items()))
     is_picture, axes = key == "picture", network.dynamic_shapes.get(key, {})
     height, width = value.shape[1:3] if is_picture else value.shape[2:]
@@ -163,7 +167,8 @@ def _snippet(network: Network, format: str, file: str) -> list[str]:
     if network.output not in ("logits", "probabilities"):
         return [*lines, "print([value.shape for value in outputs])"]
     if network.output == "logits":
-        lines.append("scores = np.exp(outputs[0] - outputs[0].max(1, keepdims=True))")
+        scaled = f" / {facts['temperature']}" if "temperature" in facts else ""
+        lines.append(f"scores = np.exp((outputs[0] - outputs[0].max(1, keepdims=True)){scaled})")
         lines.append("scores /= scores.sum(1, keepdims=True)")
     else:
         lines.append("scores = outputs[0]")

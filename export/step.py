@@ -138,7 +138,7 @@ def _step(pipe: Any, component: str, model: nn.Module, calls: list[_Call]) -> St
 def compare_step(run: Run, step: Step) -> float:
     """Return the largest difference between a file and the denoiser over the recorded calls.
 
-    Differences are absolute where the denoiser's largest output is below one, else relative to that output.
+    Differences are relative to the denoiser's largest output of the call.
 
     Args:
         run: Computes the file's outputs.

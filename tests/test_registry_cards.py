@@ -42,6 +42,14 @@ def test_cards_have_an_entry() -> None:
         assert known, f"no default_cfgs entry for {folder.name}"
 
 
+def test_cards_say_the_probabilities_that_classify_says() -> None:
+    """Where weights state a temperature, the lines of Python of their card divide by it."""
+    stated = {name: cfg.temperature for name, cfg in SHIPPED.items() if getattr(cfg, "temperature", None)}
+    assert stated
+    for name, temperature in stated.items():
+        assert f"(model(image[None]) / {temperature:g}).softmax" in (cards_dir() / name / "README.md").read_text()
+
+
 def test_shipped_weights_are_small() -> None:
     assert sum(path.stat().st_size for path in cards_dir().rglob("*.safetensors")) < 60e6
 

@@ -50,6 +50,7 @@ def test_folder_is_complete_and_loads(tmp_path: Path, model: nn.Module, record: 
     assert read_record(folder) == read_record(folder / "model.safetensors") == record
     assert yaml.safe_load((folder / "training.yaml").read_text()) == {"trainer": {"max_epochs": 3}}
     text = (folder / "README.md").read_text()
+    assert "model(image[None]).softmax" in text
     assert "97.5 %" in text
     assert "ant, bee, fly" in text
     assert "by the authors of" not in text.replace("\n", " ")
@@ -68,7 +69,8 @@ def test_only_own_folders_are_replaced(tmp_path: Path, model: nn.Module, record:
     assert is_own_folder(folder)
     with pytest.raises(FileExistsError, match="overwrite=True"):
         write_own_model(folder, model, record, **arguments)
-    write_own_model(folder, model, record, overwrite=True, **arguments)
+    write_own_model(folder, model, record.updated(temperature=0.5), overwrite=True, **arguments)
+    assert "(model(image[None]) / 0.5).softmax" in (folder / "README.md").read_text()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.txt").write_text("a")
     with pytest.raises(FileExistsError, match="no folder of an own model"):

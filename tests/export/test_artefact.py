@@ -35,6 +35,7 @@ from zoo.export.readme import readme
 
 from zoo.cli import main
 from zoo.engines import ENGINES
+from zoo.pictures.eight_bit import read_eight_bit
 
 
 class Classifier(nn.Module):
@@ -101,7 +102,38 @@ def test_pictures_go_in_as_they_are(
     text = found.readme.read_text()
     assert "Labels: 3" in text
     assert "any size, scaled and cropped inside" in text
-    assert float(run_snippet(found, monkeypatch, capsys).split()[1]) > 1 / 3
+    probability = float(run_snippet(found, monkeypatch, capsys).split()[1])
+    with torch.no_grad():
+        expected = (model(transform(Image.new("RGB", (69, 45), "gray"))[None]) / 0.5).softmax(-1).numpy()
+    assert probability == pytest.approx(expected.max(), abs=1e-4)
+
+
+def test_probabilities_of_a_readme_are_those_of_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Logits leave a file as they are; the weights' temperature and threshold stand in its metadata and README.
+
+    A photo that its camera turned is read as zoo reads it.
+    """
+    model = Classifier()
+    model.pretrained_cfg = {**model.pretrained_cfg, "temperature": 0.25, "threshold": 0.9}
+    found = write_artefact(model, tmp_path / "logits.pt2", format="torch-export", check=False)
+    facts = target("torch-export").metadata(found.path)
+    assert (facts["temperature"], facts["threshold"]) == ("0.25", "0.9")
+    text = found.readme.read_text()
+    assert "before softmax, to be divided by 0.25 first" in text
+    assert "Below a probability of 0.9 none of the classes is likely" in text
+    transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
+    turned = picture(1, 2, 90).resize((90, 60))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    turned.save(tmp_path / "photo.jpg", exif=exif)
+    (yours,) = re.findall(r"# yours: (.*)", text)
+    found.readme.write_text(re.sub(r'Image.new\(.*, "gray"\)', yours, text))
+    with torch.no_grad():
+        expected = (model(transform(read_eight_bit(tmp_path / "photo.jpg"))[None]) / 0.25).softmax(-1)
+    probability = float(run_snippet(found, monkeypatch, capsys).split()[1])
+    assert probability == pytest.approx(float(expected.max()), abs=1e-4)
 
 
 def test_maps_of_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

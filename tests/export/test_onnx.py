@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from denoisers import pixel_dit
+from denoisers import dit, pixel_dit, sd3
+from diffusers import UNet2DModel
 from exported import EXPORTED, MultipleOfFour
 from registered import BACKBONES, build
 from zoo.export import FORMATS, ExportError, target
@@ -32,6 +34,11 @@ def _small(**kwargs: Any) -> torch.nn.Module:
 
 def _facts(path: Path) -> dict[str, str]:
     return target("onnx").metadata(path)
+
+
+def unet() -> torch.nn.Module:
+    kinds = dict(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    return UNet2DModel(sample_size=8, block_out_channels=(4,), layers_per_block=1, norm_num_groups=2, **kinds)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +154,14 @@ def test_unknown_format_and_kind() -> None:
         kind_of(torch.nn.Identity(), "detector")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="give kind"):
         kind_of(torch.nn.Identity())
+
+
+@pytest.mark.parametrize("make", [sd3, dit, unet])
+def test_denoisers_that_a_pipeline_calls_in_its_own_way(make: Callable[[], torch.nn.Module]) -> None:
+    """Also where they take classes, or are said to be denoisers: their calls are recorded."""
+    for kind in (None, "denoiser"):
+        with pytest.raises(ValueError, match=r"is no class-conditional denoiser .* zoo\.export\.step\.record_steps"):
+            kind_of(make(), kind)
 
 
 def test_kinds_and_sizes() -> None:

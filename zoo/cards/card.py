@@ -289,16 +289,16 @@ _USE = {
     "classification": """\
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import zoo  # registers the model with timm
 
 model = timm.create_model("{name}", pretrained=True).eval()
 zoo.reparameterize(model)  # exact, and faster
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-image = transform(Image.open("photo.png").convert("RGB"))
+image = transform(ImageOps.exif_transpose(Image.open("photo.png")).convert("RGB"))
 with torch.inference_mode():
-    probabilities = model(image[None]).softmax(-1)[0]
+    probabilities = {logits}.softmax(-1)[0]
 print(model.pretrained_cfg["label_names"][int(probabilities.argmax())], float(probabilities.max()))""",
     "restoration": """\
 import zoo
@@ -321,6 +321,19 @@ print(evaluate_policy(pipeline, PointTask(), episodes=20, num_inference_steps=10
 }
 
 
+def scaled_logits(temperature: float | None) -> str:
+    """Return the expression of logits whose softmax is what `zoo classify` says, for the lines of Python of a card.
+
+    Args:
+        temperature: What the weights' logits are divided by; None is 1.
+    """
+    return "model(image[None])" if temperature in (None, 1) else f"(model(image[None]) / {temperature:g})"
+
+
+def _temperature(name: str, task: str) -> float | None:
+    return getattr(get_pretrained_cfg(name), "temperature", None) if task == "classification" else None
+
+
 def _text(
     name: str,
     front: Mapping[str, Any],
@@ -331,7 +344,7 @@ def _text(
     caption: str,
 ) -> str:
     task = front["task"]
-    use = _USE.get(task, _USE["restoration"]).format(name=name)
+    use = _USE.get(task, _USE["restoration"]).format(name=name, logits=scaled_logits(_temperature(name, task)))
     command = {
         "classification": f"zoo classify photo.png --model {name}",
         "generation": f"zoo generate --model {name} --classes 3,8 -o grid.png",

@@ -17,7 +17,7 @@ import yaml
 from timm.models import is_model, model_entrypoint
 from torch import nn
 
-from zoo.cards.card import Metric, check_card, metric_results, metric_table, pipeline_tag
+from zoo.cards.card import Metric, check_card, metric_results, metric_table, pipeline_tag, scaled_logits
 from zoo.files import whole
 from zoo.profiling import count_params
 from zoo.record import CONFIG_NAME, ModelRecord, record_of, write_config
@@ -29,16 +29,16 @@ _USE = {
     "classification": """\
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import zoo
 
 model = zoo.create_model("{name}")  # this folder, or its Hub id
 zoo.reparameterize(model)  # exact, and faster
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-image = transform(Image.open("photo.png").convert("RGB"))
+image = transform(ImageOps.exif_transpose(Image.open("photo.png")).convert("RGB"))
 with torch.inference_mode():
-    probabilities = model(image[None]).softmax(-1)[0]
+    probabilities = {logits}.softmax(-1)[0]
 print(model.pretrained_cfg["label_names"][int(probabilities.argmax())], float(probabilities.max()))""",
     "restoration": """\
 import zoo
@@ -168,7 +168,9 @@ def _text(
         if record.task == "classification"
         else f"zoo restore photo.png --model {shlex.quote(name)} -o restored/"
     )
-    use = _USE.get(record.task, _USE["restoration"]).format(name=name)
+    use = _USE.get(record.task, _USE["restoration"]).format(
+        name=name, logits=scaled_logits(record.pretrained_cfg.get("temperature"))
+    )
     parts = [
         f"# {name}",
         f"`{record.architecture}`{begun}: a {what}, {front['parameters']:,} parameters.{labels} It was trained by"
