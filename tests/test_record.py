@@ -139,6 +139,7 @@ def test_arguments_that_are_no_data_are_named() -> None:
     [
         ([], "names no architecture"),
         ({"architecture": 3}, "names no architecture"),
+        ({"_class_name": "SD3Transformer2DModel"}, "one part of a diffusers pipeline, SD3Transformer2DModel: give"),
         ({"architecture": "x", "model_args": []}, "mappings"),
         ({"architecture": "x", "pretrained_cfg": 4}, "mappings"),
         ({"architecture": "x", "num_classes": "ten"}, "number"),

@@ -172,5 +172,5 @@ def test_what_workers_raise_is_one_line() -> None:
 def test_configs_by_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("classification/repavit_tiny_cifar10", "configs/smoke/cfsr.yaml", "finetune_example"):
         assert Path(find_config(name)).is_file()
-    assert main(["train", "fit", "--config=classification/repavit_tiny_cifar", "--print_config"]) == 1
+    assert main(["train", "fit", "--config=classification/repavit_tiny_cifar", "--print_config"]) == 2
     assert "Did you mean classification/repavit_tiny_cifar10" in capsys.readouterr().err

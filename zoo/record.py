@@ -217,6 +217,11 @@ class ModelRecord:
         Raises:
             RecordError: It names no architecture, or a part is not what it should be.
         """
+        if isinstance(config, Mapping) and "architecture" not in config and "_class_name" in config:
+            raise RecordError(
+                f"{source} is that of one part of a diffusers pipeline, {config['_class_name']}: give the folder of "
+                "the whole, which holds model_index.json."
+            )
         if not isinstance(config, Mapping) or not isinstance(config.get("architecture"), str):
             raise RecordError(f"{source} is no config of a timm model: it names no architecture.")
         stated = config.get("pretrained_cfg")

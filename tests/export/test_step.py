@@ -89,9 +89,23 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["repavit_tiny.cifar10", "--prompt", "a cat"], "--prompt is for pipelines; repavit_tiny.cifar10 is a model"),
         (["pixeldit.cifar10", "--device", "cuda"], "written on the CPU"),
+        (["PIPELINE", "--precision", "int8"], "--precision int8 is for classifiers and restorers"),
+        (["PIPELINE", "--image-size", "64"], "--image-size is for classifiers and restorers"),
+        (["PIPELINE", "--with-preprocess"], "--with-preprocess is for classifiers and restorers"),
     ],
 )
-def test_wrong_calls(call: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", *call, "--format", "onnx", "-o", str(tmp_path / "x.onnx")]) == 2
+def test_wrong_calls(
+    call: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Told apart before anything is loaded."""
+    folder = tmp_path / "PIPELINE"
+    folder.mkdir()
+    (folder / "model_index.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", *call, "--format", "onnx", "-o", "x.onnx"]) == 2
     assert said in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [folder]

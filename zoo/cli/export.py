@@ -133,6 +133,7 @@ def _export_steps(args: argparse.Namespace, pipe: Any, output: Path) -> int:
     if args.model_args or args.fixed_size:
         option = "--model-args" if args.model_args else "--fixed-size"
         raise UsageError(f"{option} is for models; {args.name} is a pipeline, whose shapes are those of the run.")
+    _check_options(args, True)
     from torch import nn
 
     from zoo.caching.core import denoisers
@@ -183,14 +184,19 @@ def _check_size(args: argparse.Namespace, task: str | None) -> None:
 
 def _check_options(args: argparse.Namespace, denoiser: bool) -> None:
     """Refuse options that do not go together, and a folder without pictures."""
+    given = (
+        ("--with-preprocess", args.with_preprocess),
+        ("--precision int8", args.precision == "int8"),
+        ("--image-size", args.image_size is not None),
+    )
+    for option, wrong in given if denoiser else ():
+        if wrong:
+            raise UsageError(f"{option} is for classifiers and restorers; {args.name} is a pipeline.")
     if args.precision != "int8":
         if args.data is not None:
             raise UsageError(f"--data belongs to --precision int8; this is {args.precision}.")
     elif args.data is None:
         raise UsageError("--precision int8 needs --data DIR, a folder of pictures that tell ranges and loss.")
-    if denoiser and (args.with_preprocess or args.precision == "int8"):
-        option = "--with-preprocess" if args.with_preprocess else "--precision int8"
-        raise UsageError(f"{option} is for classifiers and restorers; {args.name} is a pipeline.")
     if args.data is not None and not args.data.is_dir():
         raise UsageError(f"--data takes a folder of pictures; there is no folder {args.data}.")
     if args.data is not None:

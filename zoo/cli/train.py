@@ -69,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
     try:
+        given = _with_paths(given)  # before anything is imported, which takes long
+    except ValueError as error:
+        print(f"error: {with_code(str(error), code_for(str(error), 'tasks'))}", file=sys.stderr)
+        return 2
+    try:
         import lightning.pytorch.cli  # noqa: F401
     except ImportError as error:
         said = f"Training needs {error.name}, which is missing: pip install 'ffn-zoo[train]'."
@@ -78,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         with warnings.catch_warnings():
-            run_lightning(_with_paths(given))
+            run_lightning(given)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
