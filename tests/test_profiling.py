@@ -38,9 +38,14 @@ def test_counts_by_hand() -> None:
     assert count_macs(network, torch.empty(1, 3, 10, 10, device="meta")) == 100 * (3 * 9 * 8 + 9 * 8) + 800 * 5
 
 
-def test_attention_is_counted() -> None:
-    """Two products of tokens times tokens times channels; fused kernels elsewhere count as nothing."""
-    assert count_macs(Attention(), torch.empty(1, 2, 7, 16, device="meta")) == 2 * 2 * 7 * 7 * 16
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_attention_is_counted(device: str) -> None:
+    """Two products of tokens times tokens times channels, and what PyTorch fuses of a whole encoder layer."""
+    assert count_macs(Attention(), torch.empty(1, 2, 7, 16, device=device)) == 2 * 2 * 7 * 7 * 16
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, device=device).eval()
+    fused = torch.backends.mha.get_fastpath_enabled()
+    assert count_macs(layer, torch.empty(1, 7, 16, device=device)) == 7 * (4 * 16 * 16 + 2 * 16 * 32) + 2 * 7 * 7 * 16
+    assert torch.backends.mha.get_fastpath_enabled() == fused
 
 
 def test_shared_parameters_count_once() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["count_macs", "count_params", "denoiser_inputs"]
@@ -20,16 +21,21 @@ def count_params(model: nn.Module) -> int:
 def count_macs(model: nn.Module, *inputs: Any, **named: Any) -> int:
     """Return the multiply-accumulates of matrix products, convolutions and attention in one forward pass.
 
-    Norms, activations and additions are not counted. Attention is counted only on the meta device: elsewhere fused
-    kernels count as nothing.
+    Norms, activations and additions are not counted. What fused kernels would do, of which some count as nothing, is
+    done by single products meanwhile, so that a count is the same on every device.
 
     Args:
-        model: Usually on the meta device.
+        model: Usually on the meta device, where nothing is computed.
         *inputs: Arguments of `forward`, on the model's device.
         **named: Keyword arguments of `forward`.
     """
-    with FlopCounterMode(display=False) as counter:
-        model(*inputs, **named)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # of nn.TransformerEncoderLayer
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(*inputs, **named)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops() // 2
 
 

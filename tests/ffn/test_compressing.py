@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 from small_models import batches, build, vit
+from torch import nn
 
 from zoo.ffn import product_key
-from zoo.ffn.compressing import METHODS, compress, config_for_budget, recover
+from zoo.ffn.compressing import METHODS, batch_macs, compress, config_for_budget, recover
 from zoo.ffn.prune import PruneConfig
 
 
@@ -21,6 +22,30 @@ def test_a_budget_of_macs_is_met_by_the_whole_model(method: str) -> None:
     assert share <= 0.8
     report = compress(model, config, data)
     assert report.technique.replace("_", "-") == method
+
+
+class _Reading(nn.Module):
+    """Runs a product on values that it looks at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.product = nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(x) if bool(torch.isfinite(x).all()) else x
+
+
+def test_the_work_of_fused_layers_is_counted_and_statistics_stay() -> None:
+    """PyTorch runs such a layer as one operator, which counted as nothing: a budget was divided by zero."""
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.TransformerEncoderLayer(16, 2, 64, batch_first=True).eval())
+    x = torch.randn(3, 4, 16)
+    assert batch_macs(model, x) == 4 * (4 * 16 * 16 + 2 * 16 * 64) + 2 * 4 * 4 * 16
+    assert model.training
+    assert int(model[0].num_batches_tracked) == 0
+    reading = nn.Sequential(model[1], _Reading())
+    assert batch_macs(reading, x) == batch_macs(model[1], x) + 4 * 16 * 8
+    _, share = config_for_budget(model.eval(), PruneConfig(), "macs<=0.8", x)
+    assert 0.5 < share <= 0.8
 
 
 @pytest.mark.parametrize("budget", ["macs<=1.2", "macs=0.5", "flops<=0.5", "macs<=0"])

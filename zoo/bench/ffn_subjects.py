@@ -18,11 +18,11 @@ from zoo.bench.report import Entry
 from zoo.bench.timing import Progress, Settings, compare
 from zoo.data.images import ImageClassification, ImageDiffusion, draw, images_for
 from zoo.evaluation.fid_c import FID_C, judge_of
-from zoo.ffn.compressing import recover
+from zoo.ffn.compressing import batch_macs, recover
 from zoo.ffn.depth import Nothing
-from zoo.ffn.technique import arguments_of, ffn_layers, model_output, replace_module
+from zoo.ffn.technique import ffn_layers, model_output, replace_module
 from zoo.moe.calibration import class_batches, sampled_images
-from zoo.profiling import count_macs, count_params
+from zoo.profiling import count_params
 
 __all__ = [
     "DENSE",
@@ -108,11 +108,11 @@ class Subject:
         self.dense, self.settings, self.calibration, self.progress = dense, settings, calibration, progress
         self.notes: list[str] = []
         self.one = _resized(calibration[0], 1)
-        self.macs = _macs(dense, self.one)
+        self.macs = batch_macs(dense, self.one)
         bare = copy.deepcopy(dense)
         for name in ffn_layers(dense):
             replace_module(bare, name, Nothing())
-        self.ffn_macs = self.macs - _macs(bare, self.one)
+        self.ffn_macs = self.macs - batch_macs(bare, self.one)
 
     def judged(self, model: nn.Module) -> dict[str, float]:
         """Return what tells how good a model is, by heading; empty where that cannot be told."""
@@ -133,7 +133,7 @@ class Subject:
 
     def candidate(self, name: str, series: str, budget: float | None, model: nn.Module, seconds: float) -> Candidate:
         """Return a candidate with what needs no clock."""
-        macs = _macs(model, self.one)
+        macs = batch_macs(model, self.one)
         values = {heading(key, RIGHT_AWAY): value for key, value in self.judged(model).items()}
         # models that were trained smaller may differ in more than their feed-forward layers
         values |= {} if series == TRAINED else {LEFT: 100 * (1 - (self.macs - macs) / self.ffn_macs)}
@@ -378,11 +378,3 @@ def _resized(batch: Any, count: int) -> Any:
     if isinstance(batch, dict):
         return {key: _resized(value, count) for key, value in batch.items()}
     return tuple(_resized(part, count) for part in batch)
-
-
-def _macs(model: nn.Module, one: Any) -> int:
-    """Count on the meta device, where attention is counted."""
-    meta = copy.deepcopy(model).to("meta")
-    if isinstance(one, dict):
-        return count_macs(meta, **{key: value.to("meta") for key, value in arguments_of(one).items()})
-    return count_macs(meta, one[0].to("meta"))
