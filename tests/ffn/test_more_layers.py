@@ -93,6 +93,12 @@ def test_regression_recovers_an_eugen() -> None:
     assert torch.allclose(fitted(x), truth(x), atol=1e-8)
 
 
+def test_a_regression_stays_on_the_device_of_its_data() -> None:
+    sums = RidgeSums()
+    sums.add(torch.empty(8, 4, device="meta"), torch.empty(8, 3, device="meta"))
+    assert [part.device.type for part in sums.solve(1e-3)] == ["meta", "meta"]
+
+
 def test_order_zero_is_a_constant() -> None:
     layer = EUGen(6, 4, 8, 0)
     assert torch.equal(layer(torch.randn(3, 6)), layer.output.bias.expand(3, 4))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_models import batches, build, vit
 
-from zoo.ffn import s2ft
+from zoo.ffn import prune, s2ft
 from zoo.ffn.technique import ffn_layers, rebuild
 
 
@@ -43,11 +43,29 @@ def test_only_the_slice_learns_and_it_merges_exactly(kind: str, part: s2ft.Slice
         assert not ((old.up != new.up).any(-1).any(0) & ~moved).any()
 
 
+@pytest.mark.parametrize("scores", ["activation", "idle", "obs", "cfsp", "taylor"])
+def test_channels_are_chosen_as_pruning_keeps_them(scores: s2ft.SliceScores) -> None:
+    """Those with the largest scores learn; "idle" takes the other end of "activation"."""
+    data = batches("timm", 2)
+    whole, pruned = vit(), vit()
+    s2ft.apply(whole, s2ft.S2FTConfig(share=0.25, scores=scores), data)
+    dense = ffn_layers(vit(), takes="any")
+    method: prune.PruneScores = "activation" if scores == "idle" else scores
+    config = prune.PruneConfig(keep=0.75 if scores == "idle" else 0.25, scores=method, compensation="none", round_to=16)
+    prune.apply(pruned, config, data)
+    for name, ffn in ffn_layers(pruned, takes="any").items():
+        before, after = dense[name].up.weight.detach(), ffn.up.weight.detach()
+        kept = (before[:, None] == after[None]).all(-1).any(1)
+        chosen = torch.zeros_like(kept)
+        chosen[whole.get_submodule(f"{name}.fc2").channels] = True
+        assert torch.equal(chosen, ~kept if scores == "idle" else kept)
+
+
 def test_wrong_shares_and_missing_data_are_named() -> None:
     with pytest.raises(ValueError, match="share is of the hidden channels"):
         s2ft.S2FTConfig(share=0)
     with pytest.raises(ValueError, match="scores must be one of random"):
-        s2ft.S2FTConfig(scores="taylor")  # type: ignore[arg-type]
+        s2ft.S2FTConfig(scores="gradient")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs data"):
         s2ft.apply(vit(), s2ft.S2FTConfig(scores="idle"))
     model = vit()

@@ -9,24 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import DenseFFN
 from zoo.ffn.technique import (
+    Changes,
     FFNReport,
-    LayerChange,
     block_macs,
     evaluating,
     every_layer,
     listed,
     model_output,
-    note_change,
     output_error,
-    refuse_twice,
     replace_module,
+    require_types,
 )
 from zoo.profiling import count_params
 
@@ -53,10 +52,9 @@ class DepthConfig:
     pattern: str | None = None
 
     def __post_init__(self) -> None:
+        require_types(type(self), vars(self))
         if self.remove < 1:
             raise ValueError(f"remove is a number of layers, at least 1, got {self.remove}.")
-        if self.units not in get_args(Units):
-            raise ValueError(f"units must be one of {', '.join(get_args(Units))}, got {self.units!r}.")
 
 
 class Nothing(nn.Module):
@@ -123,13 +121,12 @@ def apply(model: nn.Module, config: DepthConfig | None = None, data: Iterable[An
         ValueError: Fewer layers can go than asked for, data is missing, or it was done before.
     """
     config = config or DepthConfig()
-    refuse_twice(model, "depth")
+    changes = Changes(model, "depth")
     ffns = every_layer(model, config.pattern)[0]
     layers = _removable(model, ffns, config.units)
     if config.remove > len(layers):
         raise ValueError(f"remove must be at most {len(layers)}, the layers that can go, got {config.remove}.")
     batches = listed(data, "Removing layers")
-    params_before = count_params(model)
     with evaluating(model):
         outputs = [model_output(model, batch) for batch in batches]
     gone: list[str] = []
@@ -145,18 +142,11 @@ def apply(model: nn.Module, config: DepthConfig | None = None, data: Iterable[An
         best = min(errors, key=errors.__getitem__)
         replace_module(model, best, Nothing())
         gone.append(best)
-    changes = []
     for name in (name for name in layers if name in gone):
         ffn = ffns.get(name)
         macs = ffn.macs() if ffn is not None else block_macs(layers[name])
-        changes.append(LayerChange(name=name, what="removed", params=(count_params(layers[name]), 0), macs=(macs, 0)))
-    note_change(model, "depth", dict.fromkeys(gone, 0))
-    return FFNReport(
-        technique="depth",
-        layers=tuple(changes),
-        params=(params_before, count_params(model)),
-        error=output_error(model, batches, outputs),
-    )
+        changes.add(name, "removed", (count_params(layers[name]), 0), (macs, 0))
+    return changes.report(dict.fromkeys(gone, 0), output_error(model, batches, outputs))
 
 
 def restructure(model: nn.Module, layers: Mapping[str, int]) -> None:

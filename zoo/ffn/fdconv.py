@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.ffn.technique import FFNReport, LayerChange, note_change, refuse_twice, replace_module
-from zoo.profiling import count_params
+from zoo.ffn.technique import Changes, FFNReport, replace_module
 
 __all__ = ["FDConv2d", "FDConvConfig", "apply", "frequency_groups", "restructure"]
 
@@ -181,20 +180,12 @@ def apply(model: nn.Module, config: FDConvConfig | None = None, data: Iterable[A
         ValueError: No convolution is of this kind, or it was done before.
     """
     config = config or FDConvConfig()
-    refuse_twice(model, "fdconv")
-    params_before, changes = count_params(model), []
+    changes = Changes(model, "fdconv")
     convolutions = _convolutions(model, config.pattern)
     for name, conv in convolutions.items():
         new = FDConv2d(conv, config.groups, config.reduction, config.bands)
-        macs, params = conv.weight.numel(), count_params(conv)
-        replace_module(model, name, new)
-        changes.append(
-            LayerChange(
-                name=name, what=f"{config.groups} groups", params=(params, count_params(new)), macs=(macs, macs)
-            )
-        )
-    note_change(model, "fdconv", {name: asdict(config) for name in convolutions})
-    return FFNReport(technique="fdconv", layers=tuple(changes), params=(params_before, count_params(model)))
+        changes.replace(name, new, f"{config.groups} groups", (conv.weight.numel(),) * 2)
+    return changes.report({name: asdict(config) for name in convolutions})
 
 
 def restructure(model: nn.Module, layers: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.ffn.technique import ffn_layers, replace_module
+from zoo.ffn.technique import ffn_layers, replace_kind, replace_module
 
 __all__ = [
     "ForgetConfig",
@@ -121,12 +121,7 @@ def apply(model: nn.Module, config: ForgetConfig | None = None) -> dict[str, lis
 
 def merge(model: nn.Module) -> list[str]:
     """Merge every LoRA of a model into its product, in place, and return the products' names."""
-    found = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
-    for name in found:
-        wrapped = model.get_submodule(name)
-        assert isinstance(wrapped, LoRALinear)
-        replace_module(model, name, wrapped.merge())
-    return found
+    return replace_kind(model, LoRALinear, LoRALinear.merge)
 
 
 def group_norms(groups: dict[str, list[LoRALinear]]) -> dict[str, Tensor]:

@@ -16,16 +16,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from zoo.ffn.technique import (
-    FFNReport,
-    LayerChange,
-    block_macs,
-    note_change,
-    refuse_twice,
-    replace_module,
-    vit_blocks,
-)
-from zoo.profiling import count_params
+from zoo.ffn.technique import Changes, FFNReport, block_macs, replace_module, vit_blocks
 
 __all__ = ["HybridNormBlock", "HybridNormConfig", "apply", "restructure"]
 
@@ -107,24 +98,15 @@ def apply(model: nn.Module, config: HybridNormConfig | None = None, data: Iterab
         ValueError: The model has no blocks of this kind, or it was done before.
     """
     config = config or HybridNormConfig()
-    refuse_twice(model, "hybrid_norm")
+    changes, facts = Changes(model, "hybrid_norm"), {}
     blocks = _blocks(model)
-    params_before, changes, facts = count_params(model), [], {}
     for place, (name, block) in enumerate(blocks.items()):
         first = config.special_first and place == 0
         new = _build(block, first, len(blocks))
-        changes.append(
-            LayerChange(
-                name=name,
-                what="HybridNorm* first block" if first else "HybridNorm",
-                params=(count_params(block), count_params(new)),
-                macs=(block_macs(block), block_macs(new)),
-            )
-        )
-        replace_module(model, name, new)
+        what = "HybridNorm* first block" if first else "HybridNorm"
+        changes.replace(name, new, what, (block_macs(block), block_macs(new)))
         facts[name] = {"first": first, "depth": len(blocks)}
-    note_change(model, "hybrid_norm", facts)
-    return FFNReport(technique="hybrid_norm", layers=tuple(changes), params=(params_before, count_params(model)))
+    return changes.report(facts)
 
 
 def restructure(model: nn.Module, layers: Mapping[str, Any]) -> None:

@@ -13,21 +13,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from zoo.ffn.technique import (
-    FFNReport,
-    LayerChange,
-    block_macs,
-    note_change,
-    refuse_twice,
-    replace_module,
-    require_types,
-    vit_blocks,
-)
+from zoo.ffn.technique import Changes, FFNReport, block_macs, replace_module, require_types, vit_blocks
 from zoo.profiling import count_params
 
 __all__ = [
@@ -69,8 +60,6 @@ class LayoutConfig:
             raise ValueError(f"layout must be par, sandwich, or letters s and f like sfsfff, got {self.layout!r}.")
         if self.ratio < 2:
             raise ValueError(f"ratio must be at least 2, sub-layers for one attention, got {self.ratio}.")
-        if self.missing not in get_args(Missing):
-            raise ValueError(f"missing must be one of {', '.join(get_args(Missing))}, got {self.missing!r}.")
 
     def letters(self, depth: int) -> str:
         """Return the layout of a model with so many blocks.
@@ -212,7 +201,7 @@ def apply(model: nn.Module, config: LayoutConfig | None = None, data: Iterable[A
         ValueError: The model has no plain list of ViT blocks, the layout does not fit it, or it was done before.
     """
     config = config or LayoutConfig()
-    refuse_twice(model, "layout")
+    changes = Changes(model, "layout")
     blocks = _blocks(model)
     depth, letters = len(blocks), config.letters(len(blocks))
     for letter, what in (("s", "attention"), ("f", "feed-forward")):
@@ -221,23 +210,16 @@ def apply(model: nn.Module, config: LayoutConfig | None = None, data: Iterable[A
                 f"{letters} has {letters.count(letter)} {what} sub-layers, the model {depth}: missing='new' makes more."
             )
     if letters == "sf" * depth:
-        note_change(model, "layout", {})
-        return FFNReport(technique="layout", layers=(), params=(count_params(model),) * 2)
+        return changes.report({})
     bounds = [place * len(letters) // depth for place in range(depth + 1)]
     layout = {name: letters[start:end] for name, start, end in zip(blocks, bounds, bounds[1:], strict=False)}
-    params_before, changes = count_params(model), []
     tokens = getattr(getattr(model, "patch_embed", None), "num_patches", 0) + getattr(model, "num_prefix_tokens", 0)
     before = {name: (count_params(block), block_macs(block, tokens)) for name, block in blocks.items()}
     for name, new in _arrange(blocks, layout).items():
         params, macs = before[name]
-        changes.append(
-            LayerChange(
-                name=name, what=new.letters, params=(params, count_params(new)), macs=(macs, block_macs(new, tokens))
-            )
-        )
+        changes.add(name, new.letters, (params, count_params(new)), (macs, block_macs(new, tokens)))
         replace_module(model, name, new)
-    note_change(model, "layout", layout)
-    return FFNReport(technique="layout", layers=tuple(changes), params=(params_before, count_params(model)))
+    return changes.report(layout)
 
 
 def restructure(model: nn.Module, layers: Mapping[str, str]) -> None:

@@ -17,17 +17,16 @@ from torch import Tensor, nn
 from zoo.ffn.dense_ffn import DenseFFN
 from zoo.ffn.technique import (
     ERROR_SAMPLES,
+    Changes,
     FFNReport,
-    LayerChange,
     Moments,
     evaluating,
     ffn_layers,
     forget_change,
     listed,
     model_output,
-    note_change,
     output_error,
-    refuse_twice,
+    replace_kind,
     replace_module,
     require_seen,
     thinned,
@@ -102,6 +101,13 @@ class LowRankLinear(nn.Module):
         return self.outward(self.inward(x))
 
     @classmethod
+    def like(cls, dense: nn.Linear, rank: int) -> LowRankLinear:
+        """Return a product of rank r with new weights, in the place of a dense one."""
+        kind = dense.weight
+        bias = dense.bias is not None
+        return cls(dense.in_features, rank, dense.out_features, bias, device=kind.device, dtype=kind.dtype)
+
+    @classmethod
     @torch.no_grad()
     def from_dense(cls, dense: nn.Linear, rank: int, second_moment: Tensor | None = None) -> LowRankLinear:
         """Return the product of rank r nearest to a dense one.
@@ -119,14 +125,7 @@ class LowRankLinear(nn.Module):
             root, inverse = vectors * values.sqrt(), (vectors / values.sqrt()).t()
         left, singular, right = torch.linalg.svd(weight @ root, full_matrices=False)
         split = singular[:rank].sqrt()
-        layer = cls(
-            dense.in_features,
-            rank,
-            dense.out_features,
-            dense.bias is not None,
-            device=dense.weight.device,
-            dtype=dense.weight.dtype,
-        )
+        layer = cls.like(dense, rank)
         layer.outward.weight.copy_(left[:, :rank] * split)
         layer.inward.weight.copy_((split[:, None] * right[:rank]) @ inverse)
         if dense.bias is not None:
@@ -145,6 +144,11 @@ class LowRankLinear(nn.Module):
             dense.bias.copy_(self.outward.bias)
         return dense
 
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one token."""
+        return self.rank * (self.in_features + self.out_features)
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}"
 
@@ -161,10 +165,9 @@ def apply(model: nn.Module, config: LowRankConfig | None = None, data: Iterable[
         ValueError: No layer is known, data is missing, or the model is thin already.
     """
     config = config or LowRankConfig()
-    refuse_twice(model, "low_rank")
+    changes = Changes(model, "low_rank")
     ffns = ffn_layers(model, config.pattern, "linear")
     batches = listed(data, "Low rank by activations") if config.whiten else list(data or ())
-    params_before = count_params(model)
     names = {id(module): name for name, module in model.named_modules()}
     products = {names[id(part)]: part for ffn in ffns.values() for part in _products(ffn)}
     moments = {name: Moments() for name in products}
@@ -178,7 +181,7 @@ def apply(model: nn.Module, config: LowRankConfig | None = None, data: Iterable[
             outputs = [model_output(model, batch) for batch in batches]
         if config.whiten:
             require_seen(moments)
-    changes, ranks = [], {}
+    ranks = {}
     for layer, ffn in ffns.items():
         params, macs = ffn.num_parameters, ffn.macs()
         after_params = after_macs = 0
@@ -189,23 +192,12 @@ def apply(model: nn.Module, config: LowRankConfig | None = None, data: Iterable[
             thin = LowRankLinear.from_dense(part, rank, moments[name].second_moment if whitened else None)
             replace_module(model, name, thin)
             ranks[name] = rank
-            after_macs += rank * (part.in_features + part.out_features)
+            after_macs += thin.macs
             after_params += count_params(thin)
-        changes.append(
-            LayerChange(
-                name=layer,
-                what="rank " + ", ".join(str(ranks[names[id(part)]]) for part in _products(ffn)),
-                params=(params + (ffn.out_dim if ffn.down.bias is not None else 0), after_params),
-                macs=(macs, after_macs),
-            )
-        )
-    note_change(model, "low_rank", ranks)
-    return FFNReport(
-        technique="low_rank",
-        layers=tuple(changes),
-        params=(params_before, count_params(model)),
-        error=output_error(model, batches, outputs, ERROR_SAMPLES) if batches else None,
-    )
+        what = "rank " + ", ".join(str(ranks[names[id(part)]]) for part in _products(ffn))
+        params += ffn.out_dim if ffn.down.bias is not None else 0
+        changes.add(layer, what, (params, after_params), (macs, after_macs))
+    return changes.report(ranks, output_error(model, batches, outputs, ERROR_SAMPLES) if batches else None)
 
 
 def _products(ffn: DenseFFN) -> list[nn.Linear]:
@@ -219,23 +211,11 @@ def restructure(model: nn.Module, layers: Mapping[str, int]) -> None:
     for name, rank in layers.items():
         dense = model.get_submodule(name)
         assert isinstance(dense, nn.Linear)
-        thin = LowRankLinear(
-            dense.in_features,
-            rank,
-            dense.out_features,
-            dense.bias is not None,
-            device=dense.weight.device,
-            dtype=dense.weight.dtype,
-        )
-        replace_module(model, name, thin)
+        replace_module(model, name, LowRankLinear.like(dense, rank))
 
 
 def to_dense(model: nn.Module) -> list[str]:
     """Turn thin products back into single ones with the same result, in place, and return their names."""
-    found = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
-    for name in found:
-        thin = model.get_submodule(name)
-        assert isinstance(thin, LowRankLinear)
-        replace_module(model, name, thin.to_dense())
+    found = replace_kind(model, LowRankLinear, LowRankLinear.to_dense)
     forget_change(model, "low_rank")
     return found

@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from zoo.ffn.technique import FFNReport, LayerChange, note_change, refuse_twice, replace_module, vit_blocks
+from zoo.ffn.technique import Changes, FFNReport, replace_module, require_types, vit_blocks
 from zoo.profiling import count_params
 
 __all__ = ["HalfFFN", "MacaronBlock", "MacaronConfig", "apply", "restructure"]
@@ -39,8 +39,7 @@ class MacaronConfig:
     start: Start = "new"
 
     def __post_init__(self) -> None:
-        if self.start not in get_args(Start):
-            raise ValueError(f"start must be one of {', '.join(get_args(Start))}, got {self.start!r}.")
+        require_types(type(self), vars(self))
 
 
 class HalfFFN(nn.Module):
@@ -128,21 +127,15 @@ def apply(model: nn.Module, config: MacaronConfig | None = None, data: Iterable[
         ValueError: The model has no blocks of this kind, or it was done before.
     """
     config = config or MacaronConfig()
-    refuse_twice(model, "macaron")
+    changes = Changes(model, "macaron")
     blocks = _blocks(model)
-    params_before, changes = count_params(model), []
     for name, block in blocks.items():
         before, macs = count_params(block), block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel()
         changed = _change(block, config.start)
         replace_module(model, name, changed)
         after = macs if config.start == "new" else 2 * macs
-        changes.append(
-            LayerChange(
-                name=name, what=f"Macaron, {config.start}", params=(before, count_params(changed)), macs=(macs, after)
-            )
-        )
-    note_change(model, "macaron", {name: asdict(config) for name in blocks})
-    return FFNReport(technique="macaron", layers=tuple(changes), params=(params_before, count_params(model)))
+        changes.add(name, f"Macaron, {config.start}", (before, count_params(changed)), (macs, after))
+    return changes.report({name: asdict(config) for name in blocks})
 
 
 def restructure(model: nn.Module, layers: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from zoo.ffn.dense_ffn import DenseFFN, keep_channels, set_hidden_dim
 from zoo.ffn.importance import Scores, default_loss, score_channels
 from zoo.ffn.technique import (
+    Changes,
     FFNReport,
-    LayerChange,
     amend_change,
     ffn_layers,
     forget_change,
     listed,
     note_change,
-    refuse_twice,
+    require_types,
 )
 from zoo.profiling import count_params
 
@@ -66,12 +66,10 @@ class MatFormerConfig:
     pattern: str | None = None
 
     def __post_init__(self) -> None:
+        require_types(type(self), vars(self))
         widths = tuple(self.widths)
         if not widths or widths[-1] != 1 or list(widths) != sorted(set(widths)) or widths[0] <= 0:
             raise ValueError(f"widths are shares that rise to 1, got {self.widths}.")
-        for name, words in (("sampling", Sampling), ("scores", Scores)):
-            if getattr(self, name) not in get_args(words):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(words))}, got {getattr(self, name)!r}.")
 
 
 class NestedLinear(nn.Linear):
@@ -121,7 +119,7 @@ def apply(
         ValueError: No layer is known, one is not divisible, it was done before, or scores lack data.
     """
     config = config or MatFormerConfig()
-    refuse_twice(model, "matformer")
+    changes = Changes(model, "matformer")
     ffns = ffn_layers(model, config.pattern, "linear")
     for name, ffn in ffns.items():
         _check(name, ffn, config.widths)
@@ -130,24 +128,13 @@ def apply(
         scores = score_channels(model, ffns, batches, method=config.scores, loss=loss)[0]
         for name, ffn in ffns.items():
             keep_channels(ffn, scores[name].argsort(descending=True, stable=True).cpu())
-    params = count_params(model)
     facts = {name: {"width": 1.0} for name in ffns}
     restructure(model, facts)
-    note_change(model, "matformer", facts)
-    smallest = config.widths[0]
-    return FFNReport(
-        technique="matformer",
-        layers=tuple(
-            LayerChange(
-                name=name,
-                what="widths " + ", ".join(str(round(width * ffn.hidden_dim)) for width in config.widths),
-                params=(count_params(model.get_submodule(name)),) * 2,
-                macs=(ffn.macs(), ffn.macs(round(smallest * ffn.hidden_dim))),
-            )
-            for name, ffn in ffns.items()
-        ),
-        params=(params, count_params(model)),
-    )
+    for name, ffn in ffns.items():
+        widths = [round(width * ffn.hidden_dim) for width in config.widths]
+        params = count_params(model.get_submodule(name))
+        changes.add(name, f"widths {', '.join(map(str, widths))}", (params, params), (ffn.macs(), ffn.macs(widths[0])))
+    return changes.report(facts)
 
 
 def _check(name: str, ffn: DenseFFN, widths: Sequence[float]) -> None:

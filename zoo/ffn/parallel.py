@@ -13,22 +13,13 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from zoo.ffn.technique import (
-    FFNReport,
-    LayerChange,
-    block_macs,
-    note_change,
-    refuse_twice,
-    replace_module,
-    require_types,
-)
+from zoo.ffn.technique import Changes, FFNReport, block_macs, replace_module, require_types
 from zoo.layers.ffn import RePaFFN
-from zoo.profiling import count_params
 
 __all__ = ["ParallelBlock", "ParallelConfig", "ParallelDiffusionBlock", "ParallelRePaBlock", "apply", "restructure"]
 
@@ -52,8 +43,6 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         require_types(type(self), vars(self))
-        if self.norm not in get_args(Norm):
-            raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, got {self.norm!r}.")
 
 
 class ParallelBlock(nn.Module):
@@ -186,28 +175,16 @@ def apply(model: nn.Module, config: ParallelConfig | None = None, data: Iterable
         ValueError: No block is known, one has no norm to share, or it was done before.
     """
     config = config or ParallelConfig()
-    refuse_twice(model, "parallel")
+    changes = Changes(model, "parallel")
     kinds = _blocks(model, config.pattern)
     odd = [name for name, kind in kinds.items() if kind is not ParallelBlock]
     if config.norm == "shared" and odd:
         what = type(model.get_submodule(odd[0])).__name__
         raise ValueError(f"{odd[0]} is a {what}, whose norms are parts of its branches: take norm='own'.")
-    params_before, changes = count_params(model), []
     for name, kind in kinds.items():
         block = model.get_submodule(name)
-        new = kind(block, config.norm)
-        macs = block_macs(block)
-        changes.append(
-            LayerChange(
-                name=name,
-                what=f"side by side, {config.norm} norm",
-                params=(count_params(block), count_params(new)),
-                macs=(macs, macs),
-            )
-        )
-        replace_module(model, name, new)
-    note_change(model, "parallel", {name: {"norm": config.norm} for name in kinds})
-    return FFNReport(technique="parallel", layers=tuple(changes), params=(params_before, count_params(model)))
+        changes.replace(name, kind(block, config.norm), f"side by side, {config.norm} norm", (block_macs(block),) * 2)
+    return changes.report({name: {"norm": config.norm} for name in kinds})
 
 
 def restructure(model: nn.Module, layers: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +62,6 @@ class ProductKeyConfig:
             raise ValueError(f"key_dim must be even, two halves, got {self.key_dim}.")
         if self.keys is not None and self.top_k > self.keys**2:
             raise ValueError(f"top_k must be at most {self.keys**2}, the values of {self.keys} keys, got {self.top_k}.")
-        if self.scores not in get_args(Scores):
-            raise ValueError(f"scores must be one of {', '.join(get_args(Scores))}, got {self.scores!r}.")
 
 
 class ProductKeyMemory(nn.Module):

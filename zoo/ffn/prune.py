@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from timm.layers.grn import GlobalResponseNorm
@@ -24,24 +24,33 @@ from zoo.ffn.dense_ffn import DenseFFN, keep_channels, set_hidden_dim
 from zoo.ffn.importance import Loss, default_loss, score_channels
 from zoo.ffn.technique import (
     ERROR_SAMPLES,
+    Changes,
     FFNReport,
-    LayerChange,
     Moments,
     at_least_float32,
     evaluating,
     ffn_layers,
     listed,
     model_output,
-    note_change,
     output_error,
-    refuse_twice,
     require_seen,
+    require_types,
     thinned,
     watch_inputs,
+    with_diagonal,
 )
-from zoo.profiling import count_params
 
-__all__ = ["PruneConfig", "apply", "choose_widths", "keep_channels", "obs_scores", "restructure", "set_hidden_dim"]
+__all__ = [
+    "PruneConfig",
+    "PruneScores",
+    "apply",
+    "channel_scores",
+    "choose_widths",
+    "keep_channels",
+    "obs_scores",
+    "restructure",
+    "set_hidden_dim",
+]
 
 PruneScores = Literal["activation", "cfsp", "obs", "taylor", "magnitude", "random"]
 Allocation = Literal["uniform", "global", "cfsp"]
@@ -81,15 +90,13 @@ class PruneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_types(type(self), vars(self))
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep is the share of channels that stay, above 0 and at most 1, got {self.keep}.")
         if self.round_to < 1:
             raise ValueError(f"round_to must be at least 1, got {self.round_to}.")
         if self.damping < 0:
             raise ValueError(f"damping must not be negative, got {self.damping}.")
-        for name, words in (("scores", PruneScores), ("allocation", Allocation), ("compensation", Compensation)):
-            if getattr(self, name) not in get_args(words):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(words))}, got {getattr(self, name)!r}.")
 
     @property
     def needs_data(self) -> bool:
@@ -119,10 +126,10 @@ def apply(
         ValueError: No layer is known, data is missing, the model was pruned before, or a layer is too narrow.
     """
     config = config or PruneConfig()
-    refuse_twice(model, "prune")
+    changes = Changes(model, "prune")
     ffns = ffn_layers(model, config.pattern, "any")
     batches = listed(data, "Pruning by these scores") if config.needs_data else list(data or ())
-    params_before, macs_before = count_params(model), {name: ffn.macs() for name, ffn in ffns.items()}
+    macs = {name: ffn.macs() for name, ffn in ffns.items()}
     params = {name: ffn.num_parameters for name, ffn in ffns.items()}
     before = {name: ffn.hidden_dim for name, ffn in ffns.items()}
 
@@ -157,21 +164,9 @@ def apply(
             if bias is not None:
                 ffn.down.bias.copy_(bias)
         set_hidden_dim(model.get_submodule(name), widths[name])
-    note_change(model, "prune", widths)
-    return FFNReport(
-        technique="prune",
-        layers=tuple(
-            LayerChange(
-                name=name,
-                what=f"{before[name]} -> {widths[name]} channels",
-                params=(params[name], ffn.num_parameters),
-                macs=(macs_before[name], ffn.macs()),
-            )
-            for name, ffn in ffns.items()
-        ),
-        params=(params_before, count_params(model)),
-        error=output_error(model, batches, outputs, ERROR_SAMPLES) if batches else None,
-    )
+        what = f"{before[name]} -> {widths[name]} channels"
+        changes.add(name, what, (params[name], ffn.num_parameters), (macs[name], ffn.macs()))
+    return changes.report(widths, output_error(model, batches, outputs, ERROR_SAMPLES) if batches else None)
 
 
 def _watch_responses(ffns: Mapping[str, DenseFFN], responses: Mapping[str, Moments]) -> ExitStack:
@@ -298,6 +293,19 @@ def _watch(
     return stack
 
 
+def channel_scores(
+    model: nn.Module, ffns: Mapping[str, DenseFFN], config: PruneConfig, batches: list[Any]
+) -> dict[str, Tensor]:
+    """Return by layer how much each hidden channel matters (H,), as `apply` would score it."""
+    moments = {name: Moments(second=config.scores == "obs") for name in ffns}
+    if batches:
+        with evaluating(model), _watch(model, ffns, moments, None, len(batches)):
+            for batch in batches:
+                model_output(model, batch)
+        require_seen(moments)
+    return _scores(model, ffns, moments, config, batches, default_loss)
+
+
 def _scores(
     model: nn.Module,
     ffns: Mapping[str, DenseFFN],
@@ -343,7 +351,7 @@ def obs_scores(gram: Tensor, down: Tensor, damping: float) -> Tensor:
     """
     count = len(gram)
     amount = damping * gram.diagonal().mean() + 1e-12
-    inverse = torch.linalg.inv(gram + amount * torch.eye(count, dtype=gram.dtype, device=gram.device))
+    inverse = torch.linalg.inv(with_diagonal(gram, amount))
     weight, score = down.clone(), torch.zeros(count, dtype=gram.dtype, device=gram.device)
     left, highest = torch.arange(count, device=gram.device), 0.0
     while len(left):
@@ -379,9 +387,7 @@ def _compensated(
     # with a bias of its own the fit is around the means, else through the origin
     gram = moments.covariance if bias is not None else moments.second_moment
     normal = gram[kept][:, kept]
-    normal = normal + config.damping * normal.diagonal().mean() * torch.eye(
-        len(kept), dtype=gram.dtype, device=gram.device
-    )
+    normal = with_diagonal(normal, config.damping * normal.diagonal().mean())
     # the dense weights of kept channels are what damping pulls to
     extra = torch.linalg.solve(normal, gram[kept][:, gone] @ down[:, gone].t()).t()
     weight = down[:, kept] + extra

@@ -20,6 +20,7 @@ from zoo.ffn.technique import (
     output_error,
     refuse_twice,
     replace_layers,
+    with_diagonal,
 )
 
 __all__ = ["RidgeSums", "fit_layers"]
@@ -47,7 +48,7 @@ class RidgeSums:
         if not len(normal):
             return mixed.t(), y
         amount = ridge * normal.diagonal().mean().clamp_min(1e-12)
-        weight = torch.linalg.solve(normal + amount * torch.eye(len(normal), dtype=normal.dtype), mixed).t()
+        weight = torch.linalg.solve(with_diagonal(normal, amount), mixed).t()
         return weight, y - weight @ f
 
 

@@ -19,20 +19,19 @@ from torch import Tensor, nn
 from zoo.ffn.dense_ffn import DenseFFN, keep_channels
 from zoo.ffn.technique import (
     ERROR_SAMPLES,
+    Changes,
     FFNReport,
-    LayerChange,
     Moments,
     at_least_float32,
     evaluating,
     ffn_layers,
     listed,
     model_output,
-    note_change,
     output_error,
-    refuse_twice,
     replace_module,
     require_seen,
     thinned,
+    with_diagonal,
 )
 from zoo.profiling import count_params
 
@@ -113,40 +112,27 @@ def apply(model: nn.Module, config: RePaConfig | None = None, data: Iterable[Any
         ValueError: No layer is known, data is missing, a layer is gated or saves nothing, or it was done before.
     """
     config = config or RePaConfig()
-    refuse_twice(model, "repa")
+    changes = Changes(model, "repa")
     ffns = ffn_layers(model, config.pattern)
     for name, ffn in ffns.items():
         _check(name, ffn, config.active(ffn.hidden_dim))
     batches = listed(data, "RePa from a pretrained model")
-    params_before = count_params(model)
     outputs: list[Tensor] = []
     inputs = {name: Moments() for name in ffns}
     sums = {name: _Sums() for name in ffns}
     with evaluating(model), _watch(ffns, inputs, sums, len(batches)):
         outputs = [model_output(model, batch) for batch in batches]
     require_seen(inputs)
-    changes, facts = [], {}
+    facts = {}
     for name, ffn in ffns.items():
         macs, params = ffn.macs(), count_params(model.get_submodule(name))
         hidden, active = ffn.hidden_dim, config.active(ffn.hidden_dim)
         merged = _merge(model.get_submodule(name), ffn, inputs[name], sums[name], active, config.damping)
         replace_module(model, name, merged)
         facts[name] = active
-        changes.append(
-            LayerChange(
-                name=name,
-                what=f"{hidden - active} of {hidden} channels idle, merged",
-                params=(params, count_params(merged)),
-                macs=(macs, ffn.macs() + ffn.dim * ffn.out_dim),
-            )
-        )
-    note_change(model, "repa", facts)
-    return FFNReport(
-        technique="repa",
-        layers=tuple(changes),
-        params=(params_before, count_params(model)),
-        error=output_error(model, batches, outputs, ERROR_SAMPLES),
-    )
+        what = f"{hidden - active} of {hidden} channels idle, merged"
+        changes.add(name, what, (params, count_params(merged)), (macs, ffn.macs() + ffn.dim * ffn.out_dim))
+    return changes.report(facts, output_error(model, batches, outputs, ERROR_SAMPLES))
 
 
 def _check(name: str, ffn: DenseFFN, active: int) -> None:
@@ -234,8 +220,7 @@ def _merge(
     start = torch.cat([torch.zeros_like(down[:, :1]).expand(-1, ffn.dim), down[:, kept]], 1)
     target = torch.cat([cross, hidden[kept]]) @ down.t() - gram @ start.t()
     scale = gram.diagonal().clamp_min(1e-12).sqrt()  # inputs and activations have units of their own
-    normal = gram / torch.outer(scale, scale)
-    normal = normal + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    normal = with_diagonal(gram / torch.outer(scale, scale), damping)
     solution = start + (torch.linalg.solve(normal, target / scale[:, None]) / scale[:, None]).t()
     matrix, weight = solution[:, : ffn.dim], solution[:, ffn.dim :]
     new_bias = bias + down @ a_mean - matrix @ x_mean - weight @ a_mean[kept]

@@ -16,34 +16,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import DenseFFN
+from zoo.ffn.prune import PruneConfig, PruneScores, channel_scores
 from zoo.ffn.technique import (
+    Changes,
     FFNReport,
-    LayerChange,
-    Moments,
-    evaluating,
     ffn_layers,
     forget_change,
     listed,
-    model_output,
-    note_change,
-    refuse_twice,
+    replace_kind,
     replace_module,
-    require_seen,
     require_types,
-    watch_inputs,
 )
-from zoo.profiling import count_params
 
 __all__ = ["S2FTConfig", "SliceLinear", "apply", "merge", "restructure"]
 
-SliceScores = Literal["random", "activation", "idle", "magnitude"]
+SliceScores = Literal["random", "activation", "idle", "magnitude", "cfsp", "obs", "taylor"]
 Slice = Literal["down", "both"]
 
 
@@ -54,7 +48,7 @@ class S2FTConfig:
     Args:
         share: Of the hidden channels of every layer, above 0 and at most 1.
         scores: "random"; "activation": those with the largest activations on the data; "idle": the smallest;
-            "magnitude": the largest weights in the second product.
+            "magnitude": the largest weights in the second product; "cfsp", "obs", "taylor": see `PruneConfig`.
         slice: "down": columns of the second product; "both": also the rows of the first.
         pattern: Only layers whose name matches this regular expression.
         seed: Of the random choice.
@@ -73,9 +67,6 @@ class S2FTConfig:
         require_types(type(self), vars(self))
         if not 0 < self.share <= 1:
             raise ValueError(f"share is of the hidden channels, above 0 and at most 1, got {self.share}.")
-        for name, words in (("scores", SliceScores), ("slice", Slice)):
-            if getattr(self, name) not in get_args(words):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(words))}, got {getattr(self, name)!r}.")
 
 
 class SliceLinear(nn.Module):
@@ -131,11 +122,10 @@ def apply(model: nn.Module, config: S2FTConfig | None = None, data: Iterable[Any
         ValueError: No layer is known, data is missing, or it was done before.
     """
     config = config or S2FTConfig()
-    refuse_twice(model, "s2ft")
+    changes = Changes(model, "s2ft")
     ffns = ffn_layers(model, config.pattern, "linear")
     scores = _scores(model, ffns, config, data)
     names = {id(module): name for name, module in model.named_modules()}
-    params_before, changes = count_params(model), []
     facts: dict[str, Any] = {}
     model.requires_grad_(False)
     for layer, ffn in ffns.items():
@@ -154,33 +144,20 @@ def apply(model: nn.Module, config: S2FTConfig | None = None, data: Iterable[Any
             facts[name] = {"count": len(channels), "rows": rows}
             added += sliced.change.numel()
         what = f"{count} of {hidden} channels learn"
-        changes.append(
-            LayerChange(name=layer, what=what, params=(params, params + added), macs=(ffn.macs(), ffn.macs() + added))
-        )
-    note_change(model, "s2ft", facts)
-    return FFNReport(technique="s2ft", layers=tuple(changes), params=(params_before, count_params(model)))
+        changes.add(layer, what, (params, params + added), (ffn.macs(), ffn.macs() + added))
+    return changes.report(facts)
 
 
 def _scores(
     model: nn.Module, ffns: Mapping[str, DenseFFN], config: S2FTConfig, data: Iterable[Any] | None
 ) -> dict[str, Tensor]:
-    if config.scores == "random":
-        generator = torch.Generator().manual_seed(config.seed)
-        return {name: torch.rand(ffn.hidden_dim, generator=generator) for name, ffn in ffns.items()}
     if config.scores == "magnitude":
         return {name: ffn.channels().down.float().norm(dim=0).cpu() for name, ffn in ffns.items()}
-    batches = listed(data, "Choosing channels by activation")
-    moments = {name: Moments(second=False) for name in ffns}
-
-    def see(name: str, rows: Tensor) -> None:
-        moments[name].add(rows[:, ffns[name].first_column :])
-
-    with evaluating(model), watch_inputs({name: ffn.down for name, ffn in ffns.items()}, see):
-        for batch in batches:
-            model_output(model, batch)
-    require_seen(moments)
-    sign = 1 if config.scores == "activation" else -1
-    return {name: sign * sums.rms.float().cpu() for name, sums in moments.items()}
+    method: PruneScores = "activation" if config.scores == "idle" else config.scores
+    pruning = PruneConfig(scores=method, compensation="none", seed=config.seed)
+    batches = listed(data, "Choosing channels by activation") if pruning.needs_data else []
+    scores = channel_scores(model, ffns, pruning, batches)
+    return {name: -score for name, score in scores.items()} if config.scores == "idle" else scores
 
 
 def merge(model: nn.Module) -> list[str]:
@@ -191,11 +168,7 @@ def merge(model: nn.Module) -> list[str]:
     Returns:
         Names of the products.
     """
-    found = [name for name, module in model.named_modules() if isinstance(module, SliceLinear)]
-    for name in found:
-        sliced = model.get_submodule(name)
-        assert isinstance(sliced, SliceLinear)
-        replace_module(model, name, sliced.merge())
+    found = replace_kind(model, SliceLinear, SliceLinear.merge)
     forget_change(model, "s2ft")
     return found
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +20,14 @@ from torch import Tensor, nn
 from zoo.ffn.dense_ffn import read_ffn
 from zoo.ffn.depth import Nothing
 from zoo.ffn.technique import (
+    Changes,
     FFNReport,
-    LayerChange,
     evaluating,
     listed,
     model_output,
-    note_change,
     output_error,
-    refuse_twice,
     replace_module,
+    require_types,
     vit_blocks,
 )
 from zoo.profiling import count_params
@@ -62,8 +61,7 @@ class SkipConfig:
     max_ratio: float = 0.25
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {self.mode!r}.")
+        require_types(type(self), vars(self))
         if self.horizon < 1 or min(self.cold_start, self.cold_end) < 0 or not 0 < self.max_ratio <= 1:
             raise ValueError(
                 f"horizon is at least 1, cold_start and cold_end not negative, max_ratio in 0 ... 1: got "
@@ -166,7 +164,8 @@ def apply(model: nn.Module, config: SkipConfig | None = None, data: Iterable[Any
         ValueError: The model has no such blocks or too few, data is missing, or it was done before.
     """
     config = config or SkipConfig()
-    refuse_twice(model, "skip")
+    changes = Changes(model, "skip")
+    facts: dict[str, dict[str, Any]] = {}
     blocks = _blocks(model)
     names = list(blocks)
     middle = names[config.cold_start : len(names) - config.cold_end]
@@ -175,34 +174,22 @@ def apply(model: nn.Module, config: SkipConfig | None = None, data: Iterable[Any
             f"cold_start {config.cold_start} and cold_end {config.cold_end} leave none of {len(names)} layers to skip."
         )
     batches = listed(data, "Skipping") if config.mode == "static" else list(data or ())
-    params_before = count_params(model)
     with evaluating(model):
         outputs = [model_output(model, batch) for batch in batches]
     work = {}
     for name, block in blocks.items():
         ffn = read_ffn(block.mlp)
         work[name] = 0 if ffn is None else ffn.macs()
-    changes = []
     if config.mode == "static":
         cosines = token_cosines(model, batches)
         most = max(1, int(config.max_ratio * len(names)))
         gone = [n for n in sorted(middle, key=lambda n: -cosines[n]) if cosines[n] > config.threshold][:most]
         for name in gone:
-            params = count_params(blocks[name].mlp)
-            replace_module(model, f"{name}.mlp", Nothing())
-            changes.append(
-                LayerChange(
-                    name=f"{name}.mlp",
-                    what=f"skipped, cosine {cosines[name]:.4f}",
-                    params=(params, 0),
-                    macs=(work[name], 0),
-                )
-            )
-        note_change(model, "skip", {name: {"mode": "static"} for name in gone})
+            changes.replace(f"{name}.mlp", Nothing(), f"skipped, cosine {cosines[name]:.4f}", (work[name], 0))
+            facts[name] = {"mode": "static"}
     else:
         facts = {name: {**asdict(config), "warm": name not in middle} for name in names}
         restructure(model, facts)
-        note_change(model, "skip", facts)
         with evaluating(model):
             shares = {name: [0, 0] for name in names}
             for batch in batches:
@@ -214,20 +201,9 @@ def apply(model: nn.Module, config: SkipConfig | None = None, data: Iterable[Any
         for name in middle:
             share = shares[name][0] / shares[name][1] if shares[name][1] else 1.0
             params = count_params(model.get_submodule(name))
-            changes.append(
-                LayerChange(
-                    name=name,
-                    what=f"{100 * share:.0f} % of the tokens run it",
-                    params=(params, params),
-                    macs=(work[name], round(share * work[name])),
-                )
-            )
-    return FFNReport(
-        technique="skip",
-        layers=tuple(changes),
-        params=(params_before, count_params(model)),
-        error=output_error(model, batches, outputs) if batches else None,
-    )
+            what = f"{100 * share:.0f} % of the tokens run it"
+            changes.add(name, what, (params, params), (work[name], round(share * work[name])))
+    return changes.report(facts, output_error(model, batches, outputs) if batches else None)
 
 
 def executed_share(model: nn.Module) -> float:

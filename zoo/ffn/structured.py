@@ -10,15 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import DenseFFN
 from zoo.ffn.low_rank import LowRankLinear
-from zoo.ffn.technique import FFNReport, LayerChange, ffn_layers, note_change, refuse_twice, replace_module
-from zoo.profiling import count_params
+from zoo.ffn.technique import Changes, FFNReport, ffn_layers, replace_module, require_types
 
 __all__ = [
     "BlockDense",
@@ -58,8 +57,7 @@ class StructuredConfig:
     pattern: str | None = None
 
     def __post_init__(self) -> None:
-        if self.structure not in get_args(Structure):
-            raise ValueError(f"structure must be one of {', '.join(get_args(Structure))}, got {self.structure!r}.")
+        require_types(type(self), vars(self))
         if self.blocks < 1 or not 0 < self.rank <= 1:
             raise ValueError(f"blocks must be at least 1 and rank in 0 ... 1, got {self.blocks} and {self.rank}.")
 
@@ -308,10 +306,9 @@ def apply(model: nn.Module, config: StructuredConfig | None = None, data: Iterab
         ValueError: No layer is known, a width is not divisible, or it was done before.
     """
     config = config or StructuredConfig()
-    refuse_twice(model, "structured")
+    changes, facts = Changes(model, "structured"), {}
     ffns = ffn_layers(model, config.pattern, "linear")
     names = {id(module): name for name, module in model.named_modules()}
-    params_before, changes, facts = count_params(model), [], {}
     built: dict[str, nn.Module] = {}
     for layer, ffn in ffns.items():
         for part in _products(layer, ffn):
@@ -325,18 +322,12 @@ def apply(model: nn.Module, config: StructuredConfig | None = None, data: Iterab
         for part in _products(layer, ffn):
             name = names[id(part)]
             product = built[name]
-            after += product.macs if isinstance(product, (BlockShuffle, BlockDense)) else _thin_macs(product)
+            after += int(product.macs)  # type: ignore[arg-type]
             replace_module(model, name, SelfGuided(product) if config.guided else product)
             facts[name] = {"structure": config.structure, "blocks": config.blocks, "rank": config.rank}
         change = f"{config.structure}, {config.blocks} blocks" if config.structure != "low_rank" else "low rank"
-        changes.append(LayerChange(name=layer, what=change, params=(params, after), macs=(macs, after)))
-    note_change(model, "structured", facts)
-    return FFNReport(technique="structured", layers=tuple(changes), params=(params_before, count_params(model)))
-
-
-def _thin_macs(product: nn.Module) -> int:
-    assert isinstance(product, LowRankLinear)
-    return product.rank * (product.in_features + product.out_features)
+        changes.add(layer, change, (params, after), (macs, after))
+    return changes.report(facts)
 
 
 def _products(name: str, ffn: DenseFFN) -> list[nn.Linear]:

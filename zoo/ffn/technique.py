@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from timm.layers import RelPosMlp
@@ -32,6 +32,7 @@ from zoo.profiling import count_params
 __all__ = [
     "ERROR_SAMPLES",
     "MOST_SAMPLES",
+    "Changes",
     "FFNReport",
     "LayerChange",
     "Moments",
@@ -53,6 +54,7 @@ __all__ = [
     "output_error",
     "rebuild",
     "refuse_twice",
+    "replace_kind",
     "replace_layers",
     "replace_module",
     "require_seen",
@@ -62,7 +64,10 @@ __all__ = [
     "thinned",
     "vit_blocks",
     "watch_inputs",
+    "with_diagonal",
 ]
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 ERROR_SAMPLES = 32
 """A report's error is measured on as many samples at least; running all again would take as long as the fit."""
@@ -425,6 +430,13 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def with_diagonal(matrix: Tensor, amount: Tensor | float) -> Tensor:
+    """Return a matrix (C, C) with as much more on its diagonal."""
+    result = matrix.clone()
+    result.diagonal().add_(amount)
+    return result
+
+
 class Moments:
     """Sums over rows (T, C) from which means and second moments are made; no row is kept.
 
@@ -511,6 +523,51 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
         setattr(outer, key, module)
 
 
+def replace_kind(model: nn.Module, kind: type[Kind], make: Callable[[Kind], nn.Module]) -> list[str]:
+    """Put what `make` returns in the place of every module of a class, in place, and return their names."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+    for name, module in found.items():
+        replace_module(model, name, make(module))
+    return list(found)
+
+
+class Changes:
+    """What a technique does to a model, written down on the way.
+
+    Args:
+        model: Not yet changed.
+        technique: Its module in `zoo.ffn`.
+
+    Raises:
+        ValueError: The technique has been applied.
+    """
+
+    def __init__(self, model: nn.Module, technique: str) -> None:
+        refuse_twice(model, technique)
+        self.model, self.technique, self.params = model, technique, count_params(model)
+        self.layers: list[LayerChange] = []
+
+    def add(self, name: str, what: str, params: tuple[int, int], macs: tuple[int, int]) -> None:
+        """Write down what became of a layer, see `LayerChange`."""
+        self.layers.append(LayerChange(name=name, what=what, params=params, macs=macs))
+
+    def replace(self, name: str, new: nn.Module, what: str, macs: tuple[int, int]) -> None:
+        """Put a module in the place of another, and write it down."""
+        self.add(name, what, (count_params(self.model.get_submodule(name)), count_params(new)), macs)
+        replace_module(self.model, name, new)
+
+    def report(self, facts: Mapping[str, Any], error: float | None = None) -> FFNReport:
+        """Note in the model what `restructure` needs of each layer, and return the report.
+
+        Args:
+            facts: Plain values by the name of a layer.
+            error: See `FFNReport`.
+        """
+        note_change(self.model, self.technique, facts)
+        params = (self.params, count_params(self.model))
+        return FFNReport(technique=self.technique, layers=tuple(self.layers), params=params, error=error)
+
+
 def replace_layers(
     model: nn.Module,
     technique: str,
@@ -533,7 +590,7 @@ def replace_layers(
     Raises:
         ValueError: No layer is known, one cannot be replaced (the message names it), or it was done before.
     """
-    refuse_twice(model, technique)
+    changes = Changes(model, technique)
     ffns = ffn_layers(model, pattern)
     built: dict[str, nn.Module] = {}
     for name, ffn in ffns.items():
@@ -543,20 +600,9 @@ def replace_layers(
             built[name] = build(ffn, len(ffns)).to(ffn.up.weight)
         except ValueError as error:
             raise ValueError(f"{name} cannot be replaced: {error}") from error
-    params_before, changes = count_params(model), []
     for name, ffn in ffns.items():
-        before = count_params(model.get_submodule(name))
-        changes.append(
-            LayerChange(
-                name=name,
-                what=what,
-                params=(before, count_params(built[name])),
-                macs=(ffn.macs(), int(built[name].macs)),  # type: ignore[arg-type]
-            )
-        )
-        replace_module(model, name, built[name])
-    note_change(model, technique, {name: dict(facts) for name in ffns})
-    return FFNReport(technique=technique, layers=tuple(changes), params=(params_before, count_params(model)))
+        changes.replace(name, built[name], what, (ffn.macs(), int(built[name].macs)))  # type: ignore[arg-type]
+    return changes.report({name: dict(facts) for name in ffns})
 
 
 def restructure_layers(
@@ -591,7 +637,9 @@ def block_macs(block: nn.Module, tokens: int = 0) -> int:
 
 
 def require_types(kind: type, fields: Mapping[str, Any]) -> None:
-    """Say which field of a configuration is not of its type; a whole number is a number too, a list a tuple.
+    """Say which field of a configuration is not of its type or none of its words.
+
+    A whole number is a number too, a list a tuple.
 
     Args:
         kind: The configuration's class.
@@ -602,10 +650,16 @@ def require_types(kind: type, fields: Mapping[str, Any]) -> None:
     """
     numbers = {int: Integral, float: Real, tuple: (tuple, list)}
     for name, hint in get_type_hints(kind).items():
+        if name not in fields:
+            continue
+        value = fields[name]
+        if get_origin(hint) is Literal:
+            if value not in get_args(hint):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}.")
+            continue
         parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
         kinds = [get_origin(part) or part for part in parts]
-        value = fields.get(name)
-        if name not in fields or not all(isinstance(each, type) for each in kinds):  # words are checked by themselves
+        if not all(isinstance(each, type) for each in kinds):
             continue
         right = any(isinstance(value, numbers.get(each, each)) for each in kinds)  # type: ignore[arg-type,call-overload]
         if not right or (isinstance(value, bool) and bool not in kinds):

@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import DenseFFN, read_ffn
 from zoo.ffn.importance import Deal, Loss, Scores, deal_channels, default_loss, score_channels
-from zoo.ffn.technique import amend_mixtures, forget_change, note_mixture
+from zoo.ffn.technique import amend_mixtures, forget_change, note_mixture, require_types
 from zoo.layers.ffn import RePaFFN
 from zoo.moe.blocks import MixtureOfBlocks
 from zoo.moe.experts import LinearPlusMoE, MoEFFN
@@ -77,6 +77,7 @@ class MoEConfig:
     pruned: int = 0
 
     def __post_init__(self) -> None:
+        require_types(type(self), vars(self))
         for name in ("shared", "zero", "copies", "constants", "pruned"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
@@ -87,9 +88,6 @@ class MoEConfig:
         every = self.experts - self.pruned + self.zero + self.copies + self.constants
         if not 0 <= self.top_k <= every:
             raise ValueError(f"top_k must lie in 0 ... {every} (all experts), got {self.top_k}.")
-        for name, words in (("gate", Gate), ("scores", Scores), ("deal", Deal)):
-            if getattr(self, name) not in get_args(words):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(words))}, got {getattr(self, name)!r}.")
 
     @classmethod
     def from_layout(cls, layout: str, **kwargs: Any) -> MoEConfig:

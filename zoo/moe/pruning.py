@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +50,6 @@ class ExpertPruneConfig:
         require_types(type(self), vars(self))
         if self.keep < 1:
             raise ValueError(f"keep is a number of experts, at least 1, got {self.keep}.")
-        if self.scores not in get_args(ExpertScores):
-            raise ValueError(f"scores must be one of {', '.join(get_args(ExpertScores))}, got {self.scores!r}.")
 
 
 def prune_experts(model: nn.Module, config: ExpertPruneConfig, data: Iterable[Any] | None = None) -> FFNReport:

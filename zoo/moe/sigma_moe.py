@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +56,6 @@ class SigmaMoEConfig:
             raise ValueError(f"top_k must lie in 1 ... {self.experts} (experts), got {self.top_k}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a rate of at least 0 and below 1, got {self.dropout}.")
-        if self.start not in get_args(Start):
-            raise ValueError(f"start must be one of {', '.join(get_args(Start))}, got {self.start!r}.")
 
 
 class SigmaRouter(Router):
