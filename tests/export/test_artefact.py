@@ -28,7 +28,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from zoo.export import ExportError, aoti, check, target
-from zoo.export.artefact import Artefact, write_artefact
+from zoo.export.artefact import Artefact, check_runtime, write_artefact
 from zoo.export.network import Network, compare, fixed, prepare
 from zoo.export.openvino import metadata, runner
 from zoo.export.readme import readme
@@ -478,6 +478,16 @@ def test_a_missing_runtime_is_named(
     assert main(["export", "repavit_tiny.cifar10", "--format", "openvino", "-o", str(out)]) != 0
     assert "needs openvino, which is missing: pip install 'ffn-zoo[openvino]'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_runtime_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('libcudart.so.12 cannot be opened')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    said = r"needs onnxruntime, which is here but cannot be imported \(libcudart.so.12 cannot be opened\): pip install"
+    with pytest.raises(ImportError, match=said):
+        check_runtime("onnx")
+    check_runtime("torch-export")
 
 
 def test_files_beside_are_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
