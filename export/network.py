@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torch.export import Dim
@@ -47,6 +47,7 @@ __all__ = [
     "open_sizes",
     "prepare",
     "quiet",
+    "require_normalisation",
     "require_shapes",
     "sample_inputs",
     "shapes_of",
@@ -185,11 +186,17 @@ def prepare(
         dynamic_size: Leave height and width open where the network can take any. Batch sizes are always open.
 
     Raises:
-        ValueError: `kind` is unknown or cannot be told, or a cache is enabled.
+        ValueError: `kind` is unknown or cannot be told, a cache is enabled, or nobody says which images a classifier
+            is for.
     """
     kind = kind_of(model, kind)
     if getattr(model, "is_cache_enabled", False):
         raise ValueError("A cache is enabled on the model, and a file cannot hold it: call zoo.disable_cache first.")
+    if kind in ("classifier", "features") and image_size is None and _own_size(model) is None:
+        raise ValueError(
+            f"{type(model).__name__} does not say which images it is for: give image_size, or set its pretrained_cfg, "
+            "a dictionary with input_size (channels, height, width)."
+        )
     inner = eager_copy(model).float().cpu()
     reparameterize(inner, measure=False)
     batch = Dim("batch")
@@ -406,8 +413,9 @@ def kind_of(model: nn.Module, kind: Kind | None = None) -> Kind:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
     taken = set(inspect.signature(model.forward).parameters)
     if kind == "denoiser" or (kind is None and "timestep" in taken):
-        config = getattr(model, "config", {})
-        if {"hidden_states", "timestep", "class_labels"} <= taken and all(config.get(key) for key in _SIZES):
+        config = getattr(model, "config", None)
+        known = isinstance(config, Mapping) and all(config.get(key) for key in _SIZES)
+        if known and {"hidden_states", "timestep", "class_labels"} <= taken:
             return "denoiser"
         raise ValueError(
             f"{type(model).__name__} is no class-conditional denoiser (hidden_states, timestep, class_labels; "
@@ -466,6 +474,24 @@ def _cfg(model: nn.Module) -> Mapping[str, Any]:
     return cfg if isinstance(cfg, Mapping) else {}
 
 
+def _states_normalisation(model: nn.Module) -> bool:
+    """Tell whether a model says how its images are normalised: what timm takes where one does not is a guess."""
+    return all(_cfg(model).get(key) is not None for key in ("mean", "std"))
+
+
+def require_normalisation(model: nn.Module) -> None:
+    """Refuse a classifier that does not say how pictures become its images.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if not _states_normalisation(model):
+        raise ValueError(
+            f"{type(model).__name__} does not say how its images are normalised: set its pretrained_cfg, a dictionary "
+            "with mean and std, and where they are not timm's usual ones interpolation, crop_pct and crop_mode."
+        )
+
+
 def _open_sides(step: int) -> dict[int, Any]:
     """Return height and width as open dimensions of an image that are multiples of a step."""
     sides = ((2, "height"), (3, "width"))
@@ -514,11 +540,16 @@ def _example_size(model: nn.Module, kind: Kind, image_size: int | None) -> tuple
         return sides[0], sides[1]
     if image_size is not None:
         return image_size, image_size
-    bodies = [model, *([model.model] if kind == "features" and hasattr(model, "model") else [])]
+    return _own_size(model) or (224, 224)
+
+
+def _own_size(model: nn.Module) -> tuple[int, int] | None:
+    """Return height and width of the images that a classifier or backbone is for; None where it does not say."""
+    bodies = [model, *([model.model] if isinstance(getattr(model, "model", None), nn.Module) else [])]
     parts: Iterator[Any] = (getattr(body, name, None) for body in bodies for name in ("patch_embed", "stem"))
     embed = next(filter(None, parts), None)
-    own = getattr(embed, "img_size", None) or _cfg(model).get("input_size", (3, 224, 224))[-2:]
-    return int(own[0]), int(own[1])
+    own = getattr(embed, "img_size", None) or (_cfg(model).get("input_size") or ())[-2:]
+    return (int(own[0]), int(own[1])) if own else None
 
 
 def _metadata(model: nn.Module, kind: Kind, name: str | None, image_size: int | None = None) -> dict[str, str]:
@@ -534,14 +565,12 @@ def _metadata(model: nn.Module, kind: Kind, name: str | None, image_size: int | 
         "producer": f"zoo {zoo.__version__}, torch {torch.__version__}",
     }
     if kind in ("classifier", "features"):
+        known = _states_normalisation(model)
+        data = resolve_model_data_config(model) if known else {}  # type: ignore[no-untyped-call]
         facts |= {
-            "input": "RGB image in [0, 1], then (image - mean) / std",
+            "input": f"RGB image in [0, 1], then {'(image - mean) / std' if known else 'normalised as in training'}",
             "input_size": [_channels(model), *_example_size(model, kind, image_size)],
-            "mean": list(cfg["mean"]) if "mean" in cfg else None,
-            "std": list(cfg["std"]) if "std" in cfg else None,
-            "crop_pct": cfg.get("crop_pct"),
-            "crop_mode": cfg.get("crop_mode"),
-            "interpolation": cfg.get("interpolation"),
+            **{key: data.get(key) for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation")},
             "labels": _labels(model),
             "temperature": cfg.get("temperature"),
             "threshold": cfg.get("threshold"),

@@ -17,7 +17,16 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torch.export import Dim
-from zoo.export.network import ExportError, Kind, Network, difference, eager_copy, kind_of, sample_inputs
+from zoo.export.network import (
+    ExportError,
+    Kind,
+    Network,
+    difference,
+    eager_copy,
+    kind_of,
+    require_normalisation,
+    sample_inputs,
+)
 
 from zoo.cfg import temperature_of
 
@@ -115,7 +124,11 @@ def preprocessing(model: nn.Module, image_size: int | None = None) -> dict[str, 
     Args:
         model: A classifier.
         image_size: As in `prepare`.
+
+    Raises:
+        ValueError: It does not state mean and std.
     """
+    require_normalisation(model)
     image = sample_inputs(model, "classifier", image_size, dynamic_size=False)[0]["image"]
     return {**resolve_model_data_config(model), "input_size": tuple(image.shape[1:])}
 

@@ -143,7 +143,7 @@ def _snippet(network: Network, format: str, file: str) -> list[str]:
     prepared: list[str]
     if facts["kind"] == "classifier" and is_picture:
         prepared = [photo.format(width, height), "picture = np.array(picture)[None]  # (1, height, width, 3)"]
-    elif facts["kind"] in _SEEING and channels != 3:
+    elif facts["kind"] in _SEEING and (channels != 3 or "mean" not in facts):
         prepared = [f"{key} = np.zeros((1, {channels}, {height}, {width}), np.float32)  # yours, normalised"]
     elif facts["kind"] in _SEEING:
         prepared = _prepare(facts, tuple(json.loads(facts["input_size"])[1:]), photo)
@@ -177,14 +177,13 @@ def _snippet(network: Network, format: str, file: str) -> list[str]:
 
 def _prepare(facts: Any, size: tuple[int, ...], photo: str) -> list[str]:
     """Return the lines that scale, crop and normalise a picture as timm does; timm's own where these are not enough."""
-    mean, std = facts.get("mean", "[0, 0, 0]"), facts.get("std", "[1, 1, 1]")
-    crop, way = float(facts.get("crop_pct", 1)), facts.get("interpolation", "bicubic")
-    if facts.get("crop_mode", "center") != "center" or size[0] != size[1] or way not in _PIL:
+    mean, std, crop, way = facts["mean"], facts["std"], float(facts["crop_pct"]), facts["interpolation"]
+    if facts["crop_mode"] != "center" or size[0] != size[1] or way not in _PIL:
         return [
             "from timm.data import create_transform",
             photo.format(640, 480),
             f"transform = create_transform((3, {size[0]}, {size[1]}), mean={mean}, std={std}, crop_pct={crop}, "
-            f"crop_mode={facts.get('crop_mode', 'center')!r}, interpolation={way!r})",
+            f"crop_mode={facts['crop_mode']!r}, interpolation={way!r})",
             "image = transform(picture)[None].numpy()",
         ]
     side = size[0]

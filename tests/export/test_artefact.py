@@ -167,6 +167,38 @@ class Several(Classifier):
         return {"out": logits, "aux": x.mean()} if self.kind is dict else self.kind((logits, x.mean()))
 
 
+class Plain(nn.Module):
+    """A user's own: no facts about its images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).relu().mean((2, 3)))
+
+
+def test_what_a_model_does_not_say_is_not_guessed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], photos: Path
+) -> None:
+    """Size and normalisation are the user's; timm's usual crop and scaling are those of `zoo classify`."""
+    model, options = Plain().eval(), dict(format="torch-export", kind="classifier")
+    with pytest.raises(ValueError, match="Plain does not say which images it is for: give image_size"):
+        write_artefact(model, tmp_path / "x.pt2", **options)
+    for more in (dict(with_preprocess=True), dict(format="onnx", precision="int8", data=photos)):
+        with pytest.raises(ValueError, match="does not say how its images are normalised: set its pretrained_cfg"):
+            write_artefact(model, tmp_path / "x.pt2", **{**options, "image_size": 32, **more})
+    assert not list(tmp_path.iterdir())
+    plain = write_artefact(model, tmp_path / "x.pt2", image_size=32, **options)
+    assert "normalised as in training" in plain.readme.read_text()
+    assert run_snippet(plain, monkeypatch, capsys).strip() == "[(1, 3)]"
+    model.pretrained_cfg = dict(input_size=(3, 32, 32), mean=(0.4,) * 3, std=(0.2,) * 3)
+    facts = prepare(model, kind="classifier").metadata
+    usual = resolve_model_data_config(model)
+    assert (facts["crop_pct"], facts["interpolation"]) == (str(usual["crop_pct"]), usual["interpolation"])
+
+
 @pytest.mark.parametrize("kind", [dict, tuple, list])
 @pytest.mark.parametrize("restores", [True, False])
 def test_several_outputs_are_refused_before_they_are_compiled(tmp_path: Path, kind: Any, restores: bool) -> None:
