@@ -526,6 +526,11 @@ def _channels(model: nn.Module) -> int:
     return int(next(convolutions, _cfg(model).get("input_size", (3,))[0]))
 
 
+def _image(model: nn.Module) -> str:
+    channels = _channels(model)
+    return {1: "gray image", 3: "RGB image"}.get(channels, f"image of {channels} channels")
+
+
 def _example_size(model: nn.Module, kind: Kind, image_size: int | None) -> tuple[int, int]:
     if kind == "restorer":
         step, least = _step(model, kind), _cfg(model).get("min_input_size", (3, 1, 1))
@@ -568,7 +573,7 @@ def _metadata(model: nn.Module, kind: Kind, name: str | None, image_size: int | 
         known = _states_normalisation(model)
         data = resolve_model_data_config(model) if known else {}  # type: ignore[no-untyped-call]
         facts |= {
-            "input": f"RGB image in [0, 1], then {'(image - mean) / std' if known else 'normalised as in training'}",
+            "input": f"{_image(model)} in [0, 1], then {'(image - mean) / std' if known else 'normalised as in training'}",
             "input_size": [_channels(model), *_example_size(model, kind, image_size)],
             **{key: data.get(key) for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation")},
             "labels": _labels(model),
@@ -579,7 +584,7 @@ def _metadata(model: nn.Module, kind: Kind, name: str | None, image_size: int | 
             facts |= {"channels": info.channels(), "reductions": info.reduction()}
     elif kind == "restorer":
         facts |= {
-            "input": "RGB image in [0, 1]",
+            "input": f"{_image(model)} in [0, 1]",
             "task": cfg.get("task"),
             "scale": cfg.get("scale", getattr(model, "scale", 1)),
             "multiple_of": _step(model, kind),

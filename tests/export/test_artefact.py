@@ -143,6 +143,7 @@ def test_maps_of_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     artefact = write_artefact(model, tmp_path / "maps.pt2", format="torch-export")
     facts, run = target("torch-export").metadata(artefact.path), target("torch-export").runner(artefact.path)
     assert (facts["kind"], facts["channels"], facts["reductions"]) == ("features", "[32, 48]", "[4, 8]")
+    assert facts["input"].startswith("gray image in [0, 1]")
     x = torch.rand(2, 1, 64, 96)
     with torch.no_grad():
         for found, expected in zip(run({"image": x}), model(x), strict=True):
