@@ -284,7 +284,8 @@ def _lines(result: dict[str, Any]) -> list[str]:
 
     def words(point: dict[str, Any]) -> str:
         if "lost_db" in point:
-            return f"{point['lost_db']:.2f} dB lost ({point['psnr_float']:.2f} to {point['psnr_int8']:.2f})"
+            lost = round(point["lost_db"], 2) + 0.0  # no minus before 0.00
+            return f"{lost:.2f} dB lost ({point['psnr_float']:.2f} to {point['psnr_int8']:.2f})"
         if "agreeing_top1" in point:
             return (
                 f"{100 * point['agreeing_top1']:.1f} % of first classes agree, "

@@ -573,7 +573,8 @@ def _metadata(model: nn.Module, kind: Kind, name: str | None, image_size: int | 
         known = _states_normalisation(model)
         data = resolve_model_data_config(model) if known else {}  # type: ignore[no-untyped-call]
         facts |= {
-            "input": f"{_image(model)} in [0, 1], then {'(image - mean) / std' if known else 'normalised as in training'}",
+            "input": f"{_image(model)} in [0, 1], then "
+            + ("(image - mean) / std" if known else "normalised as in training"),
             "input_size": [_channels(model), *_example_size(model, kind, image_size)],
             **{key: data.get(key) for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation")},
             "labels": _labels(model),
