@@ -673,8 +673,8 @@ default_cfgs = generate_default_cfgs(
             pool_size=(2, 2),
             model_args=dict(img_size=128, window_size=8),
             interpolation="bilinear",
-            temperature=0.827,
-            threshold=0.887,
+            temperature=0.816,
+            threshold=0.947,
         ),
         "efficientvit_msra_m0_det.untrained": _cfg(
             notes=("The authors published no weights with the query kernels of their detection code.",)
