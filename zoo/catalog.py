@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PATH", "PIPELINE_TASKS", "entry", "load", "nearest", "normalisation", "select", "unknown"]
+__all__ = ["PATH", "PIPELINE_TASKS", "did_you_mean", "entry", "load", "nearest", "normalisation", "select", "unknown"]
 
 PATH = Path(__file__).with_name("catalog.json")
 PIPELINE_TASKS = ("generation", "policy")
@@ -44,6 +44,12 @@ def nearest(name: str, names: list[str], most: int = 3, *, cutoff: float = 0.5) 
     found = difflib.get_close_matches(name.lower(), [*reversed(small)], most, cutoff=cutoff)
     like = [difflib.SequenceMatcher(None, each, name.lower()).ratio() for each in found]
     return [small[each] for each, ratio in zip(found, like, strict=True) if ratio > like[0] - _FARTHER]
+
+
+def did_you_mean(name: str, names: Iterable[str], *, quoted: bool = False) -> str:
+    """Return " Did you mean NAME?", which goes behind a sentence; nothing where no name is near."""
+    near = nearest(name, list(names), 1)
+    return f" Did you mean {repr(near[0]) if quoted else near[0]}?" if near else ""
 
 
 def unknown(name: str, others: Iterable[str] = ()) -> str:
@@ -104,10 +110,7 @@ def select(
     models = load()
     tasks = sorted({facts["task"] for facts in models.values()})
     if task is not None and task not in tasks:
-        near = nearest(task, tasks, 1)
-        raise ValueError(
-            f"No model has the task {task!r}. {f'Did you mean {near[0]}? ' if near else ''}Tasks: {', '.join(tasks)}."
-        )
+        raise ValueError(f"No model has the task {task!r}.{did_you_mean(task, tasks)} Tasks: {', '.join(tasks)}.")
     return {
         name: facts
         for name, facts in models.items()

@@ -22,13 +22,14 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from zoo.catalog import did_you_mean
 
 __all__ = [
     "CONFIG_NAME",
@@ -157,9 +158,8 @@ class ModelRecord:
         known = [*own, *_TIMM_FIELDS, *_ZOO_FIELDS]
         for name in facts:
             if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
                 raise RecordError(
-                    f"A model's record has no {name!r}. {f'Did you mean {near[0]!r}? ' if near else ''}"
+                    f"A model's record has no {name!r}.{did_you_mean(name, known, quoted=True)} "
                     f"It has: {', '.join(sorted(known))}."
                 )
         fields = {name: value for name, value in facts.items() if name in own}

@@ -28,7 +28,7 @@ from timm.models._hub import check_cached_file, download_cached_file, get_cache_
 from torch import Tensor, nn
 
 from zoo import hub
-from zoo.catalog import nearest
+from zoo.catalog import did_you_mean
 from zoo.cfg import ModelCfg, RestorationCfg
 from zoo.files import whole
 from zoo.record import (
@@ -42,14 +42,7 @@ from zoo.record import (
     read_record,
     record_in,
 )
-from zoo.sources import (
-    WEIGHT_SUFFIXES,
-    CheckpointError,
-    card_sha256,
-    cards_dir,
-    front_matter,
-    no_shipped_file,
-)
+from zoo.sources import WEIGHT_SUFFIXES, CheckpointError, card_sha256, cards_dir, front_matter, no_shipped_file
 
 __all__ = [
     "CheckpointError",
@@ -518,9 +511,8 @@ def require_known(name: str, function: Callable[..., Any], given: Iterable[str],
     known = [key for key in parameters if key not in ("self", "device", "dtype")]
     for key in given:
         if key not in (*known, *others, "device", "dtype"):
-            near = nearest(key, [*known, *others], 1)
             raise TypeError(
-                f"{name} has no argument {key!r}. {f'Did you mean {near[0]!r}? ' if near else ''}"
+                f"{name} has no argument {key!r}.{did_you_mean(key, [*known, *others], quoted=True)} "
                 f"It takes: {', '.join(known)}."
             )
 

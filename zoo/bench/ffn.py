@@ -33,7 +33,7 @@ from zoo.bench.ffn_subjects import (
 )
 from zoo.bench.report import Benchmark, Entry, Goal, new_figure, plot, save_with_legend
 from zoo.bench.timing import Progress, Settings, cast, environment, now, torch_threads
-from zoo.catalog import nearest
+from zoo.catalog import did_you_mean
 from zoo.diffusion.pipelines import PixelDiTPipeline
 from zoo.evaluation.fid_c import FID_C
 from zoo.ffn.compressing import compress, resized
@@ -168,9 +168,8 @@ def ffn(
         ImportError: Torch-Pruning is not installed.
     """
     if wrong := [name for name in techniques or () if name not in TECHNIQUES]:
-        near = nearest(wrong[0], list(TECHNIQUES), 1)
         raise ValueError(
-            f"No technique is called {wrong[0]!r}.{f' Did you mean {near[0]!r}?' if near else ''} "
+            f"No technique is called {wrong[0]!r}.{did_you_mean(wrong[0], TECHNIQUES, quoted=True)} "
             f"Techniques: {'; '.join(TECHNIQUES)}."
         )
     if outside := [budget for budget in budgets if not 0 < budget < 1]:

@@ -90,8 +90,7 @@ class Grid:
                 raise ValueError(f"{name} must be at least 1, got {min(getattr(self, name))}.")
         for precision in self.precisions:
             if precision not in PRECISIONS:
-                near = catalog.nearest(precision, list(PRECISIONS), 1)
-                hint = f" Did you mean {near[0]}?" if near else ""
+                hint = catalog.did_you_mean(precision, PRECISIONS)
                 raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.{hint}")
         for engine in self.engines:
             check_engine(engine)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from zoo.catalog import nearest
+from zoo.catalog import did_you_mean, nearest
 from zoo.cli import (
     app,
     bench,
@@ -54,10 +54,8 @@ class _Parser(argparse.ArgumentParser):
         wrong = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if wrong:
             choices = [choice.strip("' ") for choice in wrong[2].split(",")]
-            near = nearest(wrong[1], choices, 1)
             what = message.partition(":")[0].removeprefix("argument ")
-            hint = f"Did you mean {near[0]}? " if near else ""
-            message = f"{wrong[1]!r} is not a {what}. {hint}Choices: {', '.join(choices)}."
+            message = f"{wrong[1]!r} is not a {what}.{did_you_mean(wrong[1], choices)} Choices: {', '.join(choices)}."
         raise UsageError(message)
 
 
@@ -110,9 +108,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         _print_completion(parser, argv[1:])
         raise SystemExit(0)
     if not command.startswith("-") and command not in commands:
-        near = nearest(command, list(commands), 1)
-        hint = f"Did you mean {near[0]}? " if near else ""
-        raise UsageError(f"There is no command {command!r}. {hint}Commands: {', '.join(commands)}.")
+        hint = did_you_mean(command, commands)
+        raise UsageError(f"There is no command {command!r}.{hint} Commands: {', '.join(commands)}.")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         options = re.findall(r"--[\w-]+|-\w\b", commands[command].format_help())

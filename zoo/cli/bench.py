@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.catalog import nearest
+from zoo.catalog import did_you_mean, nearest
 from zoo.cli.inputs import ENGINES
 from zoo.cli.models import add_model_args, find_model, model_args
 from zoo.cli.output import (
@@ -194,8 +194,7 @@ def _check(args: argparse.Namespace, suites: list[str]) -> None:
         if chosen and ((suites and suites != ["engines"]) or args.count is not None):
             raise UsageError(f"--{option} is for models and `zoo bench engines`; give names of models.")
         if wrong := [name for name in chosen if name not in known]:
-            near = nearest(wrong[0], list(known), 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(wrong[0], known)
             raise UsageError(f"--{option} takes {', '.join(known)}, got {wrong[0]!r}.{hint}")
     if args.precision is not None and args.dtype != "float32":
         raise UsageError(f"--precision says the type, too: leave out --dtype {args.dtype}.")
@@ -258,10 +257,7 @@ def _caches(args: argparse.Namespace) -> dict[str, float | None]:
     for part in [] if args.caches is None else args.caches.split(","):
         name, _, value = part.strip().partition("=")
         if name not in known:
-            near = nearest(name, known, 1)
-            raise UsageError(
-                f"--caches takes {', '.join(known)}, got {name!r}.{f' Did you mean {near[0]}?' if near else ''}"
-            )
+            raise UsageError(f"--caches takes {', '.join(known)}, got {name!r}.{did_you_mean(name, known)}")
         try:
             found[part.strip()] = _number(value) if value else None
         except ValueError as error:

@@ -9,18 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.catalog import nearest
+from zoo.catalog import did_you_mean
 from zoo.cli.inputs import add_engine
-from zoo.cli.output import (
-    UsageError,
-    check_target,
-    note,
-    print_json,
-    print_table,
-    progress,
-    replacing,
-    table,
-)
+from zoo.cli.output import UsageError, check_target, note, print_json, print_table, progress, replacing, table
 from zoo.cli.pipelines import Plan, add_request, check_name, check_request, load_pipeline, plan_calls
 from zoo.cli.showing import Panel, has_encoder, plan_target, write
 
@@ -150,8 +141,7 @@ def _check_cache(args: argparse.Namespace) -> None:
         )
     known = ["none", *CACHES, "auto"]
     if args.cache not in known and not Path(args.cache).is_file():
-        near = nearest(args.cache, known, 1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(args.cache, known)
         raise UsageError(
             f"{args.cache!r} is neither a cache nor the file of one.{hint} Choices: {', '.join(known)}, or a file."
         )

@@ -71,9 +71,8 @@ def run_list(args: argparse.Namespace) -> int:
     if args.license and not catalog.select(license=args.license):
         known = {weight["license"] for facts in catalog.load().values() for weight in facts["weights"].values()}
         licences = sorted(known - {None})
-        near = catalog.nearest(args.license, licences, 1)
-        hint = f"Did you mean {near[0]}? " if near else ""
-        raise UsageError(f"No weights are under {args.license!r}. {hint}Licences: {', '.join(licences)}.")
+        hint = catalog.did_you_mean(args.license, licences)
+        raise UsageError(f"No weights are under {args.license!r}.{hint} Licences: {', '.join(licences)}.")
     near = catalog.nearest(args.pattern.strip("*?"), list(catalog.load()))
     hint = f" Did you mean {' or '.join(near)}?" if near else " `zoo list` shows all."
     if not args.json:

@@ -177,8 +177,7 @@ def _check_classes(args: argparse.Namespace, name: str) -> None:
     names = [each.strip() for text in classes_of(name).values() for each in str(text).split(",")]
     for label in (getattr(args, "classes", None) or "").split(",") if names else ():
         if (label := label.strip()) and not label.isdigit() and label not in names:
-            near = catalog.nearest(label, names, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = catalog.did_you_mean(label, names, quoted=True)
             said = f" The classes are {', '.join(names)}." if len(names) <= _FEW else ""
             raise UsageError(f"No class is called {label!r}.{hint}{said}")
 
@@ -529,8 +528,7 @@ def _more(args: argparse.Namespace, cls: str, takes: frozenset[str]) -> dict[str
     free = sorted(takes - {*_OWN, "self"})
     for key in more:
         if key not in free:
-            near = catalog.nearest(key, free, 1)
-            raise UsageError(f"{cls} takes no {key!r} here.{f' Did you mean {near[0]!r}?' if near else ''}")
+            raise UsageError(f"{cls} takes no {key!r} here.{catalog.did_you_mean(key, free, quoted=True)}")
     return more
 
 

@@ -11,7 +11,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.data.samplers import LateLoader, ResumableSampler
+from zoo.data.samplers import ResumableSampler, training_loader
 from zoo.environments import Demonstration, Task
 
 __all__ = ["Demonstrations", "Windows"]
@@ -94,18 +94,7 @@ class Demonstrations(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = ResumableSampler(self.train, self.seed, rank, world)
-        if len(sampler) < self.batch_size:
-            raise ValueError(f"batch_size {self.batch_size} exceeds the {len(sampler)} training windows of a process.")
-        return LateLoader(
-            self.train,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            drop_last=True,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        return training_loader(self, self.train, sampler, "windows")
 
     def val_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.val, batch_size=self.batch_size, generator=torch.Generator().manual_seed(self.seed))

@@ -20,7 +20,7 @@ from torchvision.tv_tensors import BoundingBoxes
 from zoo.data.labelled_images import DamagePolicy, find_damaged
 from zoo.data.notices import notice
 from zoo.data.readable import require_known, tell_absent
-from zoo.data.samplers import LateLoader, ResumableSampler, SeededDataset
+from zoo.data.samplers import ResumableSampler, SeededDataset, training_loader
 from zoo.pictures.eight_bit import read_eight_bit
 
 __all__ = ["CocoBoxes", "CocoImages"]
@@ -195,18 +195,8 @@ class CocoImages(LightningDataModule):
         data = self._open(train=True)
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = ResumableSampler(data, self.seed, rank, world)
-        if len(sampler) < self.batch_size:
-            raise ValueError(f"batch_size {self.batch_size} exceeds the {len(sampler)} training images of a process.")
-        return LateLoader(
-            SeededDataset(data, self.seed),
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            drop_last=True,
-            collate_fn=_lists,
-            persistent_workers=self.num_workers > 0,
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        seeded = SeededDataset(data, self.seed)
+        return training_loader(self, seeded, sampler, "images", collate_fn=_lists, pin_memory=False)
 
     def val_dataloader(self) -> DataLoader[Any]:
         data = self._open(train=False)

@@ -25,7 +25,7 @@ from zoo.data.labelled_images import (
 )
 from zoo.data.labelled_images import _read_rgb as _read_rgb
 from zoo.data.notices import notice
-from zoo.data.samplers import BlockSampler, LateLoader, ResumableSampler, SeededDataset
+from zoo.data.samplers import BlockSampler, ResumableSampler, SeededDataset, training_loader
 from zoo.data.shards import ShardImages, find_shards
 from zoo.pictures.folders import split_folder
 from zoo.record import record_of
@@ -136,18 +136,7 @@ class _Images(LightningDataModule):
             sampler: ResumableSampler = BlockSampler(data, self.seed, rank, world)
         else:
             sampler = ResumableSampler(data, self.seed, rank, world, self.repeats)
-        if len(sampler) < self.batch_size:
-            raise ValueError(f"batch_size {self.batch_size} exceeds the {len(sampler)} training images of a process.")
-        return LateLoader(
-            SeededDataset(data, self.seed),
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            drop_last=True,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        return training_loader(self, SeededDataset(data, self.seed), sampler, "images")
 
     def _eval_dataloader(self, split: str) -> DataLoader[Any]:
         return DataLoader(

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
-from zoo.catalog import nearest
+from zoo.catalog import did_you_mean
 from zoo.data.notices import notice
 
 __all__ = ["Readable", "require_known", "tell_absent"]
@@ -59,8 +59,7 @@ class Readable(Dataset[tuple[Any, int]]):
 def require_known(strange: Sequence[str], classes: Sequence[str], source: str | Path) -> None:
     """Refuse classes that are not those of the model, or of the images that it is trained on."""
     if strange:
-        near = nearest(strange[0], list(classes), 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(strange[0], classes, quoted=True)
         listed = ", ".join(map(repr, strange[:4])) + (f" and {len(strange) - 4} more" if len(strange) > 4 else "")
         known = ", ".join(map(repr, classes[:4])) + (f" and {len(classes) - 4} more" if len(classes) > 4 else "")
         raise ValueError(f"{source} has the class {listed}, which is none of the known ones, {known}.{hint}")

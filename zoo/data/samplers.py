@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
-__all__ = ["BlockSampler", "LateLoader", "PatchBatches", "Phase", "PhasedSampler", "ResumableSampler", "SeededDataset"]
+__all__ = [
+    "BlockSampler", "LateLoader", "PatchBatches", "Phase", "PhasedSampler", "ResumableSampler", "SeededDataset",
+    "training_loader",
+]  # fmt: skip
 
 
 @contextmanager
@@ -229,3 +232,24 @@ class LateLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         yield from super().__iter__()
+
+
+def training_loader(module: Any, data: Any, sampler: ResumableSampler, what: str, **more: Any) -> LateLoader:
+    """Return the batches of a data module's training epoch, in the order of a sampler.
+
+    Raises:
+        ValueError: A process has less than a batch of what they are.
+    """
+    if len(sampler) < module.batch_size:
+        raise ValueError(f"batch_size {module.batch_size} exceeds the {len(sampler)} training {what} of a process.")
+    more = {"pin_memory": torch.cuda.is_available(), **more}
+    return LateLoader(
+        data,
+        batch_size=module.batch_size,
+        sampler=sampler,
+        num_workers=module.num_workers,
+        drop_last=True,
+        persistent_workers=module.num_workers > 0,
+        generator=torch.Generator().manual_seed(module.seed),
+        **more,
+    )

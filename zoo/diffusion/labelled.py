@@ -10,7 +10,7 @@ import torch
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import nn
 
-from zoo.catalog import nearest
+from zoo.catalog import did_you_mean
 
 __all__ = ["DiTPipeline"]
 
@@ -62,8 +62,7 @@ class DiTPipeline(diffusers.DiTPipeline):
                 return int(self.labels[label])
             if not self.labels:
                 raise ValueError(f"This pipeline has no class names: give a number instead of {label!r}.")
-            near = nearest(label, list(self.labels), 1)
-            raise ValueError(f"No class is called {label!r}.{f' Did you mean {near[0]!r}?' if near else ''}")
+            raise ValueError(f"No class is called {label!r}.{did_you_mean(label, self.labels, quoted=True)}")
         classes = self.transformer.config.num_embeds_ada_norm
         if not 0 <= label < classes:
             raise ValueError(f"Class numbers go from 0 to {classes - 1}, got {label}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from zoo.catalog import did_you_mean
 from zoo.diffusion.pixel_dit import PixelDiT
 
 __all__ = ["PixelDiTPipeline"]
@@ -90,8 +90,7 @@ class PixelDiTPipeline(DiffusionPipeline):
                 return ids[label]
             if not ids:
                 raise ValueError(f"This pipeline has no class names: give a number instead of {label!r}.")
-            near = difflib.get_close_matches(label.lower(), ids, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(label, ids, quoted=True)
             raise ValueError(f"No class is called {label!r}.{hint} The classes are {', '.join(ids)}.")
         classes = self.transformer.config.num_classes
         if not 0 <= label < classes:

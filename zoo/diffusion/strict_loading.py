@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
-from zoo.catalog import nearest
+from zoo.catalog import did_you_mean
 from zoo.ffn.technique import rebuild
 from zoo.weights import CheckpointError
 
@@ -30,10 +30,9 @@ class StrictModelMixin(ModelMixin):
         known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
         for key in config_dict:
             if key not in known and not key.startswith("_") and key != "quantization_config":
-                near = nearest(key, known, 1)
                 raise CheckpointError(
                     f"The configuration of a {cls.__name__} has no {key!r}."
-                    f"{f' Did you mean {near[0]!r}?' if near else ''} It has: {', '.join(known)}."
+                    f"{did_you_mean(key, known, quoted=True)} It has: {', '.join(known)}."
                 )
         return super().extract_init_dict(config_dict, **kwargs)
 

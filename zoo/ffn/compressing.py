@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.catalog import did_you_mean
 from zoo.ffn.depth import DepthConfig, removable
 from zoo.ffn.low_rank import LowRankConfig
 from zoo.ffn.prune import PruneConfig
@@ -64,12 +65,8 @@ def config_of(method: str) -> Config:
         ValueError: There is none of this name; the message has the nearest.
     """
     if method not in METHODS:
-        import difflib
-
-        near = difflib.get_close_matches(method, METHODS, 1)
         raise ValueError(
-            f"No method is called {method!r}. {f'Did you mean {near[0]}? ' if near else ''}"
-            f"Methods: {', '.join(METHODS)}."
+            f"No method is called {method!r}.{did_you_mean(method, METHODS)} Methods: {', '.join(METHODS)}."
         )
     return METHODS[method]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from zoo.catalog import nearest
+from zoo.catalog import did_you_mean
 from zoo.ffn.ewa import ExpertsWeightsAveraging
 from zoo.ffn.low_rank import LowRankLinear
 from zoo.ffn.s2ft import SliceLinear
@@ -38,8 +38,7 @@ def require_factors(factors: Mapping[str, float]) -> None:
     """
     for kind, factor in factors.items():
         if kind not in KINDS:
-            near = nearest(kind, list(KINDS), 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(kind, KINDS)
             raise ValueError(f"block_lr: no kind of block is called {kind!r}.{hint} Kinds: {', '.join(KINDS)}.")
         if isinstance(factor, bool) or not isinstance(factor, Real) or not 0 <= float(factor) < math.inf:
             raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.catalog import nearest
+from zoo.catalog import did_you_mean
 from zoo.ffn.block_ffn import chunk_sparsification, locality, record_logits
 from zoo.ffn.matformer import MatFormerConfig, set_width, training_widths
 from zoo.ffn.structured import SelfGuided, guide_share
@@ -69,10 +69,9 @@ class FFNTraining:
         if self.technique in _ELSEWHERE:
             raise ValueError(f"ffn: {self.technique} is switched on by {_ELSEWHERE[self.technique]}.")
         if self.technique not in _CONFIGS:
-            near = nearest(self.technique, list(_CONFIGS), 1)
             raise ValueError(
                 f"ffn: no technique to train with is called {self.technique!r}."
-                f"{f' Did you mean {near[0]}?' if near else ''} Techniques: {', '.join(_CONFIGS)}."
+                f"{did_you_mean(self.technique, _CONFIGS)} Techniques: {', '.join(_CONFIGS)}."
             )
         defaults = _LOSSES.get(self.technique, {})
         self.weights = {name: fields.pop(name, default) for name, default in defaults.items()}

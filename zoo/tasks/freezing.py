@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from zoo.catalog import nearest
+from zoo.catalog import did_you_mean
 
 __all__ = ["fixed_norms", "freeze"]
 
@@ -29,10 +29,9 @@ def freeze(model: nn.Module, prefixes: Iterable[str], name: str) -> list[nn.Modu
         found = [parameter for key, parameter in parameters.items() if _is_under(key, prefix)]
         if not found:
             parts = list(dict.fromkeys(".".join(key.split(".")[:2]) for key in parameters))
-            near = nearest(prefix, parts, 1)
-            hint = f"Did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(prefix, parts, quoted=True)
             raise ValueError(
-                f"freeze: no parameter of {name} starts with {prefix!r}. {hint}Its parts are {', '.join(parts)}."
+                f"freeze: no parameter of {name} starts with {prefix!r}.{hint} Its parts are {', '.join(parts)}."
             )
         for parameter in found:
             parameter.requires_grad_(False)
