@@ -95,12 +95,10 @@ def test_unchosen_experts_are_masked_channels() -> None:
     torch.testing.assert_close(moe(rows), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("path", ["sorted", "grouped", "no grouped product"])
+@pytest.mark.parametrize("path", ["sorted", "grouped"])
 @pytest.mark.parametrize(("count", "everyone"), [(1, None), (13, None), (40, 3), (13, 0)])
 @pytest.mark.parametrize("gated", [False, True])
-def test_sorted_path_is_the_masked_loop(
-    path: str, count: int, everyone: int | None, gated: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sorted_path_is_the_masked_loop(path: str, count: int, everyone: int | None, gated: bool) -> None:
     """Values and gradients agree, for one token, empty experts, and where all tokens take the same ones."""
     layer = FeedForward(DIM, activation_fn="geglu" if gated else "gelu", inner_dim=HIDDEN)
     moe = mixture(layer)
@@ -108,8 +106,6 @@ def test_sorted_path_is_the_masked_loop(
     weights, index, _ = moe.router(rows, 2)
     if everyone is not None:
         index = torch.tensor([[everyone, everyone + 1]]).expand(count, 2).contiguous()
-    if path == "no grouped product":
-        monkeypatch.setattr(experts_module, "_GROUPED_MM", None)
     start = torch.zeros(count, DIM)
     if path == "sorted":
         found = sorted_experts(moe, rows, weights, index, start)

@@ -17,7 +17,7 @@ from zoo.bench.memory import in_fresh_process, map_large_blocks, resident_peak
 from zoo.bench.plain_backbones import PLAIN
 from zoo.bench.report import Benchmark, Entry, Goal
 from zoo.bench.subjects import subject
-from zoo.bench.timing import Progress, Settings, compare, environment, now, require_close, torch_threads
+from zoo.bench.timing import Progress, Settings, compare, environment, require_close, torch_threads
 from zoo.profiling import count_params
 
 __all__ = ["backbones", "with_plain_blocks"]
@@ -98,13 +98,7 @@ def _family(name: str, settings: Settings, progress: Progress | None) -> Benchma
         faster = timed[theirs][0].median / timed[ours.name][0].median
         goals.append(Goal(what=f"{ours.name} against {theirs}, times as fast", value=faster, wanted=1.1))
     entries = tuple(
-        Entry(
-            name=label,
-            time=timed[label][0],
-            speedup=timed[label][1],
-            params=count_params(model),
-            peak_bytes=peaks.get(label),
-        )
+        Entry.of(label, timed[label], params=count_params(model), peak_bytes=peaks.get(label))
         for label, model in models.items()
     )
     return Benchmark(
@@ -112,7 +106,6 @@ def _family(name: str, settings: Settings, progress: Progress | None) -> Benchma
         title=f"Merged {name} against the plain formulation of its hot block, inference",
         conditions=settings.conditions(input="x".join(map(str, x.shape[1:]))),
         environment=environment(settings.device),
-        date=now(),
         reference=_PLAIN,
         entries=entries,
         checks=(*ours.checks, check),

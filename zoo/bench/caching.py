@@ -15,7 +15,7 @@ import zoo
 from zoo.bench.cache_dit import cache_dit_settings
 from zoo.bench.latency import processor_clock
 from zoo.bench.report import Benchmark, Entry, Goal
-from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
+from zoo.bench.timing import Progress, Settings, compare, environment, torch_threads
 from zoo.caching.presets import CACHE_FAILURES, STEPS, CacheSetting, Subject, cache_settings, reason_of
 from zoo.evaluation.fid_c import FEWEST, FID_C, RECOGNISED, SampleJudge
 from zoo.evaluation.metrics import ssim
@@ -31,11 +31,13 @@ __all__ = [
     "class_images",
     "class_subject",
     "compare_caches",
+    "likeness",
     "measure_caches",
     "psnr_of_all",
     "recogniser",
     "size_of",
     "ssim_of_all",
+    "stage_of",
     "without_cache",
 ]
 
@@ -173,7 +175,7 @@ def measure_caches(
     calls = {name: generate(name, *run) for name, run in runs.items()}
     clock = processor_clock(settings.device)
     found = compare(
-        calls, settings, reference=uncached, progress=_stage(progress, "with and without caches"), clock=clock
+        calls, settings, reference=uncached, progress=stage_of(progress, "with and without caches"), clock=clock
     )
     runs = {name: run for name, run in runs.items() if name not in refused}
     found = {name: found[name] for name in runs}
@@ -189,7 +191,7 @@ def measure_caches(
             {name: generate(name, *runs[name]) for name in (uncached, *ladder)},
             settings,
             reference=uncached,
-            progress=_stage(progress, "fewer steps"),
+            progress=stage_of(progress, "fewer steps"),
             clock=clock,
         )
         found |= {name: again[name] for name in ladder}
@@ -202,7 +204,7 @@ def measure_caches(
     for name in runs:
         original = None if name == uncached else images[uncached]
         judged = {} if judge is None else judge(images[name], original)
-        values[name] = {**_values(images[name], original), **judged, **notes[name]}
+        values[name] = {**likeness(images[name], original), **judged, **notes[name]}
     for name, number in same_time.items():
         fewer = values.get(without_cache(number), {}) if number != steps else {}
         values[name] |= {
@@ -210,8 +212,7 @@ def measure_caches(
             **{f"their {key}": fewer[key] for key in (PSNR, FID_C) if key in fewer},
         }
     entries = tuple(
-        Entry(name=name, time=time, speedup=speed, values=values[name], series=methods.get(name, NO_CACHE))
-        for name, (time, speed) in found.items()
+        Entry.of(name, times, values=values[name], series=methods.get(name, NO_CACHE)) for name, times in found.items()
     )
     return CacheResults(entries=entries, images=images, refused=refused)
 
@@ -221,14 +222,15 @@ def without_cache(steps: float) -> str:
     return f"{NO_CACHE}, {steps:g} steps"
 
 
-def _values(images: Tensor, reference: Tensor | None) -> dict[str, float]:
+def likeness(images: Tensor, reference: Tensor | None) -> dict[str, float]:
+    """Return PSNR and, where they are large enough, SSIM of images to those without a cache; nothing of these."""
     if reference is None:
         return {}
-    likeness = ssim_of_all(images, reference)
-    return {PSNR: psnr_of_all(images, reference), **({} if likeness is None else {SSIM: likeness})}
+    similar = ssim_of_all(images, reference)
+    return {PSNR: psnr_of_all(images, reference), **({} if similar is None else {SSIM: similar})}
 
 
-def _stage(progress: Progress | None, what: str) -> Progress | None:
+def stage_of(progress: Progress | None, what: str) -> Progress | None:
     """Name the stage that a progress report is about."""
     if progress is None:
         return None
@@ -351,7 +353,6 @@ def compare_caches(
         title=f"Caches of diffusion steps on {name}",
         conditions=settings.conditions(**conditions),
         environment=environment(settings.device),
-        date=now(),
         reference=results.uncached.name,
         entries=results.entries,
         goals=_goals(results.entries, told) if has_goals else (),

@@ -32,7 +32,7 @@ from zoo.bench.ffn_subjects import (
     heading,
 )
 from zoo.bench.report import Benchmark, Entry, Goal, new_figure, plot, save_with_legend
-from zoo.bench.timing import Progress, Settings, cast, environment, now, torch_threads
+from zoo.bench.timing import Progress, Settings, cast, environment, torch_threads
 from zoo.catalog import did_you_mean
 from zoo.diffusion.pipelines import PixelDiTPipeline
 from zoo.evaluation.fid_c import FID_C
@@ -227,7 +227,6 @@ def ffn(
             "by share of the work that stays",
             conditions=settings.conditions(model=model, **subject.conditions()),
             environment=environment(settings.device),
-            date=now(),
             reference=DENSE,
             entries=entries,
             goals=goals(entries),

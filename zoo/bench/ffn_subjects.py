@@ -191,10 +191,9 @@ class Subject:
             if speedup is not None:
                 values[SINGLE_SPEED] = speedup.median
             entries.append(
-                Entry(
-                    name=each.name,
-                    time=timed[0][each.name][0],
-                    speedup=timed[0][each.name][1],
+                Entry.of(
+                    each.name,
+                    timed[0][each.name],
                     params=count_params(each.model),
                     macs=each.macs,
                     values=values,

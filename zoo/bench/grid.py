@@ -23,7 +23,7 @@ from zoo.bench.latency import processor_clock, summarize, time_in_turns
 from zoo.bench.memory import in_fresh_process, peak_memory, resident_peak
 from zoo.bench.report import SAME, Benchmark, Check, Entry, Ratio
 from zoo.bench.subjects import Subject, first, subject
-from zoo.bench.timing import BenchError, DTypeName, Progress, Settings, busy, environment, now, speedup, torch_threads
+from zoo.bench.timing import BenchError, DTypeName, Progress, Settings, busy, environment, speedup, torch_threads
 from zoo.data.images import images_to_judge
 from zoo.engines import EngineCall, EngineError, EngineName, check_engine
 from zoo.profiling import count_params
@@ -256,7 +256,6 @@ def compare_grid(
             "input": of_all if len(shapes) == 1 or size else f"each model's own: {of_all}",
         },
         environment=environment(settings.device),
-        date=now(),
         reference=reference,
         entries=entries,
         checks=tuple(checks),

@@ -23,16 +23,7 @@ from zoo.bench.latency import summarize
 from zoo.bench.plain_backbones import plain_ska
 from zoo.bench.report import Benchmark, Check, Entry, Goal
 from zoo.bench.subjects import subject
-from zoo.bench.timing import (
-    Progress,
-    Settings,
-    compare,
-    environment,
-    now,
-    require_close,
-    speedup,
-    torch_threads,
-)
+from zoo.bench.timing import Progress, Settings, compare, environment, now, require_close, speedup, torch_threads
 
 __all__ = ["MODES", "kernels", "measure_gpu", "measure_row", "not_measured"]
 
@@ -353,7 +344,6 @@ def not_measured() -> Benchmark:
         title=f"{_OPERATORS}: not measured",
         conditions={"dtype": "bfloat16"},
         environment={"device": "none"},
-        date=now(),
         reference=None,
         entries=tuple(Entry(name=row.name, values=empty) for row in operator_rows("meta", torch.bfloat16)),
         notes=(
@@ -376,16 +366,12 @@ def _cpu(settings: Settings, progress: Progress | None) -> Benchmark:
             cast = [tensor.to(settings.torch_dtype) for tensor in inputs]
             calls = {"ours": partial(ours, *cast), "plain": partial(plain, *cast)}
             timed = compare(calls, settings, reference="plain", progress=progress)
-            own, ratio = timed["ours"]
-            entries.append(
-                Entry(name=name, time=own, speedup=ratio, values={"plain formula (ms)": timed["plain"][0].median})
-            )
+            entries.append(Entry.of(name, timed["ours"], values={"plain formula (ms)": timed["plain"][0].median}))
     return Benchmark(
         name="kernels_cpu",
         title="Operators on a CPU against the plain formulas",
         conditions=settings.conditions(),
         environment=environment(settings.device),
-        date=now(),
         reference="the plain formula",
         entries=tuple(entries),
         checks=(max(checks, key=lambda check: check.value),),

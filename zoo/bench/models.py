@@ -12,7 +12,7 @@ from zoo.bench.grid import PRECISIONS, Grid, compare_grid
 from zoo.bench.memory import in_fresh_process, peak_memory, resident_peak
 from zoo.bench.report import Benchmark, Entry, Goal
 from zoo.bench.subjects import Subject, subject
-from zoo.bench.timing import Progress, Settings, busy, compare, environment, now, torch_threads
+from zoo.bench.timing import Progress, Settings, busy, compare, environment, torch_threads
 from zoo.profiling import count_params
 
 __all__ = ["compare_models"]
@@ -105,10 +105,9 @@ def compare_models(
         peaks = [_peak(each, settings, size) if memory else None for each in subjects]
         by_family = 1 < len({each.family for each in subjects}) < len(subjects)
         entries = tuple(
-            Entry(
-                name=each.name,
-                time=timed[each.name][0],
-                speedup=timed[each.name][1],
+            Entry.of(
+                each.name,
+                timed[each.name],
                 params=count_params(each.model),
                 macs=each.macs(),
                 peak_bytes=peak,
@@ -128,7 +127,6 @@ def compare_models(
         title=title or _title(names, entries),
         conditions=settings.conditions(input=" and ".join(sorted(shapes))),
         environment=environment(settings.device),
-        date=now(),
         reference=reference if len(subjects) > 1 else None,
         entries=entries,
         checks=tuple(itertools.chain.from_iterable(each.checks for each in subjects)),

@@ -8,7 +8,7 @@ from timm.layers import GELUTanh, Mlp
 from torch import Tensor
 
 from zoo.bench.report import Benchmark, Entry, Goal
-from zoo.bench.timing import Progress, Settings, compare, environment, now, require_close, torch_threads
+from zoo.bench.timing import Progress, Settings, compare, environment, require_close, torch_threads
 from zoo.ffn.dense_ffn import read_ffn
 from zoo.moe.experts import MoEFFN, sorted_experts
 
@@ -75,9 +75,8 @@ def moe(settings: Settings, progress: Progress | None = None, *, tokens: int = 4
             title="A feed-forward layer as a mixture of experts, inference",
             conditions=settings.conditions(tokens=len(x), channels=dim, hidden=ffn.hidden_dim),
             environment=environment(settings.device),
-            date=now(),
             reference=_DENSE,
-            entries=tuple(Entry(name=key, time=time, speedup=speed) for key, (time, speed) in timed.items()),
+            entries=tuple(Entry.of(name, times) for name, times in timed.items()),
             checks=(check,),
             goals=(
                 Goal(

@@ -13,7 +13,7 @@ from torch import Tensor
 from zoo.bench.caching import PSNR, Make, psnr_of_all
 from zoo.bench.latency import processor_clock
 from zoo.bench.report import Benchmark, Entry
-from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
+from zoo.bench.timing import Progress, Settings, compare, environment, torch_threads
 from zoo.caching.core import denoisers
 from zoo.evaluation.fid_c import SampleJudge, judge_of
 from zoo.moe.dense2moe import activated_parameters, expert_layers
@@ -110,16 +110,14 @@ def compare_pipelines(
         run.switch()
         if has_experts:
             values[ACTIVATED] = sum(map(activated_parameters, run.networks)) / 1e6
-        time, speed = timed[label]
         params = sum(map(count_params, run.networks))
-        entries.append(Entry(name=label, time=time, speedup=speed, params=params, values=values, series=run.series))
+        entries.append(Entry.of(label, timed[label], params=params, values=values, series=run.series))
     notes = next((judge.notes for judge in judges.values() if judge is not None), ())
     return Benchmark(
         name="pipelines",
         title=" against ".join(labels.values()) if len(names) < 3 else f"{len(names)} pipelines",
         conditions=settings.conditions(**samplers[0].conditions(steps)) | {"batch": samplers[0].batch},
         environment=environment(settings.device),
-        date=now(),
         reference=first,
         entries=tuple(entries),
         notes=(

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 
 import zoo
 from zoo.bench.report import Benchmark, Entry, Goal
-from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
+from zoo.bench.timing import Progress, Settings, compare, environment, torch_threads
 from zoo.caching.bac import BACConfig, uniform_schedule
 from zoo.caching.calibration import calibrate
 from zoo.diffusion.diffusion_policy import DiffusionPolicyPipeline
@@ -177,7 +177,6 @@ def policy(
                 scheduler=type(pipe.scheduler).__name__, steps=steps, episodes=episodes, task=type(task).__name__
             ),
             environment=environment(settings.device),
-            date=now(),
             reference=entries[0].name,
             entries=entries,
             goals=(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -39,6 +40,11 @@ SCHEMA = 1
 
 MOST_NAMED = 30
 """Points of a plot that are all named; of more, only those that no other beats."""
+
+
+def now() -> str:
+    """Return day and time, UTC."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +139,11 @@ class Entry:
     series: str = ""
     settings: dict[str, str | int] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, name: str, timed: tuple[Latency, Ratio | None], **more: Any) -> Entry:
+        """Return the line of what was timed, with other fields."""
+        return cls(name=name, time=timed[0], speedup=timed[1], **more)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
@@ -155,7 +166,7 @@ class Benchmark:
     title: str
     conditions: dict[str, Any]
     environment: dict[str, str]
-    date: str
+    date: str = field(default_factory=now)
     reference: str | None
     entries: tuple[Entry, ...]
     checks: tuple[Check, ...] = ()

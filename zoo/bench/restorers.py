@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo.bench.memory import in_fresh_process, resident_peak
 from zoo.bench.plain_restorers import PLAIN
 from zoo.bench.report import Benchmark, Entry, Goal
-from zoo.bench.timing import Progress, Settings, compare, environment, now, require_close, torch_threads
+from zoo.bench.timing import Progress, Settings, compare, environment, require_close, torch_threads
 from zoo.ffn.reparam import reparameterize
 from zoo.profiling import count_params
 
@@ -81,16 +81,8 @@ def _restorer(
         timed = compare(calls, settings, reference=_PLAIN, progress=progress)
     on_cpu = torch.device(settings.device).type == "cpu"
     peaks = {label: in_fresh_process(_peak, name, label, settings, size, arguments) for label in calls if on_cpu}
-    entries = tuple(
-        Entry(
-            name=label,
-            time=timed[label][0],
-            speedup=timed[label][1],
-            params=count_params(model),
-            peak_bytes=peaks.get(label),
-        )
-        for label in calls
-    )
+    params = count_params(model)
+    entries = tuple(Entry.of(label, timed[label], params=params, peak_bytes=peaks.get(label)) for label in calls)
     merged, streamed = f"{name} (merged)", f"{name} (streamed)"
     ratio = timed[merged][1]
     assert ratio is not None
@@ -109,7 +101,6 @@ def _restorer(
         title=f"Merged {name} against the plain formulation of its authors, inference",
         conditions=settings.conditions(input="x".join(map(str, x.shape[1:]))),
         environment=environment(settings.device),
-        date=now(),
         reference=_PLAIN,
         entries=entries,
         checks=checks,

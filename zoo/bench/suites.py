@@ -24,7 +24,7 @@ from zoo.bench.policy import policy
 from zoo.bench.report import Benchmark, Check, Entry, Goal
 from zoo.bench.restorers import restorers
 from zoo.bench.tiling import tiling
-from zoo.bench.timing import Progress, Settings, compare, environment, now, require_close, torch_threads
+from zoo.bench.timing import Progress, Settings, compare, environment, require_close, torch_threads
 from zoo.layers.ffn import RePaFFN, active_channels
 from zoo.profiling import count_params
 from zoo.restoration.cfsr import CFSR, checkpoint_filter_fn
@@ -94,10 +94,9 @@ def _repaffn(name: str, dim: int, idle_ratio: float, settings: Settings, progres
         progress=progress,
     )
     entries = tuple(
-        Entry(
-            name=label,
-            time=timed[label][0],
-            speedup=timed[label][1],
+        Entry.of(
+            label,
+            timed[label],
             params=count_params(layer),
             values={"kept for backward (MiB)": saved[label] / 2**20},
         )
@@ -110,7 +109,6 @@ def _repaffn(name: str, dim: int, idle_ratio: float, settings: Settings, progres
         title=f"RePa FFN of RePaViT-{name.capitalize()}, training form, forward and backward",
         conditions=settings.conditions(tokens=_TOKENS, channels=dim, hidden=hidden, idle=idle_ratio),
         environment=environment(settings.device),
-        date=now(),
         reference="mask formulation",
         entries=entries,
         checks=checks,
@@ -179,7 +177,7 @@ def cfsr(settings: Settings, progress: Progress | None = None, *, size: int = 25
             progress=progress,
         )
     entries = tuple(
-        Entry(name=name, time=timed[name][0], speedup=timed[name][1], params=count_params(model))
+        Entry.of(name, timed[name], params=count_params(model))
         for name, model in (("CFSR x2 (merged)", ours), ("plain formulation", plain))
     )
     ratio = entries[0].speedup
@@ -190,7 +188,6 @@ def cfsr(settings: Settings, progress: Progress | None = None, *, size: int = 25
             title="Merged CFSR x2 against the plain formulation (channels first, LayerNorm written out)",
             conditions=settings.conditions(input=f"3x{size}x{size}", output=f"3x{2 * size}x{2 * size}"),
             environment=environment(settings.device),
-            date=now(),
             reference="plain formulation",
             entries=entries,
             checks=(check,),

@@ -12,7 +12,7 @@ import torch
 
 from zoo.bench.memory import in_fresh_process, resident_peak
 from zoo.bench.report import Benchmark, Check, Entry, Goal
-from zoo.bench.timing import Progress, Settings, environment, now, require_close, torch_threads
+from zoo.bench.timing import Progress, Settings, environment, require_close, torch_threads
 from zoo.ffn.reparam import reparameterize
 from zoo.pictures.read import open_picture
 from zoo.pictures.restore import load_restorer, restore_picture
@@ -68,7 +68,6 @@ def tiling(
             title=f"Memory of restoring {size}x{size} pixels with {model} in tiles",
             conditions={"dtype": settings.dtype, "threads": settings.threads, "input": f"{size}x{size} RGB, 8 bits"},
             environment=environment(),
-            date=now(),
             reference=None,
             entries=tuple(entries),
             checks=(check,),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib.metadata
 import os
 import platform
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.bench.latency import Latency, summarize, time_in_turns
-from zoo.bench.report import Check, Ratio
+from zoo.bench.report import Check, Ratio, now
 from zoo.engines.call import torch_threads
 from zoo.processor import processor_name
 from zoo.text import counted
@@ -200,11 +199,6 @@ def busy(threads: int) -> str:
         f"The machine was busy: a load of {load:.1f} on {counted(cores, 'core')} before "
         f"{counted(threads, 'thread')} ran, so that times may be too long."
     )
-
-
-def now() -> str:
-    """Return day and time, UTC."""
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def environment(device: str = "cpu") -> dict[str, str]:

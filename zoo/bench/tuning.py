@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from zoo.bench.caching import NO_CACHE, PSNR, SSIM, psnr_of_all, size_of, ssim_of_all, without_cache
+from zoo.bench.caching import NO_CACHE, PSNR, SSIM, likeness, size_of, stage_of, without_cache
 from zoo.bench.latency import processor_clock
 from zoo.bench.report import Benchmark, Entry
 from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
@@ -194,7 +194,7 @@ class _Sweep:
         def uncached() -> None:
             self.reference = as_images(self.run(self.subject.steps))
 
-        told = None if self.progress is None else _named(self.progress, what)
+        told = stage_of(self.progress, what)
         calls = {plain: uncached, **{candidate.name: call(candidate) for candidate in candidates}}
         timed = compare(calls, settings, reference=plain, progress=told, clock=processor_clock(settings.device))
         assert self.reference is not None
@@ -204,18 +204,8 @@ class _Sweep:
         for candidate in candidates:
             if candidate.name in self.refused:
                 continue
-            values = {PSNR: psnr_of_all(images[candidate.name], self.reference)}
-            likeness = ssim_of_all(images[candidate.name], self.reference)
-            if likeness is not None:
-                values[SSIM] = likeness
-            time, speed = timed[candidate.name]
-            entry = Entry(
-                name=candidate.name,
-                time=time,
-                speedup=speed,
-                values=values | notes[candidate.name],
-                series=candidate.series,
-            )
+            values = likeness(images[candidate.name], self.reference) | notes[candidate.name]
+            entry = Entry.of(candidate.name, timed[candidate.name], values=values, series=candidate.series)
             trial, before = _Trial(candidate=candidate, entry=entry), self.trials.get(candidate.name)
             # of two runs in passing the one that was disturbed less; at the end all rounds together count
             if rounds > 1 or before is None or trial.speedup > before.speedup:
@@ -299,10 +289,6 @@ def _beyond(line: Preset, one: float, other: float, steps: int) -> float | None:
     value += (value == other) * (1 if other > one else -1)
     least, most = {"interval": (2, steps)}.get(line.knob, (1, steps - 1))
     return float(value) if least <= value <= most else None
-
-
-def _named(progress: Progress, what: str) -> Progress:
-    return lambda _, done, total: progress(what, done, total)
 
 
 def _lines(subject: Subject, gate_error: float | None) -> Iterator[Preset]:
@@ -538,7 +524,6 @@ def _conclude(sweep: _Sweep, finalists: Sequence[_Trial]) -> Tuning:
         title=f"Cache settings of {type(sweep.subject.pipe).__name__} for {sweep.budget}",
         conditions=conditions,
         environment=environment(sweep.settings.device),
-        date=now(),
         reference=sweep.uncached.name,
         entries=(sweep.uncached, *(trial.entry for trial in lines)),
         notes=(

@@ -15,15 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import zoo
-from zoo.bench.caching import (
-    PSNR,
-    CacheResults,
-    Classify,
-    class_images,
-    class_subject,
-    measure_caches,
-    recogniser,
-)
+from zoo.bench.caching import PSNR, CacheResults, Classify, class_images, class_subject, measure_caches, recogniser
 from zoo.bench.report import Check, Entry
 from zoo.bench.timing import Progress, Settings, compare, require_close
 from zoo.caching.presets import CacheSetting, cache_settings
@@ -382,10 +374,7 @@ def merge(
             reference=f"timm {rival}",
             progress=_named(progress, "merging"),
         )
-    entries = tuple(
-        Entry(name=label, time=timed[label][0], speedup=timed[label][1], params=count_params(model))
-        for label, model in models.items()
-    )
+    entries = tuple(Entry.of(label, timed[label], params=count_params(model)) for label, model in models.items())
     return Merge(
         entries=entries, report=report, check=check, batch=settings.batch, rounds=settings.rounds, image_size=size
     )

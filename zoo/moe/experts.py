@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,8 +24,6 @@ from zoo.moe.router import Gate, Router
 
 __all__ = ["LinearPlusMoE", "MoEFFN", "masked_experts", "sorted_experts"]
 
-_GROUPED_MM: Callable[..., Tensor] | None = getattr(F, "grouped_mm", None)  # torch 2.11 may lack it
-
 
 def _grouped_types() -> frozenset[torch.dtype]:
     """Return the types whose grouped products compilers can trace: torch 2.11 knows bfloat16 alone."""
@@ -35,9 +32,8 @@ def _grouped_types() -> frozenset[torch.dtype]:
         options: dict[str, Any] = dict(dtype=dtype, device="meta")
         ends = torch.empty(1, dtype=torch.int32, device="meta")
         try:
-            if _GROUPED_MM is not None:
-                _GROUPED_MM(torch.empty(16, 16, **options), torch.empty(1, 16, 16, **options), offs=ends)
-                found.append(dtype)
+            F.grouped_mm(torch.empty(16, 16, **options), torch.empty(1, 16, 16, **options), offs=ends)
+            found.append(dtype)
         except (RuntimeError, NotImplementedError):
             pass
     return frozenset(found)
@@ -334,7 +330,7 @@ class MoEFFN(nn.Module):
             return out + routed_experts(
                 rows, weights, index, up, bias, down, activation=self.activation, gated=self.gated
             )
-        if torch.compiler.is_compiling() and (_GROUPED_MM is None or rows.dtype not in _GROUPED_TYPES):
+        if torch.compiler.is_compiling() and rows.dtype not in _GROUPED_TYPES:
             return out + masked_experts(self, rows, weights, index)
         return sorted_experts(self, rows, weights, index, out)
 
@@ -447,21 +443,17 @@ def sorted_experts(moe: MoEFFN, rows: Tensor, weights: Tensor, index: Tensor, ou
 def _grouped(
     moe: MoEFFN, rows: Tensor, weight: Tensor, flat: Tensor, token: Tensor, order: Tensor, out: Tensor
 ) -> Tensor:
-    """Compute all experts by two grouped products; without them, by masks."""
-    if _GROUPED_MM is None:
-        pairs = order.argsort()
-        index_shape = (rows.shape[0], -1)
-        return out + masked_experts(moe, rows, weight[pairs].view(index_shape), flat[pairs].view(index_shape))
+    """Compute all experts by two grouped products."""
     counts = torch.zeros(moe.outputs, dtype=torch.int32, device=rows.device)
     counts = counts.scatter_add(0, flat, torch.ones_like(flat, dtype=torch.int32))
     ends = counts[: moe.experts].cumsum(0).to(torch.int32)
     computed = (flat < moe.experts).unsqueeze(1)  # pairs with experts that compute nothing lie behind the last group
-    hidden = _GROUPED_MM(rows[token], moe.experts_up.transpose(1, 2), offs=ends)
+    hidden = F.grouped_mm(rows[token], moe.experts_up.transpose(1, 2), offs=ends)
     hidden = torch.where(computed, hidden, 0)  # what lies behind the last group is not written
     if moe.experts_up_bias is not None:
         hidden = hidden + moe.experts_up_bias[flat.clamp(max=moe.experts - 1)]
     hidden = moe.activate(hidden) * weight
-    added = torch.where(computed, _GROUPED_MM(hidden, moe.experts_down.transpose(1, 2), offs=ends), 0)
+    added = torch.where(computed, F.grouped_mm(hidden, moe.experts_down.transpose(1, 2), offs=ends), 0)
     return out + added[order.argsort()].view(rows.shape[0], -1, moe.out_dim).sum(1)  # not scattered: the order is fixed
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from zoo.pictures.image import to_bytes
 from zoo.pictures.picture import PictureError
 from zoo.pictures.read import open_picture
 from zoo.pictures.remarks import without_remarks
@@ -40,11 +41,7 @@ def read_eight_bit(
                 raise PictureError(str(error).replace("the picture", name, 1)) from error
         else:
             picture = open_picture(source)
-    color = picture.color
-    if color.dtype == np.uint16:
-        color = ((color.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-    elif color.dtype == np.float32:
-        color = (color.clip(0, 1) * 255).round().astype(np.uint8)
+    color = to_bytes(picture.color)
     if picture.black is not None:
         inks = 255 - np.concatenate([color, picture.black], axis=2)
         return Image.fromarray(inks, "CMYK").convert(mode)
