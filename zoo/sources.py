@@ -254,10 +254,7 @@ def describe(source: Source, record: ModelRecord | None = None) -> dict[str, Any
         "label_names": record.label_names,
         "model_args": dict(record.model_args),
         "input_size": None if size is None else list(size),
-        **{
-            key: getattr(record, key)
-            for key in ("mean", "std", "interpolation", "crop_pct", "scale", "sigma", "license")
-        },
+        **{key: getattr(record, key) for key in _DESCRIBED},
         "changes": [str(change.get("technique")) for change in record.changes] or None,
         "params": front.get("parameters"),
         "datasets": front.get("datasets"),

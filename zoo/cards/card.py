@@ -285,21 +285,26 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-_USE = {
-    "classification": """\
+CLASSIFY = """\
 import timm
 import torch
 from PIL import Image, ImageOps
 
-import zoo  # registers the model with timm
+import zoo{remark}
 
-model = timm.create_model("{name}", pretrained=True).eval()
+model = {model}
 zoo.reparameterize(model)  # exact, and faster
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 image = transform(ImageOps.exif_transpose(Image.open("photo.png")).convert("RGB"))
 with torch.inference_mode():
     probabilities = {logits}.softmax(-1)[0]
-print(model.pretrained_cfg["label_names"][int(probabilities.argmax())], float(probabilities.max()))""",
+print(model.pretrained_cfg["label_names"][int(probabilities.argmax())], float(probabilities.max()))"""
+"""Lines of Python of a card: how a classifier is made, a remark on the import, and `scaled_logits`."""
+
+_USE = {
+    "classification": CLASSIFY.replace("{remark}", "  # registers the model with timm").replace(
+        "{model}", 'timm.create_model("{name}", pretrained=True).eval()'
+    ),
     "restoration": """\
 import zoo
 

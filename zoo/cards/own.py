@@ -17,7 +17,7 @@ import yaml
 from timm.models import is_model, model_entrypoint
 from torch import nn
 
-from zoo.cards.card import Metric, check_card, metric_results, metric_table, pipeline_tag, scaled_logits
+from zoo.cards.card import CLASSIFY, Metric, check_card, metric_results, metric_table, pipeline_tag, scaled_logits
 from zoo.files import whole
 from zoo.profiling import count_params
 from zoo.record import CONFIG_NAME, ModelRecord, record_of, write_config
@@ -26,20 +26,9 @@ from zoo.weights import WEIGHTS_NAME, save_checkpoint
 __all__ = ["is_own_folder", "write_own_model"]
 
 _USE = {
-    "classification": """\
-import timm
-import torch
-from PIL import Image, ImageOps
-
-import zoo
-
-model = zoo.create_model("{name}")  # this folder, or its Hub id
-zoo.reparameterize(model)  # exact, and faster
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-image = transform(ImageOps.exif_transpose(Image.open("photo.png")).convert("RGB"))
-with torch.inference_mode():
-    probabilities = {logits}.softmax(-1)[0]
-print(model.pretrained_cfg["label_names"][int(probabilities.argmax())], float(probabilities.max()))""",
+    "classification": CLASSIFY.replace("{remark}", "").replace(
+        "{model}", 'zoo.create_model("{name}")  # this folder, or its Hub id'
+    ),
     "restoration": """\
 import zoo
 

@@ -62,8 +62,8 @@ def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="images at a time (default: %(default)s)")
 
 
-def run_compress(args: argparse.Namespace) -> int:
-    """Compress one model."""
+def _check_compress(args: argparse.Namespace) -> None:
+    """Refuse calls that make no sense, before torch is imported."""
     if args.keep is not None and not 0 < args.keep < 1:
         raise UsageError(f"--keep is a share above 0 and below 1, got {args.keep:g}.")
     if args.scores and args.method != "prune":
@@ -78,24 +78,20 @@ def run_compress(args: argparse.Namespace) -> int:
     if args.output.exists() and not (args.force and is_own_folder(args.output)):
         cure = "--force replaces a folder that zoo wrote" if not args.force else "it was not written by zoo"
         raise UsageError(f"{args.output} exists; {cure}.")
+
+
+def run_compress(args: argparse.Namespace) -> int:
+    """Compress one model."""
+    _check_compress(args)
     hush(args)
     import copy
 
-    from zoo.cards import Metric
-    from zoo.cards.own import write_own_model
     from zoo.data.images import draw
-    from zoo.ffn.compressing import compress, config_for_budget, config_of, recover, resized
-    from zoo.record import record_of
+    from zoo.ffn.compressing import compress, recover
 
     model, data = _model_and_data(args)
     calibration = list(draw(data, "train", args.samples))
-    config = config_of(args.method)
-    if args.scores:
-        config = dataclasses.replace(config, scores=args.scores)  # type: ignore[type-var]
-    if args.budget is not None:
-        config, _ = config_for_budget(model, config, args.budget, calibration[0])
-    elif args.keep is not None:
-        config = resized(config, args.keep, model)
+    config = _configured(args, model, calibration[0])
     dense = copy.deepcopy(model) if args.recover else model
     with progress(args) as bar:
         task = bar.add_task("accuracy before", total=None)
@@ -113,35 +109,17 @@ def run_compress(args: argparse.Namespace) -> int:
 
             recover(model, dense, loader, epochs=args.recover, lr=args.lr, progress=tell)
             after = _accuracy(model, data, bar, task)
-    record = record_of(model).of_own_weights()
-    how = f"zoo compress {args.name} --method {args.method}, {config}"
-    metric = Metric(
-        name="Top-1 accuracy",
-        value=round(100 * after, 2),
-        unit="%",
-        dataset=Path(args.data).name,
-        protocol=f"validation images; {100 * before:.2f} % before",
-    )
-    write_own_model(
-        args.output,
-        model,
-        record,
-        metrics=[metric],
-        training=f"Compressed from {args.name}: {how}; {args.recover} epochs of recovery from the dense model.",
-        config={"command": how, "report": report.to_dict()},
-        datasets=[Path(args.data).name],
-        overwrite=args.force,
-    )
     result = {
         "name": args.name,
         "folder": str(args.output),
         "method": args.method,
-        "config": dataclasses.asdict(config),  # type: ignore[call-overload]
+        "config": dataclasses.asdict(config),
         "report": report.to_dict(),
         "accuracy_before": before,
         "accuracy_right_away": right_away,
         "accuracy_after": after,
     }
+    _write(args, model, config, result)
     if args.json:
         print_json(result)
     elif args.quiet:
@@ -149,12 +127,48 @@ def run_compress(args: argparse.Namespace) -> int:
     else:
         print_table(str(report))
         rows = table("top-1 accuracy", "before", "right away", *(["recovered"] if args.recover else []))
-        rows.add_row(
-            "", *(f"{100 * a:.2f} %" for a in ([before, right_away, after] if args.recover else [before, after]))
-        )
+        shown = [before, right_away, after] if args.recover else [before, after]
+        rows.add_row("", *(f"{100 * accuracy:.2f} %" for accuracy in shown))
         print_table(rows)
         note(args, f"{args.output} is written. Next: zoo classify PICTURE --model {args.output}")
     return 0
+
+
+def _configured(args: argparse.Namespace, model: nn.Module, batch: Any) -> Any:
+    """Return the technique's configuration, of the size that is asked for."""
+    from zoo.ffn.compressing import config_for_budget, config_of, resized
+
+    config = config_of(args.method)
+    if args.scores:
+        config = dataclasses.replace(config, scores=args.scores)
+    if args.budget is not None:
+        return config_for_budget(model, config, args.budget, batch)[0]
+    return config if args.keep is None else resized(config, args.keep, model)
+
+
+def _write(args: argparse.Namespace, model: nn.Module, config: Any, result: dict[str, Any]) -> None:
+    """Write the folder of the compressed model."""
+    from zoo.cards import Metric, write_own_model
+    from zoo.record import record_of
+
+    how = f"zoo compress {args.name} --method {args.method}, {config}"
+    metric = Metric(
+        name="Top-1 accuracy",
+        value=round(100 * result["accuracy_after"], 2),
+        unit="%",
+        dataset=Path(args.data).name,
+        protocol=f"validation images; {100 * result['accuracy_before']:.2f} % before",
+    )
+    write_own_model(
+        args.output,
+        model,
+        record_of(model).of_own_weights(),
+        metrics=[metric],
+        training=f"Compressed from {args.name}: {how}; {args.recover} epochs of recovery from the dense model.",
+        config={"command": how, "report": result["report"]},
+        datasets=[Path(args.data).name],
+        overwrite=args.force,
+    )
 
 
 def run_inspect(args: argparse.Namespace) -> int:

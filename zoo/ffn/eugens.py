@@ -19,7 +19,7 @@ from zoo.ffn.dense_ffn import DenseFFN
 from zoo.ffn.regression import fit_layers
 from zoo.ffn.technique import FFNReport, restructure_layers
 
-__all__ = ["EUGen", "EUGensConfig", "apply", "polynomial_estimate", "restructure"]
+__all__ = ["EUGen", "EUGensConfig", "apply", "restructure"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,29 +92,6 @@ class EUGen(nn.Module):
     def macs(self) -> int:
         """Multiply-accumulates for one token."""
         return self.projections.numel() + self.output.weight.numel()
-
-
-def polynomial_estimate(
-    coefficients: Iterable[float], w: Tensor, x: Tensor, features: int, generator: torch.Generator
-) -> Tensor:
-    """Return one draw of the unbiased estimate of sum_i a_i (w . x)^i by random features.
-
-    Args:
-        coefficients: a_0, a_1, ...
-        w: (D,).
-        x: (D,).
-        features: m.
-        generator: Randomness.
-    """
-    total = torch.zeros((), dtype=x.dtype)
-    for order, a in enumerate(coefficients):
-        if order == 0:
-            total = total + a
-            continue
-        deviation = (abs(a) / features) ** (1 / (2 * order))
-        g = deviation * torch.randn(order, features, len(x), generator=generator, dtype=x.dtype)
-        total = total + (1 if a >= 0 else -1) * ((g @ w).prod(0) * (g @ x).prod(0)).sum()
-    return total
 
 
 def _build(ffn: DenseFFN, config: EUGensConfig) -> EUGen:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from zoo.ffn.dense_ffn import DenseFFN
 from zoo.ffn.technique import FFNReport, replace_layers, restructure_layers
 
-__all__ = ["FreqNetConfig", "FrequencyFFN", "FrequencyLayer", "apply", "high_pass", "restructure"]
+__all__ = ["FreqNetConfig", "FrequencyFFN", "FrequencyLayer", "apply", "restructure"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,20 +42,6 @@ class FreqNetConfig:
     def __post_init__(self) -> None:
         if self.prefix_tokens < 0:
             raise ValueError(f"prefix_tokens must not be negative, got {self.prefix_tokens}.")
-
-
-def high_pass(x: Tensor, share: float = 0.25) -> Tensor:
-    """Remove the central square of the spectrum, `share` of each side (HFRI, HFRF).
-
-    Args:
-        x: (B, C, H, W).
-        share: Of each side of the shifted spectrum that goes.
-    """
-    height, width = x.shape[-2:]
-    y = torch.fft.fftfreq(height, device=x.device).abs()[:, None]
-    z = torch.fft.fftfreq(width, device=x.device).abs()
-    low = (y <= share / 2) & (z <= share / 2)
-    return torch.fft.ifft2(torch.fft.fft2(x.float()) * ~low).real.to(x.dtype)
 
 
 class FrequencyLayer(nn.Module):

@@ -20,7 +20,7 @@ from zoo.ffn.dense_ffn import DenseFFN
 from zoo.ffn.regression import fit_layers
 from zoo.ffn.technique import FFNReport, restructure_layers
 
-__all__ = ["SNNK", "SNNKAdapter", "SNNKConfig", "apply", "arc_cosine_kernel", "orthogonal_projections", "restructure"]
+__all__ = ["SNNK", "SNNKAdapter", "SNNKConfig", "apply", "orthogonal_projections", "restructure"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +57,6 @@ def orthogonal_projections(features: int, dim: int, generator: torch.Generator, 
     lengths = rows.norm(dim=1, keepdim=True)
     blocks = [torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q for _ in range(math.ceil(features / dim))]
     return torch.cat(blocks)[:features] * lengths
-
-
-def arc_cosine_kernel(w: Tensor, x: Tensor) -> Tensor:
-    """Return E[relu(g . w) relu(g . x)] = |w| |x| / (2 pi) (sin t + (pi - t) cos t), t the angle, of vectors (D,)."""
-    lengths = w.norm() * x.norm()
-    cosine = (w @ x / lengths).clamp(-1, 1)
-    angle = torch.arccos(cosine)
-    return lengths / (2 * math.pi) * (torch.sin(angle) + (math.pi - angle) * cosine)
 
 
 class SNNK(nn.Module):
