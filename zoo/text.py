@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Collection, Sequence
 
-__all__ = ["counted", "first_line", "table_lines"]
+__all__ = ["counted", "first_line", "natural_order", "table_lines"]
 
 
 def counted(count: int, noun: str) -> str:
     """Return "1 thread", "2 threads"."""
     return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def natural_order(name: str) -> list[str | int]:
+    """Return a key to sort names by, in which numbers count as numbers and come before letters."""
+    return [int(part) if odd % 2 else part for odd, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def first_line(error: BaseException) -> str:

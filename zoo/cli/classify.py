@@ -13,7 +13,7 @@ from zoo import catalog
 from zoo.cli.cluster import add_ray, check_ray, spread
 from zoo.cli.inputs import add_device, add_engine, find_pictures, one_line, report_failures
 from zoo.cli.models import add_model_args, find_model, model_args
-from zoo.cli.output import UsageError, hush, note, pick_device, print_json, print_table, progress, table
+from zoo.cli.output import UsageError, at_least, hush, note, pick_device, print_json, print_table, progress, table
 from zoo.sources import beside
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ def default_model() -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Classify pictures."""
-    if args.topk < 1:
-        raise UsageError(f"--topk must be at least 1, got {args.topk}.")
+    at_least(args, topk=1)
     check_ray(args)
     name = args.model or default_model()
     find_model(name, task="classification")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from typing import Any, TypeVar
 
-from zoo.cli.output import UsageError
+from zoo.cli.output import UsageError, at_least
 
 __all__ = ["add_ray", "check_ray", "spread"]
 
@@ -45,8 +45,7 @@ def check_ray(args: argparse.Namespace) -> None:
     """
     if args.ray is None and args.workers is not None:
         raise UsageError("--workers are those of --ray.")
-    if args.workers is not None and args.workers < 1:
-        raise UsageError(f"--workers must be at least 1, got {args.workers}.")
+    at_least(args, workers=1)
     if args.ray is not None and importlib.util.find_spec("ray") is None:
         raise ImportError("--ray needs ray, which is missing: pip install 'ffn-zoo[ray]'.")
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from zoo.cli.output import UsageError, check_target, hush, print_json, print_table, progress, replacing
+from zoo.cli.output import at_least, check_target, hush, print_json, print_table, progress, replacing
 
 _OWN = b'<meta name="generator" content="zoo demo">'
 
@@ -28,8 +28,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo and say where its report is."""
-    if args.threads < 1:
-        raise UsageError(f"--threads must be at least 1, got {args.threads}.")
+    at_least(args, threads=1)
     report = args.output / "report.html"
     force = args.force or _is_report(report)
     check_target(report, force=force)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.cli.inputs import add_device
 from zoo.cli.models import find_model
-from zoo.cli.output import UsageError, print_json, print_table, progress, table
+from zoo.cli.output import UsageError, at_least, print_json, print_table, progress, table
 from zoo.cli.restore import check_budget
 from zoo.evaluation.protocols import PROTOCOLS, Protocol, protocol_of_task
 from zoo.sources import WEIGHT_SUFFIXES, Source, beside, find
@@ -56,8 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate and print."""
     sets = _sets(args.data)
     wanted = _sigmas(args.sigma)
-    if args.limit is not None and args.limit < 1:
-        raise UsageError(f"--limit must be at least 1, got {args.limit}.")
+    at_least(args, limit=1)
     if args.model not in _BASELINES:
         source = find_model(args.model, weights=args.weights is None)
         if source.task == "classification":

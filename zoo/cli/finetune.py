@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.cli.models import find_model
-from zoo.cli.output import UsageError, hush, note, print_json, print_table, silent, table
+from zoo.cli.output import UsageError, at_least, hush, note, print_json, print_table, silent, table
 from zoo.sources import beside
 
 if TYPE_CHECKING:
@@ -73,11 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    least = {"epochs": 1, "patience": 1, "image_size": 1, "batch_size": 2, "lora": 1, "num_workers": 0}
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, got {value}.")
+    at_least(args, epochs=1, patience=1, image_size=1, batch_size=2, lora=1, num_workers=0)
     if not args.lr > 0:
         raise UsageError(f"--lr must be above 0, got {args.lr:g}.")
     if not 0 < args.val_fraction < 1:

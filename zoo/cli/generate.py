@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.catalog import did_you_mean
 from zoo.cli.inputs import add_engine
-from zoo.cli.output import UsageError, check_target, note, print_json, print_table, progress, replacing, table
+from zoo.cli.output import UsageError, at_least, check_target, note, print_json, print_table, progress, replacing, table
 from zoo.cli.pipelines import Plan, add_request, check_name, check_request, load_pipeline, plan_calls
 from zoo.cli.showing import Panel, has_encoder, plan_target, write
 
@@ -151,9 +151,7 @@ def _check_cache(args: argparse.Namespace) -> None:
             raise UsageError(f"--{option} belongs to --cache {fitting}.")
     if args.threshold is not None and not 0 <= args.threshold < math.inf:
         raise UsageError(f"--threshold must be a number from 0, got {args.threshold:g}.")
-    for option in ("updates", "interval"):
-        if getattr(args, option) is not None and getattr(args, option) < 1:
-            raise UsageError(f"--{option} must be at least 1, got {getattr(args, option)}.")
+    at_least(args, updates=1, interval=1)
     if args.no_compare and args.cache == "none":
         raise UsageError("--no-compare is for --cache: without one there is nothing to compare.")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import glob
 import os
-import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from zoo.cli.errors import code_for, with_code
 from zoo.cli.output import FailureError, note
 from zoo.files import is_hidden, walk
+from zoo.text import natural_order
 
 __all__ = ["ENGINES", "Picture", "add_device", "add_engine", "find_pictures", "one_line", "report_failures", "suffixes"]
 
@@ -60,7 +60,7 @@ def find_pictures(given: Iterable[str], leave_out: Path | None = None) -> list[P
                 empty.append(f"{path} ({others} other file{'' if others == 1 else 's'})")
         elif not os.path.exists(path) and glob.has_magic(text):
             pattern, root = _pattern(path)
-            matches = sorted(map(Path, glob.glob(pattern, recursive=True)), key=lambda path: _natural(str(path)))
+            matches = sorted(map(Path, glob.glob(pattern, recursive=True)), key=lambda path: natural_order(str(path)))
             pictures = [Picture(file, file.relative_to(root)) for file in matches if file.is_file()]
             pictures = pictures or [Picture(path, Path(path.name))]  # reported as missing
         else:
@@ -79,8 +79,8 @@ def _below(folder: Path, leave_out: Path | None) -> tuple[list[Picture], int]:
     for parent, folders, names in walk(folder, lambda error: files.append(Path(error.filename))):
         if skipped is not None:
             folders[:] = [name for name in folders if Path(parent, name).resolve() != skipped]
-        folders.sort(key=_natural)
-        for name in sorted(names, key=_natural):
+        folders.sort(key=natural_order)
+        for name in sorted(names, key=natural_order):
             if is_hidden(name):
                 continue
             if Path(name).suffix.lower() in suffixes():
@@ -103,12 +103,6 @@ def _pattern(path: Path) -> tuple[str, Path]:
         plain = False
         parts.append(part)
     return str(Path(*parts)), root
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key in which numbers count as numbers, and come before letters."""
-    parts = [part for part in re.split(r"([0-9]+)", name) if part]
-    return [(0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts]
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

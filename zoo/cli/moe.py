@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo import catalog
-from zoo.cli.output import UsageError, hush, note, print_json, print_table
+from zoo.cli.output import UsageError, at_least, hush, note, print_json, print_table
 from zoo.files import whole
 
 _SCORES = ("taylor", "taylor_sum", "activation", "random")
@@ -58,9 +58,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.output} exists; --force replaces it.")
     if args.output.exists() and not (args.output / "model_index.json").is_file():
         raise UsageError(f"{args.output} is no pipeline: it is not replaced.")
-    for name in ("samples", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
+    at_least(args, samples=1, batch_size=1)
     if not Path(args.pipeline).is_dir() and "/" not in args.pipeline:
         catalog.entry(args.pipeline)
     hush(args, diffusers=True)

@@ -210,6 +210,18 @@ def replacing(path: str | Path, *, force: bool) -> Iterator[Path]:
         yield temporary
 
 
+def at_least(args: argparse.Namespace, **least: float) -> None:
+    """Refuse options with numbers below what fits; None is one that was not given.
+
+    Raises:
+        UsageError: There is one.
+    """
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, got {value:g}.")
+
+
 def check_target(path: Path, *, force: bool, make: bool = True) -> None:
     """Refuse an output that exists or cannot be written, before any work is done; see `replacing`.
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from zoo import catalog
 from zoo.cli.inputs import add_device, find_pictures
 from zoo.cli.models import key_values
-from zoo.cli.output import UsageError, hush, pick_device, silent
+from zoo.cli.output import UsageError, at_least, hush, pick_device, silent
 from zoo.sources import PIPELINE_INDEX, beside, cards_dir, find
 
 if TYPE_CHECKING:
@@ -126,10 +126,7 @@ def check_request(args: argparse.Namespace, *more: str) -> None:
     Raises:
         UsageError: A number is below 1, a file is missing, or there is no prompt in it.
     """
-    for name in ("height", "width", "frames", *more):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+    at_least(args, **dict.fromkeys(("height", "width", "frames", *more), 1))
     for name in ("image", "control", "mask", "video", "prompts"):
         given = getattr(args, name)
         for path in given if isinstance(given, list) else [given]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from zoo import catalog
 from zoo.cli.cluster import add_ray, check_ray, spread
 from zoo.cli.inputs import add_device, add_engine, find_pictures, report_failures
-from zoo.cli.output import FailureError, UsageError, check_target, hush, note, number, pick_device, progress
+from zoo.cli.output import FailureError, UsageError, at_least, check_target, hush, note, number, pick_device, progress
 from zoo.cli.restoring import TASKS, Job, print_results
 from zoo.cli.targets import FIELDS, USUAL_SUFFIXES, Plan, of_same_names, plan
 
@@ -301,10 +301,7 @@ def check(args: argparse.Namespace) -> None:
     """Refuse calls that make no sense, before torch is imported."""
     if not 1 <= args.jpeg_quality <= 100:
         raise UsageError(f"--jpeg-quality must be from 1 to 100, got {args.jpeg_quality}.")
-    for option, least in (("tile", 1), ("overlap", 0)):
-        value = getattr(args, option)
-        if value is not None and value < least:
-            raise UsageError(f"--{option} must be at least {least}, got {value}.")
+    at_least(args, tile=1, overlap=0)
     if str(args.output) == "-" and args.json:
         raise UsageError("-o - writes the picture to the output; --json would go there too: --report writes a file.")
     if args.ray is not None and (args.compare is not None or "-" in args.files or str(args.output) == "-"):

@@ -17,6 +17,7 @@ from zoo.data.degradations import Pixels, to_float
 from zoo.files import walk
 from zoo.pictures.folders import is_picture
 from zoo.pictures.read import open_picture
+from zoo.text import natural_order
 
 __all__ = ["Pair", "find_images", "find_pairs", "pair_folders", "read_pair", "read_pixels", "to_tensor"]
 
@@ -133,8 +134,8 @@ def _partners(files: list[Path], candidates: list[Path], scale: int) -> list[Pat
         at = f" at scale {scale}" if scale > 1 else ""
         more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
         raise ValueError(f"{where} has no degraded version{at} of {files[names.index(missing[0])].name}{more}.")
-    places = sorted(range(len(files)), key=lambda place: _natural(names[place]))
-    ordered = sorted(candidates, key=lambda path: _natural(str(path)))
+    places = sorted(range(len(files)), key=lambda place: natural_order(names[place]))
+    ordered = sorted(candidates, key=lambda path: natural_order(str(path)))
     return [partner for _, partner in sorted(zip(places, ordered, strict=True))]
 
 
@@ -147,11 +148,6 @@ def _names(files: list[Path]) -> list[str]:
 def _bare(name: str, scale: int) -> str:
     """Name of a degraded image without its scale: "babyx2" -> "baby"."""
     return re.sub(rf"_?x{scale}$", "", name, flags=re.IGNORECASE)
-
-
-def _natural(name: str) -> list[str | int]:
-    """Sort key in which numbers count as numbers."""
-    return [int(part) if odd % 2 else part for odd, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def _listed(file: Path, pairs: list[Pair]) -> list[Pair]:

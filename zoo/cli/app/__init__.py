@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from zoo.cli.output import UsageError, hush, note, number
+from zoo.cli.output import UsageError, at_least, hush, note, number
 
 
 def add_parser(subparsers: Any) -> None:
@@ -47,9 +47,7 @@ def run(args: argparse.Namespace) -> int:
         for file in write_space(args.space, force=args.force):
             print(file)
         return 0
-    for name, least in (("max_queue", 1), ("max_pixels", 1), ("keep", 10)):
-        if getattr(args, name) < least:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name):g}.")
+    at_least(args, max_queue=1, max_pixels=1, keep=10)
     if args.port is not None and not 1 <= args.port <= 65535:
         raise UsageError(f"--port goes from 1 to 65535, got {args.port}.")
     from zoo.cli.app.offers import Offers
