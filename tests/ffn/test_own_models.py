@@ -405,12 +405,15 @@ class Runtime:
         return torch.ones(len(x), 5)
 
 
+@pytest.mark.parametrize("scores", ["activation", "taylor"])
 @pytest.mark.parametrize("how", ["wrapped", "in place", "engine"])
-def test_calibration_sees_the_layers_of_compiled_models(how: str) -> None:
-    """Hooks are unseen by compiled programs and other runtimes: it was as if every channel were alike."""
-    data = [torch.randn(8, 3, 16, 16) for _ in range(2)]
+def test_calibration_sees_the_layers_of_compiled_models(how: str, scores: prune.PruneScores) -> None:
+    """Hooks are unseen by compiled programs and other runtimes, which have no gradients either."""
+    torch.manual_seed(0)
+    data = [(torch.randn(8, 3, 16, 16), torch.arange(8) % 5) for _ in range(2)]
+    config = prune.PruneConfig(scores=scores)
     expected, model = vit(), vit()
-    report = prune.apply(expected, prune.PruneConfig(), data)
+    report = prune.apply(expected, config, data)
     given: nn.Module = model
     if how == "wrapped":
         given = torch.compile(model, backend="eager")
@@ -419,15 +422,15 @@ def test_calibration_sees_the_layers_of_compiled_models(how: str) -> None:
     else:
         model.forward = Runtime()
     if how != "engine":
-        run(given, data[0])
-    found = prune.apply(given, prune.PruneConfig(), data)
+        run(given, data[0][0])
+    found = prune.apply(given, config, data)
     assert found.error == pytest.approx(report.error)
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.allclose(ours, theirs)
     assert model.ffn_changes == expected.ffn_changes
     assert isinstance(model.forward, Runtime) == (how == "engine")
     if how == "wrapped":
-        assert torch.allclose(run(given, data[0]), run(expected, data[0]))
+        assert torch.allclose(run(given, data[0][0]), run(expected, data[0][0]))
 
 
 def test_a_layer_that_never_runs_is_named() -> None:

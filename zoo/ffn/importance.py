@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import Channels, DenseFFN
+from zoo.ffn.technique import evaluating
 
 __all__ = ["Deal", "Loss", "Scores", "deal_channels", "default_loss", "rank_correlation", "score_channels"]
 
@@ -84,7 +85,7 @@ def score_channels(
     """
     halves: list[dict[str, Tensor]] = [{}, {}]
     count = 0
-    with _only_gradients_of(model, ffns, weights=method != "activation"):
+    with _only_gradients_of(model, ffns):
         for count, batch in enumerate(calibration, start=1):
             found = _score_batch(model, ffns, batch, method, loss)
             half = halves[count % 2]
@@ -102,24 +103,20 @@ def score_channels(
 
 
 @contextmanager
-def _only_gradients_of(model: nn.Module, ffns: Mapping[str, DenseFFN], weights: bool) -> Iterator[None]:
+def _only_gradients_of(model: nn.Module, ffns: Mapping[str, DenseFFN]) -> Iterator[None]:
     """Let only the layers' weights have gradients, in evaluation mode; afterwards all is as it was."""
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
-    modes = {module: module.training for module in model.modules()}
     wanted = {parameter for ffn in ffns.values() for parameter in ffn.parameters()}
     try:
-        model.eval()
         for parameter in before:
             parameter.grad = None
             parameter.requires_grad_(parameter in wanted)
-        with torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             yield
     finally:
         for parameter, (required, gradient) in before.items():
             parameter.requires_grad_(required)
             parameter.grad = gradient
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _score_batch(
