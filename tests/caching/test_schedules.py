@@ -92,6 +92,22 @@ def schedule(**changes: Any) -> BACSchedule:
     return BACSchedule(**{**values, **changes})
 
 
+def test_a_write_that_stops_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = schedule()
+    file = first.save(tmp_path / "own.json")
+    write = Path.write_text
+
+    def stop(path: Path, text: str, **kwargs: Any) -> int:
+        write(path, text[:9], **kwargs)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", stop)
+    with pytest.raises(OSError, match="No space left"):
+        schedule(guidance=5.5).save(file)
+    assert BACSchedule.load(file) == first
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_file(tmp_path: Path) -> None:
     """A schedule comes back equal, and is found in a folder by what it is for."""
     first, second = schedule(), schedule(guidance=5.5)

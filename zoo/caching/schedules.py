@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 import torch
 from torch import Tensor
 
+from zoo.files import whole
+
 __all__ = [
     "BACSchedule",
     "Kind",
@@ -225,8 +227,35 @@ def keyed_name(kind: str, model: str, scheduler: str | None, num_steps: int, gui
 class StoredSchedule:
     """A schedule that is kept as plain data, in JSON; for frozen dataclasses."""
 
+    _kind: ClassVar[str]
+    """How the names of its files begin."""
     _called: ClassVar[str]
     """What a file of it is, for messages."""
+
+    model: str
+    num_steps: int
+    scheduler: str | None
+    guidance: float | None
+
+    @property
+    def filename(self) -> str:
+        """Name of its file in a model's folder: it says model, scheduler, steps and guidance."""
+        return keyed_name(self._kind, self.model, self.scheduler, self.num_steps, self.guidance)
+
+    def save(self, path: str | Path) -> Path:
+        """Write JSON, whole or not at all.
+
+        Args:
+            path: A file, or a folder, for example that of the model, to be named as `filename` says.
+
+        Returns:
+            The file.
+        """
+        path = Path(path)
+        file = path / self.filename if path.is_dir() else path
+        with whole(file) as temporary:
+            temporary.write_text(json.dumps(self.to_values()) + "\n", encoding="utf-8")
+        return file
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
@@ -318,7 +347,7 @@ class BACSchedule(StoredSchedule):
         matrices: Likeness of each unit's features at any two steps, where runs of other steps are to be served too.
     """
 
-    _called = "BAC schedule"
+    _kind, _called = "bac", "BAC schedule"
 
     model: str
     num_steps: int
@@ -345,11 +374,6 @@ class BACSchedule(StoredSchedule):
             f"BAC schedule of {self.model} for {self.num_steps} steps: {len(self.units)} units, "
             f"{self.mean_updates:.1f} of {self.num_steps} steps computed on average"
         )
-
-    @property
-    def filename(self) -> str:
-        """Name of its file in a model's folder: it says model, scheduler, steps and guidance."""
-        return keyed_name("bac", self.model, self.scheduler, self.num_steps, self.guidance)
 
     def resampled(self, num_steps: int, timesteps: Sequence[float] = ()) -> BACSchedule:
         """Choose the steps anew for runs of other steps: each of them counts as the nearest one of the calibration.
@@ -381,20 +405,6 @@ class BACSchedule(StoredSchedule):
         if all(steps[-1] == self.num_steps - 1 for steps in self.units.values()):
             units = {unit: tuple(sorted({*steps, num_steps - 1})) for unit, steps in units.items()}
         return replace(self, num_steps=num_steps, timesteps=tuple(timesteps), units=units, updates=updates, matrices={})
-
-    def save(self, path: str | Path) -> Path:
-        """Write JSON.
-
-        Args:
-            path: A file, or a folder, for example that of the model, to be named as `filename` says.
-
-        Returns:
-            The file.
-        """
-        path = Path(path)
-        file = path / self.filename if path.is_dir() else path
-        file.write_text(json.dumps(self.to_values()) + "\n")
-        return file
 
     @classmethod
     def load(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zoo.caching.schedules import StoredSchedule, keyed_name
+from zoo.caching.schedules import StoredSchedule
 
 __all__ = ["StepSchedule", "plan_steps"]
 
@@ -105,7 +103,7 @@ class StepSchedule(StoredSchedule):
         guidance: Scale of classifier-free guidance in the calibration, None if not said.
     """
 
-    _called = "schedule of step forecasts"
+    _kind, _called = "forecast", "schedule of step forecasts"
 
     model: str
     num_steps: int
@@ -117,25 +115,6 @@ class StepSchedule(StoredSchedule):
 
     def __str__(self) -> str:
         return f"Step forecasts of {self.model} for {self.num_steps} steps: {len(self.steps)} computed"
-
-    @property
-    def filename(self) -> str:
-        """Name of its file in a model's folder: it says model, scheduler, steps and guidance."""
-        return keyed_name("forecast", self.model, self.scheduler, self.num_steps, self.guidance)
-
-    def save(self, path: str | Path) -> Path:
-        """Write JSON.
-
-        Args:
-            path: A file, or a folder, to be named as `filename` says.
-
-        Returns:
-            The file.
-        """
-        path = Path(path)
-        path = path / self.filename if path.is_dir() else path
-        path.write_text(json.dumps(self.to_values(), indent=1) + "\n", encoding="utf-8")
-        return path
 
     @classmethod
     def _decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
