@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from registered import FAMILIES, build, images, relative
 from torch import nn
+from torch._prims_common import suggest_memory_format
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import zoo
 
@@ -68,3 +71,31 @@ def test_merged_weights_reload(family: str) -> None:
         parameter.zero_()
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(batch), model(batch))
+
+
+class _Layouts(TorchDispatchMode):
+    """Notes in which memory format convolutions of more than a pixel and a channel find their maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.memory_format] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default and (x := args[0]).shape[1] > 1 < x.shape[2] * x.shape[3]:
+            self.found.add(suggest_memory_format(x))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", MERGING)
+@torch.no_grad()
+def test_one_image_keeps_the_layout_of_several(family: str) -> None:
+    """A stride of a batch of one that is not what PyTorch expects turns all later maps back to channels-first."""
+    model, batch = build(family), images(family)
+    zoo.reparameterize(model, measure=False)
+    formats = []
+    for x in (batch[:1], torch.cat((batch, batch))):
+        model(x)  # what it derives from weights, once
+        with _Layouts() as layouts:
+            model(x)
+        formats.append(layouts.found)
+    assert formats[0] == formats[1]

@@ -39,7 +39,8 @@ def test_equals_the_plain_form(shape: tuple[int, ...], layout: torch.memory_form
         torch.autograd.grad(found, (x, weight), seed), torch.autograd.grad(expected, (x, weight), seed), strict=True
     ):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
-    started = ska_formula(x.detach(), weight.detach(), torch.ones_like(found))
+    started = ska_formula(x.detach(), weight.detach(), torch.ones_like(x.detach()))
+    assert started.stride() == x.stride()  # of a single image too, where most layouts are not told by `is_contiguous`
     assert torch.allclose(started, expected + 1, rtol=1e-12, atol=1e-12)
 
 

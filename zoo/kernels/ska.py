@@ -66,7 +66,7 @@ def ska_formula(x: Tensor, weight: Tensor, start: Tensor | None = None) -> Tenso
     Args:
         x: (B, C, H, W).
         weight: (B, G, K, H, W).
-        start: (B, C, H, W), overwritten with its sum with the result; None starts from zero.
+        start: (B, C, H, W), overwritten with its sum with the result, and returned; None starts from zero.
     """
     height, width = x.shape[2], x.shape[3]
     side, sets = int(math.sqrt(weight.shape[2]) + 0.5), weight.shape[1]
@@ -80,6 +80,8 @@ def ska_formula(x: Tensor, weight: Tensor, start: Tensor | None = None) -> Tenso
         row, column = tap // side, tap % side
         shifted = padded[:, :, :, row : row + height, column : column + width]
         out.addcmul_(shifted, weight[:, None, :, tap])
+    if start is not None:  # of one image `flatten` makes strides that PyTorch does not know as channels-last
+        return start
     return out.flatten(1, 2)
 
 
