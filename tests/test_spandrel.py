@@ -290,7 +290,20 @@ def test_restorers_of_others(name: str, tmp_path: Path) -> None:
     assert isinstance(zoo.create_model(str(tmp_path / "x.pth")), zoo.spandrel.Foreign)
 
 
-@pytest.mark.parametrize(("name", "size"), [("RealPLKSR", None), ("NAFNet", 32)])
+def test_branches_are_folded_once() -> None:
+    torch.manual_seed(0)
+    model = zoo.spandrel.foreign(_others()["SPAN"]().state_dict())
+    assert model is not None
+    x = torch.rand(1, 3, 20, 30)
+    before, parameters = model.eval()(x), sum(each.numel() for each in model.parameters())
+    report = zoo.reparameterize(model, sample=x)
+    assert "branches of 20 convolutions" in str(report)
+    assert torch.equal(model(x), before)
+    assert sum(each.numel() for each in model.parameters()) < 0.7 * parameters
+    assert not zoo.reparameterize(model).layers
+
+
+@pytest.mark.parametrize(("name", "size"), [("RealPLKSR", None), ("NAFNet", 32), ("SPAN", None)])
 def test_restorers_of_others_as_graphs(name: str, size: int | None) -> None:
     """Engines and files hold them, too: any batch, and any size, but of those that pad inside."""
     torch.manual_seed(0)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from zoo.ffn.reparam import reparameterize
 from zoo.restoration import FAMILIES
+from zoo.text import counted
 from zoo.weights import CheckpointError, load_strict
 
 try:
@@ -80,6 +81,19 @@ class Foreign(nn.Module):
             if x.dtype != torch.float32 and "dtype" in str(error):  # not all that is said to run in half precision does
                 raise ValueError(f"{self._no_dtype(x.dtype)} ({' '.join(str(error).split())})") from error
             raise
+
+    def reparameterize(self) -> tuple[str, ...]:
+        """Fold the branches of SPAN's convolutions: its own code does so in every call, which no graph can hold."""
+        if self.training:
+            raise RuntimeError(f"{self.name} is in training mode: call model.eval() first.")
+        branched: list[tuple[str, Any]] = [
+            (name, part) for name, part in self.network.named_modules() if hasattr(part, "update_params")
+        ]
+        for name, part in branched:
+            part.update_params()
+            slope = [nn.LeakyReLU(0.05)] if part.has_relu else []
+            self.network.set_submodule(name, nn.Sequential(part.eval_conv, *slope))
+        return (f"branches of {counted(len(branched), 'convolution')}",) if branched else ()
 
     def require_dtype(self, dtype: torch.dtype | None) -> None:
         """Raise a ValueError where the authors' code does not run in a precision."""
