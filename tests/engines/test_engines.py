@@ -25,6 +25,7 @@ from zoo.export.network import prepare
 import zoo
 from zoo.cli.inputs import ENGINES as CLI_ENGINES
 from zoo.engines import ENGINE_NAMES, EngineCall, EngineError, attach, call, check_engine, detach, engine_of
+from zoo.engines.runtimes import installed
 from zoo.engines.store import engines_dir, fingerprint
 from zoo.engines.watch import Watched
 from zoo.pictures import plans
@@ -326,6 +327,16 @@ def test_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else real(name))
     with pytest.raises(ImportError, match=r"openvino is missing: pip install 'ffn-zoo\[openvino\]'"):
         check_engine("openvino")
+
+
+def test_a_damaged_runtime_is_told_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('libcudart.so.12 cannot be opened')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    with pytest.raises(ImportError, match=r"onnxruntime is here but cannot be imported \(libcudart.so.12 cannot be op"):
+        check_engine("onnxruntime")
+    assert "onnxruntime" not in installed()
+    assert "eager" in installed()
 
 
 def test_fingerprint_sees_more_than_weights() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.metadata
 import importlib.util
 import threading
@@ -64,10 +65,15 @@ class Runtime:
         return importlib.metadata.version(self.needs[0] if self.needs else "torch")
 
     def missing(self) -> str:
-        """Say in words what is not installed here; empty where all is."""
+        """Say in words what is not installed here, or damaged; empty where nothing is."""
         lacking = [name for name in self.needs if importlib.util.find_spec(name) is None]
         if lacking:
             return f"{' and '.join(lacking)} is missing: pip install 'ffn-zoo[{self.extra}]'"
+        try:
+            for name in self.needs[:1]:  # the runtime itself: what only builds takes long to import
+                importlib.import_module(name)
+        except Exception as error:  # of a damaged installation, or one for another NumPy: of many kinds
+            return f"{name} is here but cannot be imported ({first_line(error)}): pip install --force-reinstall {name}"
         from zoo.export.aoti import has_compiler
 
         if not self.needs and not has_compiler():
