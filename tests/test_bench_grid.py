@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import zoo
 from zoo.bench import BenchError, Benchmark, Entry, Grid, Ratio, Settings, compare_grid, grid, timing
 from zoo.bench.engines import _goals, _large_goals, engines, plot_families
 from zoo.bench.grid import DIFFERENCE, LIKENESS, PRECISIONS, refusal
-from zoo.bench.grid_plot import plot_grid
+from zoo.bench.grid_plot import _decimals, plot_grid
 from zoo.bench.latency import Latency
 from zoo.bench.report import SAME, columns, markdown
 from zoo.bench.subjects import subject
@@ -309,6 +310,17 @@ def test_table_shows_what_varies() -> None:
 
 
 @pytest.mark.slow
+def test_times_below_one_are_written_as_those_above() -> None:
+    figure = Figure()
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    axes.set_xlim(0.2, 3)
+    axes.xaxis.set_minor_formatter(_decimals())
+    figure.canvas.draw()
+    texts = {label.get_text() for label in axes.get_xticklabels(minor=True)}
+    assert {"0.3", "2"} <= texts
+
+
 def test_plots(tmp_path: Path) -> None:
     """Accuracy, else work, else throughput against time; a suite's families as bars."""
     top1 = "top-1 of 100 images (%)"

@@ -279,6 +279,7 @@ def test_restorers_of_others(name: str, tmp_path: Path) -> None:
     wrapped = {"params_ema": {f"_orig_mod.{key}": value for key, value in network.state_dict().items()}}
     torch.save(wrapped, tmp_path / "x.pth")
     model = load_restorer(weights=tmp_path / "x.pth")
+    assert not zoo.reparameterize(model).layers, "merged already"
     x = torch.rand(1, 3, 45, 61)
     expected = ModelLoader().load_from_state_dict(network.state_dict()).eval()(x)
     found = zoo.pictures.restore.restore_tensor(model, x)

@@ -91,12 +91,21 @@ def _styles(entries: Sequence[Entry]) -> dict[tuple[Any, Any], dict[str, Any]]:
     }
 
 
+def _decimals() -> Any:
+    """Return a formatter of minor ticks that writes 0.6 where matplotlib's own writes 6e-01."""
+    from matplotlib.ticker import LogFormatter
+
+    class Decimals(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    return Decimals(labelOnlyBase=False, minor_thresholds=(1.5, 0.4))
+
+
 def _draw(
     axes: Any, points: Sequence[tuple[Entry, float, float]], styles: dict[tuple[Any, Any], Any], *, one_model: bool
 ) -> list[Any]:
     """Draw one panel and return the names of its points, the most important first."""
-    from matplotlib.ticker import LogFormatter
-
     best = front([(x, y) for _, x, y in points])
     crowded = len(points) > MOST_NAMED
     for entry, x, y in points:
@@ -109,7 +118,7 @@ def _draw(
     axes.set_xscale("log")
     axes.set_xlim(min(times) / span**0.42, max(times) * span**0.08)  # names stand to the left of their points
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.4)))
+    axes.xaxis.set_minor_formatter(_decimals())
     axes.margins(y=0.12)
     axes.grid(alpha=0.3)
     named: list[tuple[bool, Any]] = []

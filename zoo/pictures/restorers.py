@@ -103,8 +103,7 @@ def load_restorer(
         restorer = _load(task, scale, model, weights, sigma, quality or usual_quality(place), kind).eval()
         if hasattr(restorer, "require_dtype"):  # spandrel's networks
             cast(Any, restorer).require_dtype(precision)
-        else:
-            reparameterize(restorer, measure=False)
+        reparameterize(restorer, measure=False)
         restorer = restorer.to(place, precision)
     own = int(getattr(restorer, "scale", 1))
     if scale is not None and scale != own:
