@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,6 +80,23 @@ def test_random_weights_give_times_only() -> None:
     assert "The weights are random: times only." in found.notes
     assert any("Not measured: RePa at 0.05. RePa cannot keep 0.05" in note for note in found.notes)
     assert found.goals == ()
+
+
+def test_engine_beside_eager(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    settings = Settings(batch=2, rounds=1, warmup=0, threads=1)
+    asked: dict[str, Any] = dict(model="vit_tiny_patch16_224", model_args=SMALL, techniques=["RePa"], budgets=[0.5])
+    (found,) = ffn(settings, engine="onnxruntime", **asked)
+    for entry in found.entries:
+        assert entry.values["on onnxruntime (ms)"] > 0
+        assert entry.values["one image on onnxruntime (ms)"] > 0
+    assert found.entries[1].values["one image on onnxruntime, times as fast"] > 0
+    with pytest.raises(ValueError, match=r"Did you mean onnxruntime\?"):
+        ffn(settings, engine="onxruntime", **asked)
+    with pytest.raises(ValueError, match="runs float32 on the CPU, not bfloat16 on cpu"):
+        ffn(replace(settings, dtype="bfloat16"), engine="onnxruntime", **asked)
+    assert main(["bench", "ffn", "--model", str(own / "mine"), "--engine", "openvino,onnxruntime"]) == 2
+    assert "--engine takes one name for ffn, beside eager, got openvino,onnxruntime" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,7 @@ from zoo.bench.report import Benchmark, Entry, Goal, new_figure, plot, save_with
 from zoo.bench.timing import Progress, Settings, cast, environment, torch_threads
 from zoo.catalog import did_you_mean
 from zoo.diffusion.pipelines import PixelDiTPipeline
+from zoo.engines import check_engine
 from zoo.evaluation.fid_c import FID_C
 from zoo.ffn.compressing import compress, resized
 from zoo.ffn.depth import DepthConfig
@@ -142,6 +143,7 @@ def ffn(
     techniques: Sequence[str] | None = None,
     rivals: Sequence[str] = (),
     model_args: Mapping[str, Any] | None = None,
+    engine: str | None = None,
 ) -> list[Benchmark]:
     """Compare techniques at budgets of feed-forward work: quality at once and recovered, time, size.
 
@@ -161,11 +163,12 @@ def ffn(
         techniques: Keys of `TECHNIQUES`; None is all.
         rivals: Models that were trained to be smaller, by name, file or folder: measured beside.
         model_args: Arguments of the model.
+        engine: As in `zoo.accelerate`: what all are timed on too, beside eager PyTorch.
 
     Raises:
-        ValueError: There is no model, a technique is unknown, a budget is no share, or trained weights come without
-            data.
-        ImportError: Torch-Pruning is not installed.
+        ValueError: There is no model, a technique or engine is unknown, a budget is no share, trained weights come
+            without data, or an engine is asked for on a GPU or in another type than float32.
+        ImportError: Torch-Pruning or the engine is not installed.
     """
     if wrong := [name for name in techniques or () if name not in TECHNIQUES]:
         raise ValueError(
@@ -188,6 +191,9 @@ def ffn(
         raise ValueError("--rival takes classifiers; a pipeline stands alone.")
     if trained and not generates and data is None:
         raise ValueError(f"Accuracy of {model} is measured on labelled images: --data DIR (class folders or Parquet).")
+    runner = None if engine is None else check_engine(engine)
+    if runner is not None and (settings.device != "cpu" or settings.dtype != "float32"):
+        raise ValueError(f"The engine {runner!r} runs float32 on the CPU, not {settings.dtype} on {settings.device}.")
     names = list(techniques or TECHNIQUES)
     if any(name.startswith(TORCH_PRUNING) for name in names) and find_spec("torch_pruning") is None:
         raise ImportError("Torch-Pruning needs the 'benchmark' extra: pip install 'ffn-zoo[benchmark]'")
@@ -207,7 +213,7 @@ def ffn(
             trained_so = cast(zoo.create_model(rival, pretrained=True).eval(), settings)
             reparameterize(trained_so, measure=False)
             candidates.append(subject.candidate(rival, TRAINED, None, trained_so, 0))
-        entries = subject.entries(candidates)
+        entries = subject.entries(candidates, runner)
     notes = [
         f"{LEFT}: of the dense model's feed-forward layers. Times, {PREPARED} too, are of the process where one thread "
         "runs on a CPU; those of calls are taken in turns.",

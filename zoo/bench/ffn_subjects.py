@@ -13,14 +13,15 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from zoo.bench.caching import PSNR, class_images, psnr_of_all
-from zoo.bench.latency import processor_clock
-from zoo.bench.report import Entry
+from zoo.bench.latency import Latency, processor_clock
+from zoo.bench.report import Entry, Ratio
 from zoo.bench.timing import Progress, Settings, compare
 from zoo.data.images import ImageClassification, ImageDiffusion, draw, images_for
+from zoo.engines import EngineCall, EngineError, EngineName
 from zoo.evaluation.fid_c import FID_C, judge_of
 from zoo.ffn.compressing import batch_macs, recover
 from zoo.ffn.depth import Nothing
-from zoo.ffn.technique import ffn_layers, model_output, replace_module
+from zoo.ffn.technique import arguments_of, ffn_layers, model_output, replace_module
 from zoo.moe.calibration import class_batches, sampled_images
 from zoo.profiling import count_params
 
@@ -168,22 +169,27 @@ class Subject:
             judged = self.judged(candidate.model)
             candidate.values |= {heading(key, RECOVERED): value for key, value in judged.items()}
 
-    @torch.inference_mode()
-    def entries(self, candidates: Sequence[Candidate]) -> tuple[Entry, ...]:
-        """Time the dense model and all candidates in turns, one call of the batch and one of one image."""
+    def _timed(self, calls: dict[str, Callable[[], object]]) -> dict[str, tuple[Latency, Ratio | None]]:
         clock = processor_clock(self.settings.device)
+        return compare(calls, self.settings, reference=DENSE, progress=self.progress, clock=clock)
+
+    @torch.inference_mode()
+    def entries(self, candidates: Sequence[Candidate], engine: EngineName | None = None) -> tuple[Entry, ...]:
+        """Time the dense model and all candidates in turns, one call of the batch and one of one image.
+
+        Args:
+            candidates: Of `make`, and others.
+            engine: One that they are timed on too; what it cannot run is noted.
+        """
         dense = self.candidate(DENSE, DENSE, None, self.dense, 0)
         everyone = [dense, *candidates]
+        batches = (_resized(self.one, self.settings.batch), self.one)
         timed = [
-            compare(
-                {each.name: partial(model_output, each.model, batch) for each in everyone},
-                self.settings,
-                reference=DENSE,
-                progress=self.progress,
-                clock=clock,
-            )
-            for batch in (_resized(self.one, self.settings.batch), self.one)
+            self._timed({each.name: partial(model_output, each.model, batch) for each in everyone}) for batch in batches
         ]
+        if engine is not None:
+            for what, batch in zip((f"on {engine} (ms)", f"one image on {engine} (ms)"), batches, strict=True):
+                self._time_on(engine, everyone, batch, what)
         entries = []
         for each in everyone:
             single, speedup = timed[1][each.name]
@@ -201,6 +207,29 @@ class Subject:
                 )
             )
         return tuple(entries)
+
+    def _time_on(self, engine: EngineName, everyone: Sequence[Candidate], batch: Any, what: str) -> None:
+        """Time all in turns on an engine, into their values."""
+        calls: dict[str, Callable[[], object]] = {}
+        for place, each in enumerate(everyone):
+            self.tell(f"{each.name} on {engine}", place, len(everyone))
+            run = EngineCall(each.model, engine, threads=self.settings.threads)
+            call = partial(run, **arguments_of(batch)) if isinstance(batch, dict) else partial(run, batch[0])
+            try:
+                call()  # builds the graph and checks it
+            except EngineError as error:
+                self.notes.append(f"Left out: {each.name} on {engine}: {error}")
+                continue
+            calls[each.name] = call
+        if DENSE not in calls:
+            return
+        times = self._timed(calls)
+        for each in everyone:
+            if each.name in times:
+                time, speed = times[each.name]
+                each.values[what] = time.median
+                if speed is not None:
+                    each.values[f"{what.removesuffix(' (ms)')}, times as fast"] = speed.median
 
 
 class ClassifierSubject(Subject):

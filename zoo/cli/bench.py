@@ -98,7 +98,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--engine",
         metavar="A,B",
-        help=f"run each model on each of these, the first being its reference: {', '.join(ENGINES)}",
+        help=f"run each model on each of these, the first being its reference: {', '.join(ENGINES)}; ffn takes one",
     )
     parser.add_argument(
         "--precision",
@@ -191,8 +191,11 @@ def _check(args: argparse.Namespace, suites: list[str]) -> None:
         raise UsageError(f"--{given[0]} is for `zoo bench ffn`.")
     for option, known in (("engine", ENGINES), ("precision", _PRECISIONS)):
         chosen = _words(args, option)
-        if chosen and ((suites and suites != ["engines"]) or args.count is not None):
+        one_more = suites == ["ffn"] and option == "engine"
+        if chosen and not one_more and ((suites and suites != ["engines"]) or args.count is not None):
             raise UsageError(f"--{option} is for models and `zoo bench engines`; give names of models.")
+        if one_more and len(chosen) > 1:
+            raise UsageError(f"--engine takes one name for ffn, beside eager, got {args.engine}.")
         if wrong := [name for name in chosen if name not in known]:
             hint = did_you_mean(wrong[0], known)
             raise UsageError(f"--{option} takes {', '.join(known)}, got {wrong[0]!r}.{hint}")
@@ -274,6 +277,8 @@ def _ffn_options(args: argparse.Namespace) -> dict[str, Any]:
         UsageError: The budgets are no numbers.
     """
     options = {_FFN[name]: getattr(args, name) for name in _FFN if getattr(args, name) is not None}
+    if args.engine is not None:
+        options["engine"] = args.engine
     if args.budgets is not None:
         try:
             options["budgets"] = tuple(float(part) for part in args.budgets.split(","))
