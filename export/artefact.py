@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import zoo.export.openvino
 from torch import nn
 from zoo.export import ONE_SHAPE, ExportError, target
 from zoo.export.aoti import has_compiler
-from zoo.export.network import Kind, Network, compare, fixed, prepare, whole
+from zoo.export.network import BatchError, Kind, Network, compare, fixed, prepare, whole
 from zoo.export.pictures import compare_pictures, taking_pictures
 from zoo.export.precision import TOLERANCE, check_precision, in_half
 from zoo.export.readme import readme
@@ -46,6 +46,7 @@ class Artefact:
         bytes: Of the file, with the weights beside it where there are any.
         max_error: Largest difference from the model; None where they were not compared.
         loss: What int8 costs, by name; empty in other precisions.
+        note: What the file lacks, in words; empty where it lacks nothing.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class Artefact:
     bytes: int
     max_error: float | None
     loss: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
 
 
 def check_runtime(format: str, precision: str = "fp32", *, run: bool = True) -> None:
@@ -153,13 +155,20 @@ def write_artefact(
         network = fixed(network)
     samples = None if precision != "int8" else _samples(network, model, data)
 
-    def compared(path: Path) -> float:
-        run = target(format).runner(path)
-        if with_preprocess:
-            return compare_pictures(lambda inputs: run(inputs)[0], network, model, kind=kind, **options)
-        return compare(run, model, kind=kind, **options, one=one)
+    def written(network: Network, *, one: bool) -> Artefact:
+        def compared(path: Path) -> float:
+            run = target(format).runner(path)
+            if with_preprocess:
+                return compare_pictures(lambda inputs: run(inputs)[0], network, model, kind=kind, **options)
+            return compare(run, model, kind=kind, **options, one=one)
 
-    return _write(network, out, format, precision, compared if check else None, samples, told)
+        return _write(network, out, format, precision, compared if check else None, samples, told)
+
+    try:
+        return written(network, one=one)
+    except BatchError:  # window attention of some networks counts its windows for one number of images
+        found = written(fixed(network), one=True)
+    return replace(found, note="The file takes one image at a time: the network cannot leave their number open.")
 
 
 def write_step(

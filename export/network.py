@@ -32,6 +32,7 @@ from zoo.layers.own import engine_in
 from zoo.text import counted, first_line
 
 __all__ = [
+    "BatchError",
     "ExportError",
     "Kind",
     "Network",
@@ -63,6 +64,10 @@ _SIZES = ("in_channels", "sample_size", "num_classes")  # in the config of a cla
 
 class ExportError(RuntimeError):
     """A model that a format cannot hold, or a file that does not do what its model does."""
+
+
+class BatchError(ExportError):
+    """A model of one size whose graph cannot leave the number of images open."""
 
 
 class _Restorer(nn.Module):
@@ -255,6 +260,7 @@ def capture(network: Network, purpose: str) -> torch.export.ExportedProgram:
         purpose: What it cannot be where this fails: "exported", "written as ONNX".
 
     Raises:
+        BatchError: The same, where only the number of images was open.
         ExportError: The network has something that a graph cannot express.
     """
     with quiet(), torch.no_grad():
@@ -267,6 +273,8 @@ def capture(network: Network, purpose: str) -> torch.export.ExportedProgram:
             raise
         except Exception as error:  # tracing runs the user's code, which raises what it likes
             said = f"The network cannot be {purpose}: {first_line(error)}"
+            if network.dynamic_shapes and all(len(axes) == 1 for axes in network.dynamic_shapes.values()):
+                raise BatchError(f"{said.rstrip('.')}. The number of images was open; of one it may be.") from error
             if any(len(axes) > 1 for axes in network.dynamic_shapes.values()):
                 said = f"{said.rstrip('.')}. Height and width were open; images of one size it may take (--fixed-size)."
             raise ExportError(said) from error

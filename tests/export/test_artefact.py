@@ -200,6 +200,29 @@ def test_what_a_model_does_not_say_is_not_guessed(
     assert (facts["crop_pct"], facts["interpolation"]) == (str(usual["crop_pct"]), usual["interpolation"])
 
 
+class Counted(Restorer):
+    """Counts images as a number, as SwinIR does its windows: a graph holds that of its example."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(int(x.shape[0] / 1), *x.shape[1:]))
+
+
+@pytest.mark.parametrize("pictures", [True, False])
+def test_a_graph_for_one_image_where_more_cannot_be(
+    pictures: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, options = Counted().eval(), dict[str, Any](format="torch-export", with_preprocess=pictures)
+    with pytest.raises(ExportError, match="images of one size it may take"):
+        write_artefact(model, tmp_path / "x.pt2", **options)
+    assert not list(tmp_path.iterdir())
+    found = write_artefact(model, tmp_path / "x.pt2", dynamic_size=False, image_size=24, **options)
+    assert found.note == "The file takes one image at a time: the network cannot leave their number open."
+    assert f"(1, {'24, 24, 3' if pictures else '3, 24, 24'})" in found.readme.read_text()
+    run_snippet(found, monkeypatch, capsys)
+    assert Image.open(tmp_path / "restored.png").size == (24, 24)
+    assert not write_artefact(Restorer(), tmp_path / "y.pt2", dynamic_size=False, image_size=24, **options).note
+
+
 @pytest.mark.parametrize("kind", [dict, tuple, list])
 @pytest.mark.parametrize("restores", [True, False])
 def test_several_outputs_are_refused_before_they_are_compiled(tmp_path: Path, kind: Any, restores: bool) -> None:

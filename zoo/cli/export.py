@@ -221,6 +221,8 @@ def _result(args: argparse.Namespace, artefact: Artefact) -> dict[str, Any]:
         "bytes": artefact.bytes,
         "max_error": artefact.max_error,
     }
+    if artefact.note:
+        found["note"] = artefact.note
     return found | ({"loss": artefact.loss} if artefact.loss else {})
 
 
@@ -237,5 +239,6 @@ def _report(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
         rows.add_row(result["file"], args.format, args.precision, f"{result['bytes'] / 1e6:.1f}", compared)
     inputs = [f"{name} {'x'.join(map(str, shape)) or 'scalar'}" for name, shape in results[0].get("inputs", {}).items()]
     lines = [f"Inputs: {', '.join(inputs)}."] if inputs else []
+    lines += [result["note"] for result in results if "note" in result]
     lines += results[0].get("loss", {}).get("lines", [])
     print_table(rows, *lines, f"How to run it: {', '.join(result['readme'] for result in results)}.")
