@@ -119,7 +119,7 @@ def find(name: str) -> Source:
         if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) and not name.startswith(".") and not path.parent.is_dir():
             return Source(name=name, kind="hub", repo_id=name)
         raise CheckpointError(f"There is no file or folder {name}.{beside(path)}")
-    raise ValueError(_unknown(name))
+    raise ValueError(catalog.unknown(name, timm_names()))
 
 
 def weight_file(folder: Path) -> Path:
@@ -349,10 +349,6 @@ def timm_names() -> dict[str, tuple[str, ...]]:
         if new in found:
             found.setdefault(old, [])
     return {name: tuple(tags) for name, tags in found.items()}
-
-
-def _unknown(name: str) -> str:
-    return catalog.unknown(name, timm_names())
 
 
 def beside(path: Path) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo import catalog
 from zoo.acceleration import accelerate
@@ -25,7 +25,7 @@ from zoo.bench.report import SAME, Benchmark, Check, Entry, Ratio
 from zoo.bench.subjects import Subject, first, subject
 from zoo.bench.timing import BenchError, DTypeName, Progress, Settings, busy, environment, speedup, torch_threads
 from zoo.data.images import images_to_judge
-from zoo.engines import EngineCall, EngineError, EngineName, check_engine
+from zoo.engines import EngineCall, EngineError, check_engine
 from zoo.profiling import count_params
 from zoo.sources import find
 from zoo.text import counted
@@ -375,7 +375,7 @@ def _run(each: Subject, engine: str, precision: str, batch: int, threads: int, f
     if folder is not None:
         run = IntegerCall(engine, folder, threads)
     elif engine != "eager":
-        run = _engine(each.model, check_engine(engine), threads)
+        run = EngineCall(each.model, check_engine(engine), threads=threads)
     inputs = tuple(value.expand(batch, *value.shape[1:]).contiguous() for value in each.inputs)
     named = {
         key: value.expand(batch, *value.shape[1:]).contiguous() if isinstance(value, Tensor) else value
@@ -383,10 +383,6 @@ def _run(each: Subject, engine: str, precision: str, batch: int, threads: int, f
     }
     call = partial(run, *inputs, **named)
     return _Run(subject=each, engine=engine, precision=precision, batch=batch, threads=threads, run=run, call=call)
-
-
-def _engine(model: nn.Module, engine: EngineName, threads: int) -> EngineCall:
-    return EngineCall(model, engine, threads=threads)
 
 
 def _loss(output: Tensor, expected: Tensor, task: str) -> dict[str, float]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from zoo.caching.branches import Branch, Branches, Conditioning, conditioning, is_repeated
 from zoo.caching.hooks import DEFAULT_CONTEXT, ContextStates, PrivateStates, outside_graphs, refuse_copy
+from zoo.caching.streams import version
 from zoo.caching.summary import Call, RunLog
 
 __all__ = ["RunTracker"]
@@ -53,7 +54,7 @@ class _Inputs:
         self._time: float | None = None
         self._timed = False
         self.sample = list(_tensors(arguments.get(sample or "")))
-        self._versions = [_version(tensor) for tensor in self.sample]
+        self._versions = [version(tensor) for tensor in self.sample]
         self.form = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in self.sample)
         self.conditioning: Conditioning = conditioning(arguments, sample)
 
@@ -70,8 +71,8 @@ class _Inputs:
     def has_same_sample(self, other: _Inputs) -> bool:
         """Return whether an earlier call was given the same noisy images."""
         return self.form == other.form and all(
-            _version(other_tensor) == version and (tensor is other_tensor or torch.equal(tensor, other_tensor))
-            for tensor, other_tensor, version in zip(self.sample, other.sample, other._versions, strict=True)
+            version(other_tensor) == was and (tensor is other_tensor or torch.equal(tensor, other_tensor))
+            for tensor, other_tensor, was in zip(self.sample, other.sample, other._versions, strict=True)
         )
 
     def has_same_tensors(self, other: _Inputs) -> bool:
@@ -517,11 +518,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for each in value:
             yield from _tensors(each)
-
-
-def _version(tensor: Tensor) -> int:
-    """Return how often a tensor was written to; 0 where PyTorch does not count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _find_pipeline() -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.caching.hooks import outside_graphs
-from zoo.caching.streams import PlacedBlock, View, leaves, rebuilt, tensors
+from zoo.caching.streams import PlacedBlock, View, leaves, rebuilt, tensors, version
 from zoo.profiling import count_params
 
 __all__ = ["BlockStack", "Role"]
@@ -51,14 +51,14 @@ class _Held:
     number: int
     block: PlacedBlock
     output: Any
-    versions: list[int] = field(default_factory=list)
+    versions: list[int | None] = field(default_factory=list)
 
     def is_intact(self) -> bool:
         return self.versions == _versions(self.output)
 
 
-def _versions(value: Any) -> list[int]:
-    return [-1 if tensor.is_inference() else tensor._version for _, tensor in tensors(value)]
+def _versions(value: Any) -> list[int | None]:
+    return [version(tensor) for _, tensor in tensors(value)]
 
 
 def _copied(value: Any) -> Any:

@@ -53,7 +53,10 @@ def family_card(family: str, models: Mapping[str, Any] | None = None) -> str:
     title, _, about = (module.__doc__ or "").strip().partition(":")
     kind = "classification" if first["task"] == "classification" else "restoration"
     shipped = [
-        f"{name}.{tag}" for name, facts in chosen.items() for tag, w in facts["weights"].items() if _is_shipped(w)
+        f"{name}.{tag}"
+        for name, facts in chosen.items()
+        for tag, weight in facts["weights"].items()
+        if weight["source"] == "shipped"
     ]
     links = ", ".join(f"[{name}]({name})" for name in shipped)
     ours = f"\nTrained by us, with cards of their own: {links}.\n" if shipped else ""
@@ -97,10 +100,6 @@ def write_family_cards() -> list[Path]:
     for path in paths:
         path.write_text(family_card(path.stem), encoding="utf-8")
     return paths
-
-
-def _is_shipped(weight: Mapping[str, Any]) -> bool:
-    return weight["source"] == "shipped"
 
 
 def _sentence(text: str) -> str:

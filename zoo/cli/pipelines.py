@@ -442,11 +442,9 @@ def _of(args: argparse.Namespace, pipe: Any, takes: frozenset[str], name: str) -
     if not parts:
         raise UsageError("--classes names no class.")
     labels = [int(part) if part.isdigit() else part for part in parts]
-    return [{"class_labels": label} for label in (pipe.get_label_ids(labels) if _names_classes(pipe) else labels)]
-
-
-def _names_classes(pipe: Any) -> bool:
-    return hasattr(pipe, "get_label_ids")
+    return [
+        {"class_labels": label} for label in (pipe.get_label_ids(labels) if hasattr(pipe, "get_label_ids") else labels)
+    ]
 
 
 def _class_count(pipe: Any) -> int | None:
