@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.denoisers import flux
 from zoo.data.latents import LatentFiles, Latents
+from zoo.data.samplers import ResumableSampler
 
 
 def sample(tokens: int = 12, **more: Tensor) -> dict[str, Tensor]:
@@ -46,6 +47,28 @@ def test_order_is_the_seeds(folder: Path) -> None:
 
     assert torch.equal(first(0), first(0))
     assert not torch.equal(first(0), first(1))
+
+
+def test_an_epoch_that_is_told_late_is_that_of_the_batches(folder: Path) -> None:
+    """Lightning makes the iterator, then restores a checkpoint and tells the epoch: workers had read epoch 0."""
+
+    def first(epoch: int, late: bool) -> Tensor:
+        loader = Latents(str(folder), batch_size=2, num_workers=1).train_dataloader()
+        sampler = loader.sampler
+        assert isinstance(sampler, ResumableSampler)
+        if not late:
+            sampler.set_epoch(epoch)
+        batches = iter(loader)
+        sampler.set_epoch(epoch)
+        return next(batches)["latents"]
+
+    assert torch.equal(first(3, late=True), first(3, late=False))
+    assert not torch.equal(first(3, late=True), first(0, late=True))
+
+
+def test_a_batch_larger_than_the_data_is_named(folder: Path) -> None:
+    with pytest.raises(ValueError, match="batch_size 6 exceeds the 5 training latents of a process"):
+        Latents(str(folder), batch_size=6).train_dataloader()
 
 
 def test_validation_is_optional(folder: Path) -> None:

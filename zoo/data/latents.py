@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.data.samplers import ResumableSampler, SeededDataset
+from zoo.data.samplers import ResumableSampler, SeededDataset, training_loader
 
 __all__ = ["LatentFiles", "Latents"]
 
@@ -79,18 +79,19 @@ class Latents(LightningDataModule):
         super().__init__()
         self.data_dir, self.batch_size, self.num_workers, self.seed = Path(data_dir), batch_size, num_workers, seed
 
-    def _loader(self, **kwargs: Any) -> DataLoader[Any]:
-        return DataLoader(batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate, **kwargs)
-
     def train_dataloader(self) -> DataLoader[Any]:
         data = SeededDataset(LatentFiles(self.data_dir / "train"), self.seed)
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        return self._loader(dataset=data, sampler=ResumableSampler(data, self.seed, rank, world), drop_last=True)
+        sampler = ResumableSampler(data, self.seed, rank, world)
+        return training_loader(self, data, sampler, "latents", collate_fn=collate)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         folder = self.data_dir / "val"
-        return [self._loader(dataset=LatentFiles(folder))] if folder.is_dir() else []
+        if not folder.is_dir():
+            return []
+        data = LatentFiles(folder)
+        return [DataLoader(data, self.batch_size, num_workers=self.num_workers, collate_fn=collate)]
 
 
 def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
