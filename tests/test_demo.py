@@ -367,7 +367,7 @@ def test_missing_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "The demo needs the weights pixeldit.cifar10" in error
-    assert not list((tmp_path / "out").iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 def test_command_replaces_only_its_own_report(

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import fresh_process
 import pytest
+from PIL import Image
+
+from zoo.cli import main
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"zoo": "zoo", "export": "zoo/export", "configs": "zoo/configs", "zoo_command": "zoo_command"}
@@ -119,6 +122,33 @@ def test_the_lock_agrees_with_the_constraints() -> None:
     different = {name: version for name, version in locked if names.get(name.replace(".", "-"), version) != version}
     assert not different
     assert "requirements.lock" in (ROOT / "Dockerfile").read_text()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ["restore", "photo.png", "-o", "large.png"],
+        ["verify", "--all"],
+        ["verify", "repavit_tiny.cifar10"],
+        ["publish", "repavit_tiny.cifar10", "--repo-id", "me/mine", "--dry-run"],
+        ["app"],
+        ["demo", "-o", "report"],
+    ],
+)
+def test_code_alone_says_what_to_install(
+    call: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the wheel of the weights is not installed: no table of nothing, no empty folder."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    for module in ("zoo.sources", "zoo.cli.publishing", "zoo.demo"):
+        monkeypatch.setattr(f"{module}.cards_dir", lambda: tmp_path / "none")
+    monkeypatch.setattr("zoo.pictures.restorers._restorers", list)
+    assert main(call) == 2
+    said = capsys.readouterr().err
+    assert "pip install ffn-zoo-weights" in said
+    assert said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
 
 
 @pytest.mark.slow

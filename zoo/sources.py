@@ -34,6 +34,7 @@ __all__ = [
     "front_matter",
     "metrics_of",
     "no_shipped_file",
+    "no_shipped_weights",
     "timm_names",
     "weight_file",
 ]
@@ -150,6 +151,15 @@ def no_shipped_file(path: Path) -> str | None:
     if root.is_dir() or not path.is_relative_to(root):
         return None
     return f"{path.relative_to(root).parts[0]} is in a distribution of its own: pip install ffn-zoo-weights."
+
+
+def no_shipped_weights() -> str | None:
+    """Return what to do where no shipped weights are installed; None where they are."""
+    return (
+        None
+        if cards_dir().is_dir()
+        else "Shipped weights are a distribution of their own: pip install ffn-zoo-weights."
+    )
 
 
 def configs_dir() -> Path:

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     at_least(args, threads=1)
     report = args.output / "report.html"
     force = args.force or _is_report(report)
-    check_target(report, force=force)
+    check_target(report, force=force, make=False)
     hush(argparse.Namespace(quiet=True, json=False), diffusers=True)  # the progress below says what happens
     with progress(args) as display:
         loading = display.add_task("loading the networks", total=1)
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
         from zoo.demo import headline, load_models, render, run_demo
 
         models = load_models()
+        check_target(report, force=force)  # makes the folder
         display.update(loading, completed=1)
         results = run_demo(models, threads=args.threads, progress=tell)
         with replacing(report, force=force) as temporary:

@@ -101,7 +101,7 @@ def _print_list(chosen: list[tuple[str, dict[str, Any]]]) -> None:
     free = any(facts.get("any_size") for _, facts in chosen)
     print_table(
         rows,
-        "Weights are called NAME.TAG; shipped ones came with this package, the authors' are fetched over the net once.",
+        "Weights are called NAME.TAG; shipped ones are in ffn-zoo-weights, the authors' are fetched over the net once.",
         f"{len(chosen)} model{'s' if len(chosen) > 1 else ''}. MACs: multiply-accumulates for one input of that size"
         f"{' (* any size works)' if free else ''}.{' a -> b: before and after merging.' if merged else ''}",
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from zoo.catalog import nearest
 from zoo.cli.output import FailureError, UsageError, hush, note, print_json, print_table, progress, table
-from zoo.sources import cards_dir
+from zoo.sources import cards_dir, no_shipped_weights
 
 
 def add_parser(subparsers: Any) -> None:
@@ -44,6 +44,8 @@ def _folder(name: str) -> Path:
         return Path(name).resolve()  # "mine/" and "." have a name
     if Path(name).is_file():
         raise UsageError(f"{name} is a file: name the folder with config.json, weights and card that it lies in.")
+    if (absent := no_shipped_weights()) is not None:
+        raise UsageError(f"There is no folder {name}. {absent}")
     near = nearest(name, list(known))
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
     raise UsageError(f"There is no card of {name!r}. {hint}Cards: {', '.join(known) or 'none'}.")
@@ -54,6 +56,8 @@ def run_verify(args: argparse.Namespace) -> int:
     if bool(args.names) == args.all:
         raise UsageError("Give names, or --all." if not args.names else "Give names or --all, not both.")
     named = [_folder(name) for name in args.names]
+    if args.all and (absent := no_shipped_weights()) is not None:
+        raise UsageError(absent)
     from zoo.cards.card import check_card, published
 
     folders = published() if args.all else named

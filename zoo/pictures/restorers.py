@@ -22,7 +22,7 @@ from zoo.ffn.reparam import reparameterize
 from zoo.loading import foreign_hint, foreign_restorer, from_record
 from zoo.pictures.judging import Kind
 from zoo.restoration import FAMILIES
-from zoo.sources import find
+from zoo.sources import find, no_shipped_weights
 from zoo.weights import CheckpointError, load_strict, read_weights
 
 __all__ = ["REAL", "Offer", "Quality", "load_restorer", "offers", "shipped_scales", "usual_quality"]
@@ -272,7 +272,8 @@ def offers(task: str, scale: int | None = None, sigma: float | None = None, kind
     if not fitting:
         noise = "" if sigma is None else f" and sigma {sigma:g}"
         raise ValueError(
-            f"No weights for the task {task!r} at scale {wanted}{noise} are shipped; shipped are "
+            no_shipped_weights()
+            or f"No weights for the task {task!r} at scale {wanted}{noise} are shipped; shipped are "
             f"{', '.join(others) or 'none'}. Give a weight file, or the name of a model with published weights."
         )
     best = max(fitting)[:2]

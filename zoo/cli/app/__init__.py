@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.cli.output import UsageError, at_least, hush, note, number
+from zoo.sources import no_shipped_weights
 
 
 def add_parser(subparsers: Any) -> None:
@@ -54,6 +55,10 @@ def run(args: argparse.Namespace) -> int:
     from zoo.cli.app.service import Limits, Service
 
     offers = Offers.of(args.models)  # a wrong name is said before anything is imported
+    if (absent := no_shipped_weights()) is not None:
+        if not args.models:
+            raise UsageError(f"{absent} Or name models of yours.")
+        note(args, absent)
     try:
         import gradio  # noqa: F401
     except ImportError as error:
