@@ -16,7 +16,7 @@ from zoo.export.network import prepare
 
 import zoo
 from zoo.factory import image_size_args
-from zoo.ffn import prune
+from zoo.ffn import parallel, prune
 from zoo.record import KEY, attach, record_of, write_config
 from zoo.weights import CheckpointError, cards_dir, save_checkpoint, shipped
 
@@ -137,6 +137,20 @@ def test_changed_feed_forward_layers_are_rebuilt(tmp_path: Path) -> None:
     found = zoo.create_model(str(checkpoint(model, tmp_path / "last.ckpt")))
     assert torch.equal(found(images_of(model)), model(images_of(model)))
     assert record_of(found).changes == record_of(model).changes
+
+
+def test_maps_of_a_changed_network(tmp_path: Path) -> None:
+    """timm's `features_only` builds the network as it was before: blocks side by side would run one after the other."""
+    model = own(zoo.create_model("vit_tiny_patch16_224", **VIT, num_classes=3).eval())
+    parallel.apply(model)
+    path = str(checkpoint(model, tmp_path / "last.ckpt"))
+    with pytest.raises(CheckpointError, match=r"changed after construction \(parallel\).*forward_intermediates"):
+        zoo.create_model(path, features_only=True)
+    batch = images_of(model)
+    for found, expected in zip(
+        zoo.create_model(path).forward_intermediates(batch)[1], model.forward_intermediates(batch)[1], strict=True
+    ):
+        assert torch.equal(found, expected)
 
 
 DATA = [torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(2)]

@@ -202,6 +202,12 @@ def from_record(record: ModelRecord, state_dict: dict[str, Tensor], source: str,
     if task_of(record) != "classification":
         del built["num_classes"]
     if kwargs.get("features_only"):  # loaded before timm takes the network apart
+        if record.changes:
+            names = ", ".join(dict.fromkeys(change["technique"] for change in record.changes))
+            raise CheckpointError(
+                f"{source} was changed after construction ({names}), and features_only builds the unchanged network: "
+                "load it whole and call its forward_intermediates."
+            )
         return timm.create_model(record.architecture, True, pretrained_cfg=vars(cfg), **built).eval()
     model = build_timm(record.architecture, pretrained_cfg={**fields, "file": source}, **built)
     try:
@@ -418,7 +424,7 @@ def _complete(record: ModelRecord, facts: Mapping[str, Any], kwargs: Mapping[str
     """
     missing = {name: "no plain data, so it was not recorded" for name in record.not_recorded if name not in kwargs}
     if record.task == "classification" and record.num_classes and not record.pretrained_cfg:
-        missing |= {key: "" for key in _NEEDED if key not in facts and record.pretrained_cfg.get(key) is None}
+        missing |= {key: "" for key in _NEEDED if key not in facts}
     if missing:
         raise CheckpointError(_ask(source, "does not tell", missing))
     base = record.base if record.base and not record.pretrained_cfg else record.architecture
