@@ -31,6 +31,7 @@ from zoo.loading import (
 from zoo.profiling import count_macs, count_params
 from zoo.record import CONFIG_NAME, KEY, RecordError, described, note_build, read_config, record_of
 from zoo.sources import WEIGHT_FILES, CheckpointError, Source, describe, find, no_shipped_file, timm_names
+from zoo.text import first_line
 from zoo.weights import cards_dir, read_weights, verify_component
 
 __all__ = ["create_model", "create_pipeline", "families", "image_size_args", "list_models", "model_info"]
@@ -171,9 +172,9 @@ def image_size_args(name: str | Path, size: int, **kwargs: Any) -> dict[str, Any
         with torch.no_grad():
             model.eval()(torch.zeros(1, chans, size, size))
     except (RuntimeError, ValueError, AssertionError, ArithmeticError, IndexError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{name} cannot take images of {size} pixels ({reason}): its own have {usual[-1]}; 32 and more are usual."
+            f"{name} cannot take images of {size} pixels ({first_line(error)}): its own have {usual[-1]}; 32 and more "
+            "are usual."
         ) from error
     return arguments
 

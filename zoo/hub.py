@@ -34,6 +34,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from zoo.text import first_line
+
 __all__ = [
     "HubError",
     "HubFileMissingError",
@@ -223,7 +225,7 @@ def _explained(repo_id: str, filename: str | None = None) -> Iterator[None]:
                 f"{_host()} refused access to {repo_id} ({code}): log in with `hf auth login` or give a token that may."
             ) from error
         kept = f" It is not in the download cache {constants.HF_HUB_CACHE} (HF_HUB_CACHE)." if filename else ""
-        raise HubError(f"{_host()} answered {code} for {file}: {_first_line(error)}.{kept} Try again later.") from error
+        raise HubError(f"{_host()} answered {code} for {file}: {first_line(error)}.{kept} Try again later.") from error
     except ValueError as error:  # the Hub does not accept the front matter of README.md
         raise HubError(f"{repo_id}: {' '.join(str(error).split())}") from error
     except (HTTPError, OSError) as error:
@@ -235,11 +237,7 @@ def _explained(repo_id: str, filename: str | None = None) -> Iterator[None]:
             ) from error
         if isinstance(error, HTTPError):
             raise HubError(f"{_host()} cannot be reached for {repo_id} ({type(error).__name__}).") from error
-        raise HubError(f"{file}: {type(error).__name__}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise HubError(f"{file}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _host() -> str:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.catalog import did_you_mean
+from zoo.text import first_line
 
 __all__ = [
     "CONFIG_NAME",
@@ -392,7 +393,7 @@ def read_config(path: str | Path) -> ModelRecord:
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RecordError(f"{path} is not JSON and names no architecture: {str(error).splitlines()[0]}") from error
+        raise RecordError(f"{path} is not JSON and names no architecture: {first_line(error)}") from error
     return ModelRecord.from_config(config, path)
 
 

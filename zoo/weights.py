@@ -43,6 +43,7 @@ from zoo.record import (
     record_in,
 )
 from zoo.sources import WEIGHT_SUFFIXES, CheckpointError, card_sha256, cards_dir, front_matter, no_shipped_file
+from zoo.text import first_line
 
 __all__ = [
     "CheckpointError",
@@ -160,13 +161,13 @@ def read_weights(path: str | Path, sha256: str | None = None) -> tuple[dict[str,
                 f"{path} needs unsafe unpickling (it holds more than tensors) and is refused; convert it to safetensors"
                 " where you trust it."
             ) from error
-        raise CheckpointError(f"{path} is not a readable weight file: {_reason(error)}") from error
+        raise CheckpointError(f"{path} is not a readable weight file: {first_line(error)}") from error
     except _UNREADABLE as error:
         if "TorchScript" in str(error):
             raise CheckpointError(
                 f"{path} is a TorchScript program, which is refused: a file of its state_dict() is what can be read."
             ) from error
-        raise CheckpointError(f"{path} is not a readable weight file: {_reason(error)}") from error
+        raise CheckpointError(f"{path} is not a readable weight file: {first_line(error)}") from error
     state_dict = _unwrap(loaded, path)
     bad = [key for key, value in state_dict.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
@@ -203,11 +204,6 @@ def _something_else(path: Path) -> str | None:
     if head[8:9] == b"{":  # safetensors: eight bytes of length, then JSON
         return None
     return next((words for start, words in _OTHERS if plain.startswith(start)), None)
-
-
-def _reason(error: Exception) -> str:
-    """Return the first line of an error's message, or its type if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _read(path: Path) -> Any:

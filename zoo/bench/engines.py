@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from zoo.bench.grid import PRECISIONS, Grid, compare_grid, refusal
-from zoo.bench.report import Benchmark, Entry, Goal, new_figure, save_with_legend
+from zoo.bench.report import Benchmark, Entry, Goal, save_with_legend
 from zoo.bench.timing import Progress, Settings
 from zoo.data.labelled_images import has_parquet
 from zoo.engines import installed
+from zoo.figures import new_figure
 from zoo.text import counted
 
 __all__ = ["engines", "plot_families"]

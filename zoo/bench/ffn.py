@@ -31,7 +31,7 @@ from zoo.bench.ffn_subjects import (
     Technique,
     heading,
 )
-from zoo.bench.report import Benchmark, Entry, Goal, new_figure, plot, save_with_legend
+from zoo.bench.report import Benchmark, Entry, Goal, plot, save_with_legend
 from zoo.bench.timing import Progress, Settings, cast, environment, torch_threads
 from zoo.catalog import did_you_mean
 from zoo.diffusion.pipelines import PixelDiTPipeline
@@ -47,6 +47,7 @@ from zoo.ffn.repa import RePaConfig
 from zoo.ffn.reparam import reparameterize
 from zoo.ffn.snnk import SNNKConfig
 from zoo.ffn.technique import FFNReport, arguments_of, ffn_layers
+from zoo.figures import new_figure
 from zoo.sources import find
 
 __all__ = ["TECHNIQUES", "TORCH_PRUNING", "ffn", "goals", "plot_quality"]

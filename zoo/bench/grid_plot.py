@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zoo.bench.report import MOST_NAMED, Benchmark, Entry, front, new_figure, save_with_legend, thin
+from zoo.bench.report import MOST_NAMED, Benchmark, Entry, front, save_with_legend, thin
+from zoo.figures import new_figure
 from zoo.text import counted
 
 __all__ = ["plot_grid"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.bench.latency import Latency
+from zoo.figures import new_figure
 
 __all__ = [
     "MOST_NAMED",
@@ -27,7 +28,6 @@ __all__ = [
     "dumps",
     "front",
     "markdown",
-    "new_figure",
     "plot",
     "plot_ratios",
     "save_with_legend",
@@ -398,15 +398,6 @@ def plot_ratios(benchmarks: Iterable[Benchmark], path: str | Path) -> Path:
     path = Path(path)
     figure.savefig(path, dpi=150)
     return path
-
-
-def new_figure(width: float, height: float) -> Any:
-    """Return an empty figure of a size in inches."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need the 'demo' extra (matplotlib is missing): pip install 'ffn-zoo[demo]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_with_legend(figure: Any, path: str | Path, **legend: Any) -> Path:

@@ -14,6 +14,7 @@ from zoo.caching.cg_taylor import CGTaylorConfig
 from zoo.caching.core import cache_summary
 from zoo.caching.summary import FIRST_BLOCK, DenoiserSummary, UnitSteps
 from zoo.caching.taylorseer import TaylorSeerConfig, is_full_step
+from zoo.figures import new_figure
 
 __all__ = ["timeline"]
 
@@ -48,11 +49,6 @@ def timeline(pipe_or_model: DiffusionPipeline | nn.Module, path: str | PathLike[
         >>> pipe("a cat")
         >>> zoo.caching.timeline(pipe, "timeline.png")
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError as error:
-        raise ImportError("Plots need the 'demo' extra (matplotlib is missing): pip install 'ffn-zoo[demo]'") from error
     panels = []
     for one in cache_summary(pipe_or_model).denoisers:
         method = type(one.config).__name__
@@ -66,7 +62,7 @@ def timeline(pipe_or_model: DiffusionPipeline | nn.Module, path: str | PathLike[
         rows = sum(unit.context == context for unit in one.units)
         gate = any(error.context == context for error in one.errors)
         heights += [_GATE if gate else 0.0, max(0.7, _ROW * rows)]
-    figure = Figure(figsize=(9.0, sum(heights) + 0.75 * len(panels) + 0.6), layout="constrained")
+    figure = new_figure(9.0, sum(heights) + 0.75 * len(panels) + 0.6)
     grid = figure.add_gridspec(len(heights), 1, height_ratios=[max(height, 0.01) for height in heights])
     used: set[int] = set()
     for index, (one, context) in enumerate(panels):
@@ -77,6 +73,8 @@ def timeline(pipe_or_model: DiffusionPipeline | nn.Module, path: str | PathLike[
             top = figure.add_subplot(grid[2 * index], sharex=below)
             _draw_gate(top, one, context)
         top.set_title(_title(one, context), fontsize=10, loc="left")
+    from matplotlib.patches import Patch
+
     figure.legend(
         handles=[Patch(facecolor=_COLORS[kind], edgecolor="0.6", label=_NAMES[kind]) for kind in sorted(used)],
         loc="outside lower right",

@@ -47,6 +47,7 @@ from zoo.files import whole
 from zoo.profiling import count_params
 from zoo.record import record_of, write_config
 from zoo.sources import card_metrics, configs_dir
+from zoo.text import first_line
 from zoo.weights import (
     WEIGHTS_NAME,
     CheckpointError,
@@ -468,7 +469,7 @@ def _text_problems(text: str, folder: Path, *, own: bool) -> list[str]:
             with Image.open(folder / link) as image:
                 image.verify()
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            problems.append(f"The picture {link} cannot be read: {str(error).splitlines()[0]}.")
+            problems.append(f"The picture {link} cannot be read: {first_line(error)}.")
     return problems
 
 
@@ -497,7 +498,7 @@ def _weight_problems(front: Mapping[str, Any], folder: Path) -> list[str]:
         else:
             return ["There is neither config.json nor model_index.json."]
     except (CheckpointError, OSError, RuntimeError, TypeError, KeyError, ValueError, ImportError) as error:
-        return [f"The weights do not load: {(str(error) or type(error).__name__).splitlines()[0]}"]
+        return [f"The weights do not load: {first_line(error)}"]
     count = count_params(model)
     if front.get("parameters") != count:
         return [f"The model has {count} parameters, the front matter states {front.get('parameters')}."]

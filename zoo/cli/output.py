@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.files import whole
+from zoo.text import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -184,7 +185,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"There is no device {name!r} here: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"There is no device {name!r} here: {first_line(error)}") from error
     return device
 
 

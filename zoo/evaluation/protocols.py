@@ -6,10 +6,7 @@ Facts only, without torch, so that `zoo --help` can list them; `zoo.evaluation.m
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    pass
+from typing import Literal
 
 __all__ = ["PROTOCOLS", "Protocol", "ProtocolName", "find_protocol", "protocol_of_task"]
 

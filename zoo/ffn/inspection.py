@@ -24,6 +24,7 @@ from zoo.ffn.technique import (
     replace_module,
     watch_inputs,
 )
+from zoo.figures import new_figure
 from zoo.profiling import count_params
 
 __all__ = ["Inspection", "LayerFacts", "inspect_ffns", "plot_inspection"]
@@ -157,13 +158,14 @@ def plot_inspection(inspection: Inspection, path: str | Path, title: str = "") -
         inspection: What `inspect_ffns` returned.
         path: Picture file; its suffix says the format.
         title: Above the picture.
-    """
-    from matplotlib.figure import Figure
 
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     layers = inspection.layers
     places = list(range(len(layers)))
     with_spectra = all(layer.spectra is not None for layer in layers)
-    figure = Figure(figsize=(8, 5.6 if with_spectra else 3.2), layout="constrained")
+    figure = new_figure(8, 5.6 if with_spectra else 3.2)
     axes = figure.subplots(2 if with_spectra else 1, 1, squeeze=False)[:, 0]
     first = axes[0]
     first.bar(places, [100 * layer.error for layer in layers], color="#3465a4")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.figures import new_figure
 from zoo.moe.dense2moe import expert_layers
 from zoo.text import table_lines
 
@@ -80,11 +81,6 @@ class RoutingSummary:
             ImportError: matplotlib is not installed.
             ValueError: No router ran.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            message = "Plots need the 'demo' extra (matplotlib is missing): pip install 'ffn-zoo[demo]'"
-            raise ImportError(message) from error
         ran = {name: found for name, found in self.layers.items() if found.tokens}
         if not ran:
             raise ValueError("No router ran: run the model inside the context.")
@@ -92,7 +88,7 @@ class RoutingSummary:
         loads = torch.full((len(ran), width), math.nan)
         for row, found in zip(loads, ran.values(), strict=True):
             row[: len(found.counts)] = found.load * len(found.counts)
-        figure = Figure(figsize=(1.8 + 0.45 * width, 1.2 + 0.32 * len(ran)), layout="constrained")
+        figure = new_figure(1.8 + 0.45 * width, 1.2 + 0.32 * len(ran))
         axes = figure.add_subplot()
         image = axes.imshow(loads.numpy(), cmap="cividis", vmin=0, vmax=max(2.0, float(loads.nan_to_num().max())))
         axes.set_yticks(range(len(ran)), list(ran), fontsize=8)

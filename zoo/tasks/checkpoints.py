@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.text import first_line
 from zoo.weights import CheckpointError
 
 __all__ = ["read_training_checkpoint", "why_not_written"]
@@ -68,7 +69,7 @@ def why_not_written(checkpoint: Any, target: Path, error: Exception) -> str:
     needed, free = _size(checkpoint), shutil.disk_usage(folder).free
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or free < needed:
         return f"No space left, {folder} has {free / 1e6:.1f} MB and {needed / 1e6:.1f} MB are needed: make room there"
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return first_line(error)
 
 
 def _size(value: Any) -> int:
