@@ -9,20 +9,26 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import imagecodecs
 import numpy as np
 import tifffile
-from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from zoo.pictures import containers, png
 from zoo.pictures.formats import RAW_SUFFIXES, Kind, load_plugins
 from zoo.pictures.metadata import exif_of, from_info, upright
 from zoo.pictures.picture import Array, Picture, PictureError
-from zoo.pictures.remarks import pillow_silenced, remark
+from zoo.pictures.remarks import (
+    pillow_bound,
+    pillow_reads_long_texts,
+    pillow_silenced,
+    pillow_unbounded,
+    remark,
+)
 from zoo.pictures.tiff import goes_on, is_tiff, pages_of, read_tiff, samples_of, to_unit
 
 __all__ = ["from_image", "open_picture", "peek"]
@@ -46,7 +52,6 @@ _WORKING_MODES = {
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # formats whose further frames follow in time
 _PAGED = ("HEIF",)
 _TURNED = ("JXL", "TIFF", "HEIF")  # formats that come turned upright from their library
-_LONGEST_TEXT = 64 * 2**20  # bytes of text or a profile in a PNG; Pillow's own bound of 1 MB refuses real files
 _HEAD = 2**16  # bytes in which marks of a format are looked for: in AVIF and HEIC a profile may stand before them
 _PPM_GAP = rb"(?:\s|#[^\r\n]*[\r\n])+"
 _PPM_HEAD = re.compile(rb"P6" + 2 * (_PPM_GAP + rb"\d+") + _PPM_GAP + rb"(\d+)\s")  # width, height, and the peak
@@ -121,12 +126,8 @@ def _guarded(name: str, file: Path | BinaryIO, every_frame: bool, max_pixels: in
 def _explained(name: str, file: Path | BinaryIO, max_pixels: int | None) -> Iterator[None]:
     """Turn whatever reading raises into a PictureError, and leave the bound on pixels to `_check_size`."""
     load_plugins()
-    kept, most = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
-    PngImagePlugin.MAX_TEXT_CHUNK = max(most, _LONGEST_TEXT)
-    if max_pixels is not None:
-        Image.MAX_IMAGE_PIXELS = None
     try:
-        with pillow_silenced():
+        with pillow_silenced(), pillow_reads_long_texts(), nullcontext() if max_pixels is None else pillow_unbounded():
             yield
     except Image.DecompressionBombError as error:
         raise PictureError(
@@ -140,8 +141,6 @@ def _explained(name: str, file: Path | BinaryIO, max_pixels: int | None) -> Iter
         raise PictureError(f"{name} cannot be read: {error.strerror}.") from error
     except BaseException as error:  # plugins raise what they like; those written in Rust not even an Exception
         raise PictureError(f"{name} is damaged: {str(error).strip() or type(error).__name__}.") from error
-    finally:
-        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = kept, most
 
 
 def _readers(file: Path | BinaryIO) -> str:
@@ -161,8 +160,8 @@ def _check_size(name: str, sizes: Sequence[tuple[int, int]], max_pixels: int | N
         max_pixels: Most pixels; None is twice Pillow's bound.
     """
     pixels, limit = sum(width * height for width, height in sizes), max_pixels
-    if limit is None:
-        limit = None if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
+    if limit is None and (bound := pillow_bound()) is not None:
+        limit = 2 * bound
     if limit is not None and pixels > limit:
         width, height = max(sizes)
         size = f"{'up to ' if len(set(sizes)) > 1 else ''}{width}x{height}"

@@ -161,7 +161,7 @@ def _fitted(picture: Picture, name: str, holds: Format, said: list[str], animate
         said.append(f"values from {low:g} to {high:g} fill the range of the format")
         picture = dataclasses.replace(picture, values=None)
     if picture.peak == 1 and most < 32:
-        deep: dict[str, Any] = {name: _scaled(getattr(picture, name), 65535) for name in ("color", "black", "alpha")}
+        deep: dict[str, Any] = {part: _scaled(getattr(picture, part), 65535) for part in _PARTS}
         mode = "I;16" if picture.mode == "F" else picture.mode
         picture = dataclasses.replace(picture, mode=mode, **deep)
     if picture.peak == 65535 and most == 8:
