@@ -7,13 +7,14 @@ import shutil
 import threading
 from collections import namedtuple
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from zoo.streaming.line import run_line
+from zoo.streaming.line import run_line, single_threads
 from zoo.streaming.maps import FeatureMap, Workspace
 from zoo.streaming.strips import RowWindow, add_product, depthwise_strip, linear_strip, strips
 
@@ -178,3 +179,32 @@ def test_an_error_in_a_stage_ends_the_line(workers: int) -> None:
         run_line([lambda item: item, fail, lambda item: None], range(1000), workers)
     assert seen == [0]
     assert torch.get_num_threads() == threads
+
+
+def test_runs_side_by_side_leave_the_number_of_threads() -> None:
+    """As in a server that restores several pictures at a time: it would compute on one thread ever after."""
+    threads = torch.get_num_threads()
+    entered, leave = threading.Event(), threading.Event()
+
+    def run() -> None:
+        with single_threads():
+            entered.set()
+            leave.wait(10)
+
+    def seen() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            with single_threads():
+                assert seen() == 1
+                task = pool.submit(run)
+                entered.wait(10)
+            assert torch.get_num_threads() == 3  # the first that came has left
+            leave.set()
+            task.result()
+        assert seen() == 3
+    finally:
+        torch.set_num_threads(threads)

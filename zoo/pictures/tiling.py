@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zoo.engines import engine_of
 from zoo.pictures.plans import Plan, Planner, Span, StreamPlan, TilePlan, out_channels, parse_bytes, plan_tiles, spans
+from zoo.streaming.line import single_threads
 
 __all__ = ["parse_bytes", "plan_tiles", "restore_tensor"]
 
@@ -187,19 +188,18 @@ def _side_by_side(run: Callable[[tuple[Span, Span]], Tensor], places: list[tuple
     That keeps all cores busy where a network's own threads wait for each other at every layer.
     """
     workers = torch.get_num_threads()
-    torch.set_num_threads(1)  # holds for threads that begin now
-    pool = ThreadPoolExecutor(workers)
-    try:
-        waiting: deque[Future[Tensor]] = deque()
-        for place in places:
-            waiting.append(pool.submit(run, place))
-            if len(waiting) > workers:
+    with single_threads():
+        pool = ThreadPoolExecutor(workers)
+        try:
+            waiting: deque[Future[Tensor]] = deque()
+            for place in places:
+                waiting.append(pool.submit(run, place))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(workers)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

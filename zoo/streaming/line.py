@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-__all__ = ["run_line"]
+__all__ = ["run_line", "single_threads"]
 
 Stage = Callable[[Any], Any]
 """Takes the next item, gives one back or None where none is ready yet. None says that no more come: the last is due."""
 
 _WAITING = 2  # items before a stage from which the one before it rests
+
+_lock = threading.Lock()
+_kept: list[int] = []  # torch's number of threads, once for each run that is under way
+
+
+@contextmanager
+def single_threads() -> Iterator[None]:
+    """Have torch run each operation on one thread, in threads that begin now.
+
+    The number belongs to the process: a run that begins within another takes over what that one found, not its 1, which
+    would otherwise be left behind for ever.
+    """
+    with _lock:
+        _kept.append(_kept[0] if _kept else torch.get_num_threads())
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _lock:
+            torch.set_num_threads(_kept.pop())
 
 
 def run_line(stages: Sequence[Stage], items: Sequence[Any], workers: int) -> None:
@@ -37,15 +58,10 @@ def run_line(stages: Sequence[Stage], items: Sequence[Any], workers: int) -> Non
     if workers == 1:
         line.work()
     else:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)  # holds for threads that begin now
-        try:
-            with ThreadPoolExecutor(workers) as pool:
-                for _ in range(workers):
-                    pool.submit(line.work)
-                line.wait()
-        finally:
-            torch.set_num_threads(before)
+        with single_threads(), ThreadPoolExecutor(workers) as pool:
+            for _ in range(workers):
+                pool.submit(line.work)
+            line.wait()
     if line.error is not None:
         raise line.error
 
