@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from zoo.cli import main
+from zoo.cli.errors import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"zoo": "zoo", "export": "zoo/export", "configs": "zoo/configs", "zoo_command": "zoo_command"}
@@ -110,6 +111,54 @@ def test_extras_that_are_named_exist() -> None:
     }
     assert "openvino" in named
     assert named <= set(extras), sorted(named - set(extras))
+
+
+def test_a_base_installation_does_what_it_can(tmp_path: Path) -> None:
+    """Without any extra: models are timed and pictures read; what needs more says what to install."""
+    done = fresh_process.run(BASE, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "emov2_1m" in done.stdout
+    assert "This needs transformers, which is missing: pip install 'ffn-zoo[diffusion]'. [Z106]" in done.stderr
+    assert done.stderr.count("--plot needs matplotlib, which is missing: pip install 'ffn-zoo[demo]'. [Z106]") == 2
+    assert "zoo demo needs diffusers, which is missing: pip install 'ffn-zoo[demo]'. [Z106]" in done.stderr
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(EXTRAS.values()) <= set(extras)
+
+
+BASE = """
+import sys
+from PIL import Image
+from zoo.cli.errors import EXTRAS
+
+class Absent:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, *more):
+        return None if name.partition(".")[0] in EXTRAS else self.finder.find_spec(name, *more)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Absent, sys.meta_path)
+for name in [name for name in sys.modules if name.partition(".")[0] in EXTRAS]:
+    del sys.modules[name]
+from zoo.cli import main
+
+assert main(["bench", "emov2_1m", "--size", "32", "--batch", "1", "--rounds", "1"]) == 0
+for kind in "ab":
+    for index in range(2):
+        path = __import__("pathlib").Path(kind, f"{index}.png")
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9)).save(path)
+import timm
+from zoo.data.images import draw, images_for
+data = images_for(timm.create_model("test_resnet", num_classes=2), ".", 2)
+assert len(next(iter(draw(data, "train", 4)))[1]) == 2
+assert main(["generate", "--model", "pixeldit.cifar10", "--classes", "cat", "-o", "cat.png"]) == 1
+for call in (["bench", "emov2_1m", "--plot", "x.png"], ["tune-cache", "pixeldit.cifar10", "--plot", "x.png"], ["demo"]):
+    assert main(call) == 1
+"""
 
 
 def test_the_lock_agrees_with_the_constraints() -> None:

@@ -166,10 +166,9 @@ def _denoiser(name: str, size: int | None) -> Parts:
 
 def _network(source: Source, size: int | None, pretrained: bool, given: tuple[tuple[str, Any], ...] = ()) -> Parts:
     name = source.name
-    ours = source.kind == "model" and source.architecture in catalog.load()
     arguments: dict[str, Any] = {"pretrained": True} if pretrained else {}
     if size and source.task == "classification" and source.kind == "model":  # a user's model keeps its own
-        arguments |= {"img_size": size} if ours else factory.image_size_args(name, size)
+        arguments |= factory.image_size_args(name, size, **dict(given))
     model: Any = factory.create_model(name, **(arguments | dict(given)))
     task = source.task or record_of(model).task
     if task != "classification":

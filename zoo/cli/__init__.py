@@ -34,7 +34,7 @@ from zoo.cli import (
     train,
     tuning,
 )
-from zoo.cli.errors import code_of, with_code
+from zoo.cli.errors import code_of, missing_library, with_code
 from zoo.cli.output import UsageError
 from zoo.version import __version__
 
@@ -182,6 +182,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # every failure is one line here; --debug shows the rest
         if "--debug" in given:
             raise
-        said = " ".join(str(error).split()) or type(error).__name__
+        said = missing_library(error) or " ".join(str(error).split()) or type(error).__name__
         print(f"zoo: error: {with_code(said, code_of(error))}", file=sys.stderr)
         return 2 if isinstance(error, _WRONG_CALL) else 1

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.catalog import did_you_mean, nearest
+from zoo.cli.errors import require_library
 from zoo.cli.inputs import ENGINES
 from zoo.cli.models import add_model_args, find_model, model_args
 from zoo.cli.output import (
@@ -203,6 +204,8 @@ def _check(args: argparse.Namespace, suites: list[str]) -> None:
         raise UsageError(f"--precision says the type, too: leave out --dtype {args.dtype}.")
     if args.plot and args.plot.suffix.lower() not in _PLOTS:
         raise UsageError(f"--plot writes {', '.join(_PLOTS)}, not {args.plot.name!r}.")
+    if args.plot:
+        require_library("matplotlib", "--plot")
     given = [option for option in ("caches", "steps", *REQUEST) if getattr(args, option) not in (None, [])]
     if suites and given:
         raise UsageError(f"--{given[0].replace('_', '-')} is for pipelines; {suites[0]} is a named benchmark.")
@@ -340,7 +343,6 @@ def _unnamed(args: argparse.Namespace) -> str:
 def _measure(args: argparse.Namespace, suites: list[str]) -> list[Benchmark]:
     from zoo.bench import Grid, Settings, compare_grid, compare_models
     from zoo.bench.grid import PRECISIONS
-    from zoo.bench.suites import run as run_suites
 
     hush(args, diffusers=True)
 
@@ -358,6 +360,8 @@ def _measure(args: argparse.Namespace, suites: list[str]) -> list[Benchmark]:
             display.update(task, description=what, completed=done, total=total)
 
         if suites:
+            from zoo.bench.suites import run as run_suites  # needs diffusers, which models do not
+
             options = {"ffn": _ffn_options(args) if "ffn" in suites else {}, "engines": _grid_options(args)}
             return run_suites(suites, tell, options=options, **overrides)
         settings = Settings(**overrides)

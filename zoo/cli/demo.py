@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from zoo.cli.errors import require_library
 from zoo.cli.output import at_least, check_target, hush, print_json, print_table, progress, replacing
 
 _OWN = b'<meta name="generator" content="zoo demo">'
@@ -32,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
     report = args.output / "report.html"
     force = args.force or _is_report(report)
     check_target(report, force=force, make=False)
+    for name in ("diffusers", "skimage", "matplotlib"):
+        require_library(name, "zoo demo", extra="demo")
     hush(argparse.Namespace(quiet=True, json=False), diffusers=True)  # the progress below says what happens
     with progress(args) as display:
         loading = display.add_task("loading the networks", total=1)

@@ -6,11 +6,40 @@ that raised it: code that raises needs to know nothing of codes.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from dataclasses import dataclass, field
 from types import TracebackType
 
-__all__ = ["KINDS", "UNEXPECTED", "Kind", "code_for", "code_of", "with_code"]
+__all__ = [
+    "EXTRAS",
+    "KINDS",
+    "UNEXPECTED",
+    "Kind",
+    "code_for",
+    "code_of",
+    "missing_library",
+    "require_library",
+    "with_code",
+]
+
+EXTRAS = {
+    **dict.fromkeys(("diffusers", "transformers", "accelerate", "ftfy"), "diffusion"),
+    **dict.fromkeys(("imageio", "imageio_ffmpeg"), "video"),
+    **dict.fromkeys(
+        ("lightning", "jsonargparse", "torchmetrics", "datasets", "pyarrow", "tensorboard", "peft"), "train"
+    ),
+    "pycocotools": "detection",
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
+    "openvino": "openvino",
+    "spandrel": "spandrel",
+    **dict.fromkeys(("pillow_heif", "pillow_jxl"), "formats"),
+    "cv2": "realblur",
+    **dict.fromkeys(("torch_pruning", "cache_dit"), "benchmark"),
+    **dict.fromkeys(("skimage", "matplotlib"), "demo"),
+    **dict.fromkeys(("gradio", "psutil"), "app"),
+}
+"""The extra of this package that brings a module."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,6 +427,29 @@ def _module(trace: TracebackType | None) -> tuple[str, bool]:
         found = name.removeprefix("zoo.") if is_own else found
         trace = trace.tb_next
     return found, is_own
+
+
+def require_library(name: str, what: str, *, extra: str = "") -> None:
+    """Refuse, before any work, what needs a library that is not installed.
+
+    Args:
+        name: The module.
+        what: Needs it.
+        extra: Of this package, that brings it; empty for that of `EXTRAS`.
+
+    Raises:
+        ImportError: It is not installed; the message says what installs it.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise ImportError(f"{what} needs {name}, which is missing: pip install 'ffn-zoo[{extra or EXTRAS[name]}]'.")
+
+
+def missing_library(error: BaseException) -> str:
+    """Return which library an error says is missing, and what installs it; empty for any other error."""
+    name = str(error.name).partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if name not in EXTRAS:
+        return ""
+    return f"This needs {name}, which is missing: pip install 'ffn-zoo[{EXTRAS[name]}]'."
 
 
 def with_code(said: str, code: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.catalog import did_you_mean
+from zoo.cli.errors import require_library
 from zoo.cli.inputs import add_engine
 from zoo.cli.output import UsageError, at_least, check_target, note, print_json, print_table, progress, replacing, table
 from zoo.cli.pipelines import Plan, add_request, check_name, check_request, load_pipeline, plan_calls
@@ -88,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     if args.timeline is not None:
         if args.cache == "none":
             raise UsageError("--timeline draws what a cache computed: choose one with --cache.")
+        require_library("matplotlib", "--timeline")
         check_target(args.timeline, force=args.force)
     check_name(name)
     pipe, device = load_pipeline(args, name)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoo.cli.errors import require_library
 from zoo.cli.output import (
     UsageError,
     check_target,
@@ -60,6 +61,8 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Sweep, print, draw and save."""
     _check(args)
+    if args.plot or args.timeline:
+        require_library("matplotlib", "--plot" if args.plot else "--timeline")
     pipe, device = load_pipeline(args, args.pipeline)
     plan = plan_calls(args, pipe, name=args.pipeline, count=args.count, classes=_COUNT, batch=args.batch)
 

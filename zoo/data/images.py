@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning import LightningDataModule
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
@@ -42,6 +42,14 @@ __all__ = [
     "open_labelled_images",
     "stratified_split",
 ]
+
+
+if TYPE_CHECKING or importlib.util.find_spec("lightning") is not None:
+    from lightning import LightningDataModule
+else:  # what only reads pictures, zoo bench and zoo compress, does without
+
+    class LightningDataModule:
+        trainer = None
 
 
 class _Images(LightningDataModule):

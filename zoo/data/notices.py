@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+import warnings
 
 __all__ = ["Notice", "notice"]
 
@@ -13,4 +13,9 @@ class Notice(UserWarning):
 
 def notice(text: str) -> None:
     """Say something once for all processes."""
-    rank_zero_warn(text, stacklevel=5, category=Notice)
+    try:
+        from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+    except ModuleNotFoundError:  # then there is one process
+        warnings.warn(text, Notice, stacklevel=3)
+    else:
+        rank_zero_warn(text, stacklevel=5, category=Notice)
