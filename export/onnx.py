@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from zoo.export.network import ExportError, Network, capture, described, in_plain_memory, quiet
+from zoo.export.onnx_graph import rewrite
 
 __all__ = ["SUFFIX", "metadata", "runner", "write"]
 
@@ -35,6 +36,7 @@ def write(network: Network, path: Path) -> None:
     except ImportError as error:
         raise ImportError(f"ONNX export needs {error.name}, which is missing: {_INSTALL}.") from error
     program = _translate(_without_idle_squeezes(capture(network, "written as ONNX")), network)
+    rewrite(program.model.graph)
     program.model.metadata_props.update(network.metadata)
     for weight in program.model.graph.initializers.values():  # said by the tensor; ONNX Runtime's quantize_dynamic
         weight.shape = weight.type = None  # turns some, and then finds the shape that is said beside it wrong
