@@ -115,7 +115,7 @@ def test_extras_that_are_named_exist() -> None:
 
 def test_a_base_installation_does_what_it_can(tmp_path: Path) -> None:
     """Without any extra: models are timed and pictures read; what needs more says what to install."""
-    done = fresh_process.run(BASE, cwd=tmp_path)
+    done = fresh_process.run(HIDDEN.format(absent=sorted(EXTRAS)) + BASE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "emov2_1m" in done.stdout
     assert "This needs transformers, which is missing: pip install 'ffn-zoo[diffusion]'. [Z106]" in done.stderr
@@ -125,24 +125,60 @@ def test_a_base_installation_does_what_it_can(tmp_path: Path) -> None:
     assert set(EXTRAS.values()) <= set(extras)
 
 
-BASE = """
+IMPORTED = {
+    "train": "zoo.tasks.command, zoo.tasks.finetuning",
+    "diffusion": "zoo.caching, zoo.moe, zoo.bench.pipelines, zoo.bench.tuning, zoo.bench.suites",
+    "export": "zoo.export.artefact, zoo.export.int8, zoo.data.labelled_images",
+    "demo": "zoo.demo, zoo.demo.parts, matplotlib, skimage",
+    "app": "zoo.cli.app.page, zoo.cli.app.service, matplotlib, psutil",
+}
+"""What the commands of an extra import."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", IMPORTED)
+def test_an_extra_brings_what_its_commands_import(extra: str, tmp_path: Path) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    modules = {"scikit-image": "skimage"}
+    brought: set[str] = set()
+    wanted = [extra]
+    while wanted:
+        for requirement in extras[wanted.pop()]:
+            name = re.split(r"[\[<>=!~ ]", requirement)[0]
+            brought.add(modules.get(name, name.replace("-", "_")))
+            if name == "ffn-zoo":
+                wanted += re.split(r", *", requirement.partition("[")[2].partition("]")[0])
+    others = {"datasets": {"pyarrow"}, "gradio": {"pandas"}}  # what these bring in turn
+    brought = brought.union(*(others.get(name, set()) for name in brought))
+    absent = sorted(set(EXTRAS) - brought)
+    code = HIDDEN.format(absent=absent) + f"\nimport {IMPORTED[extra]}\nassert not set({absent}) & set(sys.modules)"
+    done = fresh_process.run(code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+HIDDEN = """
 import sys
-from PIL import Image
-from zoo.cli.errors import EXTRAS
 
 class Absent:
     def __init__(self, finder):
         self.finder = finder
 
     def find_spec(self, name, *more):
-        return None if name.partition(".")[0] in EXTRAS else self.finder.find_spec(name, *more)
+        return None if name.partition(".")[0] in {absent} else self.finder.find_spec(name, *more)
+
+    def find_distributions(self, context):
+        hidden = str(context.name).replace("-", "_") in {absent}
+        return () if hidden else getattr(self.finder, "find_distributions", lambda context: ())(context)
 
     def __getattr__(self, name):
         return getattr(self.finder, name)
 
 sys.meta_path[:] = map(Absent, sys.meta_path)
-for name in [name for name in sys.modules if name.partition(".")[0] in EXTRAS]:
+for name in [name for name in sys.modules if name.partition(".")[0] in {absent}]:
     del sys.modules[name]
+"""
+BASE = """
+from PIL import Image
 from zoo.cli import main
 
 assert main(["bench", "emov2_1m", "--size", "32", "--batch", "1", "--rounds", "1"]) == 0
@@ -154,6 +190,7 @@ for kind in "ab":
 import timm
 from zoo.data.images import draw, images_for
 data = images_for(timm.create_model("test_resnet", num_classes=2), ".", 2)
+data.setup("fit")
 assert len(next(iter(draw(data, "train", 4)))[1]) == 2
 assert main(["generate", "--model", "pixeldit.cifar10", "--classes", "cat", "-o", "cat.png"]) == 1
 for call in (["bench", "emov2_1m", "--plot", "x.png"], ["tune-cache", "pixeldit.cifar10", "--plot", "x.png"], ["demo"]):

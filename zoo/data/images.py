@@ -51,6 +51,9 @@ else:  # what only reads pictures, zoo bench and zoo compress, does without
     class LightningDataModule:
         trainer = None
 
+        def setup(self, stage: str) -> None:
+            pass
+
 
 class _Images(LightningDataModule):
     """What both data modules share: opening, seeded training order, loaders."""
