@@ -14,6 +14,8 @@ from torch import Tensor
 from zoo.export.network import ExportError, Network, capture, described, in_plain_memory, quiet
 from zoo.export.onnx_graph import rewrite
 
+from zoo.text import first_line
+
 __all__ = ["SUFFIX", "metadata", "runner", "write"]
 
 SUFFIX = ".onnx"
@@ -79,7 +81,7 @@ def _translate(program: torch.export.ExportedProgram, network: Network) -> Any:
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            reason = first_line(error.__cause__ or error)
             raise ExportError(f"The network cannot be written as ONNX: {reason}") from error
 
 
@@ -114,7 +116,7 @@ def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
             found = session.run(None, {key: in_plain_memory(value).numpy() for key, value in inputs.items()})
             return [torch.from_numpy(value) for value in found]
         except (Fail, InvalidArgument) as error:
-            raise ExportError(f"{path} cannot be run on {described(inputs)}: {str(error).splitlines()[0]}") from error
+            raise ExportError(f"{path} cannot be run on {described(inputs)}: {first_line(error)}") from error
 
     return run
 
@@ -128,5 +130,4 @@ def _session(path: str | Path) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except (Fail, InvalidProtobuf, NoSuchFile) as error:
-        reason = str(error).splitlines()[0]
-        raise ExportError(f"{path} is not an ONNX file that ONNX Runtime can run: {reason}") from error
+        raise ExportError(f"{path} is not an ONNX file that ONNX Runtime can run: {first_line(error)}") from error

@@ -65,7 +65,7 @@ def runner(path: str | Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
         try:
             output = module(*inputs.values()) if by_position else module(**inputs)
         except (RuntimeError, AssertionError, ValueError) as error:  # the program's own guards raise any
-            raise ExportError(f"{path} cannot be run on {described(inputs)}: {str(error).splitlines()[0]}") from error
+            raise ExportError(f"{path} cannot be run on {described(inputs)}: {first_line(error)}") from error
         return [output] if isinstance(output, Tensor) else list(output)
 
     return run
