@@ -18,7 +18,7 @@ from tiny_folders import denoiser_folder
 import zoo
 from tests.image_sets import image_folder
 from zoo.bench import Entry, Settings, ffn_subjects
-from zoo.bench.ffn import TECHNIQUES, TORCH_PRUNING, _to_recover, ffn, goals
+from zoo.bench.ffn import TECHNIQUES, TORCH_PRUNING, _to_recover, _told_apart, ffn, goals
 from zoo.bench.ffn_subjects import DENSE, LEFT, ClassifierSubject, heading
 from zoo.cards import Metric
 from zoo.cards.own import write_own_model
@@ -80,6 +80,16 @@ def test_random_weights_give_times_only() -> None:
     assert "The weights are random: times only." in found.notes
     assert any("Not measured: RePa at 0.05. RePa cannot keep 0.05" in note for note in found.notes)
     assert found.goals == ()
+
+
+def test_checkpoints_of_one_name_are_told_apart_in_the_plot() -> None:
+    def named(*names: str) -> list[str]:
+        entries: Any = [SimpleNamespace(name=name) for name in names]
+        return [_told_apart(name, entries) for name in names]
+
+    assert named("runs/a/checkpoints/last.ckpt", "runs/b/checkpoints/last.ckpt") == ["a", "b"]
+    assert named("runs/a/checkpoints/last.ckpt") == ["last.ckpt"]
+    assert named("smaller", "zoo/lsnet_t.mine") == ["smaller", "zoo/lsnet_t.mine"]
 
 
 def test_engine_beside_eager(own: Path, capsys: pytest.CaptureFixture[str]) -> None:

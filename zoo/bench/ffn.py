@@ -342,7 +342,7 @@ def plot_quality(benchmark: Benchmark, path: str | Path) -> Path:
                     )
                     axes.plot(x, entry.values[later], color=color, marker="*", markersize=13, markeredgecolor="k")
                 if series == TRAINED:
-                    axes.annotate(Path(entry.name).name, (x, entry.values[right_away]), xytext=(5, -9),
+                    axes.annotate(_told_apart(entry.name, own), (x, entry.values[right_away]), xytext=(5, -9),
                                   textcoords="offset points", fontsize=7)  # fmt: skip
     work.set_xlabel("feed-forward MACs that stay (%)")
     work.invert_xaxis()
@@ -357,6 +357,12 @@ def plot_quality(benchmark: Benchmark, path: str | Path) -> Path:
     stars = "; stars: recovered" if any(later in entry.values for entry in entries) else ""
     figure.suptitle(f"{benchmark.title}\nright away{stars}", fontsize=10)
     return save_with_legend(figure, path, loc="outside right upper", fontsize=7)
+
+
+def _told_apart(name: str, entries: Sequence[Entry]) -> str:
+    """Return the parts of a path that not all have: every training calls its checkpoint last.ckpt."""
+    every = set.intersection(*(set(Path(entry.name).parts) for entry in entries))
+    return "/".join(part for part in Path(name).parts if part not in every) or Path(name).name
 
 
 def _work(entry: Entry) -> float | None:
