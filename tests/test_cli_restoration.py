@@ -439,6 +439,27 @@ def test_evaluate_pairs(capsys: Captured, tmp_path: Path, denoiser: dict[str, An
     )
 
 
+def test_evaluate_reads_degraded_images_as_they_are(capsys: Captured, tmp_path: Path, denoiser: dict[str, Any]) -> None:
+    """A set that holds its own is measured once, and no quality or noise is said that it does not have."""
+    for part in ("HR", "LR_bicubic"):
+        photo_folder(tmp_path / "set" / part, 2)
+    data = ["--data", f"mine={tmp_path / 'set'}", f"made={tmp_path / 'set' / 'HR'}", "--json"]
+    call = ["evaluate", "input", "--protocol", "jpeg"]
+    sets = json.loads(run(capsys, *call, "--scale", "1", *data)[1])["sets"]
+    assert [(each["set"], each["jpeg_quality"]) for each in sets] == [("mine", None), ("made", 40)]
+    assert "-" in run(capsys, *call, "--scale", "1", *data[:-1])[1]
+    error = error_of(capsys, *call, "--jpeg-quality", "75,50", *data)
+    assert f"mine holds its own, {tmp_path / 'set' / 'LR_bicubic'}: give the clean ones alone" in error
+    assert f"mine={tmp_path / 'set' / 'HR'}" in error
+    noisy = json.loads(run(capsys, "evaluate", "input", "--protocol", "rgb", *data)[1])["sets"]
+    assert [(each["set"], each["sigma"]) for each in noisy] == [
+        ("mine", None), ("made", 15), ("made", 25), ("made", 50)
+    ]  # fmt: skip
+    assert "--sigma with several values" in error_of(capsys, "evaluate", "input", "--sigma", "15,25", *data)
+    told = json.loads(run(capsys, "evaluate", DENOISER, "--sigma", "15", *data)[1])["sets"]
+    assert [each["sigma"] for each in told] == [15, 15]
+
+
 # --- two views of a dual-pixel sensor
 
 

@@ -83,12 +83,23 @@ def run(args: argparse.Namespace) -> int:
 
     found = {name: find_pairs(folder, scale, subjects.views) for name, folder in sets.items()}
     chosen = {name: pairs[: args.limit] for name, pairs in found.items()}
+    on_file = {name for name, pairs in chosen.items() if any(pair.degraded for pair in pairs)}
+    for name in on_file:
+        if args.jpeg_quality or len(wanted) > 1:
+            option = "--jpeg-quality" if args.jpeg_quality else "--sigma with several values"
+            raise UsageError(
+                f"{option} makes degraded images, and {name} holds its own, {chosen[name][0].degraded[0].parent}: give "
+                f"the clean ones alone, {name}={chosen[name][0].clean.parent}."
+            )
     results: list[dict[str, Any]] = []
     with progress(args) as bar:
         task = bar.add_task("evaluating", total=len(sigmas) * len(qualities) * sum(map(len, chosen.values())))
-        for sigma, quality in itertools.product(sigmas, qualities):
+        for turn, (sigma, quality) in enumerate(itertools.product(sigmas, qualities)):
             restorer = subjects.restorer(sigma)
             for name, pairs in chosen.items():
+                if name in on_file and turn:
+                    bar.advance(task, len(pairs))  # the files are what they are
+                    continue
                 scores = evaluate(
                     restorer,
                     pairs,
@@ -99,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
                     channels=channels,
                     progress=lambda done, total: bar.advance(task),
                 )
-                results.append(_summary(name, pairs, len(found[name]), (sigma, quality), protocol, scores))
+                made = (sigma, quality) if name not in on_file else (wanted[0] if wanted else None, None)
+                results.append(_summary(name, pairs, len(found[name]), made, protocol, scores))
     if args.json:
         report = {"model": args.model, "weights": args.weights, "scale": scale, "protocol": protocol.name}
         report |= {"protocol_summary": protocol.summary, "self_ensemble": args.self_ensemble}
@@ -261,7 +273,7 @@ def _print(
     for result in results:
         whole = result["images"] == result["available"]
         cells = [result["set"], str(result["images"]) + ("" if whole else f" of {result['available']}")]
-        cells += [f"{result[key]:g}" for key in made_by]
+        cells += ["-" if result[key] is None else f"{result[key]:g}" for key in made_by]
         cells += [f"{result[key]:.{_DIGITS[key]}f}" for key in protocol.metrics]
         rows.add_row(*cells, f"{result['seconds_per_image']:.2f}")
     made = sorted({result["set"] for result in results if result["made"]})
