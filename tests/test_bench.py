@@ -13,6 +13,7 @@ from typing import Any
 
 import fresh_process
 import pytest
+import timm
 import torch
 from denoisers import pixel_dit
 from diffusers import DDIMScheduler, FirstBlockCacheConfig
@@ -43,6 +44,7 @@ from zoo.bench.moe import moe
 from zoo.bench.pipelines import ACTIVATED
 from zoo.bench.report import columns, dumps, markdown, plot, to_json
 from zoo.bench.restorers import restorers
+from zoo.bench.subjects import Subject
 from zoo.bench.suites import SUITES, cfsr, repaffn
 from zoo.bench.tiling import tiling
 from zoo.bench.timing import compare, environment, now, require_close, speedup
@@ -582,6 +584,22 @@ def test_blocks_that_are_mapped_go_back_when_freed(tmp_path: Path) -> None:
         done = fresh_process.run(BLOCKS, how, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert (float(done.stdout) > 0.9) == (how == "mapped"), (how, done.stdout)
+
+
+def test_experts_that_read_values_are_counted() -> None:
+    """On the meta device their tokens cannot be counted: `zoo bench` failed on a trained sigma-MoE."""
+    inputs = (torch.randn(1, 3, 16, 16),)
+    found = []
+    for changed in (False, True):
+        model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+        if changed:
+            zoo.moe.sigma_moe.apply(model, None)
+        found.append(
+            Subject(
+                source="x", name="x", merged=False, task="classification", model=model.eval(), inputs=inputs, named={}
+            ).macs()
+        )
+    assert 0 < found[1] < found[0]
 
 
 def test_arguments_of_models(

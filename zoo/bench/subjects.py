@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,9 +73,12 @@ class Subject:
 
     @torch.no_grad()
     def macs(self) -> int:
-        """Count multiply-accumulates of one call on the meta device, where attention is counted; the weights go."""
+        """Count multiply-accumulates of one call, on the meta device but for networks that read values (experts)."""
         named = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in self.named.items()}
-        return count_macs(self.model.to("meta"), *(value.to("meta") for value in self.inputs), **named)
+        try:
+            return count_macs(copy.deepcopy(self.model).to("meta"), *(x.to("meta") for x in self.inputs), **named)
+        except RuntimeError:
+            return count_macs(self.model, *self.inputs, **self.named)
 
 
 def subject(
