@@ -14,7 +14,9 @@ from typing import Protocol, cast
 from torch import Tensor, nn
 from zoo.export.network import ExportError, Kind, Network, compare, fixed, prepare, whole
 
-__all__ = ["FORMATS", "ONE_SHAPE", "ExportError", "Kind", "Target", "check", "export", "target"]
+from zoo.text import first_line
+
+__all__ = ["FORMATS", "ONE_SHAPE", "ExportError", "Kind", "Target", "broken", "check", "export", "target"]
 
 FORMATS = {
     "onnx": "zoo.export.onnx",
@@ -45,6 +47,15 @@ class Target(Protocol):
     def metadata(self, path: str | Path) -> dict[str, str]:
         """Return the facts that are in a file."""
         ...
+
+
+def broken(name: str) -> str:
+    """Say that an installed module cannot be imported, and what mends it, to follow its name; empty where it can."""
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # of a damaged installation, or one for another NumPy: of many kinds
+        return f"is here but cannot be imported ({first_line(error)}): pip install --force-reinstall {name}"
+    return ""
 
 
 def target(format: str) -> Target:

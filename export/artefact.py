@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import tempfile
 from collections.abc import Callable
@@ -13,15 +12,13 @@ from typing import Any
 import torch
 import zoo.export.openvino
 from torch import nn
-from zoo.export import ONE_SHAPE, ExportError, target
+from zoo.export import ONE_SHAPE, ExportError, broken, target
 from zoo.export.aoti import has_compiler
 from zoo.export.network import BatchError, Kind, Network, compare, fixed, prepare, whole
 from zoo.export.pictures import compare_pictures, taking_pictures
 from zoo.export.precision import TOLERANCE, check_precision, in_half
 from zoo.export.readme import readme
 from zoo.export.step import Step, compare_step
-
-from zoo.text import first_line
 
 __all__ = ["Artefact", "check_output", "check_runtime", "write_artefact", "write_step"]
 
@@ -81,13 +78,8 @@ def check_runtime(format: str, precision: str = "fp32", *, run: bool = True) -> 
             f"The format {format!r} needs {' and '.join(missing)}, which is missing: pip install 'ffn-zoo[{extra}]'."
         )
     for name in needed:
-        try:
-            importlib.import_module(name)
-        except Exception as error:  # of a damaged installation, or one for another NumPy: of many kinds
-            raise ImportError(
-                f"The format {format!r} needs {name}, which is here but cannot be imported ({first_line(error)}): "
-                f"pip install --force-reinstall {name}."
-            ) from error
+        if said := broken(name):
+            raise ImportError(f"The format {format!r} needs {name}, which {said}.")
 
 
 def check_output(format: str, path: Path) -> None:

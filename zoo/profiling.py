@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["count_macs", "count_params", "denoiser_inputs"]
+__all__ = ["count_macs", "count_macs_of_copy", "count_params", "denoiser_inputs"]
 
 
 def count_params(model: nn.Module) -> int:
@@ -37,6 +38,30 @@ def count_macs(model: nn.Module, *inputs: Any, **named: Any) -> int:
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops() // 2
+
+
+def count_macs_of_copy(model: nn.Module, *inputs: Any, **named: Any) -> int:
+    """Count as `count_macs` does for a model that keeps its weights: on a copy on the meta device.
+
+    A network whose forward reads values, as experts do, is counted where it is.
+
+    Args:
+        model: Anywhere; it stays as it is.
+        *inputs: Arguments of `forward`, on the model's device: tensors, and lists, tuples and dictionaries of them.
+        **named: Keyword arguments of `forward`, likewise.
+    """
+    try:
+        return count_macs(copy.deepcopy(model).to("meta"), *_on_meta(inputs), **_on_meta(named))
+    except RuntimeError:
+        return count_macs(model, *inputs, **named)
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _on_meta(each) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_on_meta, value))
+    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 def denoiser_inputs(model: nn.Module, size: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from zoo import catalog, factory
 from zoo.bench.report import Check
 from zoo.bench.timing import BenchError, Settings, cast, require_close
 from zoo.ffn.reparam import reparameterize
-from zoo.profiling import count_macs, denoiser_inputs
+from zoo.profiling import count_macs_of_copy, denoiser_inputs
 from zoo.record import record_of
 from zoo.sources import Source, find, metrics_of
 from zoo.text import first_line
@@ -73,12 +72,8 @@ class Subject:
 
     @torch.no_grad()
     def macs(self) -> int:
-        """Count multiply-accumulates of one call, on the meta device but for networks that read values (experts)."""
-        named = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in self.named.items()}
-        try:
-            return count_macs(copy.deepcopy(self.model).to("meta"), *(x.to("meta") for x in self.inputs), **named)
-        except RuntimeError:
-            return count_macs(self.model, *self.inputs, **self.named)
+        """Count multiply-accumulates of one call."""
+        return count_macs_of_copy(self.model, *self.inputs, **self.named)
 
 
 def subject(

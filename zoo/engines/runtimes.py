@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import importlib.metadata
 import importlib.util
 import threading
@@ -69,13 +68,12 @@ class Runtime:
         lacking = [name for name in self.needs if importlib.util.find_spec(name) is None]
         if lacking:
             return f"{' and '.join(lacking)} is missing: pip install 'ffn-zoo[{self.extra}]'"
-        try:
-            for name in self.needs[:1]:  # the runtime itself: what only builds takes long to import
-                importlib.import_module(name)
-        except Exception as error:  # of a damaged installation, or one for another NumPy: of many kinds
-            return f"{name} is here but cannot be imported ({first_line(error)}): pip install --force-reinstall {name}"
+        from zoo.export import broken
         from zoo.export.aoti import has_compiler
 
+        for name in self.needs[:1]:  # the runtime itself: what only builds takes long to import
+            if said := broken(name):
+                return f"{name} {said}"
         if not self.needs and not has_compiler():
             return "a C++ compiler (g++) is missing: install one with the system's packages"
         return ""

@@ -22,7 +22,7 @@ from zoo.ffn.low_rank import LowRankConfig
 from zoo.ffn.prune import PruneConfig
 from zoo.ffn.repa import RePaConfig
 from zoo.ffn.technique import FFNReport, evaluating, ffn_layers, listed, model_output
-from zoo.profiling import count_macs
+from zoo.profiling import count_macs_of_copy
 
 __all__ = ["METHODS", "batch_macs", "compress", "config_for_budget", "config_of", "recover", "resized"]
 
@@ -161,32 +161,21 @@ def _first(batch: Any) -> Any:
 def batch_macs(model: nn.Module, batch: Any) -> int:
     """Return the multiply-accumulates of a model for the first sample of a batch, attention too (`count_macs`).
 
-    They are counted on the meta device, where no layer takes the short cuts of a processor that do more products in
-    less time; where the model is only if its forward reads values.
-
     Args:
         model: Run in evaluation mode; it stays as it is.
         batch: See `zoo.ffn.technique.model_output`.
     """
 
     class Whole(nn.Module):
-        def forward(self, model: nn.Module, batch: Any) -> Tensor:
-            return model_output(model, batch)
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
 
-    one = _first(batch)
+        def forward(self, batch: Any) -> Tensor:
+            return model_output(self.model, batch)
+
     with evaluating(model):
-        try:
-            return count_macs(Whole(), copy.deepcopy(model).to("meta"), _on_meta(one))
-        except RuntimeError:
-            return count_macs(Whole(), model, one)
-
-
-def _on_meta(batch: Any) -> Any:
-    if isinstance(batch, dict):
-        return {key: _on_meta(value) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(map(_on_meta, batch))
-    return batch.to("meta") if isinstance(batch, Tensor) else batch
+        return count_macs_of_copy(Whole(), _first(batch))
 
 
 def _share_of_macs(model: nn.Module, config: Config, example: Any, rounds: int) -> float:
