@@ -8,8 +8,10 @@ import logging
 import os
 import random
 import shutil
+import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import fresh_process
 import numpy as np
@@ -54,6 +56,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove the caches of this process, and what was left out of collecting, which bindings count at the end."""
     gc.unfreeze()
     shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Say how a worker process ended that was not told to; xdist itself only says that it did."""
+    if error:
+        code = node.gateway._io.popen.wait(timeout=10)
+        print(f"\n{node.gateway.id} ended with code {code} (negative: the signal that ended it)", file=sys.stderr)
 
 
 @pytest.fixture(autouse=True)

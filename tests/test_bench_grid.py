@@ -23,6 +23,7 @@ from zoo.bench.report import SAME, columns, markdown
 from zoo.bench.subjects import subject
 from zoo.cli import bench, main
 from zoo.data.images import images_to_judge
+from zoo.evaluation.calibration import expected_calibration_error
 
 QUICK = Settings(rounds=1, warmup=0)
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -100,6 +101,9 @@ def test_lists_on_the_command(folder: Path, tmp_path: Path, capsys: pytest.Captu
     assert {int(label) for _, labels in loader for label in labels} == {CIFAR10.index("cat"), CIFAR10.index("ship")}
     values = [each["values"] for each in found["entries"]]
     assert values[0]["top-1 of 5 images (%)"] == values[2]["top-1 of 5 images (%)"] == 100 * right / 5
+    probabilities, labels = zip(*((model(images).softmax(-1), labels) for images, labels in loader), strict=True)
+    error = expected_calibration_error(torch.cat(probabilities), torch.cat(labels))
+    assert values[0]["calibration error (%)"] == pytest.approx(100 * error, abs=1e-3)
     assert DIFFERENCE not in values[0]
     assert 0 < values[1][DIFFERENCE] < 0.1
     assert found["reference"] == "fp32"

@@ -284,11 +284,15 @@ def test_no_class_is_likely(capsys: Captured, models: dict[str, str], tmp_path: 
 
 
 def test_photographs_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    shipped = {"source": "shipped"}
+    """And of these the most accurate."""
+
+    def shipped(top1: float) -> dict[str, object]:
+        return {"source": "shipped", "metrics": [{"name": "Top-1 accuracy", "value": top1}]}
+
     known = {
-        "a": {"task": "classification", "weights": {"cifar10": shipped}},
-        "b": {"task": "classification", "weights": {"in1k": {"source": "authors"}, "imagenette": shipped}},
-        "c": {"task": "sr", "weights": {"imagenette": shipped}},
+        "a": {"task": "classification", "weights": {"cifar10": shipped(99), "imagenette": shipped(70)}},
+        "b": {"task": "classification", "weights": {"in1k": {"source": "authors"}, "imagenette": shipped(80)}},
+        "c": {"task": "sr", "weights": {"imagenette": shipped(90)}},
     }
     monkeypatch.setattr("zoo.catalog.load", lambda: known)
     assert default_model() == "b.imagenette"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from zoo.cards import card as cards
 from zoo.cards.card import Metric, card_facts, check_card, make_card, published
 from zoo.cards.catalog_writer import _denoiser_facts
 from zoo.cfg import ModelCfg
+from zoo.cli import parse
 from zoo.diffusion import DiffusionPolicyPipeline, PixelDiTPipeline
 from zoo.weights import CheckpointError, cards_dir, front_matter, save_checkpoint, sha256_of
 
@@ -35,6 +37,9 @@ def facts(tmp_path: Path) -> dict[str, Any]:
         config=CONFIG,
         datasets=["bsds500"],
         training="100 steps on one core.",
+        core_hours=2,
+        data="Photos for research.",
+        commands=["zoo evaluate cfsr_x2.bsds --data Set5=DIR"],
         limitations="A test.",
         parity="1e-12 (relative, float64).",
         picture=tmp_path / "samples.png",
@@ -71,6 +76,20 @@ def test_card_of_a_restorer(card: Path) -> None:
     assert "| PSNR (Y) | 37.5 dB | Set5 | x2, MATLAB bicubic, crop 2 |" in text
     assert "![One red picture.](samples.png)" in text
     assert "https://arxiv.org/abs/2401.05633" in text
+    assert "About 2 core hours: 0.03 kWh" in text
+    assert "## Data\n\nPhotos for research.\n" in text
+    assert "Measured by\n\n```\nzoo evaluate cfsr_x2.bsds --data Set5=DIR\n```" in text
+
+
+def test_curve_of_the_training(tmp_path: Path, facts: dict[str, Any]) -> None:
+    """A second picture, checked like the first."""
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "training.png")
+    state = timm.create_model("cfsr_x2").state_dict()
+    curve = {"curve": tmp_path / "training.png", "curve_caption": "Loss."}
+    folder = make_card("cfsr_x2.bsds", state, folder=tmp_path / "card", **facts, **curve)
+    assert "![Loss.](training.png)\n\nLoss.\n" in (folder / "README.md").read_text()
+    (folder / "training.png").unlink()
+    assert any("training.png" in problem for problem in check_card(folder))
 
 
 def test_card_facts_for_the_catalogue(card: Path, facts: dict[str, Any]) -> None:
@@ -92,6 +111,7 @@ def test_card_of_a_classifier_from_a_training_checkpoint(tmp_path: Path, facts: 
     )
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert loaded.pretrained_cfg["label_names"][3] == "cat"
+    assert "Classes: airplane, automobile, bird, cat, " in (folder / "README.md").read_text()
     assert loaded.pretrained_cfg["input_size"] == (3, 32, 32)
     assert (folder / "model.safetensors").stat().st_size < 12e6
     for key, value in loaded.state_dict().items():
@@ -216,6 +236,19 @@ def test_example_in_a_shipped_card_runs(folder: Path, tmp_path: Path, monkeypatc
     Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
     exec(compile(code[1].replace("episodes=20", "episodes=1"), str(folder), "exec"), {})
+
+
+@pytest.mark.parametrize("folder", published(), ids=lambda folder: folder.name)
+def test_commands_of_a_shipped_card_are_taken(folder: Path) -> None:
+    """What is said to measure the numbers is read by the command line, which names weights that exist."""
+    block = re.search(r"Measured by\n\n```\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert block
+    for line in block[1].splitlines():
+        program, *words = shlex.split(line)
+        assert program == "zoo"
+        options = parse(words)
+        for name in [options.model] if words[0] == "evaluate" else options.names:
+            assert name in {"bicubic", "input", "policy"} or (cards_dir() / name).is_dir(), name
 
 
 def test_every_shipped_weight_has_a_card() -> None:

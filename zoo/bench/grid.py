@@ -24,8 +24,10 @@ from zoo.bench.memory import in_fresh_process, peak_memory, resident_peak
 from zoo.bench.report import SAME, Benchmark, Check, Entry, Ratio
 from zoo.bench.subjects import Subject, first, subject
 from zoo.bench.timing import BenchError, DTypeName, Progress, Settings, busy, environment, speedup, torch_threads
+from zoo.cfg import temperature_of
 from zoo.data.images import images_to_judge
 from zoo.engines import EngineCall, EngineError, check_engine
+from zoo.evaluation.calibration import expected_calibration_error
 from zoo.profiling import count_params
 from zoo.sources import find
 from zoo.text import counted
@@ -420,29 +422,33 @@ def _time(runs: list[_Run], settings: Settings, progress: Progress | None) -> No
 
 
 def _judge(runs: list[_Run], data: str, samples: int, progress: Progress | None) -> None:
-    """Measure the accuracy of trained classifiers, once for each engine and precision."""
+    """Measure accuracy and calibration of trained classifiers, once for each engine and precision."""
     judged = [each for each in runs if _can_be_judged(each.subject)]
     largest = {(each.subject.source, each.pair): each for each in sorted(judged, key=lambda each: each.batch)}
     for done, (key, each) in enumerate(largest.items()):
         if progress is not None:
             progress(f"accuracy of {each.subject.source} on {each.engine}", done, len(largest))
-        value, count = _accuracy(each, data, samples)
+        values = _accuracy(each, data, samples)
         for other in judged:
             if (other.subject.source, other.pair) == key:
-                other.values[f"top-1 of {count} images (%)"] = value
+                other.values.update(values)
 
 
-def _accuracy(each: _Run, data: str, samples: int) -> tuple[float, int]:
-    """Return the share of images whose class is right, in percent, and how many there were."""
-    right = count = 0
+def _accuracy(each: _Run, data: str, samples: int) -> dict[str, float]:
+    """Return in percent: the images whose class is right, and how far probabilities are from that share."""
+    logits, labels = [], []
     example = each.subject.inputs[0]
     with torch_threads(each.threads), torch.inference_mode():
-        for images, labels in images_to_judge(each.subject.model, data, each.batch, samples):
+        for images, found in images_to_judge(each.subject.model, data, each.batch, samples):
             full = images[torch.arange(each.batch) % len(images)]  # a graph has one batch size
-            output = each.run(full.to(example.device, example.dtype))[: len(labels)]
-            right += int((output.argmax(1).cpu() == labels).sum())
-            count += len(labels)
-    return 100 * right / count, count
+            output = each.run(full.to(example.device, example.dtype))
+            logits.append(output[: len(found)].float().cpu())
+            labels.append(found)
+    told, right = torch.cat(logits) / temperature_of(each.subject.model), torch.cat(labels)
+    return {
+        f"top-1 of {len(right)} images (%)": 100 * float((told.argmax(1) == right).double().mean()),
+        "calibration error (%)": 100 * expected_calibration_error(told.softmax(-1), right),
+    }
 
 
 def _peak(each: _Run, settings: Settings, size: int | None, progress: Progress | None) -> int:

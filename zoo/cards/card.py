@@ -13,7 +13,10 @@ make_card(
     metrics=[Metric(name="Top-1 accuracy", value=93.1, unit="%", dataset="CIFAR-10 test", protocol="10 000 images")],
     config="configs/classification/repavit_tiny_cifar10.yaml",
     datasets=["uoft-cs/cifar10"],
-    training="24 epochs, batch 128, bf16, on 2 CPU cores: 5 h 10 min.",
+    training="24 epochs, batch 128, bf16, on 2 CPU cores.",
+    core_hours=10.3,
+    data="CIFAR-10 comes without a licence and is used for research.",
+    commands=["zoo bench repavit_tiny.cifar10 --data DIR --samples 10000"],
     limitations="Knows ten classes of 32x32 pictures ...",
     parity="Layers agree with the authors' code to 3e-15 (relative, float64).",
     picture="samples.png",
@@ -66,8 +69,9 @@ _PIPELINE_TAGS = {
     "generation": "unconditional-image-generation",
     "policy": "robotics",
 }
-_SECTIONS = ("How it was trained", "Results", "How to use it", "Limitations", "Parity")
-_OWN_SECTIONS = _SECTIONS[:3]  # what the card of a user's own model has to have
+_OWN_SECTIONS = ("How it was trained", "Results", "How to use it")  # what the card of a user's own model has to have
+_SECTIONS = (*_OWN_SECTIONS, "Data", "Limitations", "Parity")
+_WATTS = 15  # of one busy core of a server processor with its share of memory: an estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +136,15 @@ def make_card(
     config: str,
     datasets: Sequence[str],
     training: str,
+    core_hours: float,
+    data: str,
+    commands: Sequence[str],
     limitations: str,
     parity: str,
     picture: str | Path,
     caption: str = "",
+    curve: str | Path | None = None,
+    curve_caption: str = "",
     license: str = "apache-2.0",
     dtype: torch.dtype | None = None,
     folder: str | Path | None = None,
@@ -150,11 +159,16 @@ def make_card(
         metrics: At least one, each with its protocol.
         config: Path of the file that repeats the training, from the root of the repository.
         datasets: Training data, as Hub ids where they have one.
-        training: How it was trained: length, batch, precision, hardware, time.
+        training: How it was trained: length, batch, precision, hardware; what was tried and left.
+        core_hours: Hours of CPU cores that the training took; the card estimates its energy from them.
+        data: Terms of the training data. The card of a classifier also lists its classes.
+        commands: What measures the metrics, as typed.
         limitations: What it cannot do.
         parity: How closely the code agrees with the authors', and how that was measured.
         picture: Image file to show; it is copied.
         caption: What the picture shows.
+        curve: Image file of the course of the training; it is copied.
+        curve_caption: What the curve shows.
         license: Licence of the weights, as a Hub identifier.
         dtype: Save floating-point weights in this type; None keeps theirs.
         folder: Where to write; None is `model_cards/NAME.TAG`.
@@ -179,7 +193,9 @@ def make_card(
             facts = _write_timm(name, weights, work, dtype)
         else:
             facts = _write_diffusers(weights, work, dtype) | dict(paper or {})
-        shutil.copyfile(picture, work / Path(picture).name)
+        for file in (picture, curve):
+            if file is not None:
+                shutil.copyfile(file, work / Path(file).name)
         front: dict[str, Any] = {
             "license": license,
             "library_name": "ffn-zoo",
@@ -191,7 +207,15 @@ def make_card(
             "parity": parity,
             "model-index": [{"name": name, "results": metric_results(metrics, facts["task"])}],
         }
-        text = _text(name, front, metrics, training, limitations, Path(picture).name, caption)
+        text = _text(
+            name,
+            front,
+            picture=_shown(picture, caption),
+            training="\n\n".join([training, _energy(core_hours), *([_shown(curve, curve_caption)] if curve else [])]),
+            results=f"{metric_table(metrics)}\n\n{_measured_by(commands)}",
+            data=_classes(name, facts["task"]) + data,
+            limitations=limitations,
+        )
         head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=120)
         (work / "README.md").write_text(f"---\n{head}---\n\n{text}", encoding="utf-8")
         problems = check_card(work)
@@ -340,14 +364,35 @@ def _temperature(name: str, task: str) -> float | None:
     return getattr(get_pretrained_cfg(name), "temperature", None) if task == "classification" else None
 
 
+def _shown(file: str | Path, caption: str) -> str:
+    name = Path(file).name
+    return f"![{caption or name}]({name})" + (f"\n\n{caption}" if caption else "")
+
+
+def _energy(core_hours: float) -> str:
+    kwh = core_hours * _WATTS / 1000
+    return f"About {core_hours:g} core hours: {kwh:.2g} kWh at {_WATTS} W a core (an estimate)."
+
+
+def _measured_by(commands: Sequence[str]) -> str:
+    return "Measured by\n\n```\n" + "\n".join(commands) + "\n```"
+
+
+def _classes(name: str, task: str) -> str:
+    """Return the sentence that names the classes of a classifier; nothing for other networks."""
+    labels = getattr(get_pretrained_cfg(name), "label_names", None) if task == "classification" else None
+    return f"Classes: {', '.join(labels)}.\n\n" if labels else ""
+
+
 def _text(
     name: str,
     front: Mapping[str, Any],
-    metrics: Sequence[Metric],
-    training: str,
-    limitations: str,
+    *,
     picture: str,
-    caption: str,
+    training: str,
+    results: str,
+    data: str,
+    limitations: str,
 ) -> str:
     task = front["task"]
     use = _USE.get(task, _USE["restoration"]).format(name=name, logits=scaled_logits(_temperature(name, task)))
@@ -374,17 +419,21 @@ def _text(
 `{front["architecture"]}` for {task}, {front["parameters"]:,} parameters, trained on {", ".join(front["datasets"])} by
 the authors of [ffn-zoo](https://github.com/ffn-zoo/zoo), with code written anew. {source}
 
-![{caption or name}]({picture})
-{f"{chr(10)}{caption}{chr(10)}" if caption else ""}
+{picture}
+
 ## How it was trained
 
 {training}
 
 The run is repeated by `python train.py fit --config {front["config"]}`.
 
+## Data
+
+{data}
+
 ## Results
 
-{metric_table(metrics)}
+{results}
 
 ## How to use it
 

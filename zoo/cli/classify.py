@@ -44,20 +44,20 @@ def add_parser(subparsers: Any) -> None:
 
 
 def default_model() -> str:
-    """Return the shipped weights to classify with: those that know photographs come first.
+    """Return the shipped weights to classify with: those that know photographs, the most accurate of them.
 
     Raises:
         UsageError: None are shipped.
     """
-    found = [
-        f"{name}.{tag}"
+    found = {
+        f"{name}.{tag}": next((metric["value"] for metric in weight["metrics"]), 0.0)
         for name, facts in catalog.load().items()
         for tag, weight in facts["weights"].items()
         if facts["task"] == "classification" and weight["source"] == "shipped"
-    ]
+    }
     if not found:
         raise UsageError("No weights for classification are shipped: say --model.")
-    return min(found, key=lambda name: not name.endswith(".imagenette"))
+    return max(found, key=lambda name: (name.endswith(".imagenette"), found[name]))
 
 
 def run(args: argparse.Namespace) -> int:
