@@ -126,6 +126,7 @@ def test_card_of_a_denoiser(tmp_path: Path, facts: dict[str, Any]) -> None:
     folder = make_card(
         "pixeldit.toy", tmp_path / "run", dtype=torch.float16, folder=tmp_path / "card", paper=paper, **facts
     )
+    assert not [file for file in folder.rglob("*.json") if str(tmp_path) in file.read_text()]
     digests = front_matter(folder / "README.md")["sha256"]
     assert list(digests) == ["transformer/diffusion_pytorch_model.safetensors"]
     assert zoo.create_pipeline(str(folder)).transformer.dtype == torch.float32

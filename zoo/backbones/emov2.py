@@ -22,7 +22,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from zoo.cfg import CIFAR10, ModelCfg
+from zoo.cfg import CIFAR10, IMAGENETTE, ModelCfg
 from zoo.ffn.reparam import reparameterize
 from zoo.layers.conv_norm import ConvNorm, fold_norm_into_linear
 from zoo.layers.own import require_mergeable
@@ -560,6 +560,16 @@ default_cfgs = generate_default_cfgs(
             input_size=(3, 64, 64),
             pool_size=(2, 2),
             model_args=dict(window_size=(7, 7, 4, 2)),
+        ),
+        "emov2_1m.imagenette": _cfg(
+            **IMAGENETTE,
+            file=shipped("emov2_1m.imagenette"),
+            input_size=(3, 128, 128),
+            pool_size=(4, 4),
+            model_args=dict(window_size=(8, 8, 8, 4)),
+            interpolation="bilinear",
+            temperature=0.749,
+            threshold=0.958,
         ),
         "emov2_2m.in1k": _cfg("EMOv2_2M_224.pth", top1=75.8),
         "emov2_2m.dist_in1k": _cfg("EMOv2_2M_224_KD.pth", top1=76.7),

@@ -264,6 +264,9 @@ def _write_diffusers(
         raise ValueError("The weights of a denoiser are a folder written by its pipeline's save_pretrained.")
     pipeline = create_pipeline(str(weights), **({} if dtype is None else {"dtype": dtype}))
     pipeline.save_pretrained(work)
+    for file in work.rglob("*.json"):  # diffusers writes down where the weights lay on this machine
+        text = re.sub(r'\n *"_name_or_path": ".*",?(?=\n)', "", file.read_text(encoding="utf-8"))
+        file.write_text(text, encoding="utf-8")
     files = sorted(work.rglob("*.safetensors"))
     return {
         "task": "policy" if "observation_dim" in pipeline.transformer.config else "generation",
