@@ -101,6 +101,7 @@ def test_lists_on_the_command(folder: Path, tmp_path: Path, capsys: pytest.Captu
     assert {int(label) for _, labels in loader for label in labels} == {CIFAR10.index("cat"), CIFAR10.index("ship")}
     values = [each["values"] for each in found["entries"]]
     assert values[0]["top-1 of 5 images (%)"] == values[2]["top-1 of 5 images (%)"] == 100 * right / 5
+    assert values[0]["top-1 of 5 images (%)"] <= values[0]["top-5 (%)"] <= 100
     probabilities, labels = zip(*((model(images).softmax(-1), labels) for images, labels in loader), strict=True)
     error = expected_calibration_error(torch.cat(probabilities), torch.cat(labels))
     assert values[0]["calibration error (%)"] == pytest.approx(100 * error, abs=1e-3)
@@ -206,6 +207,7 @@ def test_one_line_where_nothing_can_run(monkeypatch: pytest.MonkeyPatch) -> None
         (["--engine", "auto", "--precision", "bf16"], "auto runs fp32, not bf16"),
         (["--samples", "3"], "--samples counts images of --data"),
         (["--data", "nowhere"], "--data names no folder: nowhere"),
+        (["--data", __file__], f"It is a file: give its folder, {Path(__file__).parent}."),
         (["--data", "."], "Accuracy is measured of classifiers with weights"),
         (["--data", ".", "--size", "32"], "leave out the --size"),
         (["--budgets", "0.5"], "--budgets is for `zoo bench ffn`"),

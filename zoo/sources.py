@@ -362,9 +362,11 @@ def timm_names() -> dict[str, tuple[str, ...]]:
 
 
 def beside(path: Path) -> str:
-    """Return which file or folder beside a missing one may have been meant, as the end of a message."""
+    """Return which file or folder may have been meant where there is none, or a file is no folder, to end a message."""
     if os.path.islink(path):
         return f" It is a link to {os.readlink(path)}."
+    if path.is_file():
+        return f" It is a file: give its folder, {path.parent}."
     try:
         names = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
     except OSError:

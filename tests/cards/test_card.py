@@ -248,7 +248,7 @@ def test_commands_of_a_shipped_card_are_taken(folder: Path) -> None:
         program, *words = shlex.split(line)
         assert program == "zoo"
         options = parse(words)
-        for name in [options.model] if words[0] == "evaluate" else options.names:
+        for name in options.names if words[0] == "bench" else [options.model]:
             assert name in {"bicubic", "input", "policy"} or (cards_dir() / name).is_dir(), name
 
 

@@ -445,8 +445,10 @@ def _accuracy(each: _Run, data: str, samples: int) -> dict[str, float]:
             logits.append(output[: len(found)].float().cpu())
             labels.append(found)
     told, right = torch.cat(logits) / temperature_of(each.subject.model), torch.cat(labels)
+    best = told.topk(min(5, told.shape[1])).indices == right[:, None]
     return {
-        f"top-1 of {len(right)} images (%)": 100 * float((told.argmax(1) == right).double().mean()),
+        f"top-1 of {len(right)} images (%)": 100 * float(best[:, 0].double().mean()),
+        **({"top-5 (%)": 100 * float(best.any(1).double().mean())} if told.shape[1] > 5 else {}),
         "calibration error (%)": 100 * expected_calibration_error(told.softmax(-1), right),
     }
 

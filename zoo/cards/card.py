@@ -404,6 +404,7 @@ def _text(
         "generation": f"zoo generate --model {name} --classes 3,8 -o grid.png",
         "policy": "zoo bench policy",
     }.get(task, f"zoo restore photo.png --model {name} -o restored/")
+    train = f"python train.py fit --config {front['config']}"
     papers = front.get("paper_ids") or ()
     links = ", ".join(
         f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})" if paper.startswith("arXiv:") else paper
@@ -428,7 +429,7 @@ the authors of [ffn-zoo](https://github.com/ffn-zoo/zoo), with code written anew
 
 {training}
 
-The run is repeated by `python train.py fit --config {front["config"]}`.
+The run is repeated by `{train}`, whose first lines say with what data and weights.
 
 ## Data
 

@@ -214,7 +214,7 @@ class Classifier:
         """Return in words which classes there are, and from which probability on one is likely."""
         few = len(self.labels) <= _NAMED
         known = f"{self.name} knows {len(self.labels)} classes" + (f": {', '.join(self.labels)}." if few else ".")
-        return known + (f" Below {100 * self.threshold:.0f} % none is likely." if self.threshold else "")
+        return known + (f" Below {100 * self.threshold:.3g} % none is likely." if self.threshold else "")
 
 
 def _labels(model: nn.Module) -> list[str]:
