@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import importlib
 import logging
@@ -58,12 +59,26 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(_CACHE, ignore_errors=True)
 
 
+def _trace(worker: str, parent: int) -> Path:
+    return Path(tempfile.gettempdir()) / f"zoo-tests-{parent}-{worker}.txt"
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Let a worker process that crashes write where; its standard error is not seen."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker:
+        faulthandler.enable(_trace(worker, os.getppid()).open("w"))
+
+
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_testnodedown(node: Any, error: object) -> None:
     """Say how a worker process ended that was not told to; xdist itself only says that it did."""
+    trace = _trace(node.gateway.id, os.getpid())
     if error:
         code = node.gateway._io.popen.wait(timeout=10)
-        print(f"\n{node.gateway.id} ended with code {code} (negative: the signal that ended it)", file=sys.stderr)
+        where = trace.read_text(errors="replace") if trace.is_file() else ""
+        print(f"\n{node.gateway.id} ended with code {code} (negative: a signal)\n{where[:6000]}", file=sys.stderr)
+    trace.unlink(missing_ok=True)
 
 
 @pytest.fixture(autouse=True)
