@@ -365,7 +365,7 @@ def beside(path: Path) -> str:
     """Return which file or folder may have been meant where there is none, or a file is no folder, to end a message."""
     if os.path.islink(path):
         return f" It is a link to {os.readlink(path)}."
-    if path.is_file():
+    if os.path.isfile(path):
         return f" It is a file: give its folder, {path.parent}."
     try:
         names = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
