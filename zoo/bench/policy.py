@@ -124,8 +124,8 @@ def measure_policy(
     rivals = {f"DDIM, {each} steps": (_with(pipe, ddim=True), each) for each in (count, max(1, steps // 10))}
     pipes |= rivals
     again = {uncached: calls[uncached]} | {name: plan(*each) for name, each in rivals.items()}
-    found = compare(again, settings, reference=uncached, progress=progress)
-    timed |= {name: found[name] for name in rivals}
+    timed_again = compare(again, settings, reference=uncached, progress=progress)
+    timed |= {name: timed_again[name] for name in rivals}
     results = {}
     for done, (name, (planner, own_steps)) in enumerate(pipes.items()):
         if progress is not None:

@@ -28,6 +28,7 @@ make_card(
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import shutil
@@ -210,10 +211,12 @@ def make_card(
         text = _text(
             name,
             front,
-            picture=_shown(picture, caption),
-            training="\n\n".join([training, _energy(core_hours), *([_shown(curve, curve_caption)] if curve else [])]),
-            results=f"{metric_table(metrics)}\n\n{_measured_by(commands)}",
-            data=_classes(name, facts["task"]) + data,
+            picture=_shown(picture, caption, name),
+            training=_paragraphs(
+                training, _energy(core_hours), "" if curve is None else _shown(curve, curve_caption, name)
+            ),
+            results=_paragraphs(metric_table(metrics), _measured_by(commands)),
+            data=_paragraphs(classes_told(_cfg_value(name, facts["task"], "label_names")), data),
             limitations=limitations,
         )
         head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=120)
@@ -265,8 +268,9 @@ def _write_diffusers(
     pipeline = create_pipeline(str(weights), **({} if dtype is None else {"dtype": dtype}))
     pipeline.save_pretrained(work)
     for file in work.rglob("*.json"):  # diffusers writes down where the weights lay on this machine
-        text = re.sub(r'\n *"_name_or_path": ".*",?(?=\n)', "", file.read_text(encoding="utf-8"))
-        file.write_text(text, encoding="utf-8")
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")  # as diffusers does
     files = sorted(work.rglob("*.safetensors"))
     return {
         "task": "policy" if "observation_dim" in pipeline.transformer.config else "generation",
@@ -363,13 +367,27 @@ def scaled_logits(temperature: float | None) -> str:
     return "model(image[None])" if temperature in (None, 1) else f"(model(image[None]) / {temperature:g})"
 
 
-def _temperature(name: str, task: str) -> float | None:
-    return getattr(get_pretrained_cfg(name), "temperature", None) if task == "classification" else None
+def _cfg_value(name: str, task: str, field: str) -> Any:
+    """Return what the cfg of a classifier's weights says; None of other networks, and where it says nothing."""
+    return getattr(get_pretrained_cfg(name), field, None) if task == "classification" else None
 
 
-def _shown(file: str | Path, caption: str) -> str:
-    name = Path(file).name
-    return f"![{caption or name}]({name})" + (f"\n\n{caption}" if caption else "")
+def picture_link(file: str | Path, text: str) -> str:
+    """Return the Markdown of a picture in the folder of a card."""
+    return f"![{text}]({Path(file).name})"
+
+
+def classes_told(labels: Sequence[str] | None) -> str:
+    """Return the sentence that names the classes of a classifier; empty where they have no names."""
+    return f"Classes: {', '.join(labels)}." if labels else ""
+
+
+def _paragraphs(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part)
+
+
+def _shown(file: str | Path, caption: str, name: str) -> str:
+    return _paragraphs(picture_link(file, caption or name), caption)
 
 
 def _energy(core_hours: float) -> str:
@@ -379,12 +397,6 @@ def _energy(core_hours: float) -> str:
 
 def _measured_by(commands: Sequence[str]) -> str:
     return "Measured by\n\n```\n" + "\n".join(commands) + "\n```"
-
-
-def _classes(name: str, task: str) -> str:
-    """Return the sentence that names the classes of a classifier; nothing for other networks."""
-    labels = getattr(get_pretrained_cfg(name), "label_names", None) if task == "classification" else None
-    return f"Classes: {', '.join(labels)}.\n\n" if labels else ""
 
 
 def _text(
@@ -398,7 +410,9 @@ def _text(
     limitations: str,
 ) -> str:
     task = front["task"]
-    use = _USE.get(task, _USE["restoration"]).format(name=name, logits=scaled_logits(_temperature(name, task)))
+    use = _USE.get(task, _USE["restoration"]).format(
+        name=name, logits=scaled_logits(_cfg_value(name, task, "temperature"))
+    )
     command = {
         "classification": f"zoo classify photo.png --model {name}",
         "generation": f"zoo generate --model {name} --classes 3,8 -o grid.png",

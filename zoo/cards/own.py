@@ -17,7 +17,17 @@ import yaml
 from timm.models import is_model, model_entrypoint
 from torch import nn
 
-from zoo.cards.card import CLASSIFY, Metric, check_card, metric_results, metric_table, pipeline_tag, scaled_logits
+from zoo.cards.card import (
+    CLASSIFY,
+    Metric,
+    check_card,
+    classes_told,
+    metric_results,
+    metric_table,
+    picture_link,
+    pipeline_tag,
+    scaled_logits,
+)
 from zoo.files import whole
 from zoo.profiling import count_params
 from zoo.record import CONFIG_NAME, ModelRecord, record_of, write_config
@@ -116,7 +126,7 @@ def write_own_model(
             allow_unicode=True,
             width=120,
         )
-        shown = None if picture is None else f"![{caption or target.name}]({Path(picture).name})"
+        shown = None if picture is None else picture_link(picture, caption or target.name)
         text = _text(target.name, record, front, metrics, training, limitations, shown)
         (work / "README.md").write_text(f"---\n{head}---\n\n{text}", encoding="utf-8")
         problems = check_card(work)
@@ -151,7 +161,7 @@ def _text(
 ) -> str:
     begun = f", trained from `{record.base}`" if record.base else ""
     what = f"classifier of {record.num_classes} classes" if record.task == "classification" else f"{record.task} model"
-    labels = "" if record.label_names is None else f" Classes: {', '.join(record.label_names)}."
+    labels = f" {classes_told(record.label_names)}".rstrip()
     command = (
         f"zoo classify photo.png --model {shlex.quote(name)}"
         if record.task == "classification"

@@ -50,7 +50,7 @@ def default_model() -> str:
         UsageError: None are shipped.
     """
     found = {
-        f"{name}.{tag}": next((metric["value"] for metric in weight["metrics"]), 0.0)
+        f"{name}.{tag}": next((each["value"] for each in weight["metrics"] if each["name"] == "Top-1 accuracy"), 0.0)
         for name, facts in catalog.load().items()
         for tag, weight in facts["weights"].items()
         if facts["task"] == "classification" and weight["source"] == "shipped"
