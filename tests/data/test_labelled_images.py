@@ -15,6 +15,7 @@ from image_sets import image_folder, picture
 from PIL import Image
 
 from zoo.data.images import ImageClassification, open_labelled_images, stratified_split
+from zoo.data.labelled_images import LabelledImages
 from zoo.data.notices import Notice
 
 
@@ -176,3 +177,28 @@ def test_damaged_images(tmp_path: Path) -> None:
     table(tmp_path / "table", "train", ["a"], [0, 0], [file.read_bytes(), b"nothing"])
     with pytest.raises(ValueError, match=r"row 1 of .*table \(train\) is not an image"):
         open_labelled_images(str(tmp_path / "table"), "train")[1]
+
+
+def test_classes_under_their_names_in_wordnet(tmp_path: Path) -> None:
+    """ImageNet's folders are called n01440764: the same class as "tench", in every kind of data, and never guessed."""
+    classes = ["tench", "English springer", "church"]
+    for name, count in (("n03028079", 2), ("n01440764", 1)):
+        add_class(tmp_path, name, "val", count)
+    with (
+        pytest.warns(Notice, match="no images of the class 'English springer'"),
+        pytest.warns(Notice, match=r"names in WordNet: 'n01440764' is 'tench', 'n03028079' is 'church'\."),
+    ):
+        data = open_labelled_images(str(tmp_path), "validation", classes=classes)
+    assert labels(data) == [0, 2, 2]
+    assert data.classes == classes
+    rows = {"image": [picture(0, 0)] * 2, "label": [1, 0]}
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["n02102040", "n03028079"])})
+    with pytest.warns(Notice, match="'tench'"):
+        assert LabelledImages(Dataset.from_dict(rows, features), classes=classes).targets == [2, 1]
+    named = Features({"image": ImageFeature(), "label": ClassLabel(names=["church", "tench"])})
+    wnids = ["n01440764", "n03028079"]
+    with pytest.warns(Notice, match="'church' is 'n03028079'"):  # the other way round
+        assert LabelledImages(Dataset.from_dict(rows, named), classes=wnids).targets == [0, 1]
+    add_class(tmp_path, "n02084071", "val")  # dog
+    with pytest.raises(ValueError, match="the class 'n02084071', which is none of the known ones, 'tench'"):
+        open_labelled_images(str(tmp_path), "validation", classes=classes)

@@ -15,6 +15,7 @@ from image_sets import picture
 from zoo.data import shards
 from zoo.data.images import ImageClassification
 from zoo.data.labelled_images import FolderImages, open_labelled_images
+from zoo.data.notices import Notice
 from zoo.data.samplers import BlockSampler
 from zoo.data.shards import ShardImages
 from zoo.files import cache_dir
@@ -160,3 +161,12 @@ def test_what_is_wrong_with_a_shard(data: Path, tmp_path: Path) -> None:
         add(archive, "a.cls", b"0")
     with pytest.raises(ValueError, match=r"sample 0 of .*train-0\.tar"):
         open_labelled_images(str(damaged.parent), "train")[0]
+
+
+def test_classes_under_their_names_in_wordnet(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "val-0.tar", "w") as archive:
+        for index, name in enumerate(("n03028079", "n01440764")):
+            add(archive, f"{index}.png", png(index))
+            add(archive, f"{index}.cls", name.encode())
+    with pytest.warns(Notice, match="'n01440764' is 'tench'"):
+        assert ShardImages([tmp_path / "val-0.tar"], classes=["tench", "church"]).targets == [1, 0]

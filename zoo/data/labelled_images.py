@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from zoo.data.readable import Readable, require_known, tell_absent
+from zoo.data.readable import Readable, by_wordnet, require_known, tell_absent
 from zoo.data.shards import ShardImages, find_shards
 from zoo.files import is_hidden, walk
 from zoo.pictures.eight_bit import read_eight_bit
@@ -65,6 +65,8 @@ class LabelledImages(Readable):
         self.source, self.transform = source, transform
         own, values = _names(split.features[self.label_key], list(split[self.label_key]), self.label_key, source)
         self.classes = own if classes is None else list(classes)
+        translated = by_wordnet(own, self.classes, source)
+        own = [translated.get(name, name) for name in own]
         numbers = {name: number for number, name in enumerate(self.classes)}
         used = dict.fromkeys(own[value] for value in values)
         require_known([name for name in used if name not in numbers], self.classes, source)
@@ -139,11 +141,13 @@ class FolderImages(Readable, ImageFolder):
         found = [path.name for path in class_folders(directory)]
         if not found:
             raise FileNotFoundError(f"{directory} holds no class folders.")
-        if self._given is not None:
-            strange = [name for name in found if name not in self._given]
-            require_known([name for name in strange if self._any_picture(directory, name)], self._given, directory)
-            found = list(self._given)
-        return found, {name: label for label, name in enumerate(found)}
+        if self._given is None:
+            return found, {name: label for label, name in enumerate(found)}
+        labels = {name: label for label, name in enumerate(self._given)}
+        labels |= {name: labels[known] for name, known in by_wordnet(found, self._given, directory).items()}
+        strange = [name for name in found if name not in labels]
+        require_known([name for name in strange if self._any_picture(directory, name)], self._given, directory)
+        return list(self._given), labels
 
     @staticmethod
     def make_dataset(

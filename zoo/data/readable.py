@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+import re
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset
 from zoo.catalog import did_you_mean
 from zoo.data.notices import notice
 
-__all__ = ["Readable", "require_known", "tell_absent"]
+__all__ = ["Readable", "by_wordnet", "require_known", "tell_absent"]
 
 
 class Readable(Dataset[tuple[Any, int]]):
@@ -54,6 +55,37 @@ class Readable(Dataset[tuple[Any, int]]):
                 return image
             kept[index], self._used = image, used
         return kept[index].copy()
+
+
+def by_wordnet(names: Iterable[str], classes: Sequence[str], source: str | Path) -> dict[str, str]:
+    """Find classes by ImageNet's names, and say so: data have n01440764 where the model says "tench", or the other way.
+
+    Args:
+        names: Classes of the data.
+        classes: Those of the model.
+        source: Where the data come from, for the notice.
+
+    Returns:
+        The model's class for each name that is none of its own and is, in WordNet, a synonym of one of them alone.
+    """
+    strange = [name for name in dict.fromkeys(names) if name not in classes]
+    if not any(re.fullmatch(r"n\d{8}", name) for name in (*strange, *classes)):
+        return {}
+    from timm.data import ImageNetInfo
+
+    wordnet = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)
+
+    def synonyms(name: str) -> set[str]:
+        return {name.casefold(), *map(str.strip, wordnet.get(name, name).casefold().split(","))}
+
+    known = [(name, synonyms(name)) for name in classes]
+    found = {name: [label for label, words in known if words & synonyms(name)] for name in strange}
+    same = {name: labels[0] for name, labels in found.items() if len(labels) == 1}
+    if same:
+        told = [f"{name!r} is {label!r}" for name, label in same.items()]
+        more = f" and {len(told) - 4} more" if len(told) > 4 else ""
+        notice(f"Classes of {source} are known by their names in WordNet: {', '.join(told[:4])}{more}.")
+    return same
 
 
 def require_known(strange: Sequence[str], classes: Sequence[str], source: str | Path) -> None:
