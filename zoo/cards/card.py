@@ -320,14 +320,14 @@ def _slug(text: str) -> str:
 CLASSIFY = """\
 import timm
 import torch
-from PIL import Image, ImageOps
 
 import zoo{remark}
+from zoo.pictures.eight_bit import read_eight_bit
 
 model = {model}
 zoo.reparameterize(model)  # exact, and faster
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-image = transform(ImageOps.exif_transpose(Image.open("photo.png")).convert("RGB"))
+image = transform(read_eight_bit("photo.png"))  # upright, 8 bits a channel
 with torch.inference_mode():
     probabilities = {logits}.softmax(-1)[0]
 print(model.pretrained_cfg["label_names"][int(probabilities.argmax())], float(probabilities.max()))"""
