@@ -487,7 +487,7 @@ def test_sizes_in_python(upscaler: str, monkeypatch: pytest.MonkeyPatch) -> None
         return Nearest(1 if task == "denoise" else scale or 1)
 
     monkeypatch.setattr(inference, "load_restorer", load)
-    monkeypatch.setattr(inference, "shipped_scales", lambda task: (2, 4) if task == "sr" else ())
+    monkeypatch.setattr(inference, "shipped_scales", lambda task, kind="clean": (2, 4) if task == "sr" else ())
     image = np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)
     for options, networks, size in (
         ({"scale": 8}, [4, 2], (72, 96)),
@@ -532,7 +532,7 @@ def test_pages_of_several_sizes(upscaler: str, tmp_path: Path, monkeypatch: pyte
     with tifffile.TiffWriter(tmp_path / "x.tif") as writer:
         for page in (large, small):
             writer.write(page, photometric="rgb", metadata=None)
-    monkeypatch.setattr(inference, "shipped_scales", lambda task: (2,))
+    monkeypatch.setattr(inference, "shipped_scales", lambda task, kind="clean": (2,))
     model = create_model(upscaler, pretrained=True).eval()
     monkeypatch.setattr(inference, "load_restorer", lambda *_, **__: model)
     network = inference.Networks(inference.Size(width=20))

@@ -449,6 +449,24 @@ def test_real_photos_get_weights_of_their_own(shipped: Path, monkeypatch: pytest
     assert named.reaching(picture.size, picture) == [named.first]
 
 
+def test_scales_of_clean_and_real_weights_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compressed photo is enlarged x3 by real weights for x4, and made smaller, where clean ones for x3 are there."""
+    scales = {"clean": (2, 3, 4), "real": (2, 4)}
+    model = timm.create_model("cfsr_x2", embed_dim=8, depths=(1,)).eval()
+    asked: list[tuple[int, str]] = []
+    monkeypatch.setattr("zoo.pictures.restore.shipped_scales", lambda task, kind="clean": scales[kind])
+    monkeypatch.setattr(
+        "zoo.pictures.restore.load_restorer", lambda task, scale, kind, **_: asked.append((scale, kind)) or model
+    )
+    clean = resize.imresize(data.coffee()[:160, :160], 0.5)
+    coded = degradations.JpegCompression(50)(clean, np.random.default_rng(0))
+    for pixels, found in ((clean, [(3, "clean")]), (coded, [(3, "clean"), (4, "real")])):
+        asked.clear()
+        picture = open_picture(pixels)
+        Networks(Size(scale=3)).reaching(picture.size, picture)
+        assert asked == found
+
+
 def test_a_task_without_the_weights_that_are_looked_for_says_so() -> None:
     """On a compressed photo a denoiser names the task that is for it; what has one kind of weights says that."""
     clean = resize.imresize(data.coffee()[:160, :160], 0.5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 from torch.utils.data import Dataset
@@ -73,7 +73,7 @@ def by_wordnet(names: Iterable[str], classes: Sequence[str], source: str | Path)
         return {}
     from timm.data import ImageNetInfo
 
-    wordnet = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)
+    wordnet = cast(dict[str, str], ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True))
 
     def synonyms(name: str) -> set[str]:
         return {name.casefold(), *map(str.strip, wordnet.get(name, name).casefold().split(","))}

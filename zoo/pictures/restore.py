@@ -182,8 +182,11 @@ class Networks:
         self._is_named = model is not None or weights is not None
         self.name = self.reason = ""
         known: Kind = "real" if kind == "real" else "clean"
-        self._scales: tuple[int, ...]
-        shipped = shipped_scales(task) if model is None and weights is None and options.get("sigma") is None else ()
+        self._scales: dict[Kind, tuple[int, ...]]
+        kinds: tuple[Kind, ...] = ("clean", "real")
+        chosen = model is None and weights is None and options.get("sigma") is None
+        by_kind = {each: shipped_scales(task, each) if chosen else () for each in kinds}
+        shipped = by_kind[known]
         asked = size.scale
         self._by_scale = any(scale > 1 for scale in shipped)
         if self._by_scale and asked is not None and asked <= 1:
@@ -202,10 +205,10 @@ class Networks:
             own = int(getattr(self.first, "scale", 1))
             if own == 1 and asked not in (None, 1):
                 raise ValueError(f"This {type(self.first).__name__} restores at scale 1, not {asked:g}.")
-            self._loaded[own, known], self._scales = self.first, (own,)
+            self._loaded[own, known], self._scales = self.first, dict.fromkeys(kinds, (own,))
             return
         self.first = load_restorer(task, first, kind=known, **options)
-        self._loaded[first, known], self._scales = self.first, shipped
+        self._loaded[first, known], self._scales = self.first, by_kind
 
     def reaching(self, size: tuple[int, int], picture: Picture | None = None) -> list[nn.Module]:
         """Return the networks for a picture of a height and width, in their order; none where it is to become smaller.
@@ -219,7 +222,7 @@ class Networks:
             seen = judge(picture.color, picture.peak)
             kind = seen.kind
         sizes = [size] if picture is None else [size, *(page.size for page in picture.frames)]
-        scales = max((self._scales_for(each) for each in sizes), key=math.prod)  # pages may differ in size
+        scales = max((self._scales_for(each, kind) for each in sizes), key=math.prod)  # pages may differ in size
         found = [self._of(scale, kind if step == 0 else "clean") for step, scale in enumerate(scales)]
         cfg: Any = getattr(found[0], "pretrained_cfg", None) if found else None
         self.name = ".".join(str(cfg.get(key)) for key in ("architecture", "tag") if cfg.get(key)) if cfg else ""
@@ -254,15 +257,16 @@ class Networks:
             self._loaded[scale, kind] = load_restorer(self._task, scale, kind=kind, **self._options)
         return self._loaded[scale, kind]
 
-    def _scales_for(self, size: tuple[int, int]) -> tuple[int, ...]:
+    def _scales_for(self, size: tuple[int, int], kind: Kind) -> tuple[int, ...]:
         own = int(getattr(self.first, "scale", 1))
-        if self._scales == (1,) or (self.size.scale is None and not self.size.in_pixels):
+        scales = self._scales[kind]
+        if scales == (1,) or (self.size.scale is None and not self.size.in_pixels):
             return (own,)
         wanted = self.size.of(size, own)
         factor = max(new / old for new, old in zip(wanted, size, strict=True))
         if self.size.scale is not None:
             factor = self.size.scale
-        return tuple(chain(factor, self._scales))
+        return tuple(chain(factor, scales))
 
 
 def restore_picture(

@@ -194,14 +194,14 @@ def _restorers() -> list[str]:
     return [name for family in FAMILIES for name in family.default_cfgs]
 
 
-def shipped_scales(task: str) -> tuple[int, ...]:
-    """Return the scales at which weights for a task are shipped, in rising order."""
-    found = set()
+def shipped_scales(task: str, kind: Kind = "clean") -> tuple[int, ...]:
+    """Return the scales at which weights for a task and kind are shipped, in rising order; else those of the other."""
+    found: dict[bool, set[int]] = {True: set(), False: set()}
     for architecture in _restorers():
         for cfg in get_arch_pretrained_cfgs(architecture).values():
             if isinstance(cfg, RestorationCfg) and cfg.task == task and cfg.file and Path(cfg.file).is_file():
-                found.add(cfg.scale)
-    return tuple(sorted(found))
+                found[(cfg.tag == REAL) == (kind == "real")].add(cfg.scale)
+    return tuple(sorted(found[True] or found[False]))
 
 
 def _noise_error(cfg: RestorationCfg, sigma: float | None) -> float | None:
