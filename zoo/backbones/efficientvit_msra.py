@@ -23,7 +23,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from zoo.cfg import CIFAR10, IMAGENETTE, ModelCfg
+from zoo.cfg import IMAGENETTE, ModelCfg
 from zoo.ffn.reparam import reparameterize
 from zoo.layers.attention_bias import resize_attention_biases
 from zoo.layers.cache_blocking import run_in_parts
@@ -659,13 +659,6 @@ def _published(size: str, top1: float, **kwargs: Any) -> dict[str, ModelCfg]:
 default_cfgs = generate_default_cfgs(
     {
         **_published("m0", 63.3),
-        "efficientvit_msra_m0.cifar10": _cfg(
-            **CIFAR10,
-            file=shipped("efficientvit_msra_m0.cifar10"),
-            input_size=(3, 128, 128),
-            pool_size=(2, 2),
-            model_args=dict(img_size=128, window_size=8),
-        ),
         "efficientvit_msra_m0.imagenette": _cfg(
             **IMAGENETTE,
             file=shipped("efficientvit_msra_m0.imagenette"),

@@ -317,7 +317,6 @@ _X2_ONLY = "The authors publish x2 only."
 
 default_cfgs = generate_default_cfgs(
     {
-        "ffnetsr_light_x2.bsds": _cfg(2, file=shipped("ffnetsr_light_x2.bsds")),
         "ffnetsr_light_x2.div2k": _cfg(2, url=_RELEASE + "FFNetSR_light_DIV2K_2.pth"),
         "ffnetsr_light_x4.bsds": _cfg(4, file=shipped("ffnetsr_light_x4.bsds"), notes=(_X2_ONLY,)),
         "ffnetsr_x2.df2k": _cfg(2, url=_RELEASE + "FFNetSR_DF2K_2.pth"),
