@@ -283,6 +283,19 @@ def test_no_class_is_likely(capsys: Captured, models: dict[str, str], tmp_path: 
     assert "knows 3 classes: red, green, blue. Below 40 % none is likely." in err
 
 
+def test_numbers_of_wordnet_are_told_in_words(capsys: Captured, models: dict[str, str], tmp_path: Path) -> None:
+    """A classifier trained on ImageNet's folders has n01440764 for a class: who asks it wants to read "tench"."""
+    folder = shutil.copytree(models["classifier"], tmp_path / "nette")
+    config = json.loads((folder / "config.json").read_text())
+    names = ["n01440764", "n03028079", "n99999999"]  # the last one is none of WordNet's
+    config["label_names"] = names
+    config.get("pretrained_cfg", {}).pop("label_names", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    out = run(capsys, "classify", noise(tmp_path / "a.png"), "--model", folder, "--json")[1]
+    words = {item["index"]: item["label"] for item in json.loads(out)["results"][0]["top"]}
+    assert words == {0: "tench, Tinca tinca", 1: "church, church building", 2: "n99999999"}
+
+
 def test_photographs_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """And of these the most accurate."""
 

@@ -218,14 +218,17 @@ class Classifier:
 
 
 def _labels(model: nn.Module) -> list[str]:
-    """Return the names of a model's classes: its own, ImageNet's for 1000 classes, or numbers."""
+    """Return the names of a model's classes: its own (n01440764 in words), ImageNet's for 1000 classes, or numbers."""
     cfg: Any = model.pretrained_cfg
     count = int(getattr(model, "num_classes", 0))
     if not count:
         raise UsageError("This model has no classes.")
     names = cfg.get("label_names")
     if names and len(names) == count:
-        return list(names)
+        from zoo.data.readable import wordnet_descriptions
+
+        words = wordnet_descriptions(names)
+        return [words.get(name, name) for name in names]
     if count == 1000:
         from timm.data import ImageNetInfo
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from zoo.catalog import did_you_mean
 from zoo.data.notices import notice
 
-__all__ = ["Readable", "by_wordnet", "require_known", "tell_absent"]
+__all__ = ["Readable", "by_wordnet", "require_known", "tell_absent", "wordnet_descriptions"]
 
 
 class Readable(Dataset[tuple[Any, int]]):
@@ -57,6 +57,17 @@ class Readable(Dataset[tuple[Any, int]]):
         return kept[index].copy()
 
 
+def wordnet_descriptions(names: Iterable[str]) -> dict[str, str]:
+    """Return the synonyms, "tench, Tinca tinca", of those names that are WordNet's numbers as ImageNet writes them."""
+    numbers = [name for name in names if re.fullmatch(r"n\d{8}", name)]
+    if not numbers:
+        return {}
+    from timm.data import ImageNetInfo
+
+    known = cast(dict[str, str], ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True))
+    return {name: known[name] for name in numbers if name in known}
+
+
 def by_wordnet(names: Iterable[str], classes: Sequence[str], source: str | Path) -> dict[str, str]:
     """Find classes by ImageNet's names, and say so: data have n01440764 where the model says "tench", or the other way.
 
@@ -69,11 +80,9 @@ def by_wordnet(names: Iterable[str], classes: Sequence[str], source: str | Path)
         The model's class for each name that is none of its own and is, in WordNet, a synonym of one of them alone.
     """
     strange = [name for name in dict.fromkeys(names) if name not in classes]
-    if not any(re.fullmatch(r"n\d{8}", name) for name in (*strange, *classes)):
+    wordnet = wordnet_descriptions([*strange, *classes])
+    if not wordnet:
         return {}
-    from timm.data import ImageNetInfo
-
-    wordnet = cast(dict[str, str], ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True))
 
     def synonyms(name: str) -> set[str]:
         return {name.casefold(), *map(str.strip, wordnet.get(name, name).casefold().split(","))}
