@@ -26,7 +26,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from zoo.cfg import CIFAR10, ModelCfg
+from zoo.cfg import CIFAR10, IMAGENETTE, ModelCfg
 from zoo.layers.ffn import RePaFFN, active_channels, convert_ffn_keys, ffn_facts, idle_ratio_of, idle_untold
 from zoo.weights import build_model, shipped
 
@@ -393,6 +393,25 @@ default_cfgs = generate_default_cfgs(
                 global_pool="avg",
                 dynamic_img_size=True,
             ),
+        ),
+        "repavit_tiny.imagenette": _cfg(
+            **IMAGENETTE,
+            file=shipped("repavit_tiny.imagenette"),
+            input_size=(3, 128, 128),
+            pool_size=(8, 8),
+            origin_url=None,
+            model_args=dict(
+                img_size=128,
+                patch_size=16,
+                depth=6,
+                idle_ratio=0.5,
+                class_token=False,
+                global_pool="avg",
+                dynamic_img_size=True,
+            ),
+            interpolation="bilinear",
+            temperature=0.754,
+            threshold=0.914,
         ),
         "repavit_tiny.in1k*": _authors(top1=69.4),
         "repavit_small.in1k": _authors(top1=78.9),
