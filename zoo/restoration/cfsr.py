@@ -734,6 +734,7 @@ default_cfgs = generate_default_cfgs(
         "cfsr_x2.bsds": _ours(2, "bsds"),
         "cfsr_x2.real": _ours(2, "real"),
         "cfsr_x2.authors": _authors(2, "e6440c1a70af2cfa16c51287593f681438c8f307a81f90367a24e42086522f2c"),
+        "cfsr_x3.bsds": _ours(3, "bsds"),
         "cfsr_x3.authors": _authors(3),
         "cfsr_x4.bsds": _ours(4, "bsds"),
         "cfsr_x4.real": _ours(4, "real"),
