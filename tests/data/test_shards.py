@@ -168,5 +168,5 @@ def test_classes_under_their_names_in_wordnet(tmp_path: Path) -> None:
         for index, name in enumerate(("n03028079", "n01440764")):
             add(archive, f"{index}.png", png(index))
             add(archive, f"{index}.cls", name.encode())
-    with pytest.warns(Notice, match="'n01440764' is 'tench'"):
+    with pytest.warns(Notice, match="'n01440764' for 'tench'"):
         assert ShardImages([tmp_path / "val-0.tar"], classes=["tench", "church"]).targets == [1, 0]

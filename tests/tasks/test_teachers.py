@@ -50,6 +50,22 @@ def test_losses(teacher: str) -> None:
     torch.testing.assert_close(hard.loss(logits, logits.softmax(-1)), F.cross_entropy(logits, logits.argmax(-1)))
 
 
+def test_classes_are_matched_by_name(teacher: str) -> None:
+    """Folders in another order than the teacher's classes; names that it does not know are refused, numbers not."""
+    pixels = torch.rand(2, 3, 32, 32)
+    names = list(zoo.create_model(teacher).pretrained_cfg["label_names"])
+    plain = Teachers([teacher], 3)(pixels, HALF, HALF)
+    turned = Teachers([teacher], 3)
+    turned.match([names[2], names[0], names[1]])
+    torch.testing.assert_close(turned(pixels, HALF, HALF), plain[:, [2, 0, 1]])
+    fewer = Teachers([teacher], 3)
+    fewer.match([names[1]])
+    torch.testing.assert_close(fewer(pixels, HALF, HALF), plain[:, [1, 0, 2]])
+    fewer.match(["0", "1", "2"])
+    with pytest.raises(ValueError, match="does not tell the class 'unicorn' of the data but red, green, blue: call"):
+        Teachers([teacher], 3).match([*names[:2], "unicorn"])
+
+
 def test_other_classes(teacher: str) -> None:
     with pytest.raises(ValueError, match="must tell 5 classes as the student, not 3"):
         Teachers([teacher], 5)
@@ -59,7 +75,11 @@ def test_other_classes(teacher: str) -> None:
 def test_second_classifier_learns_from_the_teachers(teacher: str, tmp_path: Path, weight: float) -> None:
     """LSNet's: labels reach the first classifier only, teachers the second only; no checkpoint holds a teacher."""
     task = Classification("lsnet_t", 3, LSNET, teachers=[teacher], distillation="hard", distillation_weight=weight)
-    data = ImageClassification(str(image_folder(tmp_path / "images", train=4, val=3)), image_size=64, batch_size=4)
+    images = image_folder(tmp_path / "images", train=4, val=3)
+    for old, new in (("circle", "red"), ("square", "green")):  # the teacher's classes
+        for split in ("train", "val"):
+            (images / split / old).rename(images / split / new)
+    data = ImageClassification(str(images), image_size=64, batch_size=4)
     grads: dict[str, Tensor] = {}
     for name in ("head", "head_dist"):
         parameter = task.model.get_parameter(f"{name}.linear.weight")

@@ -12,7 +12,9 @@ import io
 import os
 import re
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -168,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     if given[:1] == ["train"]:  # its options are Lightning's
         return train.main(given[1:])
+    usual = warnings.showwarning
+    warnings.showwarning = partial(_show, usual)
     try:
         args = parse(given)
         if args.run.__module__ != listing.__name__:
@@ -185,3 +189,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = missing_library(error) or " ".join(str(error).split()) or type(error).__name__
         print(f"zoo: error: {with_code(said, code_of(error))}", file=sys.stderr)
         return 2 if isinstance(error, _WRONG_CALL) else 1
+    finally:
+        warnings.showwarning = usual
+
+
+def _show(usual: Callable[..., Any], message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Print our remarks on data as one line each, without the place in the code."""
+    from zoo.data.notices import Notice
+
+    if issubclass(category, Notice):
+        print(f"note: {message}", file=sys.stderr)
+    else:
+        usual(message, category, *where, **more)

@@ -228,7 +228,8 @@ def _labels(model: nn.Module) -> list[str]:
         from zoo.data.readable import wordnet_descriptions
 
         words = wordnet_descriptions(names)
-        return [words.get(name, name) for name in names]
+        short = [words[name].partition(",")[0] if name in words else name for name in names]
+        return [words.get(name, name) if short.count(short[i]) > 1 else short[i] for i, name in enumerate(names)]
     if count == 1000:
         from timm.data import ImageNetInfo
 

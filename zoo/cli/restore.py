@@ -263,7 +263,7 @@ def _say_cost(args: argparse.Namespace, task: str, networks: Networks) -> None:
         return
     scale = int(getattr(networks.first, "scale", 1))
     found = offers(task, scale, args.sigma, "real" if args.kind == "real" else "clean")
-    others = [f"{name} ({found[name].name}) {found[name].work:.0f}" for name in ("balanced", "best")]
+    others = [f"{name} {found[name].work:.0f}" for name in ("balanced", "best")]  # weights follow the picture
     if found["balanced"].name == found["fast"].name:
         others = others[1:]
     note(args, f"--quality fast, the default on a CPU; {' and '.join(others)} times its work.")

@@ -91,9 +91,9 @@ def by_wordnet(names: Iterable[str], classes: Sequence[str], source: str | Path)
     found = {name: [label for label, words in known if words & synonyms(name)] for name in strange}
     same = {name: labels[0] for name, labels in found.items() if len(labels) == 1}
     if same:
-        told = [f"{name!r} is {label!r}" for name, label in same.items()]
+        told = [f"{name!r} for {label!r}" for name, label in same.items()]
         more = f" and {len(told) - 4} more" if len(told) > 4 else ""
-        notice(f"Classes of {source} are known by their names in WordNet: {', '.join(told[:4])}{more}.")
+        notice(f"{source} has other names for classes: {', '.join(told[:4])}{more}.")
     return same
 
 

@@ -172,8 +172,11 @@ class Classification(TimmOptimModule):
                 notice(f"LoRA has no effect on {idle[0]}{more}, whose weights the model reads by itself.")
 
     def setup(self, stage: str) -> None:
-        """Compare the classes of the data with those of the model."""
-        check_classes(getattr(self.trainer, "datamodule", None), self.num_classes)
+        """Compare the classes of the data with those of the model and of its teachers."""
+        data = getattr(self.trainer, "datamodule", None)
+        check_classes(data, self.num_classes)
+        if self.teachers is not None and (names := getattr(data, "class_names", None)) is not None:
+            self.teachers.match(names)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         check_labels(batch[1], 0, self.num_classes - 1, wait=batch_idx == 0)

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from zoo.data.readable import by_wordnet
 from zoo.factory import create_model
 from zoo.ffn.reparam import reparameterize
+from zoo.record import record_of
 
 __all__ = ["DistillationKind", "Teachers"]
 
@@ -50,6 +52,34 @@ class Teachers:
             self._data.append(resolve_model_data_config(model))
             reparameterize(model, measure=False)
             self.models.append(model)
+        self.names = list(names)
+        self._orders: dict[int, list[int]] = {}
+
+    def match(self, classes: Sequence[str]) -> None:
+        """Find the student's classes among those of each teacher, by name: the order of folders may be another.
+
+        Numbers for names, and a teacher without names, are taken in their order.
+
+        Args:
+            classes: Of the data, in the order of the labels.
+
+        Raises:
+            ValueError: A teacher has no class of a name.
+        """
+        for place, (name, model) in enumerate(zip(self.names, self.models, strict=True)):
+            known = record_of(model).label_names
+            if known is None or all(each.isdecimal() for each in classes):
+                continue
+            same = by_wordnet(classes, known, "the data")
+            found = [same.get(each, each) for each in classes]
+            strange = [each for each in found if each not in known]
+            if strange:
+                raise ValueError(
+                    f"Teacher {name} does not tell the class {strange[0]!r} of the data but {', '.join(known[:4])}"
+                    f"{', ...' if len(known) > 4 else ''}: call the classes so, or leave this teacher out."
+                )
+            order = [known.index(each) for each in found]
+            self._orders[place] = order + [index for index in range(len(known)) if index not in order]
 
     def to(self, device: torch.device) -> None:
         """Move the teachers."""
@@ -67,13 +97,16 @@ class Teachers:
         """
         pixels = images * _column(std, images) + _column(mean, images)
         found = []
-        for model, data in zip(self.models, self._data, strict=True):
+        for place, (model, data) in enumerate(zip(self.models, self._data, strict=True)):
             size = tuple(data["input_size"][-2:])
             own = pixels
             if own.shape[-2:] != size:
                 own = F.interpolate(own, size, mode="bilinear", antialias=True)
             own = (own - _column(data["mean"], own)) / _column(data["std"], own)
-            found.append((model(own).float() / self.temperature).softmax(-1))
+            logits = model(own).float()
+            if place in self._orders:
+                logits = logits[:, self._orders[place]]
+            found.append((logits / self.temperature).softmax(-1))
         return torch.stack(found).mean(0)
 
     def loss(self, logits: Tensor, probabilities: Tensor) -> Tensor:
