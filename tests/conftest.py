@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import fresh_process
 import numpy as np
@@ -59,6 +59,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(_CACHE, ignore_errors=True)
 
 
+_TRACE = pytest.StashKey[TextIO]()
+
+
 def _trace(worker: str, parent: int) -> Path:
     return Path(tempfile.gettempdir()) / f"zoo-tests-{parent}-{worker}.txt"
 
@@ -67,7 +70,18 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Let a worker process that crashes write where; its standard error is not seen."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker:
-        faulthandler.enable(_trace(worker, os.getppid()).open("w"))
+        session.config.stash[_TRACE] = _trace(worker, os.getppid()).open("w")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Install the handler of crashes anew for every test: compilers that others load have handlers of their own."""
+    if _TRACE in item.config.stash:
+        file = item.config.stash[_TRACE]
+        file.seek(0)
+        file.truncate()
+        print(item.nodeid, file=file, flush=True)
+        faulthandler.disable()
+        faulthandler.enable(file)
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
