@@ -375,6 +375,10 @@ def _authors(top1: float) -> ModelCfg:
     return _cfg(top1=top1, hf_hub_id="Ackesnal/RePaViT", hub_search=True)
 
 
+_SMALL: dict[str, Any] = dict(
+    depth=6, idle_ratio=0.5, class_token=False, global_pool="avg", dynamic_img_size=True
+)  # the variant that we train ourselves
+
 # A star makes a tag the default; it must come after a tag that has weights, or timm moves that one to the front.
 default_cfgs = generate_default_cfgs(
     {
@@ -384,15 +388,7 @@ default_cfgs = generate_default_cfgs(
             input_size=(3, 32, 32),
             pool_size=(8, 8),
             origin_url=None,
-            model_args=dict(
-                img_size=32,
-                patch_size=4,
-                depth=6,
-                idle_ratio=0.5,
-                class_token=False,
-                global_pool="avg",
-                dynamic_img_size=True,
-            ),
+            model_args=dict(img_size=32, patch_size=4, **_SMALL),
         ),
         "repavit_tiny.imagenette": _cfg(
             **IMAGENETTE,
@@ -400,15 +396,7 @@ default_cfgs = generate_default_cfgs(
             input_size=(3, 128, 128),
             pool_size=(8, 8),
             origin_url=None,
-            model_args=dict(
-                img_size=128,
-                patch_size=16,
-                depth=6,
-                idle_ratio=0.5,
-                class_token=False,
-                global_pool="avg",
-                dynamic_img_size=True,
-            ),
+            model_args=dict(img_size=128, patch_size=16, **_SMALL),
             interpolation="bilinear",
             temperature=0.754,
             threshold=0.914,

@@ -13,8 +13,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,6 +37,7 @@ from zoo.cli import (
 )
 from zoo.cli.errors import code_of, missing_library, with_code
 from zoo.cli.output import UsageError
+from zoo.data.notices import in_one_line
 from zoo.version import __version__
 
 __all__ = ["main", "parse"]
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given[:1] == ["train"]:  # its options are Lightning's
         return train.main(given[1:])
     usual = warnings.showwarning
-    warnings.showwarning = partial(_show, usual)
+    warnings.showwarning = in_one_line(usual)
     try:
         args = parse(given)
         if args.run.__module__ != listing.__name__:
@@ -191,13 +191,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, _WRONG_CALL) else 1
     finally:
         warnings.showwarning = usual
-
-
-def _show(usual: Callable[..., Any], message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    """Print our remarks on data as one line each, without the place in the code."""
-    from zoo.data.notices import Notice
-
-    if issubclass(category, Notice):
-        print(f"note: {message}", file=sys.stderr)
-    else:
-        usual(message, category, *where, **more)

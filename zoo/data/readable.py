@@ -80,7 +80,7 @@ def by_wordnet(names: Iterable[str], classes: Sequence[str], source: str | Path)
         The model's class for each name that is none of its own and is, in WordNet, a synonym of one of them alone.
     """
     strange = [name for name in dict.fromkeys(names) if name not in classes]
-    wordnet = wordnet_descriptions([*strange, *classes])
+    wordnet = wordnet_descriptions([*strange, *classes]) if strange else {}
     if not wordnet:
         return {}
 

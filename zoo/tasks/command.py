@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from lightning.pytorch.cli import LightningCLI
 
-from zoo.data.notices import Notice
+from zoo.data.notices import Notice, in_one_line
 from zoo.tasks.checkpoints import read_training_checkpoint
 from zoo.tasks.own_model import SaveOwnModel
 from zoo.weights import CheckpointError
@@ -55,18 +54,7 @@ def run_lightning(arguments: list[str]) -> None:
     """
     warnings.simplefilter("always", Notice)
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-    usual = warnings.showwarning
-
-    def show(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:  # fmt: skip
-        if issubclass(category, Notice):
-            print(f"note: {message}", file=file or sys.stderr)
-        else:
-            usual(message, category, filename, lineno, file, line)
-
-    warnings.showwarning = show
+    warnings.showwarning = in_one_line(warnings.showwarning)
     TrainingCLI(
         subclass_mode_model=True,
         subclass_mode_data=True,
