@@ -145,6 +145,21 @@ def test_gradients_are_those_of_the_plain_formulation() -> None:
         assert float((gradient - gradients[1][name]).abs().max()) < 1e-12 * largest, name
 
 
+def test_training_in_bfloat16_is_near_float32() -> None:
+    """There the scores are plain products on a CPU, with the bias and the masks of shifted windows."""
+    model, x = random_model(torch.float32).train(), torch.rand(2, 3, 32, 32)
+    out, gradients = [], []
+    for low in (False, True):
+        model.zero_grad()
+        with _Calls() as calls, torch.autocast("cpu", torch.bfloat16, enabled=low):
+            out.append(model(x).float())
+        assert ("_safe_softmax.default" in calls.names or "flash" in "".join(calls.names)) is not low
+        out[-1].square().sum().backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert relative(out[1], out[0]) < 0.05
+    assert float(torch.cosine_similarity(*gradients, dim=0)) > 0.98
+
+
 def test_dead_bias_has_a_gradient_of_zeros() -> None:
     """The parameters of DAT-light's position bias change nothing, and training does not stumble over them."""
     model, x = light(dtype=torch.float32).train(), torch.rand(2, 3, 8, 8)
