@@ -13,7 +13,10 @@ from tests.image_sets import image_folder
 from zoo.cards import Metric
 from zoo.cards.own import write_own_model
 from zoo.cli import main
+from zoo.data.images import images_for
 from zoo.record import record_of
+
+METRIC = Metric(name="Top-1 accuracy", value=50.0, unit="%", dataset="shapes", protocol="made in a test")
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +28,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=2
     ).eval()
     record = record_of(model).of_own_weights().updated(label_names=("circle", "square"), crop_pct=1.0)
-    metric = Metric(name="Top-1 accuracy", value=50.0, unit="%", dataset="shapes", protocol="made in a test")
-    write_own_model(place / "mine", model, record, metrics=[metric], training="Not trained.")
+    write_own_model(place / "mine", model, record, metrics=[METRIC], training="Not trained.")
     image_folder(place / "data", 12, 6, size=32)
     return place
 
@@ -53,6 +55,29 @@ def test_a_compressed_folder_is_a_model_like_any_other(
     assert main(call) == 2  # nothing is replaced without --force
     assert "--force" in capsys.readouterr().err
     assert main([*call, "--force"]) == 0
+
+
+def test_labels_are_those_of_the_model(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Folders sort otherwise than the model's classes, and there is one folder for each class alone."""
+    model = zoo.create_model(str(own / "mine"))
+    record = record_of(model).updated(label_names=("square", "circle"))
+    write_own_model(tmp_path / "mine", model, record, metrics=[METRIC], training="Not trained.")
+    image_folder(tmp_path / "data", 10, 1, size=32)
+    data = tmp_path / "data" / "train"
+    call = ["compress", str(tmp_path / "mine"), "--data", str(data), "-o", str(tmp_path / "small"), "--json"]
+    assert main([*call, "--budget", "macs<=0.8"]) == 0
+    result = capsys.readouterr()
+    assert f"note: {data} has no folder for validation: a fifth of every class is held out." in result.err
+    model = zoo.create_model(str(tmp_path / "mine")).eval()
+    images = images_for(model, str(data), 4)
+    assert images.class_names == ["square", "circle"]
+    with torch.no_grad():
+        right = [float((model(batch).argmax(1) == labels).double().mean()) for batch, labels in images.val_dataloader()]
+    assert json.loads(result.out)["accuracy_before"] == pytest.approx(sum(right) / len(right))
+    (data / "square").rename(data / "disc")
+    assert main([*call[:4], "-o", str(tmp_path / "other")]) == 2
+    assert "has the class 'disc', which is none of the known ones, 'square', 'circle'" in capsys.readouterr().err
+    assert main(["inspect", *call[1:4], "--json"]) == 0  # looks at no label
 
 
 def test_inspection_names_every_layer_and_draws_them(
@@ -109,8 +134,7 @@ def test_layers_that_need_the_size_of_a_map(own: Path, tmp_path: Path) -> None:
     }
     model = zoo.create_model("pvt_v2_b0", num_classes=2, **size).eval()
     record = record_of(model).of_own_weights().updated(label_names=("circle", "square"))
-    metric = Metric(name="Top-1 accuracy", value=50.0, unit="%", dataset="shapes", protocol="made in a test")
-    write_own_model(tmp_path / "pvt", model, record, metrics=[metric], training="Not trained.")
+    write_own_model(tmp_path / "pvt", model, record, metrics=[METRIC], training="Not trained.")
     call = ["compress", str(tmp_path / "pvt"), "--data", str(own / "data"), "--samples", "4", "--keep", "0.5"]
     assert main([*call, "-o", str(tmp_path / "small"), "--json"]) == 0
     small = zoo.create_model(str(tmp_path / "small"))

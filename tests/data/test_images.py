@@ -7,13 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from image_sets import CLASSES, image_folder, parquet_folder, picture
 from torch import Tensor
 
-from zoo.data.images import ImageClassification, ImageDiffusion, LabelledImages, open_labelled_images
+from zoo.data.images import (
+    ImageClassification,
+    ImageDiffusion,
+    LabelledImages,
+    images_to_judge,
+    open_labelled_images,
+)
+from zoo.data.notices import Notice
 from zoo.data.samplers import ResumableSampler, SeededDataset
 
 
@@ -235,3 +243,16 @@ def test_real_images(data_dir: Path) -> None:
     assert image.size == (28, 28)
     assert image.mode == "RGB"
     assert 0 <= label < 10
+
+
+def test_a_model_of_imagenet_is_judged_by_the_names_of_its_classes(tmp_path: Path) -> None:
+    """It states no names; folders of three of its classes, in words and in numbers, are not its first three."""
+    for name in ("tench", "golf ball", "n03000684"):
+        (tmp_path / name).mkdir()
+        picture(0, 0).save(tmp_path / name / "0.png")
+    model = timm.create_model("test_resnet")
+    with pytest.warns(Notice, match="'golf ball' for 'n03445777'"):
+        loader = images_to_judge(model, str(tmp_path), 3, 3)
+    assert sorted(int(label) for _, labels in loader for label in labels) == [0, 491, 574]
+    with pytest.warns(Notice, match=r"no names for its 7 classes: the 3 of .* are taken for its first"):
+        images_to_judge(timm.create_model("test_resnet", num_classes=7), str(tmp_path), 3, 3)

@@ -139,6 +139,10 @@ def test_labels_without_names(tmp_path: Path) -> None:
     table(tmp_path / "numbers", "train", None, [2, 0, 2])
     numbers = open_labelled_images(str(tmp_path / "numbers"), "train")
     assert (numbers.classes, numbers.targets) == (["0", "1", "2"], [2, 0, 2])
+    known = open_labelled_images(str(tmp_path / "numbers"), "train", classes=["fox", "dog", "cat", "owl"])
+    assert known.targets == [2, 0, 2]  # numbers are places
+    with pytest.raises(ValueError, match=r"has the class '2', '0', which is none of the known ones, 'fox', 'dog'"):
+        open_labelled_images(str(tmp_path / "numbers"), "train", classes=["fox", "dog"])
     table(tmp_path / "unknown", "train", ["a", "b"], [0, -1])
     with pytest.raises(ValueError, match=r"Row 1 of .*unknown \(train\) has no class: its 'label' is -1"):
         open_labelled_images(str(tmp_path / "unknown"), "train")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -70,6 +71,20 @@ def test_learns_logs_and_shows(folder: Path, tmp_path: Path) -> None:
     assert {"val/acc1", "val/loss", "train/loss"} <= set(events.Tags()["scalars"])
     picture = events.Images("val/images")[-1]
     assert (picture.height, picture.width) == (22 + 2, 8 * 22 + 2)  # the first batch: eight framed images in a row
+
+
+def test_a_checkpoint_keeps_the_names_of_its_classes(folder: Path, tmp_path: Path) -> None:
+    """Other data, whose folders are fewer, are labelled as those that were learnt; unknown ones are refused."""
+    task = module(optim=OptimConfig(lr=1e-2), label_smoothing=0.0)
+    trainer = fit(task, data(folder), tmp_path, max_epochs=12)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    (tmp_path / "some" / "val").mkdir(parents=True)
+    shutil.copytree(folder / "val" / "square", tmp_path / "some" / "val" / "square")
+    (found,) = trainer.test(module(), data(tmp_path / "some"), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert found["test/acc1"] > 0.8
+    (tmp_path / "some" / "val" / "square").rename(tmp_path / "some" / "val" / "triangle")
+    with pytest.raises(ValueError, match="has the class 'triangle', which is none of the known ones"):
+        trainer.test(module(), data(tmp_path / "some"), ckpt_path=tmp_path / "last.ckpt", verbose=False)
 
 
 def test_experts_are_trained_with_their_routers(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

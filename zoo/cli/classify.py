@@ -225,11 +225,9 @@ def _labels(model: nn.Module) -> list[str]:
         raise UsageError("This model has no classes.")
     names = cfg.get("label_names")
     if names and len(names) == count:
-        from zoo.data.readable import wordnet_descriptions
+        from zoo.data.readable import in_words
 
-        words = wordnet_descriptions(names)
-        short = [words[name].partition(",")[0] if name in words else name for name in names]
-        return [words.get(name, name) if short.count(short[i]) > 1 else short[i] for i, name in enumerate(names)]
+        return in_words(names)
     if count == 1000:
         from timm.data import ImageNetInfo
 

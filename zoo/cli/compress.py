@@ -54,7 +54,7 @@ def add_parser(subparsers: Any) -> None:
 def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME_OR_PATH", help="model with weights: NAME.TAG, folder, file or Hub id")
     parser.add_argument(
-        "--data", required=True, metavar="DIR", help="class folders, train/ and val/ of them, or Parquet"
+        "--data", required=True, metavar="DIR", help="class folders, in train/ and val/ or not, or Parquet"
     )
     parser.add_argument(
         "--samples", type=int, default=128, metavar="N", help="images measured on (default: %(default)s)"
@@ -187,7 +187,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     from zoo.data.images import draw
     from zoo.ffn.inspection import inspect_ffns, plot_inspection
 
-    model, data = _model_and_data(args)
+    model, data = _model_and_data(args, judged=False)
     with progress(args) as bar:
         bar.add_task("inspecting", total=None)
         report = inspect_ffns(model, list(draw(data, "train", args.samples)))
@@ -228,13 +228,13 @@ def _check(args: argparse.Namespace) -> None:
     find_model(args.name, task="classification")
 
 
-def _model_and_data(args: argparse.Namespace) -> tuple[nn.Module, Any]:
+def _model_and_data(args: argparse.Namespace, *, judged: bool = True) -> tuple[nn.Module, Any]:
     """Return the model and its data module, whose preprocessing is the model's own."""
     from zoo.data.images import images_for
     from zoo.factory import create_model
 
     model = create_model(args.name, pretrained=True).eval()
-    return model, images_for(model, args.data, args.batch)
+    return model, images_for(model, args.data, args.batch, judged=judged)
 
 
 def _accuracy(model: nn.Module, data: Any, bar: Any, task: Any) -> float:

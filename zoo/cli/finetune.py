@@ -206,9 +206,12 @@ def _report(args: argparse.Namespace, result: Finetuned) -> None:
         print(folder)
         return
     rows = table("class", "pictures", "right", "most often taken for", right=("pictures", "right"))
-    for place, (name, row) in enumerate(zip(result.classes, result.confusion, strict=False)):
+    from zoo.data.readable import in_words
+
+    words = in_words(result.classes)
+    for place, (name, row) in enumerate(zip(words, result.confusion, strict=False)):
         wrong = max((count, other) for other, count in enumerate(row) if other != place)
-        taken = f"{result.classes[wrong[1]]} ({wrong[0]})" if wrong[0] else "-"
+        taken = f"{words[wrong[1]]} ({wrong[0]})" if wrong[0] else "-"
         rows.add_row(name, str(sum(row)), str(row[place]), taken)
     print_table(
         rows,

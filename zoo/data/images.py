@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
@@ -72,6 +72,7 @@ class _Images(LightningDataModule):
         repeats: int = 1,
         val_fraction: float = 0.0,
         damaged: DamagePolicy = "stop",
+        classes: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         if damaged not in ("stop", "skip"):
@@ -84,7 +85,8 @@ class _Images(LightningDataModule):
         self.data_dir, self.batch_size, self.eval_batch_size = data_dir, batch_size, eval_batch_size or batch_size
         self.num_workers, self.seed, self.limit, self.repeats = num_workers, seed, limit, repeats
         self.image_key, self.label_key, self.damaged = image_key, label_key, damaged
-        self._classes: list[str] | None = None
+        self._given = None if classes is None else list(classes)
+        self._classes = self._given
         self._good: dict[str, list[int]] = {}  # of splits whose images were all read
         self.keep_bytes = 0  # of memory for decoded images, see LabelledImages
 
@@ -104,13 +106,17 @@ class _Images(LightningDataModule):
         assert self._classes is not None  # the second split was opened, or has raised
         return self._classes
 
+    def take_classes(self, names: Sequence[str]) -> None:
+        """Label images by these classes, those of a trained model, whatever the data's own order."""
+        self._given = self._classes = list(names)
+
     def _transform(self, training: bool) -> Callable[[Image.Image], Tensor]:
         raise NotImplementedError
 
     def _open(self, split: str, training: bool) -> Any:
         held_out = split == "validation" and self.val_fraction > 0
         source = "train" if held_out else split
-        classes = None if source == "train" else self.class_names
+        classes = self._given if source == "train" else self.class_names
         data = open_labelled_images(
             self.data_dir, source, self._transform(training), self.image_key, self.label_key, classes
         )
@@ -207,6 +213,7 @@ class ImageClassification(_Images):
             on those.
         damaged: An image that cannot be read ends the run ("stop"), or all images are read once before the first step,
             and those that cannot be are listed and left out ("skip").
+        classes: Name of each label; None takes those of the training images.
 
     Raises:
         ValueError: `val_fraction` is no share, or there is no such policy.
@@ -237,6 +244,7 @@ class ImageClassification(_Images):
         limit: int | None = None,
         val_fraction: float = 0.0,
         damaged: DamagePolicy = "stop",
+        classes: Sequence[str] | None = None,
     ) -> None:
         super().__init__(
             data_dir,
@@ -250,6 +258,7 @@ class ImageClassification(_Images):
             repeats=repeats,
             val_fraction=val_fraction,
             damaged=damaged,
+            classes=classes,
         )
         self.image_size, self.crop_padding, self.scale, self.hflip = image_size, crop_padding, scale, hflip
         self.color_jitter, self.auto_augment, self.interpolation = color_jitter, auto_augment, interpolation
@@ -282,29 +291,39 @@ class ImageClassification(_Images):
         return transform
 
 
-def images_for(model: nn.Module, data_dir: str, batch_size: int) -> ImageClassification:
+def images_for(model: nn.Module, data_dir: str, batch_size: int, *, judged: bool = True) -> ImageClassification:
     """Return a folder's images as a classifier takes them; in training cropped from half their area on.
 
+    Labels are those of the model where the names of its classes are known, whatever folders there are. Where nothing is
+    for validation, a fifth of every class is held out.
+
     Args:
-        model: Its preprocessing and number of classes are read.
+        model: Its preprocessing and classes are read.
         data_dir: As for `ImageClassification`.
         batch_size: Images at a time.
+        judged: False: labels are not looked at, any folders do, and nothing is held out.
 
     Raises:
-        ValueError: The model is no classifier, or the data have more classes than it knows.
+        ValueError: The model is no classifier, or the data have a class that it does not know.
     """
-    classes = getattr(model, "num_classes", 0)
-    if not isinstance(classes, int) or classes < 1:
+    known = getattr(model, "num_classes", 0)
+    if not isinstance(known, int) or known < 1:
         raise ValueError(
             f"{type(model).__name__} is no classifier; in Python zoo.compress takes denoisers and other models too."
         )
-    data = _as_taken_by(model, data_dir, batch_size)
-    if len(data.class_names) > classes:
-        raise ValueError(f"{data_dir} has {len(data.class_names)} classes, the model knows {classes}.")
+    if not judged:
+        return _as_taken_by(model, data_dir, batch_size, None)
+    held = any(_has_split(data_dir, name) for name in VALIDATION_SPLITS)
+    names = _names_known_to(model, data_dir)
+    data = _as_taken_by(model, data_dir, batch_size, names, 0.0 if held else 0.2)
+    if not held:
+        notice(f"{data_dir} has no folder for validation: a fifth of every class is held out.")
     return data
 
 
-def _as_taken_by(model: nn.Module, data_dir: str, batch_size: int) -> ImageClassification:
+def _as_taken_by(
+    model: nn.Module, data_dir: str, batch_size: int, classes: Sequence[str] | None, val_fraction: float = 0.0
+) -> ImageClassification:
     cfg = resolve_model_data_config(model)
     return ImageClassification(
         data_dir,
@@ -315,13 +334,37 @@ def _as_taken_by(model: nn.Module, data_dir: str, batch_size: int) -> ImageClass
         mean=cfg["mean"],
         std=cfg["std"],
         interpolation=cfg["interpolation"],
+        val_fraction=val_fraction,
+        classes=classes,
     )
+
+
+def _names_known_to(model: nn.Module, data_dir: str) -> Sequence[str] | None:
+    """Return the names of a model's classes; None where it states none and those of the data are taken for them.
+
+    ImageNet's numbers of WordNet are those of a model of 1000 classes, where the data have fewer.
+    """
+    names = record_of(model).label_names
+    if names is not None:
+        return names
+    known = getattr(model, "num_classes", 0)
+    found = len(ImageClassification(data_dir).class_names)
+    if found > known:
+        raise ValueError(f"{data_dir} has {found} classes, the model knows {known}.")
+    if found < known == 1000:
+        return list(ImageNetInfo().label_names())
+    if found < known:
+        notice(
+            f"The model states no names for its {known} classes: the {found} of {data_dir} are taken for its first, "
+            "in their order."
+        )
+    return None
 
 
 def images_to_judge(model: nn.Module, data_dir: str, batch_size: int, count: int) -> DataLoader[Any]:
     """Return batches of images and labels that a trained classifier is measured on, drawn with a fixed seed.
 
-    Labels are those of the model where it knows the names of its classes, whatever folders there are.
+    Labels are those of the model where the names of its classes are known, whatever folders there are.
 
     Args:
         model: Its preprocessing and classes are read.
@@ -333,15 +376,10 @@ def images_to_judge(model: nn.Module, data_dir: str, batch_size: int, count: int
         FileNotFoundError: There are no such images.
         ValueError: There is a class that the model does not know.
     """
-    data = _as_taken_by(model, data_dir, batch_size)
+    names = _names_known_to(model, data_dir)
     held = any(_has_split(data_dir, name) for name in VALIDATION_SPLITS)
-    names = record_of(model).label_names
-    images = open_labelled_images(
-        data_dir, "validation" if held else "train", data._transform(training=False), classes=names
-    )
-    classes = getattr(model, "num_classes", 0)
-    if len(images.classes) > classes:
-        raise ValueError(f"{data_dir} has {len(images.classes)} classes, the model knows {classes}.")
+    transform = _as_taken_by(model, data_dir, batch_size, names)._transform(training=False)
+    images = open_labelled_images(data_dir, "validation" if held else "train", transform, classes=names)
     return DataLoader(_drawn(images, count), batch_size=batch_size)
 
 

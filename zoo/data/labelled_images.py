@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from zoo.data.readable import Readable, by_wordnet, require_known, tell_absent
+from zoo.data.readable import Readable, by_number, by_wordnet, require_known, tell_absent
 from zoo.data.shards import ShardImages, find_shards
 from zoo.files import is_hidden, walk
 from zoo.pictures.eight_bit import read_eight_bit
@@ -65,6 +65,8 @@ class LabelledImages(Readable):
         self.source, self.transform = source, transform
         own, values = _names(split.features[self.label_key], list(split[self.label_key]), self.label_key, source)
         self.classes = own if classes is None else list(classes)
+        if getattr(split.features[self.label_key], "names", None) is None:
+            own = by_number(own, self.classes)
         translated = by_wordnet(own, self.classes, source)
         own = [translated.get(name, name) for name in own]
         numbers = {name: number for number, name in enumerate(self.classes)}

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from zoo.catalog import did_you_mean
 from zoo.data.notices import notice
 
-__all__ = ["Readable", "by_wordnet", "require_known", "tell_absent", "wordnet_descriptions"]
+__all__ = ["Readable", "by_number", "by_wordnet", "in_words", "require_known", "tell_absent", "wordnet_descriptions"]
 
 
 class Readable(Dataset[tuple[Any, int]]):
@@ -68,6 +68,13 @@ def wordnet_descriptions(names: Iterable[str]) -> dict[str, str]:
     return {name: known[name] for name in numbers if name in known}
 
 
+def in_words(names: Sequence[str]) -> list[str]:
+    """Return names for people: "tench" for n01440764, all synonyms where the first is that of another one too."""
+    words = wordnet_descriptions(names)
+    short = [words[name].partition(",")[0] if name in words else name for name in names]
+    return [words.get(name, name) if short.count(word) > 1 else word for name, word in zip(names, short, strict=True)]
+
+
 def by_wordnet(names: Iterable[str], classes: Sequence[str], source: str | Path) -> dict[str, str]:
     """Find classes by ImageNet's names, and say so: data have n01440764 where the model says "tench", or the other way.
 
@@ -95,6 +102,12 @@ def by_wordnet(names: Iterable[str], classes: Sequence[str], source: str | Path)
         more = f" and {len(told) - 4} more" if len(told) > 4 else ""
         notice(f"{source} has other names for classes: {', '.join(told[:4])}{more}.")
     return same
+
+
+def by_number(names: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """Return the classes that labels without names, "0" to "9", stand for by their place; other names as they are."""
+    numbered = list(names) == list(map(str, range(len(names)))) and len(names) <= len(classes)
+    return list(classes[: len(names)]) if numbered and not set(names) & set(classes) else list(names)
 
 
 def require_known(strange: Sequence[str], classes: Sequence[str], source: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -16,13 +17,14 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.utils import make_grid
 
+from zoo.data.images import ImageClassification
 from zoo.data.notices import notice
 from zoo.factory import create_model
 from zoo.ffn.ewa import ExpertsWeightsAveraging
 from zoo.layers.init import mimetic_init_
 from zoo.moe import MoEConfig, record_balance
 from zoo.moe.dense2moe import to_experts
-from zoo.record import ModelRecord
+from zoo.record import KEY, ModelRecord, record_of
 from zoo.tasks.ffn_training import FFNTraining
 from zoo.tasks.freezing import fixed_norms
 from zoo.tasks.labels import check_classes, check_labels
@@ -174,9 +176,22 @@ class Classification(TimmOptimModule):
     def setup(self, stage: str) -> None:
         """Compare the classes of the data with those of the model and of its teachers."""
         data = getattr(self.trainer, "datamodule", None)
-        check_classes(data, self.num_classes)
+        if stage != "fit" and self.trainer.ckpt_path is None:  # what is measured is what was built
+            self._label_by(record_of(self.model).label_names)
+        if stage == "fit" or self.trainer.ckpt_path is None:  # else the checkpoint tells the classes
+            check_classes(data, self.num_classes)
         if self.teachers is not None and (names := getattr(data, "class_names", None)) is not None:
             self.teachers.match(names)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._label_by(checkpoint.get(KEY, {}).get("label_names"))
+
+    def _label_by(self, names: Sequence[str] | None) -> None:
+        """Let the data's labels be places among the classes that the model was trained on."""
+        data = getattr(self._trainer, "datamodule", None)
+        if names is not None and isinstance(data, ImageClassification):
+            data.take_classes(names)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         check_labels(batch[1], 0, self.num_classes - 1, wait=batch_idx == 0)
