@@ -210,7 +210,10 @@ def test_goals_compare_the_best_at_half_of_the_work() -> None:
         (["ffn", "--model", "MINE", "--data", "DATA", "--budgets", "half"], "--budgets takes shares such as 0.75,0.5"),
         (["ffn", "--model", "MINE", "--data", "DATA", "--budgets", "1.5"], "A budget is a share"),
         (["ffn", "--model", "pixeldit.cifar10", "--recover", "1"], "Recovery of pixeldit.cifar10 learns from images"),
-        (["ffn", "--model", "PIPE", "--data", "DATA"], "has the classes circle, square; those of the pipe"),
+        (
+            ["ffn", "--model", "PIPE", "--data", "DATA"],
+            "has the class 'circle', 'square', which is none of the known ones, 'airplane'",
+        ),
         (["cfsr", "--budgets", "0.5"], "--budgets is for `zoo bench ffn`"),
     ],
 )

@@ -46,9 +46,9 @@ def nearest(name: str, names: list[str], most: int = 3, *, cutoff: float = 0.5) 
     return [small[each] for each, ratio in zip(found, like, strict=True) if ratio > like[0] - _FARTHER]
 
 
-def did_you_mean(name: str, names: Iterable[str], *, quoted: bool = False) -> str:
+def did_you_mean(name: str, names: Iterable[str], *, quoted: bool = False, cutoff: float = 0.5) -> str:
     """Return " Did you mean NAME?", which goes behind a sentence; nothing where no name is near."""
-    near = nearest(name, list(names), 1)
+    near = nearest(name, list(names), 1, cutoff=cutoff)
     return f" Did you mean {repr(near[0]) if quoted else near[0]}?" if near else ""
 
 

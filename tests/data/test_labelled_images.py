@@ -141,6 +141,11 @@ def test_labels_without_names(tmp_path: Path) -> None:
     assert (numbers.classes, numbers.targets) == (["0", "1", "2"], [2, 0, 2])
     known = open_labelled_images(str(tmp_path / "numbers"), "train", classes=["fox", "dog", "cat", "owl"])
     assert known.targets == [2, 0, 2]  # numbers are places
+    for name in ("10", "9"):
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "folders" / name / "a.png")
+    letters = open_labelled_images(str(tmp_path / "folders"), "train", classes=list("abcdefghijkl"))
+    assert letters.targets == [10, 9]
     with pytest.raises(ValueError, match=r"has the class '2', '0', which is none of the known ones, 'fox', 'dog'"):
         open_labelled_images(str(tmp_path / "numbers"), "train", classes=["fox", "dog"])
     table(tmp_path / "unknown", "train", ["a", "b"], [0, -1])

@@ -74,9 +74,7 @@ def test_samples_come_from_seeds() -> None:
 def test_training_end_to_end(tmp_path: Path) -> None:
     """Fit with EMA; the checkpoint and the saved pipeline hold the averaged weights; grids are drawn with them."""
     data = ImageDiffusion(str(image_folder(tmp_path / "data")), image_size=8, batch_size=4)
-    task = Diffusion(
-        pixel_dit(num_classes=2), ["circle", "square"], OptimConfig(lr=1e-2, warmup=0.0), sample_steps=2, grid_rows=1
-    )
+    task = Diffusion(pixel_dit(num_classes=2), optim=OptimConfig(lr=1e-2, warmup=0.0), sample_steps=2, grid_rows=1)
     average = EMAWeightAveraging(decay=0.5)
     trainer = Trainer(
         max_epochs=2,
@@ -147,3 +145,26 @@ def test_classifier_must_know_the_same_classes(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(diffusion.timm, "create_model", lambda name, pretrained: Brightness())
     with pytest.raises(ValueError, match="stub knows 2 classes, the denoiser 4"):
         task._measure_class_accuracy("stub")
+
+
+def test_labels_of_the_data_are_those_of_the_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders sort otherwise than `class_names`, a classifier has another order again, and others are refused."""
+    data = ImageDiffusion(str(image_folder(tmp_path, train=1, val=2)), image_size=8, batch_size=2)
+    task = Diffusion(
+        pixel_dit(num_classes=2), ["square", "circle"], sample_steps=2, test_samples=4, test_classifier="x"
+    )
+    judge = Brightness()
+    judge.pretrained_cfg = {**judge.pretrained_cfg, "label_names": ("circle", "square")}
+    monkeypatch.setattr(diffusion.timm, "create_model", lambda name, pretrained: judge)
+    monkeypatch.setattr(
+        task, "sample", lambda labels, seeds: torch.tensor([0.9 if number == 0 else 0.1 for number in labels])
+        .view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    )  # fmt: skip
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    results = trainer.test(task, data, verbose=False)[0]
+    assert results["test/class_accuracy"] == 1.0  # squares, class 0, are bright: the classifier's second class
+    assert sorted(set(data._open("train", training=False).targets)) == [0, 1]
+    assert data.class_names == ["square", "circle"]
+    other = Diffusion(pixel_dit(num_classes=2), ["disc", "square"])
+    with pytest.raises(ValueError, match="has the class 'circle', which is none of the known ones, 'disc', 'square'"):
+        trainer.validate(other, ImageDiffusion(data.data_dir, image_size=8, batch_size=2), verbose=False)

@@ -29,7 +29,7 @@ CONFIG = Path(__file__).resolve().parents[2] / "configs" / "diffusion" / "pixeld
 def folders(tmp_path: Path) -> tuple[str, str]:
     """Return the folders of a student and of its teacher."""
     scheduler = DDIMScheduler(prediction_type="v_prediction")
-    teacher = PixelDiTPipeline(pixel_dit(), scheduler, id2label=dict(enumerate("abcd")))
+    teacher = PixelDiTPipeline(pixel_dit(), scheduler, id2label=dict(enumerate(("square", "circle", "c", "d"))))
     teacher.save_pretrained(tmp_path / "teacher")
     moe, _ = convert(teacher.transformer, MoEConfig(scores="random"))
     teacher.register_modules(transformer=moe)

@@ -315,11 +315,8 @@ class DenoiserSubject(Subject):
         self.pipe, self.samples, self.steps, self.guidance = pipe, samples, steps, guidance
         config = pipe.transformer.config
         self.images = None if data is None else ImageDiffusion(data, config.sample_size, min(samples, 64))
-        if self.images is not None and list(self.images.class_names) != list(pipe.id2label.values()):
-            raise ValueError(
-                f"{data} has the classes {', '.join(self.images.class_names)}; those of the pipeline are "
-                f"{', '.join(pipe.id2label.values())}."
-            )
+        if self.images is not None and pipe.id2label:
+            self.images.take_classes([pipe.id2label[number] for number in sorted(pipe.id2label)])
         self.count = settings.count or _GENERATED
         labels = [index % config.num_classes for index in range(self.count)]
         self.judge = judge_of(pipe.id2label, labels, settings.device)

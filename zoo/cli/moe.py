@@ -105,6 +105,8 @@ def _calibration(args: argparse.Namespace, pipe: Any) -> Iterable[dict[str, Any]
 
     size = pipe.transformer.config.sample_size
     data = ImageDiffusion(str(args.calibration), size, args.batch_size, hflip=0.0, seed=args.seed)
+    if names := getattr(pipe, "id2label", None):
+        data.take_classes([names[number] for number in sorted(names)])
     data.setup("fit")
     return class_batches(pipe, _first(data.train_dataloader(), args))
 

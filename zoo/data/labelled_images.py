@@ -65,8 +65,7 @@ class LabelledImages(Readable):
         self.source, self.transform = source, transform
         own, values = _names(split.features[self.label_key], list(split[self.label_key]), self.label_key, source)
         self.classes = own if classes is None else list(classes)
-        if getattr(split.features[self.label_key], "names", None) is None:
-            own = by_number(own, self.classes)
+        own = by_number(own, self.classes)
         translated = by_wordnet(own, self.classes, source)
         own = [translated.get(name, name) for name in own]
         numbers = {name: number for number, name in enumerate(self.classes)}
@@ -147,6 +146,8 @@ class FolderImages(Readable, ImageFolder):
             return found, {name: label for label, name in enumerate(found)}
         labels = {name: label for label, name in enumerate(self._given)}
         labels |= {name: labels[known] for name, known in by_wordnet(found, self._given, directory).items()}
+        numbered = zip(found, by_number(found, self._given), strict=True)
+        labels |= {name: labels[known] for name, known in numbered if known in labels}
         strange = [name for name in found if name not in labels]
         require_known([name for name in strange if self._any_picture(directory, name)], self._given, directory)
         return list(self._given), labels

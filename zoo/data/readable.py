@@ -105,15 +105,16 @@ def by_wordnet(names: Iterable[str], classes: Sequence[str], source: str | Path)
 
 
 def by_number(names: Sequence[str], classes: Sequence[str]) -> list[str]:
-    """Return the classes that labels without names, "0" to "9", stand for by their place; other names as they are."""
-    numbered = list(names) == list(map(str, range(len(names)))) and len(names) <= len(classes)
-    return list(classes[: len(names)]) if numbered and not set(names) & set(classes) else list(names)
+    """Return the classes that numbers for names, "0" to "9", stand for by their place; other names as they are."""
+    places = [int(name) for name in names if name.isdecimal()]
+    numbered = len(places) == len(names) and max(places, default=0) < len(classes) and not set(names) & set(classes)
+    return [classes[place] for place in places] if numbered else list(names)
 
 
 def require_known(strange: Sequence[str], classes: Sequence[str], source: str | Path) -> None:
     """Refuse classes that are not those of the model, or of the images that it is trained on."""
     if strange:
-        hint = did_you_mean(strange[0], classes, quoted=True)
+        hint = did_you_mean(strange[0], classes, quoted=True, cutoff=0.7)
         listed = ", ".join(map(repr, strange[:4])) + (f" and {len(strange) - 4} more" if len(strange) > 4 else "")
         known = ", ".join(map(repr, classes[:4])) + (f" and {len(classes) - 4} more" if len(classes) > 4 else "")
         raise ValueError(f"{source} has the class {listed}, which is none of the known ones, {known}.{hint}")

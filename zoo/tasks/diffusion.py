@@ -18,9 +18,11 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.utils import make_grid, save_image
 
+from zoo.data.images import ImageDiffusion
+from zoo.data.readable import require_known
 from zoo.diffusion.pipelines import PixelDiTPipeline
 from zoo.diffusion.pixel_dit import PixelDiT
-from zoo.record import ModelRecord
+from zoo.record import KEY, ModelRecord
 from zoo.tasks.labels import check_classes, check_labels
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
 from zoo.tasks.plain import as_config, plain
@@ -33,7 +35,7 @@ class Diffusion(TimmOptimModule):
 
     Args:
         model: The denoiser.
-        class_names: Name of each class, stored with the pipeline; None leaves numbers.
+        class_names: Name of each class, stored with the pipeline; None takes those of the data.
         optim: Optimizer and schedule.
         beta_schedule: Noise schedule, a name of diffusers' `DDPMScheduler`.
         prediction_type: What the network predicts.
@@ -96,8 +98,19 @@ class Diffusion(TimmOptimModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Compare the classes of the data with those of the model."""
-        check_classes(getattr(self.trainer, "datamodule", None), self.model.config.num_classes)
+        """Compare the classes of the data with those of the model; where only one of them has names, both get those."""
+        data = getattr(self.trainer, "datamodule", None)
+        if self.class_names is not None and isinstance(data, ImageDiffusion):
+            data.take_classes(self.class_names)
+        check_classes(data, self.model.config.num_classes)
+        names = getattr(data, "class_names", None) or []
+        if self.class_names is None and len(names) == self.model.config.num_classes:
+            self.class_names = None if all(name.isdecimal() for name in names) else list(names)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.class_names is None:
+            self.class_names = checkpoint.get(KEY, {}).get("label_names")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         check_labels(batch[1], 0, self.model.config.num_classes - 1, wait=batch_idx == 0)
@@ -186,6 +199,11 @@ class Diffusion(TimmOptimModule):
         classes = self.model.config.num_classes
         if (known := getattr(classifier, "num_classes", None)) != classes:
             raise ValueError(f"{classifier_name} knows {known} classes, the denoiser {classes}.")
+        names = (getattr(classifier, "pretrained_cfg", None) or {}).get("label_names")
+        places = list(range(classes))
+        if names and self.class_names:
+            require_known([name for name in self.class_names if name not in names], names, "The denoiser")
+            places = [list(names).index(name) for name in self.class_names]
         data = resolve_model_data_config(classifier)
         mean, std = (torch.tensor(data[key], device=self.device).view(1, -1, 1, 1) for key in ("mean", "std"))
         own = list(range(self.global_rank, self.test_samples, self.trainer.world_size))
@@ -196,7 +214,7 @@ class Diffusion(TimmOptimModule):
             if images.shape[-2:] != data["input_size"][-2:]:
                 images = F.interpolate(images, data["input_size"][-2:], mode="bicubic", antialias=True).clamp(0, 1)
             with torch.no_grad():
-                predicted = classifier((images - mean) / std).float().argmax(1)
+                predicted = classifier((images - mean) / std)[:, places].float().argmax(1)
             self.class_accuracy.update(predicted, torch.tensor(labels, device=self.device))
         return self.class_accuracy
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from zoo.data.readable import by_wordnet
+from zoo.data.readable import by_number, by_wordnet
 from zoo.factory import create_model
 from zoo.ffn.reparam import reparameterize
 from zoo.record import record_of
@@ -58,7 +58,7 @@ class Teachers:
     def match(self, classes: Sequence[str]) -> None:
         """Find the student's classes among those of each teacher, by name: the order of folders may be another.
 
-        Numbers for names, and a teacher without names, are taken in their order.
+        Numbers for names are places; a teacher without names is taken in the order of the data.
 
         Args:
             classes: Of the data, in the order of the labels.
@@ -68,10 +68,11 @@ class Teachers:
         """
         for place, (name, model) in enumerate(zip(self.names, self.models, strict=True)):
             known = record_of(model).label_names
-            if known is None or all(each.isdecimal() for each in classes):
+            if known is None:
                 continue
-            same = by_wordnet(classes, known, "the data")
-            found = [same.get(each, each) for each in classes]
+            found = by_number(classes, known)
+            same = by_wordnet(found, known, "the data")
+            found = [same.get(each, each) for each in found]
             strange = [each for each in found if each not in known]
             if strange:
                 raise ValueError(
