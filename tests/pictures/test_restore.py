@@ -332,6 +332,7 @@ def test_other_things() -> None:
         ({"quality": 95}, 'quality is "fast", "balanced" or "best", got 95'),
         ({"sigma": "25"}, "sigma must be a number, got '25'"),
         ({"kind": "photo"}, 'kind is "auto", "clean" or "real", got \'photo\''),
+        ({"kind": "real"}, 'kind="real" chooses among shipped weights: leave it out, or the model'),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], message: str, model: CFSR) -> None:

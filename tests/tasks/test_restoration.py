@@ -173,6 +173,10 @@ def test_start_from_another_scale(tmp_path: Path) -> None:
         assert not same or torch.equal(value, second.model.state_dict()[name])
     with pytest.raises(CheckpointError, match=r"wrong shape: upsample.weight"):
         module("cfsr_x4", init_from=str(tmp_path / "x2.safetensors"))
+    named = module("cfsr_x3", init_from="cfsr_x2.bsds", init_except=["upsample"], model_args={})
+    assert named.model_record().base == "cfsr_x2.bsds"
+    with pytest.raises(CheckpointError, match=r"cfsr_x2\.bsd"):
+        module("cfsr_x3", init_from="cfsr_x2.bsd", init_except=["upsample"], model_args={})
     state_dict = read_checkpoint(tmp_path / "x2.safetensors")
     del state_dict["norm.bias"]
     torch.save(state_dict, tmp_path / "lacking.pth")

@@ -203,7 +203,6 @@ class Job:
             "self_ensemble",
             "quality",
             "kind",
-            "engine",
         ]
         options += ["engine", "format", "template", "jpeg_quality", "strip", "width", "height", "max_side", "crop"]
         report: dict[str, Any] = {"model": self.name, "task": self.task, "scale": self.size.scale or self.scale}

@@ -180,6 +180,8 @@ class Networks:
         self.size, self._task, self._options, self._kind = size, task, options, kind
         self._loaded: dict[tuple[int, Kind], nn.Module] = {}
         self._is_named = model is not None or weights is not None
+        if self._is_named and kind != "auto":
+            raise ValueError(f'kind="{kind}" chooses among shipped weights: leave it out, or the model.')
         self.name = self.reason = ""
         known: Kind = "real" if kind == "real" else "clean"
         self._scales: dict[Kind, tuple[int, ...]]

@@ -18,7 +18,7 @@ from zoo.record import ModelRecord
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
 from zoo.tasks.plain import as_config
 from zoo.tasks.records import trained_record
-from zoo.weights import load_strict, read_checkpoint, save_checkpoint
+from zoo.weights import load_strict, read_checkpoint, save_checkpoint, shipped
 
 __all__ = ["Restoration", "fft_loss", "initialize"]
 
@@ -32,7 +32,7 @@ class Restoration(TimmOptimModule):
         model: timm name of a restorer: "cfsr_x2", or with a weight tag to start from: "cfsr_x2.bsds".
         model_args: More arguments of the model.
         pretrained: Start from the published weights of `model`.
-        init_from: Weight file or training checkpoint to start from, for example of another scale.
+        init_from: Weight file, training checkpoint or name of shipped weights to start from, also of another scale.
         init_except: Prefixes of parameters that `init_from` may lack or have in another shape ("upsample" for another
             scale); everything else must fit.
         optim: Optimizer and schedule.
@@ -165,16 +165,17 @@ def initialize(model: nn.Module, path: str | Path, exceptions: list[str]) -> Non
 
     Args:
         model: Receives the weights.
-        path: Weight file or Lightning checkpoint.
+        path: Weight file, Lightning checkpoint, or name of shipped weights ("cfsr_x2.bsds").
         exceptions: Prefixes of keys that may be missing or have another shape.
 
     Raises:
         CheckpointError: Another key is missing, unexpected, or has another shape.
     """
     own = model.state_dict()
+    named = shipped(str(path))
     given = {
         key: value
-        for key, value in read_checkpoint(path).items()
+        for key, value in read_checkpoint(named if not Path(path).exists() and Path(named).is_file() else path).items()
         if not key.startswith(tuple(exceptions)) or (key in own and own[key].shape == value.shape)
     }
     absent = [key for key in own if key.startswith(tuple(exceptions)) and key not in given]
