@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -124,9 +124,10 @@ def _spaced(items: Sequence[int], count: int) -> list[int]:
 def _of_classifier(network: Network, model: nn.Module, folder: str | Path) -> Samples:
     from zoo.pictures.eight_bit import read_eight_bit
 
-    pictures, read = _pictures(folder, read_eight_bit)
-    (key,) = network.inputs
     facts = preprocessing(model) | {"input_size": tuple(json.loads(network.metadata["input_size"]))}
+    mode: Literal["RGB", "L"] = "L" if facts["input_size"][0] == 1 else "RGB"
+    pictures, read = _pictures(folder, lambda each: read_eight_bit(each, mode), mode)
+    (key,) = network.inputs
     transform: Any = create_transform(**facts, is_training=False)
     inside = key == "picture" and pictures_of(network) is None
     geometry = [] if inside else transform.transforms[:2]  # scaled and cropped, still 8 bits
@@ -143,13 +144,16 @@ def _of_classifier(network: Network, model: nn.Module, folder: str | Path) -> Sa
     return Samples(kind="classifier", calibration=list(map(feed, calibration)), held_out=list(map(feed, held_out)))
 
 
-def _pictures(folder: str | Path, read_file: Callable[[Any], Any]) -> tuple[Sequence[Any], Callable[[Any], Any]]:
+def _pictures(
+    folder: str | Path, read_file: Callable[[Any], Any], mode: Literal["RGB", "L"] = "RGB"
+) -> tuple[Sequence[Any], Callable[[Any], Any]]:
     """Return the pictures of a folder, of Parquet files the training ones, and what reads one."""
     from zoo.data.labelled_images import has_parquet, open_labelled_images
     from zoo.data.photos import find_images
 
     if has_parquet(folder):
         table = open_labelled_images(str(folder), "train")
+        table.mode = mode
         return range(len(table)), lambda index: table[index][0]
     return find_images(folder), read_file
 

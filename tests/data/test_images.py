@@ -14,10 +14,12 @@ from datasets import Image as ImageFeature
 from image_sets import CLASSES, image_folder, parquet_folder, picture
 from torch import Tensor
 
+import zoo
 from zoo.data.images import (
     ImageClassification,
     ImageDiffusion,
     LabelledImages,
+    images_for,
     images_to_judge,
     open_labelled_images,
 )
@@ -256,3 +258,18 @@ def test_a_model_of_imagenet_is_judged_by_the_names_of_its_classes(tmp_path: Pat
     assert sorted(int(label) for _, labels in loader for label in labels) == [0, 491, 574]
     with pytest.warns(Notice, match=r"no names for its 7 classes: the 3 of .* are taken for its first"):
         images_to_judge(timm.create_model("test_resnet", num_classes=7), str(tmp_path), 3, 3)
+
+
+def test_gray_images_for_models_of_one_channel(folder: Path, parquet: Path) -> None:
+    """The channels of mean and std are those of the images, in training too; others than 1 and 3 are refused."""
+    for root in (folder, parquet):
+        data = classification(root, mean=(0.5,), std=(0.25,), auto_augment="rand-m9-mstd0.5-inc1", reprob=0.5)
+        for loader in (data.train_dataloader(), data.val_dataloader()):
+            assert next(iter(loader))[0].shape == (4, 1, 16, 16)
+    model = zoo.create_model("test_resnet", num_classes=2, in_chans=1).eval()
+    assert next(iter(images_to_judge(model, str(folder), 2, 4)))[0].shape[:2] == (2, 1)
+    assert next(iter(images_for(model, str(folder), 2).train_dataloader()))[0].shape[:2] == (2, 1)
+    with pytest.raises(ValueError, match="takes images of 4 channels; pictures have 1 or 3"):
+        images_for(zoo.create_model("test_resnet", num_classes=2, in_chans=4), str(folder), 2)
+    with pytest.raises(ValueError, match="have 1 or 3 channels; mean is of 2 and std of 3"):
+        classification(folder, mean=(0.5, 0.5))

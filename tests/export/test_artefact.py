@@ -47,10 +47,13 @@ class Classifier(nn.Module):
         fixed_input_size=False, label_names=("ant", "bee", "cat"),
     )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 3) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.stem, self.body = nn.Conv2d(3, 16, 4, stride=4), nn.Conv2d(16, 16, 3, padding=1)
+        if channels == 1:
+            gray: dict[str, Any] = dict(input_size=(1, 32, 32), mean=(0.5,), std=(0.25,))
+            self.pretrained_cfg = {**self.pretrained_cfg, **gray}  # type: ignore[misc]
+        self.stem, self.body = nn.Conv2d(channels, 16, 4, stride=4), nn.Conv2d(16, 16, 3, padding=1)
         self.mixer, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -358,7 +361,7 @@ def test_a_readme_gives_memory_as_these_runtimes_read_it(
     monkeypatch.setitem(sys.modules, "executorch.runtime", stub)
     monkeypatch.setattr("torch._inductor.aoti_load_package", lambda path: program)
     monkeypatch.setenv("AOTI_RUNTIME_CHECK_INPUTS", "0")
-    model: nn.Module = Classifier() if kind == "classifier" else Restorer()
+    model: nn.Module = Restorer() if kind == "restorer" else Classifier(1 if kind == "gray classifier" else 3)
     network = fixed(prepare(model, image_size=24))
     text = readme(network, format=format, file="file", precision="fp32", difference="no")
     (code,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
@@ -425,7 +428,7 @@ def test_what_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["classifier", "restorer"])
+@pytest.mark.parametrize("kind", ["classifier", "gray classifier", "restorer"])
 def test_int8(kind: str, photos: Path, tmp_path: Path) -> None:
     """First and last layer stay in float; the loss on held-out pictures is told, and stands in the README."""
     model: nn.Module = Classifier() if kind == "classifier" else Restorer()
@@ -442,7 +445,7 @@ def test_int8(kind: str, photos: Path, tmp_path: Path) -> None:
     assert layers[-1].input[1] in weights
     assert found.loss["pictures"] == 3
     assert found.loss["lines"][0] in found.readme.read_text()
-    if kind == "classifier":
+    if kind != "restorer":
         assert 0 < found.loss["relative_error"] < 0.2
         assert 0 <= found.loss["agreeing_top1"] <= 1
     else:

@@ -87,6 +87,17 @@ def test_a_checkpoint_keeps_the_names_of_its_classes(folder: Path, tmp_path: Pat
         trainer.test(module(), data(tmp_path / "some"), ckpt_path=tmp_path / "last.ckpt", verbose=False)
 
 
+def test_channels_of_data_and_model(folder: Path, tmp_path: Path) -> None:
+    gray = dict(mean=(0.5,), std=(0.5,))
+    with pytest.raises(ValueError, match="takes images of 3 channels, the data give 1: set mean and std"):
+        fit(module(), data(folder, **gray), tmp_path)
+    task = module(model_args={**TINY, "in_chans": 1})
+    fit(task, data(folder, **gray), tmp_path)
+    record = task.model_record()
+    assert record is not None
+    assert (record.input_size, record.mean) == ((1, 16, 16), (0.5,))
+
+
 def test_experts_are_trained_with_their_routers(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MoE++: the balance loss is logged and counts, and the routers learn."""
     experts = MoEConfig(shared=1, experts=3, top_k=2, scores="random", zero=1, copies=1, constants=1)

@@ -40,6 +40,12 @@ def test_own_size_and_normalisation(teacher: str) -> None:
     torch.testing.assert_close(Teachers([teacher, teacher], 3)((pixels - 0.5) / 0.5, HALF, HALF), found)
 
 
+def test_gray_images_of_a_student(teacher: str) -> None:
+    pixels = torch.rand(2, 1, 32, 32)
+    found = Teachers([teacher], 3)(pixels, (0.0,), (1.0,))
+    torch.testing.assert_close(found, Teachers([teacher], 3)(pixels.expand(-1, 3, -1, -1), (0.0,) * 3, (1.0,) * 3))
+
+
 def test_losses(teacher: str) -> None:
     """The student that agrees has no soft loss; the gradient keeps its size at other temperatures; hard is a label."""
     logits = torch.randn(4, 3, dtype=torch.float64)

@@ -170,6 +170,8 @@ def _text(
     use = _USE.get(record.task, _USE["restoration"]).format(
         name=name, logits=scaled_logits(record.pretrained_cfg.get("temperature"))
     )
+    if (record.input_size or (3,))[0] == 1:
+        use = use.replace('("photo.png"))', '("photo.png", "L"))')
     parts = [
         f"# {name}",
         f"`{record.architecture}`{begun}: a {what}, {front['parameters']:,} parameters.{labels} It was trained by"

@@ -177,8 +177,10 @@ class Classifier:
         cfg: Any = model.pretrained_cfg
         self.temperature, self.threshold = temperature_of(model), cfg.get("threshold") or 0.0
         data = resolve_model_data_config(model)
+        if (channels := data["input_size"][0]) not in (1, 3):
+            raise UsageError(f"{name} takes images of {channels} channels; pictures have 1 or 3.")
         self._transform: Any = create_transform(**data)
-        self._mode: Literal["RGB", "L"] = "L" if data["input_size"][0] == 1 else "RGB"
+        self._mode: Literal["RGB", "L"] = "L" if channels == 1 else "RGB"
 
     def top(self, path: Path, count: int) -> list[dict[str, Any]]:
         """Return the most probable classes of a picture, each with label, index and probability.

@@ -23,7 +23,6 @@ from zoo.data.labelled_images import (
     open_labelled_images,
     stratified_split,
 )
-from zoo.data.labelled_images import _read_rgb as _read_rgb
 from zoo.data.notices import notice
 from zoo.data.samplers import BlockSampler, ResumableSampler, SeededDataset, training_loader
 from zoo.data.shards import ShardImages, find_shards
@@ -106,6 +105,11 @@ class _Images(LightningDataModule):
         assert self._classes is not None  # the second split was opened, or has raised
         return self._classes
 
+    @property
+    def mode(self) -> Literal["RGB", "L"]:
+        """Channels that images are read with."""
+        return "RGB"
+
     def take_classes(self, names: Sequence[str]) -> None:
         """Label images by these classes, those of a trained model, whatever the data's own order."""
         self._given = self._classes = list(names)
@@ -124,7 +128,7 @@ class _Images(LightningDataModule):
             data.keep(self._readable(source, data))
         if not len(data):
             raise ValueError(f"{self.data_dir} has no images for {split}.")
-        self._classes, data.keep_bytes = data.classes, self.keep_bytes
+        self._classes, data.keep_bytes, data.mode = data.classes, self.keep_bytes, self.mode
         part: Any = data
         if self.val_fraction > 0 and source == "train":
             rest, held = stratified_split(data.targets, self.val_fraction, self.seed)
@@ -201,7 +205,7 @@ class ImageClassification(_Images):
         interpolation: Of resizing.
         reprob: Probability of random erasing.
         crop_pct: Evaluation: the short side is resized to `image_size / crop_pct`, then cropped.
-        mean: Per channel, of [0, 1] values.
+        mean: Per channel, of [0, 1] values: of one channel, images are read as gray.
         std: Per channel, of [0, 1] values.
         repeats: Repeated augmentation (DeiT): each image this often in an epoch of the same length.
         seed: Of order and augmentation.
@@ -216,7 +220,7 @@ class ImageClassification(_Images):
         classes: Name of each label; None takes those of the training images.
 
     Raises:
-        ValueError: `val_fraction` is no share, or there is no such policy.
+        ValueError: `val_fraction` is no share, there is no such policy, or images have no so many channels.
     """
 
     def __init__(
@@ -260,9 +264,15 @@ class ImageClassification(_Images):
             damaged=damaged,
             classes=classes,
         )
+        if len(mean) not in (1, 3) or len(std) != len(mean):
+            raise ValueError(f"Images have 1 or 3 channels; mean is of {len(mean)} and std of {len(std)}.")
         self.image_size, self.crop_padding, self.scale, self.hflip = image_size, crop_padding, scale, hflip
         self.color_jitter, self.auto_augment, self.interpolation = color_jitter, auto_augment, interpolation
         self.reprob, self.crop_pct, self.mean, self.std = reprob, crop_pct, mean, std
+
+    @property
+    def mode(self) -> Literal["RGB", "L"]:
+        return "L" if len(self.mean) == 1 else "RGB"
 
     def _transform(self, training: bool) -> Callable[[Image.Image], Tensor]:
         if not training:
@@ -325,6 +335,9 @@ def _as_taken_by(
     model: nn.Module, data_dir: str, batch_size: int, classes: Sequence[str] | None, val_fraction: float = 0.0
 ) -> ImageClassification:
     cfg = resolve_model_data_config(model)
+    channels = cfg["input_size"][0]
+    if channels not in (1, 3):
+        raise ValueError(f"{type(model).__name__} takes images of {channels} channels; pictures have 1 or 3.")
     return ImageClassification(
         data_dir,
         image_size=cfg["input_size"][-1],
@@ -378,8 +391,10 @@ def images_to_judge(model: nn.Module, data_dir: str, batch_size: int, count: int
     """
     names = _names_known_to(model, data_dir)
     held = any(_has_split(data_dir, name) for name in VALIDATION_SPLITS)
-    transform = _as_taken_by(model, data_dir, batch_size, names)._transform(training=False)
-    images = open_labelled_images(data_dir, "validation" if held else "train", transform, classes=names)
+    data = _as_taken_by(model, data_dir, batch_size, names)
+    split = "validation" if held else "train"
+    images = open_labelled_images(data_dir, split, data._transform(training=False), classes=names)
+    images.mode = data.mode
     return DataLoader(_drawn(images, count), batch_size=batch_size)
 
 

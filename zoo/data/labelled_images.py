@@ -82,7 +82,7 @@ class LabelledImages(Readable):
         stored = self.split[index][self.image_key]
         if isinstance(stored, dict):
             stored = stored["path"] if stored.get("bytes") is None else stored["bytes"]
-        return read_eight_bit(stored, name=self.name(index))
+        return read_eight_bit(stored, self.mode, self.name(index))
 
     def name(self, index: int) -> str:
         return f"row {self.rows[index]} of {self.source}"
@@ -129,7 +129,7 @@ class FolderImages(Readable, ImageFolder):
         classes: Sequence[str] | None = None,
     ) -> None:
         self._given = classes
-        ImageFolder.__init__(self, root, transform, loader=_read_rgb, is_valid_file=self._is_picture, allow_empty=True)
+        ImageFolder.__init__(self, root, transform, is_valid_file=self._is_picture, allow_empty=True)
         used = {self.classes[label] for label in self.targets}
         if classes is None:
             for name in self.classes:
@@ -183,7 +183,7 @@ class FolderImages(Readable, ImageFolder):
         return is_picture(name) and not any(map(is_hidden, folders))
 
     def image(self, index: int) -> Image.Image:
-        return _read_rgb(self.samples[index][0])
+        return read_eight_bit(self.samples[index][0], self.mode)
 
     def name(self, index: int) -> str:
         return str(self.samples[index][0])
@@ -216,10 +216,6 @@ def _column(split: Any, chosen: str | None, kind: str, usual: Sequence[str]) -> 
             f"set image_key and label_key."
         )
     return named[0]
-
-
-def _read_rgb(path: str) -> Image.Image:
-    return read_eight_bit(path)
 
 
 def open_labelled_images(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from PIL import Image
 from torch.utils.data import Dataset
@@ -24,11 +24,13 @@ class Readable(Dataset[tuple[Any, int]]):
     targets: list[int]
     """Label of each image."""
     transform: Callable[[Image.Image], Any] | None
+    mode: Literal["RGB", "L"] = "RGB"
+    """Channels of the images."""
     keep_bytes: int = 0
     """How much memory decoded images may take, so that later epochs need not read them again."""
 
     def image(self, index: int) -> Image.Image:
-        """Read one image as upright RGB."""
+        """Read one image upright, with the channels of `mode`."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:
@@ -50,7 +52,7 @@ class Readable(Dataset[tuple[Any, int]]):
         kept: dict[int, Image.Image] = self.__dict__.setdefault("_kept", {})
         if index not in kept:
             image = self.image(index)
-            used = self.__dict__.get("_used", 0) + 3 * image.width * image.height
+            used = self.__dict__.get("_used", 0) + len(image.mode) * image.width * image.height
             if used > self.keep_bytes:
                 return image
             kept[index], self._used = image, used

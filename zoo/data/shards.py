@@ -92,7 +92,7 @@ class ShardImages(Readable):
         with self.files[self.shard[index]].open("rb") as file:  # opened anew: processes of a loader share no place
             file.seek(int(self.offset[index]))
             stored = file.read(int(self.length[index]))
-        return read_eight_bit(stored, name=self.name(index))
+        return read_eight_bit(stored, self.mode, self.name(index))
 
     def name(self, index: int) -> str:
         return f"sample {self.place[index]} of {self.files[self.shard[index]]}"

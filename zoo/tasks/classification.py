@@ -174,8 +174,14 @@ class Classification(TimmOptimModule):
                 notice(f"LoRA has no effect on {idle[0]}{more}, whose weights the model reads by itself.")
 
     def setup(self, stage: str) -> None:
-        """Compare the classes of the data with those of the model and of its teachers."""
+        """Compare channels and classes of the data with those of the model, and of its teachers."""
         data = getattr(self.trainer, "datamodule", None)
+        own, given = record_of(self.model).input_size, getattr(data, "mean", None)
+        if own and given and own[0] != len(given):
+            raise ValueError(
+                f"The model takes images of {own[0]} channels, the data give {len(given)}: set mean and std "
+                "of the data to as many values, or in_chans of the model."
+            )
         if stage != "fit" and self.trainer.ckpt_path is None:  # what is measured is what was built
             self._label_by(record_of(self.model).label_names)
         if stage == "fit" or self.trainer.ckpt_path is None:  # else the checkpoint tells the classes

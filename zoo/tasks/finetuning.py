@@ -176,8 +176,8 @@ def finetune(
     if record.task != "classification":
         raise ValueError(f"{model} is a model for {record.task}: it cannot learn classes.")
     size = record.input_size or (3, 224, 224)
-    if size[0] != 3:
-        raise ValueError(f"{model} takes images of {size[0]} channels; pictures have 3.")
+    if size[0] not in (1, 3):
+        raise ValueError(f"{model} takes images of {size[0]} channels; pictures have 1 or 3.")
     cfg = resolve_model_data_config(task.model)
     data.image_size = image_size or int(size[-1])
     data.mean, data.std, data.crop_pct = cfg["mean"], cfg["std"], cfg["crop_pct"]

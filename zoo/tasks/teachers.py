@@ -103,6 +103,7 @@ class Teachers:
             own = pixels
             if own.shape[-2:] != size:
                 own = F.interpolate(own, size, mode="bilinear", antialias=True)
+            own = own.expand(-1, len(data["mean"]), -1, -1)  # gray images of a student
             own = (own - _column(data["mean"], own)) / _column(data["std"], own)
             logits = model(own).float()
             if place in self._orders:
