@@ -23,8 +23,9 @@ from zoo.bench.ffn_subjects import DENSE, LEFT, ClassifierSubject, heading
 from zoo.cards import Metric
 from zoo.cards.own import write_own_model
 from zoo.cli import main
+from zoo.data.images import images_for
 from zoo.diffusion import PixelDiTPipeline
-from zoo.record import record_of
+from zoo.record import attach, record_of
 
 TOP1, RECOVERED = (heading(ffn_subjects.TOP1, when) for when in ("right away", "recovered"))
 SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 2}
@@ -212,7 +213,7 @@ def test_goals_compare_the_best_at_half_of_the_work() -> None:
         (["ffn", "--model", "pixeldit.cifar10", "--recover", "1"], "Recovery of pixeldit.cifar10 learns from images"),
         (
             ["ffn", "--model", "PIPE", "--data", "DATA"],
-            "has the class 'circle', 'square', which is none of the known ones, 'airplane'",
+            "has the classes 'circle', 'square', which are none of the known ones, 'airplane'",
         ),
         (["cfsr", "--budgets", "0.5"], "--budgets is for `zoo bench ffn`"),
     ],
@@ -225,3 +226,17 @@ def test_a_wrong_call_is_one_line(
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_a_rival_with_its_classes_in_another_order(own: Path) -> None:
+    mine = zoo.create_model(str(own / "mine")).eval()
+    rival = zoo.create_model(str(own / "mine")).eval()
+    head = rival.get_classifier()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(parameter.flip(0))
+    attach(rival, record_of(mine).updated(label_names=("square", "circle")))
+    subject = object.__new__(ffn_subjects.ClassifierSubject)
+    subject.images = images_for(mine, str(own / "data"), 4)
+    subject.seen, subject.validation = 12, list(subject.images.val_dataloader())
+    assert subject.judged(rival) == subject.judged(mine) != {ffn_subjects.TOP1: 0.0}

@@ -130,6 +130,14 @@ def test_own_timm_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
         zoo.create_model(str(tmp_path / "hole.safetensors"), num_classes=2)
 
 
+def test_number_of_classes_among_the_arguments(tmp_path: Path) -> None:
+    """As `timm.models.save_for_hf` writes them; the caller's wins."""
+    model = timm.create_model("test_resnet", num_classes=3)
+    timm.models.save_for_hf(model, tmp_path, model_args={"num_classes": 3, "in_chans": 3})
+    assert zoo.create_model(str(tmp_path)).num_classes == 3
+    assert zoo.create_model(str(tmp_path), num_classes=2)(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+
+
 @torch.no_grad()
 def test_changed_feed_forward_layers_are_rebuilt(tmp_path: Path) -> None:
     model = own(zoo.create_model("vit_tiny_patch16_224", **VIT, num_classes=3).eval())

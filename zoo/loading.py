@@ -192,7 +192,7 @@ def from_record(record: ModelRecord, state_dict: dict[str, Tensor], source: str,
     record, state_dict = _as_used(record, state_dict)
     classes = kwargs.pop("num_classes", None)
     given = {key: value for key, value in kwargs.items() if value is not None}
-    arguments = {**record.model_args, **given}
+    arguments = {key: value for key, value in {**record.model_args, **given}.items() if key != "num_classes"}
     ours = _family(record.architecture)
     fields = record.cfg_fields()
     if ours is None:

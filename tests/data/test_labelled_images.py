@@ -139,14 +139,15 @@ def test_labels_without_names(tmp_path: Path) -> None:
     table(tmp_path / "numbers", "train", None, [2, 0, 2])
     numbers = open_labelled_images(str(tmp_path / "numbers"), "train")
     assert (numbers.classes, numbers.targets) == (["0", "1", "2"], [2, 0, 2])
-    known = open_labelled_images(str(tmp_path / "numbers"), "train", classes=["fox", "dog", "cat", "owl"])
-    assert known.targets == [2, 0, 2]  # numbers are places
+    with pytest.warns(Notice, match="numbers for classes, taken as places among the model's: '0' for 'fox'"):
+        known = open_labelled_images(str(tmp_path / "numbers"), "train", classes=["fox", "dog", "cat", "owl"])
+    assert known.targets == [2, 0, 2]
     for name in ("10", "9"):
         (tmp_path / "folders" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "folders" / name / "a.png")
     letters = open_labelled_images(str(tmp_path / "folders"), "train", classes=list("abcdefghijkl"))
     assert letters.targets == [10, 9]
-    with pytest.raises(ValueError, match=r"has the class '2', '0', which is none of the known ones, 'fox', 'dog'"):
+    with pytest.raises(ValueError, match=r"has the classes '2', '0', which are none of the known ones, 'fox', 'dog'"):
         open_labelled_images(str(tmp_path / "numbers"), "train", classes=["fox", "dog"])
     table(tmp_path / "unknown", "train", ["a", "b"], [0, -1])
     with pytest.raises(ValueError, match=r"Row 1 of .*unknown \(train\) has no class: its 'label' is -1"):
@@ -211,3 +212,29 @@ def test_classes_under_their_names_in_wordnet(tmp_path: Path) -> None:
     add_class(tmp_path, "n02084071", "val")  # dog
     with pytest.raises(ValueError, match="the class 'n02084071', which is none of the known ones, 'tench'"):
         open_labelled_images(str(tmp_path), "validation", classes=classes)
+
+
+def test_splits_of_one_folder_have_names_of_their_own(tmp_path: Path) -> None:
+    """`datasets` reads all of them with the names of the first."""
+    table(tmp_path, "train", ["cat", "dog"], [0, 1, 1])
+    table(tmp_path, "test", ["dog", "cat"], [0, 0, 1])
+    train = open_labelled_images(str(tmp_path), "train")
+    test = open_labelled_images(str(tmp_path), "test", classes=train.classes)
+    assert (train.targets, test.targets) == ([0, 1, 1], [1, 1, 0])
+    for number, names in enumerate((["cat", "dog"], ["dog", "cat"])):
+        table(tmp_path / "parts", f"train-{number}", names, [0, 1])
+    with pytest.raises(ValueError, match=r"train-1\.parquet has other names for its labels than .*train-0\.parquet"):
+        open_labelled_images(str(tmp_path / "parts"), "train")
+
+
+def test_other_spellings_of_classes(tmp_path: Path) -> None:
+    """Capitals, signs between words, one of several names, WordNet's number before a word; never where two fit."""
+    classes = ["golf ball", "airplane, aeroplane, plane", "tench", "French horn", "crane, bird", "crane"]
+    for name in ("Golf_Ball", "plane", "n01440764-tench", "french horn"):
+        add_class(tmp_path, name, "train")
+    with pytest.warns(Notice, match="'Golf_Ball' for 'golf ball', 'french horn' for 'French horn'"):
+        data = open_labelled_images(str(tmp_path), "train", classes=classes)
+    assert sorted(set(data.targets)) == [0, 1, 2, 3]
+    add_class(tmp_path, "Crane", "train")
+    with pytest.raises(ValueError, match="has the class 'Crane', which is none of the known ones"):
+        open_labelled_images(str(tmp_path), "train", classes=classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,13 @@ def test_training_end_to_end(tmp_path: Path) -> None:
     assert [grid.name for grid in grids] == ["step_000004.png", "step_000008.png"]
     averaged = average._average_model.module.model.state_dict()
     checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    part = tmp_path / "part"
+    shutil.copytree(tmp_path / "data" / "val" / "square", part / "val" / "square")
+    some = ImageDiffusion(str(part), image_size=8, batch_size=4)
+    Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).validate(
+        Diffusion(pixel_dit(num_classes=2), sample_steps=2, grid_rows=0), some, ckpt_path=checkpoint, weights_only=False
+    )
+    assert some.class_names == ["circle", "square"]
     loaded = Diffusion.load_from_checkpoint(checkpoint, model=pixel_dit(num_classes=2), weights_only=False)
     loaded.save_pretrained(tmp_path / "pipeline", dtype=torch.float16)
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=torch.float16)

@@ -13,9 +13,12 @@ from image_sets import CLASSES, picture
 from PIL import Image
 from registered import BACKBONES, TINY, smallest
 
+import zoo
+from zoo.cards import Metric
+from zoo.cards.own import write_own_model
 from zoo.cli import main
 from zoo.data.labelled_images import open_labelled_images
-from zoo.record import read_record
+from zoo.record import read_record, record_of
 from zoo.tasks.confusion import draw_confusion
 from zoo.tasks.finetuning import finetune
 from zoo.weights import read_checkpoint
@@ -179,3 +182,22 @@ def test_confusion_picture(count: int, tmp_path: Path) -> None:
     with Image.open(tmp_path / "x.png") as image:
         assert min(image.size) > 100
         assert max(image.size) < 2500
+
+
+def test_a_model_that_knows_the_classes_keeps_its_head(tmp_path: Path) -> None:
+    """In the order of its outputs, whatever that of the folders."""
+    data = shapes(tmp_path / "data")
+    tiny = TINY["repavit"]
+    first = finetune(
+        data, smallest("repavit"), tmp_path / "one", epochs=1, val_fraction=0.5, pretrained=False,
+        model_args=tiny.kwargs, lr=1e-6,
+    )  # fmt: skip
+    model = zoo.create_model(str(first.folder))
+    record = record_of(model).updated(label_names=CLASSES[::-1])
+    metric = Metric(name="Top-1 accuracy", value=50.0, unit="%", dataset="shapes", protocol="made in a test")
+    write_own_model(tmp_path / "turned", model, record, metrics=[metric], training="Not trained.")
+    again = finetune(data, str(tmp_path / "turned"), tmp_path / "two", epochs=1, val_fraction=0.5, lr=1e-9)
+    assert again.classes == list(CLASSES[::-1])
+    tuned = zoo.create_model(str(again.folder))
+    assert record_of(tuned).label_names == CLASSES[::-1]
+    torch.testing.assert_close(tuned.get_classifier().weight, model.get_classifier().weight, atol=1e-4, rtol=0)

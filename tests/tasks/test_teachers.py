@@ -69,7 +69,7 @@ def test_classes_are_matched_by_name(teacher: str) -> None:
     torch.testing.assert_close(fewer(pixels, HALF, HALF), plain[:, [1, 0, 2]])
     fewer.match(["0", "2", "1"])
     torch.testing.assert_close(fewer(pixels, HALF, HALF), plain[:, [0, 2, 1]])
-    with pytest.raises(ValueError, match="does not tell the class 'unicorn' of the data but red, green, blue: call"):
+    with pytest.raises(ValueError, match="the class 'unicorn' of the data but 'red', 'green', 'blue': call"):
         Teachers([teacher], 3).match([*names[:2], "unicorn"])
 
 

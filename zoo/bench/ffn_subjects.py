@@ -17,6 +17,7 @@ from zoo.bench.latency import Latency, processor_clock
 from zoo.bench.report import Entry, Ratio
 from zoo.bench.timing import Progress, Settings, compare
 from zoo.data.images import ImageClassification, ImageDiffusion, draw, images_for
+from zoo.data.readable import require_known
 from zoo.engines import EngineCall, EngineError, EngineName
 from zoo.evaluation.fid_c import FID_C, judge_of
 from zoo.ffn.compressing import batch_macs, recover
@@ -24,6 +25,7 @@ from zoo.ffn.depth import Nothing
 from zoo.ffn.technique import arguments_of, ffn_layers, model_output, replace_module
 from zoo.moe.calibration import class_batches, sampled_images
 from zoo.profiling import count_params
+from zoo.record import RecordError, record_of
 
 __all__ = [
     "DENSE",
@@ -265,9 +267,14 @@ class ClassifierSubject(Subject):
         if not self.seen:
             return {}
         right = count = 0
+        names, own = self.images._given if self.images else None, _names_of(model)
+        places: Any = slice(None)
+        if names is not None and own is not None and list(own) != names:  # a rival's
+            require_known([name for name in names if name not in own], own, "The first model")
+            places = [list(own).index(name) for name in names]
         with torch.inference_mode():
             for images, labels in self.validation:
-                right += int((model(images).argmax(1) == labels).sum())
+                right += int((model(images)[:, places].argmax(1) == labels).sum())
                 count += len(labels)
         return {TOP1: 100 * right / count}
 
@@ -403,3 +410,11 @@ def _resized(batch: Any, count: int) -> Any:
     if isinstance(batch, dict):
         return {key: _resized(value, count) for key, value in batch.items()}
     return tuple(_resized(part, count) for part in batch)
+
+
+def _names_of(model: nn.Module) -> Sequence[str] | None:
+    """Return the names of a classifier's classes; None where nothing is recorded."""
+    try:
+        return record_of(model).label_names
+    except RecordError:
+        return None

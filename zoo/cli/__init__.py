@@ -174,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = in_one_line(usual)
     try:
         args = parse(given)
+        warnings.showwarning = in_one_line(usual, quiet=bool(getattr(args, "quiet", False)))
         if args.run.__module__ != listing.__name__:
             _run_package()
         return int(args.run(args))

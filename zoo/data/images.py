@@ -355,22 +355,22 @@ def _as_taken_by(
 def _names_known_to(model: nn.Module, data_dir: str) -> Sequence[str] | None:
     """Return the names of a model's classes; None where it states none and those of the data are taken for them.
 
-    ImageNet's numbers of WordNet are those of a model of 1000 classes, where the data have fewer.
+    ImageNet's numbers of WordNet are those of a model of 1000 classes, where the data have fewer; numbers are places.
     """
     names = record_of(model).label_names
     if names is not None:
         return names
     known = getattr(model, "num_classes", 0)
-    found = len(ImageClassification(data_dir).class_names)
-    if found > known:
-        raise ValueError(f"{data_dir} has {found} classes, the model knows {known}.")
-    if found < known == 1000:
+    found = ImageClassification(data_dir).class_names
+    if len(found) > known:
+        raise ValueError(f"{data_dir} has {len(found)} classes, the model knows {known}.")
+    if all(name.isdecimal() and int(name) < known for name in found):
+        return list(map(str, range(known)))
+    if len(found) < known == 1000:
+        notice("The model states no names for its 1000 classes: they are taken for ImageNet's.")
         return list(ImageNetInfo().label_names())
-    if found < known:
-        notice(
-            f"The model states no names for its {known} classes: the {found} of {data_dir} are taken for its first, "
-            "in their order."
-        )
+    are = "taken for its first, in their order" if len(found) < known else "taken in their order"
+    notice(f"The model states no names for its {known} classes: the {len(found)} of {data_dir} are {are}.")
     return None
 
 

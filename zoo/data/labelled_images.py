@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from zoo.data.readable import Readable, by_number, by_wordnet, require_known, tell_absent
+from zoo.data.readable import Readable, placed, require_known, tell_absent
 from zoo.data.shards import ShardImages, find_shards
 from zoo.files import is_hidden, walk
 from zoo.pictures.eight_bit import read_eight_bit
@@ -65,9 +66,7 @@ class LabelledImages(Readable):
         self.source, self.transform = source, transform
         own, values = _names(split.features[self.label_key], list(split[self.label_key]), self.label_key, source)
         self.classes = own if classes is None else list(classes)
-        own = by_number(own, self.classes)
-        translated = by_wordnet(own, self.classes, source)
-        own = [translated.get(name, name) for name in own]
+        own = placed(own, self.classes, source)
         numbers = {name: number for number, name in enumerate(self.classes)}
         used = dict.fromkeys(own[value] for value in values)
         require_known([name for name in used if name not in numbers], self.classes, source)
@@ -145,9 +144,8 @@ class FolderImages(Readable, ImageFolder):
         if self._given is None:
             return found, {name: label for label, name in enumerate(found)}
         labels = {name: label for label, name in enumerate(self._given)}
-        labels |= {name: labels[known] for name, known in by_wordnet(found, self._given, directory).items()}
-        numbered = zip(found, by_number(found, self._given), strict=True)
-        labels |= {name: labels[known] for name, known in numbered if known in labels}
+        same = zip(found, placed(found, self._given, directory), strict=True)
+        labels |= {name: labels[known] for name, known in same if known in labels}
         strange = [name for name in found if name not in labels]
         require_known([name for name in strange if self._any_picture(directory, name)], self._given, directory)
         return list(self._given), labels
@@ -285,8 +283,37 @@ def _find_split(data_dir: str, split: str) -> tuple[Any, str]:
         raise FileNotFoundError(f"The data set {data_dir} cannot be opened: {first_line(error)}") from error
     for name in wanted:
         if name in splits:
-            return splits[name], f"{data_dir} ({name})"
+            return _with_own_names(splits[name], folder, name), f"{data_dir} ({name})"
     raise ValueError(f"{data_dir} has no split {split!r}; it has {', '.join(splits)}.")
+
+
+def _with_own_names(split: Any, folder: Path, name: str) -> Any:
+    """Return a split with the class names that its own files state: `datasets` gives all splits those of the first."""
+    if not folder.is_dir():
+        return split
+    from datasets import Features, load_dataset, load_dataset_builder
+    from pyarrow import parquet
+
+    files = [str(file) for file in (load_dataset_builder(str(folder)).config.data_files or {}).get(name, ())]
+    stated: dict[str, dict[str, list[str]]] = {}
+    for file in files:
+        facts = (parquet.read_schema(file).metadata or {}).get(b"huggingface") if file.endswith(".parquet") else None
+        if facts is not None:
+            stated[file] = _class_names(Features.from_dict(json.loads(facts)["info"]["features"]))
+    if not stated:
+        return split
+    first, *others = stated
+    for other in others:
+        if stated[other] != stated[first]:
+            raise ValueError(f"{other} has other names for its labels than {first}: write both with the same ones.")
+    if stated[first] == _class_names(split.features):
+        return split
+    return load_dataset("parquet", data_files={name: files}, split=name)
+
+
+def _class_names(features: Any) -> dict[str, list[str]]:
+    """Return the names of every column of labels."""
+    return {key: feature.names for key, feature in features.items() if type(feature).__name__ == "ClassLabel"}
 
 
 class _Images(Protocol):

@@ -14,12 +14,20 @@ class Notice(UserWarning):
     """A remark on data, labels or a resumed run; the command line prints it in one line."""
 
 
-def in_one_line(usual: Callable[..., Any]) -> Callable[..., None]:
-    """Return a `warnings.showwarning` that prints notices as lines without their place in code; `usual` the rest."""
+def in_one_line(usual: Callable[..., Any], *, quiet: bool = False) -> Callable[..., None]:
+    """Return a `warnings.showwarning` that prints each notice once, as a line without its place in code.
+
+    Args:
+        usual: Prints the rest.
+        quiet: Print no notices.
+    """
+    said: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, Notice):
-            print(f"note: {message}", file=sys.stderr)
+            if str(message) not in said and not quiet:
+                print(f"note: {message}", file=sys.stderr)
+            said.add(str(message))
         else:
             usual(message, category, *where, **more)
 

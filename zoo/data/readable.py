@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from zoo.catalog import did_you_mean
 from zoo.data.notices import notice
 
-__all__ = ["Readable", "by_number", "by_wordnet", "in_words", "require_known", "tell_absent", "wordnet_descriptions"]
+__all__ = ["Readable", "in_words", "placed", "require_known", "tell_absent", "wordnet_descriptions"]
 
 
 class Readable(Dataset[tuple[Any, int]]):
@@ -77,8 +77,11 @@ def in_words(names: Sequence[str]) -> list[str]:
     return [words.get(name, name) if short.count(word) > 1 else word for name, word in zip(names, short, strict=True)]
 
 
-def by_wordnet(names: Iterable[str], classes: Sequence[str], source: str | Path) -> dict[str, str]:
-    """Find classes by ImageNet's names, and say so: data have n01440764 where the model says "tench", or the other way.
+def placed(names: Sequence[str], classes: Sequence[str], source: str | Path) -> list[str]:
+    """Find the model's class that each class of the data stands for; what is not its own name is told in a notice.
+
+    Numbers, "0" to "9", are places among the model's classes, and n01440764 is "tench", as in WordNet. Capitals,
+    and "_" and "-" for spaces, do not count; of "tench, Tinca tinca" one is enough.
 
     Args:
         names: Classes of the data.
@@ -86,31 +89,43 @@ def by_wordnet(names: Iterable[str], classes: Sequence[str], source: str | Path)
         source: Where the data come from, for the notice.
 
     Returns:
-        The model's class for each name that is none of its own and is, in WordNet, a synonym of one of them alone.
+        A class for each name; the name itself where none, or more than one, can be meant.
     """
     strange = [name for name in dict.fromkeys(names) if name not in classes]
-    wordnet = wordnet_descriptions([*strange, *classes]) if strange else {}
-    if not wordnet:
-        return {}
+    if not strange:
+        return list(names)
+    numbers = list(map(str, range(len(classes))))
+    if all(name.isdecimal() and int(name) < len(classes) for name in names) and (
+        list(classes) == numbers or len(strange) == len(set(names))
+    ):
+        found = {name: classes[int(name)] for name in names}
+        if list(classes) != numbers:
+            _tell(f"{source} has numbers for classes, taken as places among the model's", found)
+        return [found[name] for name in names]
+    wordnet = wordnet_descriptions([part for name in (*strange, *classes) for part in _number(name)])
 
-    def synonyms(name: str) -> set[str]:
-        return {name.casefold(), *map(str.strip, wordnet.get(name, name).casefold().split(","))}
+    def words(name: str) -> set[str]:
+        said = _number(name)
+        synonyms = [name, *name.split(",")] if not said else [*said, *wordnet.get(said[0], name).split(",")]
+        return {re.sub(r"[\s_-]+", " ", each).strip().casefold() for each in synonyms}
 
-    known = [(name, synonyms(name)) for name in classes]
-    found = {name: [label for label, words in known if words & synonyms(name)] for name in strange}
-    same = {name: labels[0] for name, labels in found.items() if len(labels) == 1}
-    if same:
-        told = [f"{name!r} for {label!r}" for name, label in same.items()]
-        more = f" and {len(told) - 4} more" if len(told) > 4 else ""
-        notice(f"{source} has other names for classes: {', '.join(told[:4])}{more}.")
-    return same
+    known = [(name, words(name)) for name in classes]
+    meant = {name: [label for label, own in known if own & words(name)] for name in strange}
+    found = {name: labels[0] for name, labels in meant.items() if len(labels) == 1}
+    if found:
+        _tell(f"{source} has other names for classes", found)
+    return [found.get(name, name) for name in names]
 
 
-def by_number(names: Sequence[str], classes: Sequence[str]) -> list[str]:
-    """Return the classes that numbers for names, "0" to "9", stand for by their place; other names as they are."""
-    places = [int(name) for name in names if name.isdecimal()]
-    numbered = len(places) == len(names) and max(places, default=0) < len(classes) and not set(names) & set(classes)
-    return [classes[place] for place in places] if numbered else list(names)
+def _number(name: str) -> list[str]:
+    """Return WordNet's number that a name is, or begins with (n01440764-tench); nothing where there is none."""
+    found = re.match(r"(n\d{8})(?![^\s_-])", name)
+    return [found[1]] if found else []
+
+
+def _tell(what: str, found: dict[str, str]) -> None:
+    told = [f"{name!r} for {label!r}" for name, label in found.items()]
+    notice(f"{what}: {', '.join(told[:4])}{f' and {len(told) - 4} more' if len(told) > 4 else ''}.")
 
 
 def require_known(strange: Sequence[str], classes: Sequence[str], source: str | Path) -> None:
@@ -119,7 +134,9 @@ def require_known(strange: Sequence[str], classes: Sequence[str], source: str | 
         hint = did_you_mean(strange[0], classes, quoted=True, cutoff=0.7)
         listed = ", ".join(map(repr, strange[:4])) + (f" and {len(strange) - 4} more" if len(strange) > 4 else "")
         known = ", ".join(map(repr, classes[:4])) + (f" and {len(classes) - 4} more" if len(classes) > 4 else "")
-        raise ValueError(f"{source} has the class {listed}, which is none of the known ones, {known}.{hint}")
+        which = "class" if len(strange) == 1 else "classes"
+        verb = "is" if len(strange) == 1 else "are"
+        raise ValueError(f"{source} has the {which} {listed}, which {verb} none of the known ones, {known}.{hint}")
 
 
 def tell_absent(classes: Sequence[str] | None, used: Container[str], source: str | Path) -> None:
@@ -127,4 +144,4 @@ def tell_absent(classes: Sequence[str] | None, used: Container[str], source: str
     absent = [name for name in classes or () if name not in used]
     if absent:
         listed = ", ".join(map(repr, absent[:4])) + (f" and {len(absent) - 4} more" if len(absent) > 4 else "")
-        notice(f"{source} has no images of the class {listed}: nothing is measured there.")
+        notice(f"{source} has no images of the class{'' if len(absent) == 1 else 'es'} {listed}.")

@@ -19,7 +19,7 @@ from zipfile import BadZipFile
 import numpy as np
 from PIL import Image
 
-from zoo.data.readable import Readable, by_number, by_wordnet, require_known, tell_absent
+from zoo.data.readable import Readable, placed, require_known, tell_absent
 from zoo.files import cache_dir, whole
 from zoo.pictures.eight_bit import read_eight_bit
 from zoo.pictures.folders import is_picture
@@ -79,10 +79,8 @@ class ShardImages(Readable):
         own, names = _class_names(texts, self.files[0].parent, source)
         self.classes = list(own if classes is None else classes)
         numbers = {name: number for number, name in enumerate(self.classes)}
-        numbered = dict(zip(own, by_number(own, self.classes), strict=True))
-        names = [numbered[name] for name in names]
-        translated = by_wordnet(names, self.classes, source)
-        names = [translated.get(name, name) for name in names]
+        same = dict(zip(own, placed(own, self.classes, source), strict=True))
+        names = [same[name] for name in names]
         used = dict.fromkeys(names)
         require_known([name for name in used if name not in numbers], self.classes, source)
         tell_absent(classes, used, source)

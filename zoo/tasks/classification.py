@@ -27,7 +27,7 @@ from zoo.moe.dense2moe import to_experts
 from zoo.record import KEY, ModelRecord, record_of
 from zoo.tasks.ffn_training import FFNTraining
 from zoo.tasks.freezing import fixed_norms
-from zoo.tasks.labels import check_classes, check_labels
+from zoo.tasks.labels import are_classes_of, check_classes, check_labels
 from zoo.tasks.lora import add_lora, idle_adapters, merge_lora
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
 from zoo.tasks.plain import as_config
@@ -182,9 +182,10 @@ class Classification(TimmOptimModule):
                 f"The model takes images of {own[0]} channels, the data give {len(given)}: set mean and std "
                 "of the data to as many values, or in_chans of the model."
             )
-        if stage != "fit" and self.trainer.ckpt_path is None:  # what is measured is what was built
-            self._label_by(record_of(self.model).label_names)
-        if stage == "fit" or self.trainer.ckpt_path is None:  # else the checkpoint tells the classes
+        if self.trainer.ckpt_path is None:  # else the checkpoint tells the classes
+            names = record_of(self.model).label_names
+            if stage != "fit" or are_classes_of(data, names):
+                self._label_by(names)
             check_classes(data, self.num_classes)
         if self.teachers is not None and (names := getattr(data, "class_names", None)) is not None:
             self.teachers.match(names)

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 from zoo.data.notices import Notice, in_one_line
 from zoo.tasks.checkpoints import read_training_checkpoint
@@ -16,6 +16,14 @@ from zoo.weights import CheckpointError
 __all__ = ["TrainingCLI", "run_lightning"]
 
 _SPECIAL = ("best", "last", "hpc")
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Of trainings alone: a test beside a run needs no config, and is not refused for the one that lies there."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
 
 
 class TrainingCLI(LightningCLI):
@@ -58,6 +66,7 @@ def run_lightning(arguments: list[str]) -> None:
     TrainingCLI(
         subclass_mode_model=True,
         subclass_mode_data=True,
+        save_config_callback=_SaveConfig,
         save_config_kwargs={"overwrite": False},
         args=arguments,
     )

@@ -109,8 +109,11 @@ class Diffusion(TimmOptimModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        if self.class_names is None:
-            self.class_names = checkpoint.get(KEY, {}).get("label_names")
+        names = checkpoint.get(KEY, {}).get("label_names")
+        data = getattr(self._trainer, "datamodule", None)
+        if names is not None and isinstance(data, ImageDiffusion):
+            data.take_classes(names)
+        self.class_names = names or self.class_names
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         check_labels(batch[1], 0, self.model.config.num_classes - 1, wait=batch_idx == 0)

@@ -32,6 +32,7 @@ from zoo.record import ModelRecord, attach, record_of
 from zoo.tasks.checkpoints import read_training_checkpoint
 from zoo.tasks.classification import Classification
 from zoo.tasks.confusion import draw_confusion
+from zoo.tasks.labels import are_classes_of
 from zoo.tasks.optim import OptimConfig
 from zoo.tasks.plain import plain
 
@@ -178,6 +179,9 @@ def finetune(
     size = record.input_size or (3, 224, 224)
     if size[0] not in (1, 3):
         raise ValueError(f"{model} takes images of {size[0]} channels; pictures have 1 or 3.")
+    if are_classes_of(data, record.label_names):  # in the order of its head
+        data.take_classes(record.label_names or ())
+        classes = data.class_names
     cfg = resolve_model_data_config(task.model)
     data.image_size = image_size or int(size[-1])
     data.mean, data.std, data.crop_pct = cfg["mean"], cfg["std"], cfg["crop_pct"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from zoo.data.notices import notice
+from zoo.data.readable import placed
 
-__all__ = ["check_classes", "check_labels"]
+__all__ = ["are_classes_of", "check_classes", "check_labels"]
 
 
 def check_classes(datamodule: Any, num_classes: int) -> None:
@@ -31,6 +33,17 @@ def check_classes(datamodule: Any, num_classes: int) -> None:
         )
     if len(names) < num_classes:
         notice(f"The data has {len(names)} classes ({some}), the model {num_classes}: the last ones stay unused.")
+
+
+def are_classes_of(datamodule: Any, names: Sequence[str] | None) -> bool:
+    """Tell whether a model that goes on learning knows the very classes of the data: its head is theirs, then.
+
+    Args:
+        datamodule: May have `class_names`.
+        names: Of the model's classes; None where it states none.
+    """
+    found = getattr(datamodule, "class_names", None)
+    return names is not None and found is not None and set(placed(found, names, "the data")) == set(names)
 
 
 def check_labels(labels: Tensor, first: int, last: int, *, wait: bool) -> None:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from zoo.data.readable import by_number, by_wordnet
+from zoo.data.notices import notice
+from zoo.data.readable import placed
 from zoo.factory import create_model
 from zoo.ffn.reparam import reparameterize
 from zoo.record import record_of
@@ -69,15 +70,15 @@ class Teachers:
         for place, (name, model) in enumerate(zip(self.names, self.models, strict=True)):
             known = record_of(model).label_names
             if known is None:
+                notice(f"Teacher {name} states no names for its classes: those of the data are taken in their order.")
                 continue
-            found = by_number(classes, known)
-            same = by_wordnet(found, known, "the data")
-            found = [same.get(each, each) for each in found]
+            found = placed(classes, known, "the data")
             strange = [each for each in found if each not in known]
             if strange:
+                some = ", ".join(map(repr, known[:4])) + (", ..." if len(known) > 4 else "")
                 raise ValueError(
-                    f"Teacher {name} does not tell the class {strange[0]!r} of the data but {', '.join(known[:4])}"
-                    f"{', ...' if len(known) > 4 else ''}: call the classes so, or leave this teacher out."
+                    f"Teacher {name} does not tell the class {strange[0]!r} of the data but {some}: call the classes "
+                    "so, or leave this teacher out."
                 )
             order = [known.index(each) for each in found]
             self._orders[place] = order + [index for index in range(len(known)) if index not in order]
