@@ -12,6 +12,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from image_sets import CLASSES, image_folder, parquet_folder, picture
+from PIL import Image
 from torch import Tensor
 
 import zoo
@@ -258,6 +259,17 @@ def test_a_model_of_imagenet_is_judged_by_the_names_of_its_classes(tmp_path: Pat
     assert sorted(int(label) for _, labels in loader for label in labels) == [0, 491, 574]
     with pytest.warns(Notice, match=r"no names for its 7 classes: the 3 of .* are taken for its first"):
         images_to_judge(timm.create_model("test_resnet", num_classes=7), str(tmp_path), 3, 3)
+
+
+def test_what_a_model_sees_is_what_timm_prepares(folder: Path) -> None:
+    """Sides of different lengths, and pictures that are squashed into them."""
+    model = zoo.create_model("test_resnet", num_classes=2, input_size=(3, 24, 40), crop_mode="squash", crop_pct=1.0)
+    file = folder / "val" / "circle" / "000.jpg"
+    expected = timm.data.create_transform(**timm.data.resolve_model_data_config(model))(Image.open(file).convert("RGB"))
+    assert expected.shape == (3, 24, 40)
+    data = images_for(model, str(folder), 2)
+    assert torch.equal(next(iter(data.val_dataloader()))[0][0], expected)
+    assert next(iter(data.train_dataloader()))[0].shape[1:] == (3, 24, 40)
 
 
 def test_gray_images_for_models_of_one_channel(folder: Path, parquet: Path) -> None:

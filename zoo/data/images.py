@@ -192,7 +192,7 @@ class ImageClassification(_Images):
     Args:
         data_dir: Folder of `train/<class>/` and `val/<class>/` (or `test/`) images, of Parquet files, of WebDataset
             shards (`train*.tar`, `val*.tar`), or Hub name.
-        image_size: Side of the square network input, pixels.
+        image_size: Side of the square network input, or its height and width, pixels.
         batch_size: Images of a step and process.
         eval_batch_size: Images of a validation step; None takes `batch_size`.
         num_workers: Loader processes.
@@ -205,6 +205,7 @@ class ImageClassification(_Images):
         interpolation: Of resizing.
         reprob: Probability of random erasing.
         crop_pct: Evaluation: the short side is resized to `image_size / crop_pct`, then cropped.
+        crop_mode: Evaluation, timm's: "squash" resizes both sides, "border" fills what is missing.
         mean: Per channel, of [0, 1] values: of one channel, images are read as gray.
         std: Per channel, of [0, 1] values.
         repeats: Repeated augmentation (DeiT): each image this often in an epoch of the same length.
@@ -226,7 +227,7 @@ class ImageClassification(_Images):
     def __init__(
         self,
         data_dir: str,
-        image_size: int = 224,
+        image_size: int | tuple[int, int] = 224,
         batch_size: int = 128,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
@@ -239,6 +240,7 @@ class ImageClassification(_Images):
         interpolation: Literal["bilinear", "bicubic", "random"] = "bicubic",
         reprob: float = 0.0,
         crop_pct: float = 0.875,
+        crop_mode: Literal["center", "squash", "border"] = "center",
         mean: tuple[float, ...] = (0.485, 0.456, 0.406),
         std: tuple[float, ...] = (0.229, 0.224, 0.225),
         repeats: int = 1,
@@ -268,7 +270,7 @@ class ImageClassification(_Images):
             raise ValueError(f"Images have 1 or 3 channels; mean is of {len(mean)} and std of {len(std)}.")
         self.image_size, self.crop_padding, self.scale, self.hflip = image_size, crop_padding, scale, hflip
         self.color_jitter, self.auto_augment, self.interpolation = color_jitter, auto_augment, interpolation
-        self.reprob, self.crop_pct, self.mean, self.std = reprob, crop_pct, mean, std
+        self.reprob, self.crop_pct, self.crop_mode, self.mean, self.std = reprob, crop_pct, crop_mode, mean, std
 
     @property
     def mode(self) -> Literal["RGB", "L"]:
@@ -282,6 +284,7 @@ class ImageClassification(_Images):
                 mean=self.mean,
                 std=self.std,
                 crop_pct=self.crop_pct,
+                crop_mode=self.crop_mode,
             )
         transform = create_transform(
             self.image_size,
@@ -340,10 +343,11 @@ def _as_taken_by(
         raise ValueError(f"{type(model).__name__} takes images of {channels} channels; pictures have 1 or 3.")
     return ImageClassification(
         data_dir,
-        image_size=cfg["input_size"][-1],
+        image_size=cfg["input_size"][1:],
         batch_size=batch_size,
         scale=(0.5, 1.0),
         crop_pct=cfg["crop_pct"],
+        crop_mode=cfg["crop_mode"],
         mean=cfg["mean"],
         std=cfg["std"],
         interpolation=cfg["interpolation"],

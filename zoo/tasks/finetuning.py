@@ -183,9 +183,9 @@ def finetune(
         data.take_classes(record.label_names or ())
         classes = data.class_names
     cfg = resolve_model_data_config(task.model)
-    data.image_size = image_size or int(size[-1])
+    data.image_size = image_size or (int(size[1]) if size[1] == size[2] else (int(size[1]), int(size[2])))
     data.mean, data.std, data.crop_pct = cfg["mean"], cfg["std"], cfg["crop_pct"]
-    data.interpolation = cfg["interpolation"]
+    data.interpolation, data.crop_mode = cfg["interpolation"], cfg["crop_mode"]
     train = data._open("train", training=True)
     data.batch_size = batch_size or _batch_size(len(train))
     data.eval_batch_size, data.keep_bytes = 64, 2**29
@@ -359,6 +359,7 @@ _MODEL_ARGUMENTS = (
 )  # fmt: skip
 _DATA_ARGUMENTS = (
     "data_dir", "image_size", "batch_size", "eval_batch_size", "num_workers", "scale", "interpolation", "crop_pct",
+    "crop_mode",
     "mean", "std", "seed", "val_fraction", "damaged",
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ from zoo.tasks.plain import plain
 
 __all__ = ["trained_record"]
 
-_OF_OTHER_INPUTS = ("test_input_size", "test_crop_pct", "min_input_size", "crop_mode")
+_OF_OTHER_INPUTS = ("test_input_size", "test_crop_pct", "min_input_size")
 
 
 def trained_record(model: nn.Module, base: str | None, data: Any) -> ModelRecord | None:
@@ -39,12 +39,14 @@ def trained_record(model: nn.Module, base: str | None, data: Any) -> ModelRecord
         record = record.updated(label_names=[*names, *unused], label_descriptions=None)
     if hasattr(data, "image_size") and hasattr(data, "mean"):
         side, channels = data.image_size, (record.input_size or (3,))[0]
+        height, width = (side, side) if isinstance(side, int) else side
         record = record.updated(
             **dict.fromkeys(_OF_OTHER_INPUTS),
-            input_size=(channels, side, side),
+            input_size=(channels, height, width),
             mean=tuple(data.mean),
             std=tuple(data.std),
             crop_pct=data.crop_pct,
+            crop_mode=data.crop_mode,
             interpolation="bicubic" if data.interpolation == "random" else data.interpolation,
         )
     degradation = getattr(data, "degradation", None)
