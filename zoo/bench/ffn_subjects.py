@@ -267,7 +267,7 @@ class ClassifierSubject(Subject):
         if not self.seen:
             return {}
         right = count = 0
-        names, own = self.images._given if self.images else None, _names_of(model)
+        names, own = self.images.class_names if self.images else None, _names_of(model)
         places: Any = slice(None)
         if names is not None and own is not None and list(own) != names:  # a rival's
             require_known([name for name in names if name not in own], own, "The first model")

@@ -370,9 +370,12 @@ def _names_known_to(model: nn.Module, data_dir: str) -> Sequence[str] | None:
         raise ValueError(f"{data_dir} has {len(found)} classes, the model knows {known}.")
     if all(name.isdecimal() and int(name) < known for name in found):
         return list(map(str, range(known)))
-    if len(found) < known == 1000:
+    imagenet = list(ImageNetInfo().label_names()) if known == 1000 else []
+    if imagenet == found:
+        return imagenet
+    if imagenet and len(found) < known:
         notice("The model states no names for its 1000 classes: they are taken for ImageNet's.")
-        return list(ImageNetInfo().label_names())
+        return imagenet
     are = "taken for its first, in their order" if len(found) < known else "taken in their order"
     notice(f"The model states no names for its {known} classes: the {len(found)} of {data_dir} are {are}.")
     return None
