@@ -129,7 +129,7 @@ def _snippet(network: Network, format: str, file: str) -> list[str]:
     facts = network.metadata
     lines = ["import numpy as np", f"import {_NEEDS[format]}"]
     upright = 'ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")'  # as zoo reads what a camera turned
-    photo = f'picture = Image.new("RGB", ({{0}}, {{1}}), "gray")  # yours: {upright}'
+    photo = f'picture = Image.new("RGB", ({{0}}, {{1}}), "gray")  # yours, of 8 bits: {upright}'
     if facts["kind"] not in (*_SEEING, "restorer"):
         for key, value in network.inputs.items():
             dtype = str(value.dtype).removeprefix("torch.")
@@ -141,9 +141,14 @@ def _snippet(network: Network, format: str, file: str) -> list[str]:
     height, width = value.shape[1:3] if is_picture else value.shape[2:]
     channels = value.shape[3] if is_picture else value.shape[1]
     prepared: list[str]
+    if channels == 1:
+        photo = photo.replace('"RGB"', '"L"')
     if facts["kind"] == "classifier" and is_picture:
         prepared = [photo.format(width, height), "picture = np.array(picture)[None]  # (1, height, width, 3)"]
-    elif facts["kind"] in _SEEING and (channels != 3 or "mean" not in facts):
+        if 1 not in axes and "crop_mode" in facts:
+            scaled = [*_transform(facts, (height, width), photo), "for step in transform.transforms[:2]:"]
+            prepared = [*scaled, "    picture = step(picture)  # scaled and cropped", prepared[1]]
+    elif facts["kind"] in _SEEING and (channels not in (1, 3) or "mean" not in facts):
         prepared = [f"{key} = np.zeros((1, {channels}, {height}, {width}), np.float32)  # yours, normalised"]
     elif facts["kind"] in _SEEING:
         prepared = _prepare(facts, tuple(json.loads(facts["input_size"])[1:]), photo)
@@ -179,13 +184,7 @@ def _prepare(facts: Any, size: tuple[int, ...], photo: str) -> list[str]:
     """Return the lines that scale, crop and normalise a picture as timm does; timm's own where these are not enough."""
     mean, std, crop, way = facts["mean"], facts["std"], float(facts["crop_pct"]), facts["interpolation"]
     if facts["crop_mode"] != "center" or size[0] != size[1] or way not in _PIL:
-        return [
-            "from timm.data import create_transform",
-            photo.format(640, 480),
-            f"transform = create_transform((3, {size[0]}, {size[1]}), mean={mean}, std={std}, crop_pct={crop}, "
-            f"crop_mode={facts['crop_mode']!r}, interpolation={way!r})",
-            "image = transform(picture)[None].numpy()",
-        ]
+        return [*_transform(facts, size, photo), "image = transform(picture)[None].numpy()"]
     side = size[0]
     return [
         photo.format(640, 480),
@@ -194,7 +193,19 @@ def _prepare(facts: Any, size: tuple[int, ...], photo: str) -> list[str]:
         f"picture = picture.resize((width, height), Image.Resampling.{_PIL[way]})",
         "left, top = round((width - side) / 2), round((height - side) / 2)",
         "pixels = np.asarray(picture.crop((left, top, left + side, top + side)), np.float32) / 255",
+        *(["pixels = pixels[..., None]"] if json.loads(facts["input_size"])[0] == 1 else []),
         f"image = ((pixels - {mean}) / {std}).astype(np.float32).transpose(2, 0, 1)[None]",
+    ]
+
+
+def _transform(facts: Any, size: tuple[int, ...], photo: str) -> list[str]:
+    """Return the lines that make a picture and timm's transform."""
+    return [
+        "from timm.data import create_transform",
+        photo.format(640, 480),
+        f"transform = create_transform(({json.loads(facts['input_size'])[0]}, {size[0]}, {size[1]}), "
+        f"mean={facts['mean']}, std={facts['std']}, crop_pct={float(facts['crop_pct'])}, "
+        f"crop_mode={facts['crop_mode']!r}, interpolation={facts['interpolation']!r})",
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,11 @@ def test_number_of_classes_among_the_arguments(tmp_path: Path) -> None:
     """As `timm.models.save_for_hf` writes them; the caller's wins."""
     model = timm.create_model("test_resnet", num_classes=3)
     timm.models.save_for_hf(model, tmp_path, model_args={"num_classes": 3, "in_chans": 3})
-    assert zoo.create_model(str(tmp_path)).num_classes == 3
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["pretrained_cfg"] |= {"temperature": 2.5, "threshold": 0.3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = zoo.create_model(str(tmp_path))
+    assert (found.num_classes, found.pretrained_cfg["temperature"], found.pretrained_cfg["threshold"]) == (3, 2.5, 0.3)
     assert zoo.create_model(str(tmp_path), num_classes=2)(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
 
 

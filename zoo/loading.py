@@ -220,6 +220,8 @@ def from_record(record: ModelRecord, state_dict: dict[str, Tensor], source: str,
     if given.get("img_size") is None:  # a network built for one size may have been trained for another
         now = now.updated(input_size=(now.input_size[0], *record.input_size[1:]))
     model.pretrained_cfg.pop("file", None)
+    stated = {key: fact for key in ("temperature", "threshold") if (fact := record.pretrained_cfg.get(key)) is not None}
+    model.pretrained_cfg.update(stated)  # timm's own cfgs know no such fields
     attach(model, now.updated(label_names=facts["label_names"]) if "label_names" in facts else now)
     return model.eval()
 

@@ -111,30 +111,34 @@ def test_pictures_go_in_as_they_are(
     assert probability == pytest.approx(expected.max(), abs=1e-4)
 
 
+@pytest.mark.parametrize("way", ["center", "gray", "gray border", "fixed border"])
 def test_probabilities_of_a_readme_are_those_of_the_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Logits leave a file as they are; the weights' temperature and threshold stand in its metadata and README.
 
     A photo that its camera turned is read as zoo reads it.
     """
-    model = Classifier()
-    model.pretrained_cfg = {**model.pretrained_cfg, "temperature": 0.25, "threshold": 0.9}
-    found = write_artefact(model, tmp_path / "logits.pt2", format="torch-export", check=False)
+    model = Classifier(1 if "gray" in way else 3)
+    crop = {"crop_mode": "border" if "border" in way else "center"}
+    model.pretrained_cfg = {**model.pretrained_cfg, "temperature": 0.25, "threshold": 0.9, **crop}
+    inside: dict[str, Any] = {"with_preprocess": True} if "fixed" in way else {}
+    found = write_artefact(model, tmp_path / "logits.pt2", format="torch-export", check=False, **inside)
     facts = target("torch-export").metadata(found.path)
     assert (facts["temperature"], facts["threshold"]) == ("0.25", "0.9")
     text = found.readme.read_text()
-    assert "before softmax, to be divided by 0.25 first" in text
+    assert inside or "before softmax, to be divided by 0.25 first" in text
     assert "Below a probability of 0.9 none of the classes is likely" in text
     transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
     turned = picture(1, 2, 90).resize((90, 60))
     exif = turned.getexif()
     exif[0x0112] = 6  # a quarter turn
     turned.save(tmp_path / "photo.jpg", exif=exif)
-    (yours,) = re.findall(r"# yours: (.*)", text)
+    (yours,) = re.findall(r"# yours, of 8 bits: (.*)", text)
     found.readme.write_text(re.sub(r'Image.new\(.*, "gray"\)', yours, text))
     with torch.no_grad():
-        expected = (model(transform(read_eight_bit(tmp_path / "photo.jpg"))[None]) / 0.25).softmax(-1)
+        seen = read_eight_bit(tmp_path / "photo.jpg", "L" if "gray" in way else "RGB")
+        expected = (model(transform(seen)[None]) / 0.25).softmax(-1)
     probability = float(run_snippet(found, monkeypatch, capsys).split()[1])
     assert probability == pytest.approx(float(expected.max()), abs=1e-4)
 

@@ -19,10 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import zoo  # noqa: F401  registers the models
 from zoo.data.images import ImageClassification
+from zoo.data.notices import Notice
 from zoo.moe import MoEConfig, Router
 from zoo.tasks.classification import Classification
 from zoo.tasks.optim import OptimConfig
-from zoo.weights import sha256_of
+from zoo.weights import save_checkpoint, sha256_of
 
 TINY = dict(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=1)
 
@@ -85,6 +86,17 @@ def test_a_checkpoint_keeps_the_names_of_its_classes(folder: Path, tmp_path: Pat
     (tmp_path / "some" / "val" / "square").rename(tmp_path / "some" / "val" / "triangle")
     with pytest.raises(ValueError, match="has the class 'triangle', which is none of the known ones"):
         trainer.test(module(), data(tmp_path / "some"), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+
+
+def test_pictures_that_are_prepared_otherwise_than_the_model_states(folder: Path, tmp_path: Path) -> None:
+    task = module(optim=OptimConfig(lr=1e-2))
+    fit(task, data(folder, mean=(0.5,) * 3, std=(0.5,) * 3), tmp_path)
+    model, record = task.trained_model()
+    save_checkpoint(model.state_dict(), tmp_path / "mine.safetensors", record=record)
+    own = Classification(str(tmp_path / "mine.safetensors"), 2, pretrained=True)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    with pytest.warns(Notice, match=r"pictures otherwise .*: mean \(0.485, 0.456, 0.406\) for \(0.5, 0.5, 0.5\)"):
+        trainer.validate(own, data(folder), verbose=False)
 
 
 def test_channels_of_data_and_model(folder: Path, tmp_path: Path) -> None:

@@ -179,6 +179,8 @@ class Classifier:
         data = resolve_model_data_config(model)
         if (channels := data["input_size"][0]) not in (1, 3):
             raise UsageError(f"{name} takes images of {channels} channels; pictures have 1 or 3.")
+        if data["interpolation"] == "random":  # of training; measured as the data module measures
+            data["interpolation"] = "bicubic"
         self._transform: Any = create_transform(**data)
         self._mode: Literal["RGB", "L"] = "L" if channels == 1 else "RGB"
 

@@ -27,7 +27,7 @@ from zoo.moe.dense2moe import to_experts
 from zoo.record import KEY, ModelRecord, record_of
 from zoo.tasks.ffn_training import FFNTraining
 from zoo.tasks.freezing import fixed_norms
-from zoo.tasks.labels import are_classes_of, check_classes, check_labels
+from zoo.tasks.labels import are_classes_of, check_classes, check_labels, tell_other_pictures
 from zoo.tasks.lora import add_lora, idle_adapters, merge_lora
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
 from zoo.tasks.plain import as_config
@@ -186,6 +186,8 @@ class Classification(TimmOptimModule):
             names = record_of(self.model).label_names
             if stage != "fit" or are_classes_of(data, names):
                 self._label_by(names)
+            if stage != "fit" and names is not None:  # weights that were trained elsewhere
+                tell_other_pictures(data, self.model)
             check_classes(data, self.num_classes)
         if self.teachers is not None and (names := getattr(data, "class_names", None)) is not None:
             self.teachers.match(names)

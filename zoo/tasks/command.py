@@ -22,7 +22,8 @@ class _SaveConfig(SaveConfigCallback):
     """Of trainings alone: a test beside a run needs no config, and is not refused for the one that lies there."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if stage == "fit":
+        if stage == "fit":  # what failed before its first checkpoint is not kept
+            self.overwrite = not any(Path(trainer.default_root_dir).rglob("*.ckpt"))
             super().setup(trainer, pl_module, stage)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from zoo.data.notices import notice
 from zoo.data.readable import placed
 
-__all__ = ["are_classes_of", "check_classes", "check_labels"]
+__all__ = ["are_classes_of", "check_classes", "check_labels", "tell_other_pictures"]
 
 
 def check_classes(datamodule: Any, num_classes: int) -> None:
@@ -44,6 +45,27 @@ def are_classes_of(datamodule: Any, names: Sequence[str] | None) -> bool:
     """
     found = getattr(datamodule, "class_names", None)
     return names is not None and found is not None and set(placed(found, names, "the data")) == set(names)
+
+
+def tell_other_pictures(datamodule: Any, model: Any) -> None:
+    """Say where data prepare pictures otherwise than a trained model states, which changes what is measured.
+
+    Args:
+        datamodule: May have `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`.
+        model: With timm's facts.
+    """
+    facts = resolve_model_data_config(model)
+    other = [
+        f"{name} {getattr(datamodule, name)} for {facts[name]}"
+        for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+        if hasattr(datamodule, name) and _plain(getattr(datamodule, name)) != _plain(facts[name])
+    ]
+    if other:
+        notice(f"The data prepare pictures otherwise than the model states: {'; '.join(other)}.")
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def check_labels(labels: Tensor, first: int, last: int, *, wait: bool) -> None:
