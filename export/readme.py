@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 from collections.abc import Sequence
@@ -148,7 +149,9 @@ def _snippet(network: Network, format: str, file: str) -> list[str]:
         if 1 not in axes and "crop_mode" in facts:
             scaled = [*_transform(facts, (height, width), photo), "for step in transform.transforms[:2]:"]
             prepared = [*scaled, "    picture = step(picture)  # scaled and cropped", prepared[1]]
-    elif facts["kind"] in _SEEING and (channels not in (1, 3) or "mean" not in facts):
+    elif facts["kind"] in _SEEING and (
+        channels not in (1, 3) or "mean" not in facts or len(ast.literal_eval(facts["mean"])) != channels
+    ):
         prepared = [f"{key} = np.zeros((1, {channels}, {height}, {width}), np.float32)  # yours, normalised"]
     elif facts["kind"] in _SEEING:
         prepared = _prepare(facts, tuple(json.loads(facts["input_size"])[1:]), photo)
