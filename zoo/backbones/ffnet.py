@@ -16,7 +16,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from zoo.cfg import CIFAR10, ModelCfg
+from zoo.cfg import IMAGENETTE, ModelCfg
 from zoo.ffn.reparam import reparameterize
 from zoo.layers.cache_blocking import run_in_parts
 from zoo.layers.conv_norm import ConvNorm, RepConv, fold_norm_into_linear
@@ -662,12 +662,15 @@ _AT_384: dict[str, Any] = dict(input_size=(3, 384, 384), pool_size=(12, 12), cro
 
 default_cfgs = generate_default_cfgs(
     {
-        "ffnet_1.cifar10": _cfg(
-            **CIFAR10,
-            file=shipped("ffnet_1.cifar10"),
-            input_size=(3, 64, 64),
-            pool_size=(2, 2),
+        "ffnet_1.imagenette": _cfg(
+            **IMAGENETTE,
+            file=shipped("ffnet_1.imagenette"),
+            input_size=(3, 128, 128),
+            pool_size=(4, 4),
             model_args=dict(dims=(36, 72, 144, 288)),  # less than half of the paper's
+            interpolation="bilinear",
+            temperature=0.698,
+            threshold=0.959,
         ),
         # a star makes a tag the default; it must come after a tag that has weights, or timm moves that one to the front
         "ffnet_1.in1k*": _authors("ffnet_1", top1=81.3),

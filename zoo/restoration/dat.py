@@ -28,7 +28,7 @@ from zoo.layers.own import first_foreign
 from zoo.layers.rectangular_window import DynamicPositionBias, WindowAttention
 from zoo.streaming.dat import FEWEST_PIXELS, TILE_PIXELS, StripRun, Strips
 from zoo.streaming.maps import Workspace
-from zoo.weights import build_model
+from zoo.weights import build_model, shipped
 
 __all__ = ["DAT", "ResidualGroup", "checkpoint_filter_fn", "detect", "untold"]
 
@@ -510,9 +510,7 @@ _FOLDERS = {  # of the authors, on Google Drive
 _MIRRORED = {("s", 4): "4x-DAT_S.pth", ("s", 3): "3x-DAT_S.pth", ("", 4): "4x-DAT.pth", ("2", 4): "4x-DAT_2.pth"}
 
 
-def _cfg(size: str, scale: int) -> RestorationCfg:
-    mirrored = _MIRRORED.get((size, scale))
-    file = "_".join(part for part in ("DAT", size if size == "light" else size.upper(), f"x{scale}.pth") if part)
+def _cfg(scale: int, **kwargs: Any) -> RestorationCfg:
     return RestorationCfg(
         task="sr",
         scale=scale,
@@ -524,16 +522,30 @@ def _cfg(size: str, scale: int) -> RestorationCfg:
         origin_url="https://github.com/zhengchen1999/DAT",
         parity="Meets the authors' outputs to 4.1e-15 (relative, float64): whole maps, strips and the merged form.",
         license="apache-2.0",
+        **kwargs,
+    )
+
+
+def _authors(size: str, scale: int) -> RestorationCfg:
+    mirrored = _MIRRORED.get((size, scale))
+    file = "_".join(part for part in ("DAT", size if size == "light" else size.upper(), f"x{scale}.pth") if part)
+    return _cfg(
+        scale,
         url=None if mirrored is None else _MIRROR + mirrored,
         notes=(f"The authors publish {file} at https://drive.google.com/drive/folders/{_FOLDERS[size]}.",),
     )
 
 
+_OURS = {"dat_light_x2": _cfg(2, file=shipped("dat_light_x2.bsds"))}  # the default: the authors' is no plain download
+
 default_cfgs = generate_default_cfgs(
     {
-        f"{'_'.join(part for part in ('dat', size) if part)}_x{scale}.df2k": _cfg(size, scale)
+        f"{name}.{tag}": cfg
         for size in _FOLDERS
         for scale in (2, 3, 4)
+        for name in ("_".join(part for part in ("dat", size, f"x{scale}") if part),)
+        for tag, cfg in (("bsds", _OURS.get(name)), ("df2k", _authors(size, scale)))
+        if cfg is not None
     }
 )
 
