@@ -33,12 +33,19 @@ def image_folder(root: Path, train: int = 8, val: int = 4, size: int = 16, val_n
     return root
 
 
-def parquet_folder(root: Path, train: int = 8, val: int = 4, size: int = 16, val_name: str = "test") -> Path:
+def parquet_folder(
+    root: Path,
+    train: int = 8,
+    val: int = 4,
+    size: int = 16,
+    val_name: str = "test",
+    classes: tuple[str, str] = CLASSES,
+) -> Path:
     """Write `root/train.parquet` and `root/test.parquet` as the `datasets` library does, so many images a class."""
     from datasets import ClassLabel, Dataset, Features
     from datasets import Image as ImageFeature
 
-    features = Features({"img": ImageFeature(), "label": ClassLabel(names=list(CLASSES))})
+    features = Features({"img": ImageFeature(), "label": ClassLabel(names=list(classes))})
     root.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", train), (val_name, val)):
         rows: dict[str, list[object]] = {"img": [], "label": []}
