@@ -35,6 +35,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.M | re.S)
 COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines() if line.strip()]
 WALK = next(text.splitlines() for language, text in BLOCKS if language == "bash" and "zoo finetune" in text)
 PIPELINES = {"FLUX": "flux", "WAN": "wan"}
+KNOWN = ("cat", "ship")  # of the data: two classes of CIFAR-10, for weights that were trained on it
 SLOW_TARGETS = {"make demo", "make test"}  # the demo has its own test; this suite is the other
 
 
@@ -48,7 +49,7 @@ def place(tmp_path: Path) -> Path:
     cat.save(tmp_path / "photos" / "one.png")
     (tmp_path / "set5").mkdir()
     cat.save(tmp_path / "set5" / "cat.png")
-    parquet_folder(tmp_path / "DIR", size=32, classes=("cat", "ship"))  # two that the weights for CIFAR-10 know
+    parquet_folder(tmp_path / "DIR", size=32, classes=KNOWN)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     shutil.copy(ROOT / "train.py", tmp_path)
     return tmp_path
@@ -154,7 +155,7 @@ def _save_vit(folder: Path) -> None:
     model = zoo.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=2
     ).eval()
-    record = record_of(model).of_own_weights().updated(label_names=CLASSES, crop_pct=1.0)
+    record = record_of(model).of_own_weights().updated(label_names=KNOWN, crop_pct=1.0)
     metric = card.Metric(name="Top-1 accuracy", value=50.0, unit="%", dataset="shapes", protocol="made in a test")
     write_own_model(folder, model, record, metrics=[metric], training="Not trained.")
 
