@@ -17,6 +17,7 @@ from PIL import Image
 from zoo.data.images import ImageClassification, open_labelled_images, stratified_split
 from zoo.data.labelled_images import LabelledImages
 from zoo.data.notices import Notice
+from zoo.data.readable import placed
 
 
 def data_module(root: Path, **kwargs: Any) -> ImageClassification:
@@ -229,12 +230,23 @@ def test_splits_of_one_folder_have_names_of_their_own(tmp_path: Path) -> None:
 
 def test_other_spellings_of_classes(tmp_path: Path) -> None:
     """Capitals, signs between words, one of several names, WordNet's number before a word; never where two fit."""
-    classes = ["golf ball", "airplane, aeroplane, plane", "tench", "French horn", "crane, bird", "crane"]
+    classes = ["golf ball", "airplane, aeroplane, plane", "tench", "French horn", "crane, bird", "crane, machine"]
     for name in ("Golf_Ball", "plane", "n01440764-tench", "french horn"):
         add_class(tmp_path, name, "train")
     with pytest.warns(Notice, match="'Golf_Ball' for 'golf ball', 'french horn' for 'French horn'"):
         data = open_labelled_images(str(tmp_path), "train", classes=classes)
     assert sorted(set(data.targets)) == [0, 1, 2, 3]
     add_class(tmp_path, "Crane", "train")
-    with pytest.raises(ValueError, match="has the class 'Crane', which is none of the known ones"):
+    with pytest.raises(ValueError, match="has the class 'Crane', which may be 'crane, bird' or 'crane, machine'"):
         open_labelled_images(str(tmp_path), "train", classes=classes)
+    wnids = ["n01729322", "n01753488", "n03710637", "n03710721"]
+    with pytest.warns(Notice, match="'maillot' for 'n03710637'"):
+        assert placed(["hognose snake, puff adder, sand viper", "maillot"], wnids, "it") == [wnids[0], wnids[2]]
+    vipers = [
+        "hognose snake, puff adder, sand viper",
+        "horned viper, cerastes, sand viper, horned asp, Cerastes cornutus",
+    ]
+    with pytest.warns(Notice, match="'n01753488' for 'horned viper"):
+        assert placed(["n01753488"], vipers, "it") == vipers[1:]
+    with pytest.raises(ValueError, match="it has the class 'sand viper', which may be 'n01729322' or 'n01753488'"):
+        placed(["sand viper"], wnids, "it")

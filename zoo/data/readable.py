@@ -89,7 +89,10 @@ def placed(names: Sequence[str], classes: Sequence[str], source: str | Path) -> 
         source: Where the data come from, for the notice.
 
     Returns:
-        A class for each name; the name itself where none, or more than one, can be meant.
+        A class for each name; the name itself where none can be meant.
+
+    Raises:
+        ValueError: A name may stand for several classes.
     """
     strange = [name for name in dict.fromkeys(names) if name not in classes]
     if not strange:
@@ -106,12 +109,19 @@ def placed(names: Sequence[str], classes: Sequence[str], source: str | Path) -> 
 
     def words(name: str) -> set[str]:
         said = _number(name)
-        synonyms = [name, *name.split(",")] if not said else [*said, *wordnet.get(said[0], name).split(",")]
-        return {re.sub(r"[\s_-]+", " ", each).strip().casefold() for each in synonyms}
+        synonyms = wordnet.get(said[0], name).split(",") if said else name.split(",")
+        return {re.sub(r"[\s_-]+", " ", each).strip().casefold() for each in (*said, *synonyms)}
 
-    known = [(name, words(name)) for name in classes]
-    meant = {name: [label for label, own in known if own & words(name)] for name in strange}
-    found = {name: labels[0] for name, labels in meant.items() if len(labels) == 1}
+    known = {name: words(name) for name in classes}
+    found = {}
+    for name in strange:
+        own = words(name)
+        meant = [label for label, theirs in known.items() if own & theirs]
+        exact = [label for label in meant if own - {*_number(name)} == known[label] - {*_number(label)}]
+        if len(meant) > 1 and len(exact) != 1:
+            raise ValueError(f"{source} has the class {name!r}, which may be {' or '.join(map(repr, meant))}.")
+        if meant:
+            found[name] = exact[0] if exact else meant[0]
     if found:
         _tell(f"{source} has other names for classes", found)
     return [found.get(name, name) for name in names]
