@@ -285,3 +285,15 @@ def test_gray_images_for_models_of_one_channel(folder: Path, parquet: Path) -> N
         images_for(zoo.create_model("test_resnet", num_classes=2, in_chans=4), str(folder), 2)
     with pytest.raises(ValueError, match="have 1 or 3 channels; mean is of 2 and std of 3"):
         classification(folder, mean=(0.5, 0.5))
+
+
+def test_labels_of_a_validation_folder_are_those_of_the_training_folder(tmp_path: Path) -> None:
+    """Also for a model without names, where a class is missing from the validation images."""
+    for split, names in (("train", ("ant", "bee", "cat")), ("val", ("bee", "cat"))):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            picture(0, 0).save(tmp_path / split / name / "0.png")
+    model = timm.create_model("test_resnet", num_classes=3)
+    with pytest.warns(Notice, match="no images of the class 'ant'"):
+        loader = images_to_judge(model, str(tmp_path), 2, 2)
+    assert sorted(int(label) for _, labels in loader for label in labels) == [1, 2]

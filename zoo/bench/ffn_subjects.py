@@ -17,7 +17,7 @@ from zoo.bench.latency import Latency, processor_clock
 from zoo.bench.report import Entry, Ratio
 from zoo.bench.timing import Progress, Settings, compare
 from zoo.data.images import ImageClassification, ImageDiffusion, draw, images_for
-from zoo.data.readable import require_known
+from zoo.data.readable import places_of
 from zoo.engines import EngineCall, EngineError, EngineName
 from zoo.evaluation.fid_c import FID_C, judge_of
 from zoo.ffn.compressing import batch_macs, recover
@@ -270,8 +270,7 @@ class ClassifierSubject(Subject):
         names, own = self.images.class_names if self.images else None, _names_of(model)
         places: Any = slice(None)
         if names is not None and own is not None and list(own) != names:  # a rival's
-            require_known([name for name in names if name not in own], own, "The first model")
-            places = [list(own).index(name) for name in names]
+            places = places_of(names, own, "The first model")
         with torch.inference_mode():
             for images, labels in self.validation:
                 right += int((model(images)[:, places].argmax(1) == labels).sum())

@@ -171,7 +171,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given[:1] == ["train"]:  # its options are Lightning's
         return train.main(given[1:])
     usual = warnings.showwarning
-    warnings.showwarning = in_one_line(usual)
     try:
         args = parse(given)
         warnings.showwarning = in_one_line(usual, quiet=bool(getattr(args, "quiet", False)))

@@ -398,11 +398,7 @@ def images_to_judge(model: nn.Module, data_dir: str, batch_size: int, count: int
     """
     names = _names_known_to(model, data_dir)
     held = any(_has_split(data_dir, name) for name in VALIDATION_SPLITS)
-    data = _as_taken_by(model, data_dir, batch_size, names)
-    split = "validation" if held else "train"
-    images = open_labelled_images(data_dir, split, data._transform(training=False), classes=names)
-    images.mode = data.mode
-    return DataLoader(_drawn(images, count), batch_size=batch_size)
+    return draw(_as_taken_by(model, data_dir, batch_size, names), "validation" if held else "train", count)
 
 
 def draw(data: ImageClassification, split: str, count: int) -> DataLoader[Any]:
@@ -413,11 +409,9 @@ def draw(data: ImageClassification, split: str, count: int) -> DataLoader[Any]:
         split: "train", "validation", "test".
         count: Images in all; fewer where there are not as many.
     """
-    return DataLoader(_drawn(data._open(split, training=False), count), batch_size=data.eval_batch_size)
-
-
-def _drawn(images: Any, count: int) -> Subset[Any]:
-    return Subset(images, torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].tolist())
+    images = data._open(split, training=False)
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    return DataLoader(Subset(images, chosen), batch_size=data.eval_batch_size)
 
 
 class ImageDiffusion(_Images):

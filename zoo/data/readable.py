@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from zoo.catalog import did_you_mean
 from zoo.data.notices import notice
 
-__all__ = ["Readable", "in_words", "placed", "require_known", "tell_absent", "wordnet_descriptions"]
+__all__ = ["Readable", "in_words", "placed", "places_of", "require_known", "tell_absent", "wordnet_descriptions"]
 
 
 class Readable(Dataset[tuple[Any, int]]):
@@ -134,24 +134,33 @@ def _number(name: str) -> list[str]:
 
 
 def _tell(what: str, found: dict[str, str]) -> None:
-    told = [f"{name!r} for {label!r}" for name, label in found.items()]
-    notice(f"{what}: {', '.join(told[:4])}{f' and {len(told) - 4} more' if len(told) > 4 else ''}.")
+    notice(f"{what}: {_some([f'{name!r} for {label!r}' for name, label in found.items()])}.")
+
+
+def _some(parts: Sequence[str]) -> str:
+    """List the first four, and tell how many more there are."""
+    return ", ".join(parts[:4]) + (f" and {len(parts) - 4} more" if len(parts) > 4 else "")
 
 
 def require_known(strange: Sequence[str], classes: Sequence[str], source: str | Path) -> None:
     """Refuse classes that are not those of the model, or of the images that it is trained on."""
     if strange:
         hint = did_you_mean(strange[0], classes, quoted=True, cutoff=0.7)
-        listed = ", ".join(map(repr, strange[:4])) + (f" and {len(strange) - 4} more" if len(strange) > 4 else "")
-        known = ", ".join(map(repr, classes[:4])) + (f" and {len(classes) - 4} more" if len(classes) > 4 else "")
+        listed, known = _some(list(map(repr, strange))), _some(list(map(repr, classes)))
         which = "class" if len(strange) == 1 else "classes"
         verb = "is" if len(strange) == 1 else "are"
         raise ValueError(f"{source} has the {which} {listed}, which {verb} none of the known ones, {known}.{hint}")
+
+
+def places_of(names: Sequence[str], classes: Sequence[str], source: str | Path) -> list[int]:
+    """Return the place of each name among a model's classes; those that are none of them are refused."""
+    require_known([name for name in names if name not in classes], classes, source)
+    return [list(classes).index(name) for name in names]
 
 
 def tell_absent(classes: Sequence[str] | None, used: Container[str], source: str | Path) -> None:
     """Say which of training's classes a split lacks."""
     absent = [name for name in classes or () if name not in used]
     if absent:
-        listed = ", ".join(map(repr, absent[:4])) + (f" and {len(absent) - 4} more" if len(absent) > 4 else "")
-        notice(f"{source} has no images of the class{'' if len(absent) == 1 else 'es'} {listed}.")
+        which = "class" if len(absent) == 1 else "classes"
+        notice(f"{source} has no images of the {which} {_some(list(map(repr, absent)))}.")

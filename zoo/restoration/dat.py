@@ -536,16 +536,14 @@ def _authors(size: str, scale: int) -> RestorationCfg:
     )
 
 
-_OURS = {"dat_light_x2": _cfg(2, file=shipped("dat_light_x2.bsds"))}  # the default: the authors' is no plain download
-
 default_cfgs = generate_default_cfgs(
     {
-        f"{name}.{tag}": cfg
-        for size in _FOLDERS
-        for scale in (2, 3, 4)
-        for name in ("_".join(part for part in ("dat", size, f"x{scale}") if part),)
-        for tag, cfg in (("bsds", _OURS.get(name)), ("df2k", _authors(size, scale)))
-        if cfg is not None
+        **{
+            f"{'_'.join(part for part in ('dat', size) if part)}_x{scale}.df2k": _authors(size, scale)
+            for size in _FOLDERS
+            for scale in (2, 3, 4)
+        },
+        "dat_light_x2.bsds": _cfg(2, file=shipped("dat_light_x2.bsds")),  # the default, since it has a file
     }
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +16,6 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.utils import make_grid
 
-from zoo.data.images import ImageClassification
 from zoo.data.notices import notice
 from zoo.factory import create_model
 from zoo.ffn.ewa import ExpertsWeightsAveraging
@@ -27,7 +25,7 @@ from zoo.moe.dense2moe import to_experts
 from zoo.record import KEY, ModelRecord, record_of
 from zoo.tasks.ffn_training import FFNTraining
 from zoo.tasks.freezing import fixed_norms
-from zoo.tasks.labels import are_classes_of, check_classes, check_labels, tell_other_pictures
+from zoo.tasks.labels import are_classes_of, check_classes, check_labels, label_by, tell_other_pictures
 from zoo.tasks.lora import add_lora, idle_adapters, merge_lora
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
 from zoo.tasks.plain import as_config
@@ -185,7 +183,7 @@ class Classification(TimmOptimModule):
         if self.trainer.ckpt_path is None:  # else the checkpoint tells the classes
             names = record_of(self.model).label_names
             if stage != "fit" or are_classes_of(data, names):
-                self._label_by(names)
+                label_by(data, names)
             if stage != "fit" and names is not None:  # weights that were trained elsewhere
                 tell_other_pictures(data, self.model)
             check_classes(data, self.num_classes)
@@ -194,13 +192,7 @@ class Classification(TimmOptimModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self._label_by(checkpoint.get(KEY, {}).get("label_names"))
-
-    def _label_by(self, names: Sequence[str] | None) -> None:
-        """Let the data's labels be places among the classes that the model was trained on."""
-        data = getattr(self._trainer, "datamodule", None)
-        if names is not None and isinstance(data, ImageClassification):
-            data.take_classes(names)
+        label_by(getattr(self._trainer, "datamodule", None), checkpoint.get(KEY, {}).get("label_names"))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         check_labels(batch[1], 0, self.num_classes - 1, wait=batch_idx == 0)

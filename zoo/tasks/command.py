@@ -68,6 +68,5 @@ def run_lightning(arguments: list[str]) -> None:
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_callback=_SaveConfig,
-        save_config_kwargs={"overwrite": False},
         args=arguments,
     )

@@ -18,12 +18,11 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.utils import make_grid, save_image
 
-from zoo.data.images import ImageDiffusion
-from zoo.data.readable import require_known
+from zoo.data.readable import places_of
 from zoo.diffusion.pipelines import PixelDiTPipeline
 from zoo.diffusion.pixel_dit import PixelDiT
 from zoo.record import KEY, ModelRecord
-from zoo.tasks.labels import check_classes, check_labels
+from zoo.tasks.labels import check_classes, check_labels, label_by
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
 from zoo.tasks.plain import as_config, plain
 
@@ -100,8 +99,7 @@ class Diffusion(TimmOptimModule):
     def setup(self, stage: str) -> None:
         """Compare the classes of the data with those of the model; where only one of them has names, both get those."""
         data = getattr(self.trainer, "datamodule", None)
-        if self.class_names is not None and isinstance(data, ImageDiffusion):
-            data.take_classes(self.class_names)
+        label_by(data, self.class_names)
         check_classes(data, self.model.config.num_classes)
         names = getattr(data, "class_names", None) or []
         if self.class_names is None and len(names) == self.model.config.num_classes:
@@ -110,9 +108,7 @@ class Diffusion(TimmOptimModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         names = checkpoint.get(KEY, {}).get("label_names")
-        data = getattr(self._trainer, "datamodule", None)
-        if names is not None and isinstance(data, ImageDiffusion):
-            data.take_classes(names)
+        label_by(getattr(self._trainer, "datamodule", None), names)
         self.class_names = names or self.class_names
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -205,8 +201,7 @@ class Diffusion(TimmOptimModule):
         names = (getattr(classifier, "pretrained_cfg", None) or {}).get("label_names")
         places = list(range(classes))
         if names and self.class_names:
-            require_known([name for name in self.class_names if name not in names], names, "The denoiser")
-            places = [list(names).index(name) for name in self.class_names]
+            places = places_of(self.class_names, names, "The denoiser")
         data = resolve_model_data_config(classifier)
         mean, std = (torch.tensor(data[key], device=self.device).view(1, -1, 1, 1) for key in ("mean", "std"))
         own = list(range(self.global_rank, self.test_samples, self.trainer.world_size))

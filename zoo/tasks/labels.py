@@ -10,8 +10,9 @@ from torch import Tensor
 
 from zoo.data.notices import notice
 from zoo.data.readable import placed
+from zoo.tasks.plain import differences
 
-__all__ = ["are_classes_of", "check_classes", "check_labels", "tell_other_pictures"]
+__all__ = ["are_classes_of", "check_classes", "check_labels", "label_by", "tell_other_pictures"]
 
 
 def check_classes(datamodule: Any, num_classes: int) -> None:
@@ -47,6 +48,17 @@ def are_classes_of(datamodule: Any, names: Sequence[str] | None) -> bool:
     return names is not None and found is not None and set(placed(found, names, "the data")) == set(names)
 
 
+def label_by(datamodule: Any, names: Sequence[str] | None) -> None:
+    """Let the labels of data be places among the classes that a model was trained on.
+
+    Args:
+        datamodule: May have `take_classes`.
+        names: Of the model's classes; None leaves the data's own.
+    """
+    if names is not None and hasattr(datamodule, "take_classes"):
+        datamodule.take_classes(names)
+
+
 def tell_other_pictures(datamodule: Any, model: Any) -> None:
     """Say where data prepare pictures otherwise than a trained model states, which changes what is measured.
 
@@ -54,18 +66,12 @@ def tell_other_pictures(datamodule: Any, model: Any) -> None:
         datamodule: May have `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`.
         model: With timm's facts.
     """
-    facts = resolve_model_data_config(model)
-    other = [
-        f"{name} {getattr(datamodule, name)} for {facts[name]}"
-        for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-        if hasattr(datamodule, name) and _plain(getattr(datamodule, name)) != _plain(facts[name])
-    ]
+    names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    given = {name: getattr(datamodule, name) for name in names if hasattr(datamodule, name)}
+    other = differences(resolve_model_data_config(model), given)
     if other:
-        notice(f"The data prepare pictures otherwise than the model states: {'; '.join(other)}.")
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+        told = "; ".join(f"{name} {own} for {stated}" for name, (stated, own) in other.items())
+        notice(f"The data prepare pictures otherwise than the model states: {told}.")
 
 
 def check_labels(labels: Tensor, first: int, last: int, *, wait: bool) -> None:
