@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,7 @@ def parquet_folder(
     val: int = 4,
     size: int = 16,
     val_name: str = "test",
-    classes: tuple[str, str] = CLASSES,
+    classes: Sequence[str] = CLASSES,
 ) -> Path:
     """Write `root/train.parquet` and `root/test.parquet` as the `datasets` library does, so many images a class."""
     from datasets import ClassLabel, Dataset, Features
@@ -50,12 +52,27 @@ def parquet_folder(
     for split, count in (("train", train), (val_name, val)):
         rows: dict[str, list[object]] = {"img": [], "label": []}
         for index in range(count):
-            for label in range(len(CLASSES)):
+            for label in range(len(classes)):
                 buffer = io.BytesIO()
                 picture(label, index, size).save(buffer, "PNG")
                 rows["img"].append({"bytes": buffer.getvalue(), "path": f"{index}.png"})
                 rows["label"].append(label)
         Dataset.from_dict(rows, features=features).to_parquet(root / f"{split}.parquet")
+    return root
+
+
+def shard_folder(root: Path, train: int = 8, size: int = 16, classes: Sequence[str] = CLASSES) -> Path:
+    """Write `root/train-0000.tar`, a WebDataset shard, so many images a class."""
+    root.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(root / "train-0000.tar", "w") as archive:
+        for index in range(train):
+            for label, name in enumerate(classes):
+                buffer = io.BytesIO()
+                picture(label, index, size).save(buffer, "PNG")
+                for suffix, stored in (("png", buffer.getvalue()), ("cls", name.encode())):
+                    member = tarfile.TarInfo(f"{name}{index:03d}.{suffix}")
+                    member.size = len(stored)
+                    archive.addfile(member, io.BytesIO(stored))
     return root
 
 

@@ -166,11 +166,11 @@ def test_every_class_gives_its_share() -> None:
 
 def test_a_split_is_found_however_it_is_stored(tmp_path: Path) -> None:
     """A name of the Hub may have it; a folder has it as a folder or a file."""
-    assert images._has_split("org/name", "test")
+    assert images.has_split("org/name", "test")
     (tmp_path / "val").mkdir()
-    assert not images._has_split(str(tmp_path), "test")
+    assert not images.has_split(str(tmp_path), "test")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "test-00000.parquet").touch()
-    assert images._has_split(str(tmp_path), "test")
-    (tmp_path / "other" / "test").mkdir(parents=True)
-    assert images._has_split(str(tmp_path / "other"), "test")
+    assert images.has_split(str(tmp_path), "test")
+    (tmp_path / "other" / "test" / "cat").mkdir(parents=True)
+    assert images.has_split(str(tmp_path / "other"), "test")

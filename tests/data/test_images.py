@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +21,12 @@ from zoo.data.images import (
     ImageClassification,
     ImageDiffusion,
     LabelledImages,
+    has_split,
     images_for,
     images_to_judge,
     open_labelled_images,
 )
+from zoo.data.labelled_images import VALIDATION_SPLITS
 from zoo.data.notices import Notice
 from zoo.data.samplers import ResumableSampler, SeededDataset
 
@@ -72,6 +75,32 @@ def test_splits(layout: str, request: pytest.FixtureRequest) -> None:
 def test_test_split_falls_back_to_validation(folder: Path, parquet: Path) -> None:
     for root in (folder, parquet):
         assert len(list(classification(root).test_dataloader())) == 2
+
+
+def test_classes_called_as_splits(tmp_path: Path) -> None:
+    """Folders of pictures are classes, whatever they are called: nothing is for validation here."""
+    for label, name in enumerate(("test", "val")):
+        (tmp_path / name).mkdir()
+        picture(label, 0).save(tmp_path / name / "0.png")
+    assert not any(has_split(tmp_path, name) for name in VALIDATION_SPLITS)
+    model = timm.create_model("test_vit", num_classes=2)
+    with pytest.warns(Notice, match=r"2 classes"):
+        assert sum(len(labels) for _, labels in images_to_judge(model, str(tmp_path), 1, 8)) == 2
+
+
+def test_validation_of_plain_class_folders(tmp_path: Path) -> None:
+    """All are measured where no training is under way; a training says how to hold some out."""
+    for label, name in enumerate(CLASSES):
+        (tmp_path / name).mkdir()
+        for index in range(3):
+            picture(label, index).save(tmp_path / name / f"{index}.png")
+    data = classification(tmp_path)
+    data.trainer = SimpleNamespace(state=SimpleNamespace(fn="validate"))  # type: ignore[assignment]
+    with pytest.warns(Notice, match="no images for validation: all are measured"):
+        assert sum(len(labels) for _, labels in data.val_dataloader()) == 6
+    data.trainer.state.fn = "fit"  # type: ignore[union-attr]
+    with pytest.raises(FileNotFoundError, match=r"holds neither validation/.*val_fraction holds out a share"):
+        data.val_dataloader()
 
 
 def test_loaders(folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_sets import CLASSES, picture
+from image_sets import CLASSES, parquet_folder, picture, shard_folder
 from PIL import Image
 from registered import BACKBONES, TINY, smallest
 
@@ -97,6 +97,39 @@ def test_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     card = (mine / "README.md").read_text()
     assert "rank 2" in card
     assert "confusion.png" in card
+
+
+@pytest.mark.parametrize("form", ["parquet", "parquet-validation", "shards"])
+def test_parquet_and_shards(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `zoo train` reads, this reads; a split for validation is taken, one for tests is left alone."""
+    data = tmp_path / "data"
+    if form == "shards":
+        shard_folder(data, 8)
+    else:
+        parquet_folder(data, 8, 3, val_name="validation" if form == "parquet-validation" else "test")
+    output = tmp_path / "mine"
+    call = ["finetune", str(data), "--model", "emov2_1m.cifar10", "--image-size", "32", "--epochs", "1", "--json"]
+    assert main([*call, "-o", str(output)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["classes"] == list(CLASSES)
+    held = 3 if form == "parquet-validation" else 2
+    assert (told["trained_on"], told["measured"]) == (16 if held == 3 else 12, 2 * held)
+    listed = (output / "validation.txt").read_text().splitlines()
+    assert len(listed) == 2 * held
+    assert not any(str(tmp_path) in line for line in listed)
+    assert shlex.split(told["next"][0]) == ["zoo", "classify", "PICTURE", "--model", str(output)]
+
+
+@pytest.mark.parametrize("form", ["parquet", "shards"])
+def test_one_class_is_none(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, output = tmp_path / "data", tmp_path / "mine"
+    if form == "shards":
+        shard_folder(data, 4, classes=CLASSES[:1])
+    else:
+        parquet_folder(data, 4, 2, classes=CLASSES[:1])
+    assert main(["finetune", str(data), "--model", "emov2_1m.cifar10", "-o", str(output)]) == 2
+    assert "has one class, 'circle': a classifier takes two or more" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_what_cannot_be_learnt_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

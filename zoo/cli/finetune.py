@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from zoo.tasks.finetuning import Finetuned
 
-_LAYOUT = "expected DIR/CLASS/*.jpg or DIR/{train,val}/CLASS/*.jpg"
+_LAYOUT = "expected DIR/CLASS/*.jpg or DIR/{train,val}/CLASS/*.jpg, or Parquet files or shards"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -31,9 +31,10 @@ def add_parser(subparsers: Any) -> None:
         "finetune",
         help="teach a model the classes of your own pictures",
         description="Train a classifier on DIR/CLASS/*.jpg, of which a part of every class is held out, or"
-        " on DIR/{train,val}/CLASS/*.jpg. The folder it writes is a model for every other command.",
+        " on DIR/{train,val}/CLASS/*.jpg, or on Parquet files or WebDataset shards with these splits. The folder it"
+        " writes is a model for every other command.",
     )
-    parser.add_argument("data", type=Path, metavar="DIR", help="folder of class folders")
+    parser.add_argument("data", type=Path, metavar="DIR", help="folder of class folders, Parquet or shards")
     parser.add_argument("--model", required=True, metavar="NAME.TAG", help="what to start from; also a file or folder")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="the model's folder")
     parser.add_argument("--epochs", type=int, default=20, help="at most (default: 20)")
@@ -101,6 +102,8 @@ def _check_pictures(folder: Path, output: Path) -> None:
 
     if not folder.is_dir():
         raise UsageError(f"There is no folder {folder}: {_LAYOUT}.{beside(folder)}")
+    if _is_packed(folder):
+        return
     train = split_folder(folder, ("train",)) or folder
     held_out = split_folder(folder, ("validation", "val", "valid")) is None
     if train == folder and (parts := misnamed_parts(folder)):
@@ -124,6 +127,15 @@ def _check_pictures(folder: Path, output: Path) -> None:
             )
     if len(counts) == 1:
         raise UsageError(f"{train} has one class, {next(iter(counts))!r}: a classifier takes two or more.")
+
+
+def _is_packed(folder: Path) -> bool:
+    """Tell whether pictures are in shards or Parquet files: labels are known when these are opened."""
+    from zoo.data.shards import find_shards
+    from zoo.pictures.folders import class_folders, pictures_below
+
+    pictures = (name for path in class_folders(folder) for name in pictures_below(path))
+    return bool(find_shards(folder, ("train",))) or (not any(pictures) and any(folder.rglob("*.parquet")))
 
 
 @contextmanager
@@ -180,7 +192,7 @@ def _report(args: argparse.Namespace, result: Finetuned) -> None:
     folder, name = str(result.folder), result.folder.resolve().name
     repository = re.sub(r"[^a-zA-Z0-9_]+", "-", name).strip("-") or "model"  # what the Hub takes as a name
     commands = [
-        shlex.join(["zoo", "classify", str(args.data), "--model", folder]),
+        shlex.join(["zoo", "classify", "PICTURE" if _is_packed(args.data) else str(args.data), "--model", folder]),
         shlex.join(["zoo", "export", folder, "--format", "onnx", "-o", f"{name}.onnx"]),
         shlex.join(["zoo", "publish", folder, "--repo-id", f"YOU/{repository}", "--dry-run"]),
     ]

@@ -20,6 +20,7 @@ from zoo.data.labelled_images import (
     FolderImages,
     LabelledImages,
     find_damaged,
+    has_parquet,
     open_labelled_images,
     stratified_split,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "ImageDiffusion",
     "LabelledImages",
     "draw",
+    "has_split",
     "images_for",
     "images_to_judge",
     "open_labelled_images",
@@ -97,7 +99,7 @@ class _Images(LightningDataModule):
                 try:
                     data = open_labelled_images(self.data_dir, split, None, self.image_key, self.label_key)
                 except (FileNotFoundError, ValueError):
-                    if split == "train" and not _has_split(self.data_dir, "train"):
+                    if split == "train" and not has_split(self.data_dir, "train"):
                         continue
                     raise
                 self._classes = data.classes
@@ -169,18 +171,37 @@ class _Images(LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self._eval_dataloader("validation")
+        if self._judges_all():
+            return self._eval_dataloader("train")
+        try:
+            return self._eval_dataloader("validation")
+        except FileNotFoundError as error:
+            if self.val_fraction or not Path(self.data_dir).is_dir():
+                raise
+            raise FileNotFoundError(f"{error} val_fraction holds out a share of the training images.") from error
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return self._eval_dataloader("test" if _has_split(self.data_dir, "test") else "validation")
+        if has_split(self.data_dir, "test") and not self._judges_all():
+            return self._eval_dataloader("test")
+        return self.val_dataloader()
+
+    def _judges_all(self) -> bool:
+        """Tell whether plain class folders are measured on: no training is under way, and nothing is held out."""
+        doing = self.trainer.state.fn if self.trainer else None
+        splits = ("train", *VALIDATION_SPLITS)
+        if doing not in ("validate", "test") or self.val_fraction or any(has_split(self.data_dir, s) for s in splits):
+            return False
+        notice(f"{self.data_dir} has no images for validation: all are measured.")
+        return True
 
 
-def _has_split(data_dir: str, split: str) -> bool:
+def has_split(data_dir: str | Path, split: str) -> bool:
+    """Tell whether a folder has a split of this very name; a data set on the Hub may have any."""
     folder = Path(data_dir)
     return (
         not folder.is_dir()
-        or (folder / split).is_dir()
         or bool(split_folder(folder, (split,)))
+        or has_parquet(folder / split)
         or any(folder.rglob(f"{split}*.parquet"))
         or bool(find_shards(folder, (split,)))
     )
@@ -326,7 +347,7 @@ def images_for(model: nn.Module, data_dir: str, batch_size: int, *, judged: bool
         )
     if not judged:
         return _as_taken_by(model, data_dir, batch_size, None)
-    held = any(_has_split(data_dir, name) for name in VALIDATION_SPLITS)
+    held = any(has_split(data_dir, name) for name in VALIDATION_SPLITS)
     names = _names_known_to(model, data_dir)
     data = _as_taken_by(model, data_dir, batch_size, names, 0.0 if held else 0.2)
     if not held:
@@ -397,7 +418,7 @@ def images_to_judge(model: nn.Module, data_dir: str, batch_size: int, count: int
         ValueError: There is a class that the model does not know.
     """
     names = _names_known_to(model, data_dir)
-    held = any(_has_split(data_dir, name) for name in VALIDATION_SPLITS)
+    held = any(has_split(data_dir, name) for name in VALIDATION_SPLITS)
     return draw(_as_taken_by(model, data_dir, batch_size, names), "validation" if held else "train", count)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import tempfile
 import time
 import warnings
@@ -21,13 +22,13 @@ from torch import nn
 
 from zoo.cards.card import Metric
 from zoo.cards.own import is_own_folder, write_own_model
-from zoo.data.images import ImageClassification
-from zoo.data.labelled_images import FolderImages, find_damaged
+from zoo.data.images import ImageClassification, has_split
+from zoo.data.labelled_images import VALIDATION_SPLITS, FolderImages, LabelledImages, find_damaged
 from zoo.data.notices import Notice
+from zoo.data.shards import ShardImages
 from zoo.factory import image_size_args
 from zoo.ffn.reparam import reparameterize
 from zoo.files import whole
-from zoo.pictures.folders import split_folder
 from zoo.record import ModelRecord, attach, record_of
 from zoo.tasks.checkpoints import read_training_checkpoint
 from zoo.tasks.classification import Classification
@@ -126,7 +127,8 @@ def finetune(
     picture in the way that `zoo classify` goes.
 
     Args:
-        data_dir: `DIR/CLASS/*.jpg`, of which a share of every class is held out; or `DIR/{train,val}/CLASS/*.jpg`.
+        data_dir: `DIR/CLASS/*.jpg`, of which a share of every class is held out; or `DIR/{train,val}/CLASS/*.jpg`;
+            also Parquet files and shards, as for `ImageClassification`.
         model: What to start from, as `zoo.create_model` takes it: "emov2_1m.cifar10".
         output: Folder to write.
         image_size: Side of the square input, pixels; None takes that of the pretrained weights.
@@ -154,13 +156,15 @@ def finetune(
     data_dir = Path(data_dir)
     _require_replaceable(Path(output), overwrite)
     seed_everything(seed, verbose=False)
-    held_out = split_folder(data_dir, ("validation", "val", "valid")) is None
+    held_out = not any(has_split(data_dir, name) for name in VALIDATION_SPLITS if name != "test")
     args = dict(model_args or {})
     data = ImageClassification(
         str(data_dir), seed=seed, num_workers=num_workers, val_fraction=val_fraction if held_out else 0.0,
         damaged="skip" if skip_damaged else "stop", scale=(0.6, 1.0),
     )  # fmt: skip
     classes = data.class_names
+    if len(classes) == 1:
+        raise ValueError(f"{data_dir} has one class, {classes[0]!r}: a classifier takes two or more.")
     if not skip_damaged:
         _refuse_damaged(data, held_out)
     if image_size is not None and "img_size" not in args:
@@ -247,7 +251,9 @@ def _measure(model: nn.Module, record: ModelRecord, data: ImageClassification) -
     transform = create_transform(**resolve_model_data_config(used))
     part: Any = data._open("validation", training=False)
     indices = part.indices if isinstance(part, torch.utils.data.Subset) else range(len(part))
-    images = cast(FolderImages, part.dataset if isinstance(part, torch.utils.data.Subset) else part)
+    images = cast(
+        FolderImages | LabelledImages | ShardImages, part.dataset if isinstance(part, torch.utils.data.Subset) else part
+    )
     confusion = [[0] * record.num_classes for _ in range(record.num_classes)]
     files = []
     with torch.inference_mode():
@@ -300,8 +306,8 @@ def _write(
             picture=picture,
             caption="Rows are the true classes, columns what the model says",
         )
-        root = Path(data.data_dir)
-        listed = (Path(file).relative_to(root).as_posix() for file in result.files)
+        root = f"{Path(data.data_dir)}{os.sep}"  # where it lies is nobody's business
+        listed = (file.replace(root, "").replace(root[:-1], where).replace(os.sep, "/") for file in result.files)
         (work / "validation.txt").write_text("".join(f"{name}\n" for name in listed), encoding="utf-8")
 
 
