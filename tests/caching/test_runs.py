@@ -399,6 +399,40 @@ def test_lone_call_of_another_branch_is_computed() -> None:
     assert zoo.cache_summary(model).denoisers[0].calls == {"default": 4, "default 2": 3}
 
 
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [(image, "cond") for image in range(3)],
+        [(image, name) for image in range(3) for name in ("cond", "uncond")],
+        [(image, name) for name in ("cond", "uncond") for image in range(3)],
+    ],
+)
+def test_images_in_turns(turns: list[tuple[int, str]]) -> None:
+    """A program that denoises several images of one prompt, each by a step: none is forecast from another one."""
+    torch.manual_seed(0)
+    original = BranchedDenoiser().eval()
+    model = copy.deepcopy(original)
+    zoo.enable_cache(model, TaylorSeerConfig(**SCHEDULE))
+    texts = {name: torch.randn(1, WIDTH, dtype=torch.float64) for name in ("cond", "uncond")}
+    samples = torch.randn(10, 3, 1, WIDTH, dtype=torch.float64)
+
+    @torch.no_grad()
+    def outputs(model: nn.Module, samples: Tensor, chosen: int) -> Tensor:
+        found = []
+        for step, images in enumerate(samples):
+            time = torch.full((1,), 900.0 - 50 * step, dtype=torch.float64)
+            found += [model(images[image], time, texts[name]) for image, name in turns]
+        return torch.stack(found).view(len(samples), len(turns), WIDTH)[:, [image == chosen for image, _ in turns]]
+
+    for chosen in range(3):
+        others = samples.flip(0)
+        others[:, chosen] = samples[:, chosen]
+        found = outputs(model, samples, chosen)
+        assert torch.equal(found, outputs(model, others, chosen))
+        assert not torch.equal(found, outputs(original, samples, chosen))
+        assert len(zoo.cache_summary(model).denoisers[0].calls) == len(turns)
+
+
 def test_conditioning_that_always_changes() -> None:
     """Nothing can be reused, which is said once."""
     model = pixel_dit()

@@ -177,6 +177,7 @@ class RunTracker:
         self._branches: dict[str, Branches] = {}
         self._first_time: float | None = None
         self._direction = 0.0
+        self._follows_one_step = False
         self._first_index: int | None = None
         self.step = -1
         self.num_steps: int | None = None
@@ -345,6 +346,7 @@ class RunTracker:
         place = "run" if fresh or self._last is None else self._place(self._last, inputs, context)
         self._check_thread(timesteps if by_pipeline else None, inputs.time, place == "run")
         if place == "run":
+            self._follows_one_step = not fresh and self._is_another(inputs, context)
             self._is_called_by_pipeline, self._timesteps, self._trained = by_pipeline, timesteps, False
             self._begin(pipeline, inputs, context, drives=by_pipeline or renewed)
             return
@@ -384,11 +386,29 @@ class RunTracker:
                 return "same"
         elif inputs.has_same_sample(used.call):
             return "same"
-        # a branch comes up again with other images: a scheduler of second order, or parts of one large image in turns
+        # a branch comes up again with other images: a scheduler of second order, or images or parts of one in turns
         if alone:
-            return "run" if inputs.time == self._first_time else "step"
+            if inputs.time == self._first_time:
+                return "run"
+            if not self._follows_one_step:  # no scheduler begins with the same timestep twice
+                return "step"
+            self._unmix()
+            return "same"
         parts = self._schedule is not None and not self._schedule.repeats(self.step)
         return "same" if parts and inputs.has_same_time(last) else "step"
+
+    def _is_another(self, inputs: _Inputs, context: CacheContext) -> bool:
+        """Return whether a call is given other images in place of those of the only step so far, and nothing else."""
+        if self._last is None or self.step != 0 or inputs.time != self._last.time or inputs.has_same_sample(self._last):
+            return False
+        branches = self._branches.get(context.name)
+        return branches is not None and branches.find(inputs.conditioning, branches.known) is not None
+
+    def _unmix(self) -> None:
+        """Let branches begin anew whose first step may be of other images: these take turns, and it was of the last."""
+        for branch in (branch for branches in self._branches.values() for branch in branches.known):
+            if branch.began == 0:
+                branch.form = ()
 
     def _find_used(self, inputs: _Inputs, context: CacheContext) -> Branch | None:
         """Return the branch of a call if it was called in this step before, and is no other one of the same inputs."""
