@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from pipeline_folders import PIPELINES, saved
 from torch import nn
@@ -22,6 +23,7 @@ from zoo.cli import main, showing
 from zoo.cli.pipelines import Plan, add_request, check_request, plan_calls
 from zoo.cli.showing import plan_target
 from zoo.diffusion import DiTPipeline
+from zoo.loading import CheckpointError
 
 Captured = pytest.CaptureFixture[str]
 SIZE = ("--height", "16", "--width", "16")
@@ -272,3 +274,22 @@ def test_broken_index_is_named(folder: Callable[[str], str], here: Path, capsys:
     code, _, err = run(capsys, "generate", "broken", "--prompt", "a cat", "-o", "a.png")
     assert code == 2
     assert "broken/model_index.json does not say what the pipeline is made of" in err
+
+
+def test_a_pipeline_without_a_transformer_is_named(
+    folder: Callable[[str], str], here: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its weights are read, wherever a transformer is taken out of a pipeline."""
+    path = folder("sd")
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)
+    said = r"has no transformer: a StableDiffusionPipeline has scheduler, text_encoder, tokenizer, unet, vae\.$"
+    with pytest.raises(CheckpointError, match=said):
+        zoo.create_model(path)
+    capsys.readouterr()
+    code = main(["convert-moe", path, "-o", "moe", "--scores", "random"])
+    err = capsys.readouterr().err
+    assert code != 0
+    assert "has no transformer: a StableDiffusionPipeline has " in err
+    assert err.endswith(" [Z207]\n")
+    assert err.count("\n") == 1
+    assert not Path("moe").exists()

@@ -108,6 +108,19 @@ def test_odd_names(capsys: Captured, upscaler: str, tmp_path: Path) -> None:
         assert len(find_pictures([str(folder / pattern)])) == count, pattern
 
 
+def test_one_line_for_a_name_of_two(capsys: Captured, upscaler: str, tmp_path: Path) -> None:
+    """A name may have line ends: errors and remarks about it have none."""
+    for name in ("a\nb.png", "c\nd.jpg"):
+        (tmp_path / name).write_bytes(b"no picture")
+    picture(tmp_path / "e\nf.jpg", format="PNG")
+    code, _, err = run(capsys, "restore", tmp_path, "-o", tmp_path / "out", "--model", upscaler)
+    assert code == 1
+    lines = err.splitlines()
+    assert [line.partition(" is not an image")[0].count("b.png") for line in lines if "b.png" in line] == [2], err
+    assert len([line for line in lines if "f.jpg" in line]) == len([line for line in lines if "e f.jpg" in line]) > 0
+    assert run(capsys, "classify", tmp_path / "a\nb.png")[2].count("\n") == 2  # the error, and how many failed
+
+
 def test_results_within_the_inputs(capsys: Captured, upscaler: str, tmp_path: Path) -> None:
     """The folder of results is not searched, so a second run does the same as the first."""
     picture(tmp_path / "a.png")
@@ -172,7 +185,7 @@ def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
         ("x.webp", ["--width", "20000"], "20000x15000 pixels are too many for WEBP, which takes 16383 a side"),
         ("x.jpg", ["--scale", "64", "--width", "1"], "more than one is given"),
         ("x.jpg", ["--width", "70000"], "70000x52500 pixels are too many for JPEG, which takes 65500 a side"),
-        ("x.png", ["--crop", "5x5+20+0"], "lies outside 12x9 pixels"),
+        ("x.png", ["--crop", "5x5+20+0"], "from 20,0 to 25,5 lies outside 12x9 pixels"),
         ("x.png", ["--max-pixels", "100"], "its 12x9 pixels are more than 100. Allow more by --max-pixels"),
         ("x.png", ["--report", "x.png/report.json"], "x.png"),
         ("x.txt", [], "is not an image"),

@@ -139,7 +139,8 @@ def create_model(name: str | Path, pretrained: bool = False, **kwargs: Any) -> n
     if source.kind == "pipeline":
         if source.path is None and not pretrained:
             raise ValueError(f"{name!r} is a published denoiser: create it with pretrained=True, or build its class.")
-        return create_pipeline(name if source.path is None else str(source.path), **kwargs).transformer
+        folder = name if source.path is None else str(source.path)
+        return create_pipeline(folder, requires="transformer", **kwargs).transformer
     if source.kind == "hub":
         return _from_hub(str(source.repo_id), kwargs)
     kwargs.pop("cache_dir", None)
@@ -259,7 +260,7 @@ def _from_hub(repo_id: str, kwargs: dict[str, Any]) -> nn.Module:
     try:
         config = hub.download(repo_id, CONFIG_NAME, cache_dir=cache_dir)
     except hub.HubFileMissingError:
-        return create_pipeline(repo_id, cache_dir=cache_dir, **kwargs).transformer
+        return create_pipeline(repo_id, requires="transformer", cache_dir=cache_dir, **kwargs).transformer
     try:
         record = read_config(config)
     except RecordError as error:
@@ -290,11 +291,12 @@ def _denoiser_folder(name: str) -> Path:
     return folder
 
 
-def create_pipeline(name: str, **kwargs: Any) -> Any:
+def create_pipeline(name: str, *, requires: str | None = None, **kwargs: Any) -> Any:
     """Load a diffusion pipeline: a published name ("pixeldit.cifar10"), a folder, or a Hub id.
 
     Args:
         name: What to load.
+        requires: Part that it must have, for example "transformer"; looked for before weights are read.
         **kwargs: Arguments of `DiffusionPipeline.from_pretrained`, for example `dtype` (default: float32, also where
             the weights are stored in half precision).
 
@@ -303,6 +305,7 @@ def create_pipeline(name: str, **kwargs: Any) -> Any:
 
     Raises:
         ValueError: There is no such pipeline; the message names the nearest.
+        CheckpointError: It is damaged, or lacks the required part; the message names those that it has.
         ImportError: diffusers is not installed.
     """
     try:
@@ -328,6 +331,9 @@ def create_pipeline(name: str, **kwargs: Any) -> Any:
         names = dict(json.loads(index.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{index} does not say what the pipeline is made of: {error}") from error
+    parts = [part for part, value in names.items() if isinstance(value, list) and any(value)]
+    if requires is not None and requires not in parts:
+        raise CheckpointError(f"{path} has no {requires}: a {names.get('_class_name')} has {', '.join(parts)}.")
     loader = DiTPipeline if names.get("_class_name") == DiTPipeline.__name__ else DiffusionPipeline
     components = [name for name in names if any((path / name).glob(_DENOISER_FILE))]
     for component in components:

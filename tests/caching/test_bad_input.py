@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from denoisers import DENOISERS, denoise
-from diffusers import AutoencoderKL, DiffusionPipeline, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FirstBlockCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    UNet2DConditionModel,
+)
 from diffusers.hooks import TaylorSeerCacheConfig
 from hooked import assert_clean, class_pipeline, generate
 from torch import nn
@@ -103,6 +109,20 @@ def test_no_denoiser() -> None:
     for call in (lambda: zoo.enable_cache(pipe, zoo.CGTaylorConfig()), lambda: zoo.cache_summary(pipe)):
         with pytest.raises(ValueError, match="NoDenoiser has no denoiser among its parts: vae"):
             call()
+
+
+def test_a_unet() -> None:
+    """Its transformer blocks do not follow one another: the line says so, and what does work."""
+    kinds = {f"{way}_block_types": (f"CrossAttn{way.title()}Block2D",) * 2 for way in ("down", "up")}
+    model = UNet2DConditionModel(
+        block_out_channels=(4, 8), norm_num_groups=2, cross_attention_dim=8, attention_head_dim=2,
+        transformer_layers_per_block=2, **kinds,
+    ).eval()  # fmt: skip
+    with pytest.raises(ValueError, match=r"UNet2DConditionModel is a UNet.*TaylorSeerCacheConfig work on it\.$"):
+        zoo.enable_cache(model, zoo.CGTaylorConfig())
+    assert_clean(model)
+    zoo.enable_cache(model, TaylorSeerCacheConfig())
+    zoo.disable_cache(model)
 
 
 def test_an_engine_in_the_way() -> None:

@@ -104,6 +104,8 @@ def test_auto(cache: Path) -> None:
         expected = generate(pipe)
     with pytest.raises(ValueError, match=r"No cache setting is saved for PixelDiT.*`zoo tune-cache PIPELINE --budget"):
         zoo.enable_cache(pipe, "auto")
+    with pytest.raises(ValueError, match=r"num_steps 4 .*With 4 steps there is next to nothing to skip"):  # not to tune
+        zoo.enable_cache(pipe, "auto", steps=4)
     assert_clean(pipe.transformer)
     setting(pipe.transformer).save(cache)
     zoo.enable_cache(pipe, "auto")

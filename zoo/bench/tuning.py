@@ -22,7 +22,7 @@ from zoo.bench.timing import Progress, Settings, compare, environment, now, torc
 from zoo.caching.cg_taylor import CGTaylorConfig
 from zoo.caching.core import active_cache, cache_summary, cached
 from zoo.caching.presets import CACHE_FAILURES, PRESETS, STEPS, Preset, Subject, notes_of, planned_bac, reason_of
-from zoo.caching.saved import SavedSetting, default_guidance, fingerprint, folder_for
+from zoo.caching.saved import LEAST_STEPS, SavedSetting, default_guidance, fingerprint, folder_for
 from zoo.caching.taylorseer import TaylorSeerConfig
 
 __all__ = ["Budget", "Tuning", "as_images", "best_entries", "tune_cache"]
@@ -408,8 +408,8 @@ def tune_cache(
         >>> zoo.enable_cache(pipe, "auto")
     """
     wanted = Budget.parse(budget)
-    if steps < 8:
-        raise ValueError(f"With {steps} steps there is next to nothing to skip: a cache needs 8 or more.")
+    if steps < LEAST_STEPS:
+        raise ValueError(f"With {steps} steps there is next to nothing to skip: a cache needs {LEAST_STEPS} or more.")
     if active_cache(pipe) is not None:
         raise ValueError("The pipeline has a cache already: call zoo.disable_cache first.")
     device = str(pipe.device)

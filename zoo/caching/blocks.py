@@ -164,6 +164,11 @@ def block_stack(model: nn.Module, method: str) -> BlockStack:
         raise ValueError(
             f"{method} cannot skip blocks of {name}: {known.no_skipping}. TaylorSeerConfig and BACConfig work on it."
         )
+    if hasattr(model, "down_blocks") and hasattr(model, "up_blocks"):
+        raise ValueError(
+            f"{method} skips transformer blocks that follow one another, and {name} is a UNet, whose blocks also take "
+            "outputs of much earlier ones: StepForecastConfig and diffusers' TaylorSeerCacheConfig work on it."
+        )
     found = [
         _placed(each, index, unwrap_module(block))
         for each, blocks in _lists(model)

@@ -25,6 +25,8 @@ from zoo.weights import cards_dir
 
 __all__ = ["SavedSetting", "default_guidance", "find_setting", "fingerprint", "folder_for"]
 
+LEAST_STEPS = 8
+"""Of a run that a setting is looked for: in fewer there is next to nothing to skip."""
 _VERSION = 1
 _KIND = "cache"
 
@@ -211,7 +213,9 @@ def find_setting(
     given = "".join(f" {key} {value}" for key, value in wanted.items())
     source = _source(pipe_or_model)
     pipeline = Path(source).name if source and Path(source).parent == cards_dir() else source or "PIPELINE"
+    tune = f"`zoo tune-cache {pipeline}{'' if steps is None else f' --steps {steps}'} --budget 'psnr>=30'`"
+    few = f"With {steps} steps there is next to nothing to skip: a cache needs {LEAST_STEPS} or more"
     raise ValueError(
-        f"No cache setting is saved for {name}{',' if given else ''}{given} (saved: {there or 'none'}). Find one: "
-        f"`zoo tune-cache {pipeline}{'' if steps is None else f' --steps {steps}'} --budget 'psnr>=30'`."
+        f"No cache setting is saved for {name}{',' if given else ''}{given} (saved: {there or 'none'}). "
+        f"{few if steps is not None and steps < LEAST_STEPS else f'Find one: {tune}'}."
     )

@@ -265,7 +265,8 @@ def _write_diffusers(
     """Write a pipeline's folder with its weights in `dtype`, and return the facts for the front matter."""
     if isinstance(weights, Mapping) or not (Path(weights) / "model_index.json").is_file():
         raise ValueError("The weights of a denoiser are a folder written by its pipeline's save_pretrained.")
-    pipeline = create_pipeline(str(weights), **({} if dtype is None else {"dtype": dtype}))
+    stored: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    pipeline = create_pipeline(str(weights), **stored)
     pipeline.save_pretrained(work)
     for file in work.rglob("*.json"):  # diffusers writes down where the weights lay on this machine
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -559,7 +560,7 @@ def _weight_problems(front: Mapping[str, Any], folder: Path) -> list[str]:
     """Load the weights on the public path and compare what it gives with the card."""
     try:
         if (folder / "model_index.json").is_file():
-            model = create_pipeline(str(folder)).transformer
+            model = create_pipeline(str(folder), requires="transformer").transformer
         elif (folder / "config.json").is_file():
             model = create_model(f"local-dir:{folder}")
         else:

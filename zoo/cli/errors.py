@@ -174,7 +174,7 @@ KINDS = (
         "Classifiers go with `classify`, restorers with `restore`, pipelines with `generate`.",
         words=r"cannot classify|is not for |is for [\w ]+, not |does not restore|restores no images|no classifier|"
         r"This model has no classes|is a model for|: the page classifies|not a diffusion pipeline|different tasks|"
-        r"do(es)? not restore images|makes sound",
+        r"do(es)? not restore images|makes sound|has no transformer:",
     ),
     Kind(
         code="Z301",

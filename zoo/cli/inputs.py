@@ -130,7 +130,7 @@ def report_failures(args: argparse.Namespace, failed: list[dict[str, str]], tota
     if failed and not args.json:
         for entry in failed:
             said = with_code(entry["error"], code_for(entry["error"], "pictures"))
-            print(f"zoo: {entry['file']}: {said}", file=sys.stderr)
+            print(f"zoo: {' '.join(entry['file'].splitlines())}: {said}", file=sys.stderr)
         note(args, f"{len(failed)} of {total} failed.")
     return 1 if failed else 0
 

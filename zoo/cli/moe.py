@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from zoo.moe import MoEConfig, convert
 
     config = MoEConfig.from_layout(args.layout, gate=args.gate, scores=args.scores, deal=args.deal, seed=args.seed)
-    pipe: Any = create_pipeline(args.pipeline)
+    pipe: Any = create_pipeline(args.pipeline, requires="transformer")
     pipe.set_progress_bar_config(disable=True)
     batches = None if args.scores == "random" else _calibration(args, pipe)
     moe, report = convert(pipe.transformer, config, calibration=batches)

@@ -131,9 +131,9 @@ def _narrow(part: Table, console: Console) -> list[str]:
 
 
 def note(args: argparse.Namespace, text: str) -> None:
-    """Print a remark to the standard error, unless the command is to be quiet."""
+    """Print a remark to the standard error, in one line whatever names of files hold, unless the command is quiet."""
     if not args.quiet:
-        print(text, file=sys.stderr)
+        print(" ".join(text.splitlines()), file=sys.stderr)
 
 
 def progress(args: argparse.Namespace) -> Progress:

@@ -130,11 +130,12 @@ def crop_box(crop: str | tuple[int, int, int, int], size: tuple[int, int]) -> tu
         left, top, right, bottom = (int(value) for value in crop)
     except (TypeError, ValueError) as error:
         raise ValueError(f"A part is (left, top, right, bottom) in pixels, got {crop!r}.") from error
+    said = f"The part from {left},{top} to {right},{bottom}"
     right, bottom = min(right, width), min(bottom, height)
     if not (0 <= left < right and 0 <= top < bottom):
         is_empty = 0 <= right <= left < width or 0 <= bottom <= top < height
         what = "is empty" if is_empty else f"lies outside {width}x{height} pixels"
-        raise ValueError(f"The part from {left},{top} to {right},{bottom} {what}.")
+        raise ValueError(f"{said} {what}.")
     return left, top, right, bottom
 
 
