@@ -79,11 +79,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = f"Training needs {error.name}, which is missing: pip install 'ffn-zoo[train]'."
         print(f"error: {with_code(said, code_for(said))}", file=sys.stderr)
         return 2
+    from zoo.tasks.arguments import in_one_line
     from zoo.tasks.command import run_lightning
 
     try:
         with warnings.catch_warnings():
             run_lightning(given)
+    except argparse.ArgumentError as error:
+        if debug:
+            raise
+        said = in_one_line(str(error))
+        print(f"error: {with_code(said, code_for(said, 'tasks'))}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130

@@ -6,9 +6,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from zoo.data.notices import Notice, in_one_line
+from zoo.tasks.arguments import refuse_nulls
 from zoo.tasks.checkpoints import read_training_checkpoint
 from zoo.tasks.own_model import SaveOwnModel
 from zoo.weights import CheckpointError
@@ -44,6 +45,14 @@ class TrainingCLI(LightningCLI):
             raise CheckpointError(
                 f"{path} is of the task {_name(made_by)}, the config of {_name(own)}: take the config it was made with."
             )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Let the caller say what is wrong with the arguments, in place of the usage and ten lines more."""
+        return super().init_parser(**{**kwargs, "exit_on_error": False})
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse null where nothing takes it."""
+        refuse_nulls(self.config[self.config.subcommand])
 
     def before_fit(self) -> None:
         """Let the run leave the folder of its model."""

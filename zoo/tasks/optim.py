@@ -10,10 +10,11 @@ from typing import Any, Literal, Self, cast
 
 import torch
 from lightning import LightningModule
-from timm.optim import create_optimizer_v2, muon
+from timm.optim import create_optimizer_v2, list_optimizers, muon
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
+from zoo.catalog import did_you_mean
 from zoo.data.notices import notice
 from zoo.record import KEY, ModelRecord
 from zoo.tasks.blockwise import block_groups, require_factors
@@ -49,7 +50,8 @@ class OptimConfig:
         options: More arguments of timm's `create_optimizer_v2`, for example `fallback_list` of Muon.
 
     Raises:
-        ValueError: A rate is negative, `warmup` is no share, or `milestones` do not rise or belong to another schedule.
+        ValueError: There is no such optimizer, a rate is negative, `warmup` is no share, or `milestones` do not rise or
+            belong to another schedule.
     """
 
     opt: str = "adamw"
@@ -68,6 +70,9 @@ class OptimConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        known = [str(name) for name in list_optimizers()]
+        if (opt := self.opt.lower().removeprefix("lookahead_")) not in known:
+            raise ValueError(f"timm has no optimizer {self.opt!r}.{did_you_mean(opt, known)}")
         for name in ("lr", "weight_decay", "warmup_lr", "min_lr", "decay_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
