@@ -320,6 +320,28 @@ def test_conversions_are_said_first(
         assert image.format == "JPEG"
 
 
+def test_frames_that_are_not_written_are_not_restored(capsys: Captured, upscaler: str, tmp_path: Path) -> None:
+    """A long animation to a JPEG takes as long as one picture."""
+    frames = [Image.new("RGB", (12, 9), (40 * index, 90, 9)) for index in range(4)]
+    for name in ("a.gif", "a.tif"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    for name, target, count in (
+        ("a.gif", "b.jpg", 1),
+        ("a.tif", "c.webp", 1),
+        ("a.gif", "d.png", 4),
+        ("a.tif", "e.tif", 4),
+    ):
+        command = ["restore", tmp_path / name, "-o", tmp_path / target, "--model", upscaler, "--json"]
+        code, out, err = run(capsys, *command)
+        assert code == 0, err
+        (entry,) = json.loads(out)["restored"]
+        assert entry.get("frames", 1) == count
+        assert entry["method"] == (f"{count} frames" if count > 1 else "whole")
+        assert any("only the first of 4" in text for text in entry["warnings"]) == (count == 1)
+        with Image.open(tmp_path / target) as image:
+            assert getattr(image, "n_frames", 1) == count
+
+
 def test_formats_of_results(capsys: Captured, upscaler: str, tmp_path: Path) -> None:
     """The name of the result says the format; one that can only be read becomes the nearest; the umask holds."""
     source = picture(tmp_path / "a.png", mode="RGBA")

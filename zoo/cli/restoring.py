@@ -111,14 +111,17 @@ class Job:
         return pair_views(source, self._open(self.rights[path]))
 
     def _restore(self, source: Planes, target: Path, entry: dict[str, Any]) -> Planes:
+        from zoo.pictures.formats import format_of
         from zoo.pictures.metadata import stripped
         from zoo.pictures.restore import restore_picture
-        from zoo.pictures.write import write_picture
+        from zoo.pictures.write import kept_frames, write_picture
 
         how: list[str] = []  # more than one where a first try ran out of memory
         start = time.perf_counter()
         if self.args.strip:
             source = dataclasses.replace(source, metadata=stripped(source.metadata))
+        # frames that would not be written are not restored
+        source = dataclasses.replace(source, frames=kept_frames(source, format_of(target) or ""))
         networks = self.networks.reaching(source.size, source)
         if self.args.engine == "auto":
             from zoo.pictures.engine import engine_if_worthwhile

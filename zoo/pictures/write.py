@@ -25,7 +25,7 @@ from zoo.pictures.metadata import Metadata, description_xmp, has_resolution, res
 from zoo.pictures.picture import Picture, PictureError
 from zoo.pictures.tiff import encode_tiff
 
-__all__ = ["encode", "kind_of", "write_image", "write_picture"]
+__all__ = ["encode", "kept_frames", "kind_of", "write_image", "write_picture"]
 
 _PALETTES = ("PNG", "GIF", "TIFF", "BMP", "TGA", "PCX")  # formats with a palette
 _BILEVEL = ("PNG", "TIFF", "BMP", "PPM", "TGA", "MSP", "XBM", "PCX")
@@ -115,8 +115,7 @@ def encode(picture: Picture, name: str, quality: int, options: Mapping[str, Any]
         raise PictureError(reason)
     said = losses(kind_of(picture), name)
     holds = FORMATS.get(name, Format(alpha="none"))
-    kept = holds.frames == "pages" or (holds.frames == "animation" and picture.duration is not None)
-    frames = [dataclasses.replace(picture, frames=()), *(picture.frames if kept else ())]
+    frames = [dataclasses.replace(picture, frames=()), *kept_frames(picture, name)]
     animated = len(frames) > 1 and holds.frames == "animation"
     fitted = [_fitted(frame, name, holds, said, animated) for frame in frames]
     metadata = _placed(fitted[0].metadata, name, holds, said)
@@ -129,6 +128,12 @@ def encode(picture: Picture, name: str, quality: int, options: Mapping[str, Any]
     if said:
         warnings.warn(f"{name}: {', '.join(dict.fromkeys(said))}.", stacklevel=4)
     return data
+
+
+def kept_frames(picture: Picture, name: str) -> tuple[Picture, ...]:
+    """Return the frames after the first that a format, of Pillow's name, can hold: all or none."""
+    holds = FORMATS.get(name, Format(alpha="none")).frames
+    return picture.frames if holds == "pages" or (holds == "animation" and picture.duration is not None) else ()
 
 
 def _fitted(picture: Picture, name: str, holds: Format, said: list[str], animated: bool) -> Picture:
