@@ -236,6 +236,41 @@ def test_kinds_of_files(name: str, tmp_path: Path, model: CFSR) -> None:
     assert np.abs(shrunk - low)[2:-2, 2:-2].mean() < (0.03 if loose else 0.012) * max(1.0, low.max())
 
 
+@pytest.mark.parametrize("compression", [None, "zlib", "lzw", "jpeg"])
+@pytest.mark.parametrize("video", [False, True])
+def test_ycbcr_becomes_rgb(compression: str | None, video: bool, tmp_path: Path) -> None:
+    """With the file's own coefficients and range; where the values are read as they lie, colours would be others."""
+    if video and compression == "jpeg":
+        pytest.skip("a JPEG says its own")
+    weights, black = ((0.2126, 0.7152, 0.0722), 16.0) if video else ((0.299, 0.587, 0.114), 0.0)
+    rgb = WAVES[..., :3] * 0.8 + 0.1
+    light = rgb @ np.array(weights)
+    blue, red = ((rgb[..., at] - light) / (2 - 2 * weights[at]) for at in (2, 0))
+    spans = (219.0, 224.0) if video else (255.0, 254.0)
+    stored = np.stack([black + spans[0] * light, 128 + spans[1] * blue, 128 + spans[1] * red], axis=-1)
+    tags = [(530, 3, 2, (1, 1), True)]
+    if video:
+        thousandths = [number for weight in weights for number in (round(weight * 10000), 10000)]
+        ends = [number for end in (16, 235, 128, 240, 128, 240) for number in (end, 1)]
+        tags += [(529, 5, 3, thousandths, True), (532, 5, 6, ends, True)]
+    array, kind = (np.round(rgb * 255), "rgb") if compression == "jpeg" else (np.round(stored), "ycbcr")
+    file = tmp_path / "a.tif"
+    tifffile.imwrite(file, array.astype(np.uint8), photometric=kind, compression=compression, extratags=tags)
+    with tifffile.TiffFile(file) as tiff:
+        assert tiff.pages[0].photometric.name == "YCBCR"
+    assert np.abs(open_picture(file).color - rgb * 255).mean() < 2
+    assert peek(file).colors == "color"
+
+
+def test_colours_that_are_not_known_are_named(tmp_path: Path) -> None:
+    """Not read as gray with two channels more."""
+    tifffile.imwrite(tmp_path / "a.tif", RGB, photometric="icclab")
+    with pytest.raises(
+        PictureError, match=r"a\.tif is in ICCLAB: known are gray, RGB, palette, CMYK, YCbCr and LAB\.$"
+    ):
+        open_picture(tmp_path / "a.tif")
+
+
 def test_structural_tags_are_not_copied(tmp_path: Path, model: CFSR) -> None:
     """What libtiff and tifffile wrote of the old layout is not in the new file; what tells of the picture is."""
     tags = [(315, "s", 0, "someone", True), (33432, "s", 0, "me", True), (50000, "s", 0, "private", True)]

@@ -20,10 +20,12 @@ __all__ = ["encode_tiff", "goes_on", "is_tiff", "pages_of", "read_tiff", "sample
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _SEPARATED, _YCBCR = 0, 1, 2, 3, 5, 6
 _NAMES = {"CFA": "undeveloped sensor data", "LINEAR_RAW": "undeveloped sensor data", "CIELAB": "LAB"}
+_READ = ("MINISWHITE", "MINISBLACK", "RGB", "PALETTE", "MASK", "SEPARATED", "YCBCR")
 # Make, model, software, date, artist, copyright, ratings, and what Windows adds: told of the picture, not of the file.
 _TOLD = (271, 272, 305, 306, 315, 33432, 18246, 18249, 40091, 40092, 40093, 40094, 40095)
 _EXIF, _GPS = 34665, 34853
 _KEPT_COMPRESSIONS = (1, 5, 7, 8, 32773, 32946, 34925, 50000)  # none, LZW, JPEG, Deflate, PackBits, Deflate, LZMA, Zstd
+_LOSSLESS = (1, 5, 8, 32773, 32946, 34925, 50000)
 _FAX = (2, 3, 4)
 _PILLOW_COMPRESSIONS = {"raw": 1, "tiff_lzw": 5, "jpeg": 7, "tiff_adobe_deflate": 8, "tiff_deflate": 8}
 _PILLOW_COMPRESSIONS |= {"packbits": 32773, "zstd": 50000, "lzma": 34925, "group3": 3, "group4": 4, "tiff_ccitt": 2}
@@ -83,6 +85,8 @@ def _read_page(page: Any, tiff: tifffile.TiffFile, name: str) -> Picture:
         if kind == "LAB":
             raise NotImplementedError(f"{name} is in LAB")  # Pillow reads it
         raise PictureError(f"{name} holds {kind}: develop it with a raw converter first.")
+    if photometric not in _READ:
+        raise PictureError(f"{name} is in {photometric}: known are gray, RGB, palette, CMYK, YCbCr and LAB.")
     array = np.asarray(page.asarray())
     axes = page.axes
     if axes == "SYX":
@@ -116,6 +120,8 @@ def _read_page(page: Any, tiff: tifffile.TiffFile, name: str) -> Picture:
     own = samples_of(number)
     if number == _SEPARATED and array.shape[2] < 4:
         raise PictureError(f"{name} has {array.shape[2]} inks; known are four, CMYK.")
+    if number == _YCBCR and array.dtype not in (np.uint8, np.uint16):
+        raise PictureError(f"{name} has YCbCr in {page.dtype}: known are 8 and 16 bits.")
     color, extra = array[..., :own], array[..., own:]
     peak = 1.0 if array.dtype == np.float32 else float(np.iinfo(array.dtype).max)
     alpha: Array | None = None
@@ -134,6 +140,8 @@ def _read_page(page: Any, tiff: tifffile.TiffFile, name: str) -> Picture:
             settings["dropped"] = extra.shape[2] - 1
     if number == _WHITE_IS_ZERO:
         color = (1 - color if peak == 1 else np.iinfo(color.dtype).max - color).astype(color.dtype)
+    if number == _YCBCR and int(page.compression) in _LOSSLESS:  # decoders of JPEG give RGB
+        color = _from_ycbcr(color, page, peak, (1 << bits) - 1)
     black = None
     if number == _SEPARATED:
         color = (1 - color if peak == 1 else np.iinfo(color.dtype).max - color).astype(color.dtype)
@@ -157,6 +165,34 @@ def _read_page(page: Any, tiff: tifffile.TiffFile, name: str) -> Picture:
         settings=settings,
         name=name,
     )
+
+
+def _from_ycbcr(color: Array, page: Any, peak: float, most: int) -> Array:
+    """Return RGB of (H, W, 3) in YCbCr, as section 21 of TIFF 6.0 says, with the page's coefficients and range.
+
+    Args:
+        color: Integers from 0 to `peak`.
+        page: Of tifffile.
+        peak: 255 or 65535.
+        most: What `peak` is in the file.
+    """
+
+    def numbers(tag: int, usual: Sequence[float]) -> Array:
+        value = page.tags[tag].value if tag in page.tags else ()
+        if len(value) == 2 * len(usual):  # fractions
+            value = [above / below if below else 0 for above, below in zip(value[::2], value[1::2], strict=True)]
+        return np.asarray(value if len(value) == len(usual) else usual, np.float64)
+
+    red, green, blue = numbers(529, (0.299, 0.587, 0.114))
+    middle = (most + 1) / 2
+    ends = numbers(532, (0, most, middle, most, middle, most)).reshape(3, 2) * (peak / most)
+    spans, full = ends[:, 1] - ends[:, 0], np.array([peak, peak // 2, peak // 2])
+    if not (spans > 0).all() or green <= 0:
+        raise PictureError(f"The range or the coefficients of YCbCr in {page.parent.filename} are no numbers above 0.")
+    y, cb, cr = np.moveaxis((color - ends[:, 0]) * full / spans, -1, 0)
+    r, b = y + (2 - 2 * red) * cr, y + (2 - 2 * blue) * cb
+    g = (y - red * r - blue * b) / green
+    return np.round(np.stack([r, g, b], axis=-1)).clip(0, peak).astype(color.dtype)
 
 
 def to_unit(array: Array, name: str) -> tuple[Array, tuple[float, float, str] | None]:
