@@ -153,7 +153,8 @@ class RunTracker:
     scheduler has made a step, or a branch comes up again with other images. Calls of one step are of different branches
     of guidance: of different cache contexts, or told apart by what they are conditioned on. A call that fits no known
     branch opens one, and has nothing stored. Where the form of the images changes, what its branch has stored is
-    dropped, and the count of steps goes on.
+    dropped, and the count of steps goes on. Where another program gives several images to its first step in turns, so
+    it does to all others, and each image has a branch.
 
     It is a pair of forward hooks of PyTorch, not of diffusers: accelerate's offloading exchanges the forward of whole
     models and drops hooks of the latter kind from it.
