@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from denoisers import DENOISERS, denoise, dit, flux, pixart, pixel_dit, randomize, sd3
+from denoisers import DENOISERS, denoise, dit, flux, pixart, pixel_dit, sd3
 from diffusers import (
     AuraFlowTransformer2DModel,
     AutoencoderKL,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from denoisers import condition, denoise, dit, pixel_dit
-from diffusers import DDIMScheduler, FirstBlockCacheConfig
+from diffusers import DDIMScheduler, DiffusionPipeline, FirstBlockCacheConfig
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from hooked import assert_clean, class_pipeline, generate
 from hypothesis import given, settings
@@ -507,3 +507,37 @@ def test_modular_pipelines() -> None:
         found = zoo.cache_summary(components.transformer).denoisers[0]
         assert found.calls == {"default": steps}
         assert found.units[1].computed == (0, 1, 2, steps - 1)
+
+
+class OwnLoop(DiffusionPipeline):
+    """A pipeline that never gives its scheduler new timesteps, or has none."""
+
+    def __init__(self, transformer: nn.Module, scheduler: DDIMScheduler | None = None) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, seed: int, steps: int, stop: int | None = None) -> Tensor:
+        sample, inputs = images(step=seed)
+        times = torch.linspace(900, 100, steps) if self.scheduler is None else self.scheduler.timesteps
+        for step, time in enumerate(times):
+            if step == stop:
+                return sample
+            sample = sample - 0.1 * self.transformer(sample, **{**inputs, "timestep": time.expand(2)}).sample
+        return sample
+
+
+@pytest.mark.parametrize("steps", [1, 2, 6])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_pipelines_that_set_no_timesteps(steps: int, scheduled: bool) -> None:
+    """Each run is a run, also after one of a single step, and after one that was given up anywhere."""
+    scheduler = DDIMScheduler() if scheduled else None
+    if scheduler is not None:
+        scheduler.set_timesteps(steps)
+    pipe = OwnLoop(pixel_dit(), scheduler)
+    with zoo.cached(pipe, TaylorSeerConfig(interval=100, warmup_steps=1)):
+        expected = pipe(0, steps)
+    with zoo.cached(pipe, TaylorSeerConfig(interval=100, warmup_steps=1)):
+        for stop in (None, *range(2, steps)):  # after one call alone it is not known whether it goes on
+            pipe(1, steps, stop)
+            assert torch.equal(pipe(0, steps), expected), stop

@@ -364,7 +364,8 @@ class RunTracker:
 
     def _place(self, last: _Inputs, inputs: _Inputs, context: CacheContext) -> Literal["run", "step", "same"]:
         """Return whether a call begins a run, begins a step, or is of the step of the call before."""
-        alone, index = not self._is_called_by_pipeline, context.step_index
+        # a pipeline without a schedule is like any other program
+        alone, index = not self._is_called_by_pipeline or self._schedule is None, context.step_index
         if index is not None and self._index is not None:
             if index < self._index or (index == self._index and alone and self._is_repeated(inputs, context)):
                 return "run"
@@ -432,9 +433,12 @@ class RunTracker:
     def _has_turned_back(self, inputs: _Inputs) -> bool:
         """Return whether the timestep is the first one again, or went against the direction of the run."""
         goes_on = self.num_steps is not None and self.step + 1 < self.num_steps
-        if self._last is None or inputs.time is None or (self._is_called_by_pipeline and goes_on):
+        if self._last is None or inputs.time is None:
             return False
         now, last = inputs.time, self._last.time
+        if self._is_called_by_pipeline and goes_on:  # its schedule says what comes next, which may go back and forth
+            begins_again = now == self._first_time and self._schedule is not None
+            return begins_again and self.own_timesteps[self.step + 1] != self.own_timesteps[0]
         return now == self._first_time or (last is not None and (now - last) * self._direction < 0)
 
     def _is_repeated(self, inputs: _Inputs, context: CacheContext) -> bool:
