@@ -48,7 +48,8 @@ def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     # the compiler counts what it has made of a piece of code, and gives up with a warning: each has its own
-    call.__code__ = call.__code__.replace(co_name=f"{function.__name__}_outside_graphs")
+    own: Any = call
+    own.__code__ = own.__code__.replace(co_name=f"{function.__name__}_outside_graphs")
     return call
 
 
