@@ -189,9 +189,14 @@ def test_what_cannot_be_learnt_from(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_names_with_spaces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The commands to type next can be typed; a rate that is too high leaves nothing behind."""
     data, output = shapes(tmp_path / "my data", 4), tmp_path / "it's mine ü"
+    (data / "circle" / "9.png").write_bytes(b"none")
     call = ["finetune", str(data), "--model", "emov2_1m.cifar10", "--image-size", "32", "--epochs", "1", "--json"]
+    call.append("--skip-damaged")
     assert main([*call, "-o", str(output)]) == 0
-    classify, _, publish = (shlex.split(line) for line in json.loads(capsys.readouterr().out)["next"])
+    printed = capsys.readouterr()
+    left_out = next(line for line in printed.err.splitlines() if "9.png" in line)
+    assert left_out.startswith("  "), "one line each"
+    classify, _, publish = (shlex.split(line) for line in json.loads(printed.out)["next"])
     assert classify == ["zoo", "classify", str(data), "--model", str(output)]
     assert main([*publish[1:4], publish[4].replace("YOU", "me"), *publish[5:]]) == 0
     capsys.readouterr()

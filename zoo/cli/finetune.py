@@ -7,14 +7,13 @@ import os
 import re
 import shlex
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.cli.models import find_model
-from zoo.cli.output import UsageError, at_least, hush, note, print_json, print_table, silent, table
+from zoo.cli.output import UsageError, at_least, hush, print_json, print_table, silent, table
 from zoo.sources import beside
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         from zoo.tasks.finetuning import finetune
     except ImportError as error:
         raise ImportError(f"Training needs {error.name}, which is missing: pip install 'ffn-zoo[train]'.") from error
-    with _notices(args), _live(args) as tell:
+    with _live(args) as tell:
         result = finetune(
             args.data, args.model, args.output, image_size=args.image_size, epochs=args.epochs, patience=args.patience,
             batch_size=args.batch_size, lr=args.lr, freeze=args.freeze, lora=args.lora, val_fraction=args.val_fraction,
@@ -136,17 +135,6 @@ def _is_packed(folder: Path) -> bool:
 
     pictures = (name for path in class_folders(folder) for name in pictures_below(path))
     return bool(find_shards(folder, ("train",))) or (not any(pictures) and any(folder.rglob("*.parquet")))
-
-
-@contextmanager
-def _notices(args: argparse.Namespace) -> Iterator[None]:
-    """Print our remarks as one line each."""
-    usual = warnings.showwarning
-    warnings.showwarning = lambda message, *rest: note(args, f"note: {message}")
-    try:
-        yield
-    finally:
-        warnings.showwarning = usual
 
 
 @contextmanager
