@@ -104,6 +104,14 @@ def test_wrong_arguments(
     assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("arguments", [(), ("fit",)])
+def test_nothing_to_train(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(monkeypatch, *arguments) == 2
+    assert "zoo train fit --config classification/" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

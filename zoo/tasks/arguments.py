@@ -29,6 +29,9 @@ def in_one_line(message: str) -> str:
         group = re.search(r"Group '([^']+)'", message)
         name = unknown[1] or unknown[2]
         return _unknown(_path(message), f"{group[1]}.{name}" if group else name, _class(message))
+    if 'expected "subcommand"' in message or "arguments are required" in message:
+        example = "zoo train fit --config classification/repavit_tiny_cifar10 --data.init_args.data_dir DIR"
+        return f"A training takes fit, validate, test or predict, and a config: {example}"
     path, given = _path(message), re.search(r"Got value: (.*)|Given value: (.*)", message)
     if absent := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         classes = [name for name in getattr(importlib.import_module(absent[1]), "__all__", ()) if name[0].isupper()]
