@@ -234,6 +234,8 @@ def test_low_resolution_first(folder: Path, tmp_path: Path) -> None:
     sides: list[int] = []
     task.model.patch_embed.register_forward_pre_hook(lambda _, args: sides.append(args[0].shape[-1]))
     fit(task, data(folder), tmp_path, max_epochs=1, limit_val_batches=1, num_sanity_val_steps=0)
+    with pytest.warns(Notice, match=r"first 50 % of the steps train at 8 pixels.*says little until they are over"):
+        task.on_fit_start()
     assert sides == [8, 8, 16, 16, 16]
 
 

@@ -53,7 +53,9 @@ class Classification(TimmOptimModule):
         channels_last: Memory format of model and images.
         mimetic_init: Start attention layers as `zoo.layers.init.mimetic_init_` does.
         low_res: (side in pixels, share of all steps): train on images shrunk to this side first, which is cheaper, then
-            at full size. The model must take both, for example by `dynamic_img_size`.
+            at full size. The model must take both, for example by `dynamic_img_size`. Validation is at full size, which
+            says little until then: statistics of norms are those of small images. Sides whose last maps are as large as
+            at full size (96 of 128 for a network that halves six times) suffer less.
         teachers: Trained classifiers to learn from beside the labels, as `zoo.create_model` takes them, for example
             "emov2_1m.cifar10". A model with a second classifier for it (LSNet's `distillation`) learns from them there.
         distillation: "soft": the teachers' probabilities, "hard": their decision.
@@ -252,6 +254,12 @@ class Classification(TimmOptimModule):
         return teachers(images, data.mean, data.std)
 
     def on_fit_start(self) -> None:
+        if self.low_res:
+            side, share = self.low_res
+            notice(
+                f"The first {100 * share:.0f} % of the steps train at {side} pixels, validation is at full size: "
+                "it says little until they are over."
+            )
         if self.teachers is not None:
             self.teachers.to(self.device)
 
