@@ -104,6 +104,25 @@ def test_wrong_arguments(
     assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (b"trainer:\n  max_epochs: [3\n", "is no YAML that can be read: while parsing a flow sequence"),
+        (b"\x00\xff", "is no YAML that can be read"),
+        (b"", "holds no settings: expected trainer, model and data"),
+        (b"hello", "holds no settings"),
+    ],
+)
+def test_a_config_that_is_none_is_named(
+    stored: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_bytes(stored)
+    assert train(monkeypatch, "fit", f"--config={tmp_path / 'mine.yaml'}") == 2
+    error = capsys.readouterr().err
+    assert f"mine.yaml {message}" in error
+    assert len(error.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize("arguments", [(), ("fit",)])
 def test_nothing_to_train(
     arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

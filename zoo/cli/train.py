@@ -110,10 +110,25 @@ def _with_paths(arguments: list[str]) -> list[str]:
         option, equals, value = argument.partition("=")
         if option in ("--config", "-c"):
             if equals:
-                found[place] = f"{option}={find_config(value)}"
+                found[place] = f"{option}={_readable(find_config(value))}"
             elif place + 1 < len(arguments):
-                found[place + 1] = find_config(arguments[place + 1])
+                found[place + 1] = _readable(find_config(arguments[place + 1]))
     return found
+
+
+def _readable(config: str) -> str:
+    """Return a config's path; refuse a file that is no YAML, whose name the parser would not tell."""
+    import yaml
+
+    if not Path(config).is_file():  # text
+        return config
+    try:
+        settings = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{config} is no YAML that can be read: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{config} holds no settings: expected trainer, model and data, each with its own.")
+    return config
 
 
 def reason(error: BaseException) -> str:
