@@ -522,7 +522,7 @@ def test_pipelines_of_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str
     [
         (["pixeldit.cifar10", "--caches", "cgtaylor"], "Did you mean cg-taylor?"),
         (["pixeldit.cifar10", "--caches", "cg-taylor=x"], "NAME=NUMBER"),
-        (["pixeldit.cifar10", "pixeldit_moe.cifar10", "--caches", "bac"], "takes one pipeline"),
+        (["pixeldit.cifar10", "diffusion_policy.point", "--caches", "bac"], "takes one pipeline"),
         (["pixeldit.cifar10", "repavit_tiny"], "repavit_tiny is a model and pixeldit.cifar10 a pipeline"),
         (["pixeldit.cifar10", "--prompt", "a cat"], "give --classes instead of --prompt"),
         (["caching", "--steps", "4"], "--steps is for pipelines; caching is a named benchmark"),

@@ -26,6 +26,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from zoo.diffusion import PixelDiT, PixelDiTPipeline
+from zoo.moe import MoEConfig, convert
 
 NAMES = {0: "cat", 1: "dog", 2: "frog", 3: "ship"}
 SCHEDULERS = [
@@ -227,16 +228,20 @@ def test_save_and_load(tmp_path: Path) -> None:
 @pytest.mark.parametrize("first", ["zoo", "diffusers", "moe"])
 def test_diffusers_finds_the_class_in_a_new_process(tmp_path: Path, first: str) -> None:
     """Whichever is imported first; and importing zoo does not import diffusers."""
-    pipeline().save_pretrained(tmp_path)
+    pipe = pipeline()
+    pipe.save_pretrained(tmp_path / "dense")
+    experts, _ = convert(pipe.transformer, MoEConfig(scores="random"))
+    pipe.register_modules(transformer=experts)
+    pipe.save_pretrained(tmp_path / "moe")
     imports = {
         "zoo": "import sys, zoo; assert 'diffusers' not in sys.modules; import zoo.diffusion, diffusers",
         "diffusers": "from diffusers import DiffusionPipeline; import diffusers, zoo.diffusion",
         "moe": "import zoo.moe, zoo.diffusion, diffusers",
     }[first]
-    shipped = Path(__file__).parents[2] / "model_cards" / "pixeldit_moe.cifar10"
+    dense, moe = str(tmp_path / "dense"), str(tmp_path / "moe")
     program = (
-        f"{imports}; load = diffusers.DiffusionPipeline.from_pretrained; print(type(load({str(tmp_path)!r})));"
-        f"assert type(load({str(shipped)!r}).transformer).__name__ == 'MoEPixelDiT'"
+        f"{imports}; load = diffusers.DiffusionPipeline.from_pretrained; print(type(load({dense!r})));"
+        f"assert type(load({moe!r}).transformer).__name__ == 'MoEPixelDiT'"
     )
     done = fresh_process.run(program)
     assert "<class 'zoo.diffusion.pipelines.PixelDiTPipeline'>" in done.stdout, done.stderr
