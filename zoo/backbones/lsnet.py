@@ -21,14 +21,14 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from zoo.cfg import ModelCfg
+from zoo.cfg import CIFAR10, IMAGENETTE, ModelCfg
 from zoo.ffn.reparam import reparameterize
 from zoo.layers.attention_bias import BiasedAttention, resize_attention_biases
 from zoo.layers.conv_norm import ConvNorm, NormLinear, RepConv, average_heads
 from zoo.layers.own import require_mergeable
 from zoo.layers.ska import LSConv
 from zoo.layers.tracing import require_leaf
-from zoo.weights import build_model
+from zoo.weights import build_model, shipped
 
 __all__ = ["ConvAttention", "LSBlock", "LSNet", "LSStage", "checkpoint_filter_fn", "detect"]
 
@@ -645,20 +645,36 @@ def _authors(filename: str, **kwargs: Any) -> ModelCfg:
     return _cfg(hf_hub_id="jameslahm/lsnet", hf_hub_filename=filename, **kwargs)
 
 
-_TOP1 = {"lsnet_t": (74.9, 76.1), "lsnet_s": (77.8, 79.0), "lsnet_b": (80.3, 81.6)}  # without, with distillation
+_WITH_TEACHER: dict[str, Any] = dict(model_args=dict(distillation=True), classifier=("head.linear", "head_dist.linear"))
+_NARROW = (32, 64, 112, 160)  # about half of LSNet-T's
 
 default_cfgs = generate_default_cfgs(
     {
-        f"{name}.{tag}": _authors(f"{name}{suffix}.pth", top1=_TOP1[name][tag != "in1k"], **kwargs)
-        for name in _VARIANTS
-        for tag, suffix, kwargs in (
-            ("in1k", "", {}),
-            (
-                "dist_in1k",
-                "_distill",
-                dict(model_args=dict(distillation=True), classifier=("head.linear", "head_dist.linear")),
-            ),
-        )
+        "lsnet_t.cifar10": _cfg(
+            **CIFAR10,
+            file=shipped("lsnet_t.cifar10"),
+            input_size=(3, 96, 96),
+            pool_size=(2, 2),
+            model_args=dict(dims=_NARROW, img_size=96),
+            interpolation="bilinear",
+        ),
+        "lsnet_t.imagenette": _cfg(
+            **IMAGENETTE,
+            file=shipped("lsnet_t.imagenette"),
+            input_size=(3, 128, 128),
+            pool_size=(2, 2),
+            model_args=dict(dims=_NARROW, img_size=128),
+            interpolation="bilinear",
+            temperature=0.774,
+            threshold=0.953,
+        ),
+        # a star makes a tag the default; it must come after a tag that has weights, or timm moves that one to the front
+        "lsnet_t.in1k*": _authors("lsnet_t.pth", top1=74.9),
+        "lsnet_t.dist_in1k": _authors("lsnet_t_distill.pth", top1=76.1, **_WITH_TEACHER),
+        "lsnet_s.in1k": _authors("lsnet_s.pth", top1=77.8),
+        "lsnet_s.dist_in1k": _authors("lsnet_s_distill.pth", top1=79.0, **_WITH_TEACHER),
+        "lsnet_b.in1k": _authors("lsnet_b.pth", top1=80.3),
+        "lsnet_b.dist_in1k": _authors("lsnet_b_distill.pth", top1=81.6, **_WITH_TEACHER),
     }
 )
 
