@@ -70,6 +70,18 @@ def test_other_classes_and_channels(family: str, tmp_path: Path) -> None:
     assert other(images(family, channels=1)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("family", BACKBONES)
+@torch.no_grad()
+def test_weights_without_a_classifier(family: str, tmp_path: Path) -> None:
+    """num_classes=0 leaves the features, whatever norms stand in the head before its linear layer."""
+    model, batch, path = build(family), images(family), tmp_path / "model.safetensors"
+    save_checkpoint(model.state_dict(), path)
+    overlay = dict(pretrained_cfg_overlay=dict(file=str(path), num_classes=10), num_classes=0)
+    features = timm.create_model(smallest(family), pretrained=True, **overlay, **TINY[family].kwargs).eval()
+    assert torch.equal(features.forward_features(batch), model.forward_features(batch))
+    assert features(batch).ndim == 2
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_filter_is_idempotent(family: str) -> None:
     """Our own keys pass unchanged, also twice, and the argument is left as it was."""

@@ -461,7 +461,10 @@ def load_pretrained(
         heads = (cfg.classifier,) if isinstance(cfg.classifier, str) else tuple(cfg.classifier)
         allow_missing = [f"{head}.{leaf}" for head in heads for leaf in ("weight", "bias")]
         state_dict = {key: value for key, value in state_dict.items() if key not in allow_missing}
-        if getattr(model, "num_classes", 0):
+        if not getattr(model, "num_classes", 0):  # what stands before the linear layer in a head goes with it
+            own, parts = model.state_dict().keys(), tuple(f"{head.partition('.')[0]}." for head in heads)
+            state_dict = {key: value for key, value in state_dict.items() if key in own or not key.startswith(parts)}
+        else:
             _log.warning(
                 "%s: the weights are for %d classes, the model has %d: its classifier (%s) is new.",
                 source,
