@@ -71,6 +71,7 @@ def test_unknown_key(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("--trainer.max_epoch 3", "trainer has no option 'max_epoch'. Did you mean max_epochs?"),
         ("--trainer.max_epochz 3", "trainer has no option 'max_epochz'. Did you mean max_epochs?"),
         ("--data.init_args.image_sice 32", "data.init_args has no option 'image_sice'. Did you mean image_size?"),
         ("--data.batch_sice 3", "data.init_args has no option 'batch_sice'. Did you mean batch_size?"),

@@ -110,7 +110,9 @@ def test_parquet_and_shards(form: str, tmp_path: Path, capsys: pytest.CaptureFix
     output = tmp_path / "mine"
     call = ["finetune", str(data), "--model", "emov2_1m.cifar10", "--image-size", "32", "--epochs", "1", "--json"]
     assert main([*call, "-o", str(output)]) == 0
-    told = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert ("test images are left alone" in printed.err) == (form == "parquet")
+    told = json.loads(printed.out)
     assert told["classes"] == list(CLASSES)
     held = 3 if form == "parquet-validation" else 2
     assert (told["trained_on"], told["measured"]) == (16 if held == 3 else 12, 2 * held)

@@ -419,7 +419,10 @@ def images_to_judge(model: nn.Module, data_dir: str, batch_size: int, count: int
     """
     names = _names_known_to(model, data_dir)
     held = any(has_split(data_dir, name) for name in VALIDATION_SPLITS)
-    return draw(_as_taken_by(model, data_dir, batch_size, names), "validation" if held else "train", count)
+    drawn = draw(_as_taken_by(model, data_dir, batch_size, names), "validation" if held else "train", count)
+    if not held:
+        notice(f"{data_dir} has no images for validation: all are measured, those that a model has learnt from too.")
+    return drawn
 
 
 def draw(data: ImageClassification, split: str, count: int) -> DataLoader[Any]:

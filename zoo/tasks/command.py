@@ -48,7 +48,7 @@ class TrainingCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Let the caller say what is wrong with the arguments, in place of the usage and ten lines more."""
-        return super().init_parser(**{**kwargs, "exit_on_error": False})
+        return super().init_parser(**{**kwargs, "exit_on_error": False, "allow_abbrev": False})
 
     def before_instantiate_classes(self) -> None:
         """Refuse null where nothing takes it."""

@@ -24,7 +24,7 @@ from zoo.cards.card import Metric
 from zoo.cards.own import is_own_folder, write_own_model
 from zoo.data.images import ImageClassification, has_split
 from zoo.data.labelled_images import VALIDATION_SPLITS, FolderImages, LabelledImages, find_damaged
-from zoo.data.notices import Notice
+from zoo.data.notices import Notice, notice
 from zoo.data.shards import ShardImages
 from zoo.factory import image_size_args
 from zoo.ffn.reparam import reparameterize
@@ -157,6 +157,10 @@ def finetune(
     _require_replaceable(Path(output), overwrite)
     seed_everything(seed, verbose=False)
     held_out = not any(has_split(data_dir, name) for name in VALIDATION_SPLITS if name != "test")
+    if held_out and has_split(data_dir, "test"):
+        notice(
+            f"A part of every class of train is held out ({val_fraction:g}); {data_dir}'s test images are left alone."
+        )
     args = dict(model_args or {})
     data = ImageClassification(
         str(data_dir), seed=seed, num_workers=num_workers, val_fraction=val_fraction if held_out else 0.0,
