@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ import pytest
     ids=["interpret", "compile"],
 )
 def test_triton_kernels(files: tuple[str, ...], interpret: str, tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="triton is not installed: there are no kernels to run")
+    if find_spec("triton") is None:  # not imported: beside the LLVM of other libraries that has crashed the process
+        pytest.skip("triton is not installed: there are no kernels to run")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"ZOO_KERNELS": "torch", "OMP_NUM_THREADS": "1"}
     environment |= {"TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path)}
