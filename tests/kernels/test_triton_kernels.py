@@ -21,7 +21,7 @@ import pytest
     ids=["interpret", "compile"],
 )
 def test_triton_kernels(files: tuple[str, ...], interpret: str, tmp_path: Path) -> None:
-    if find_spec("triton") is None:  # not imported: beside the LLVM of other libraries that has crashed the process
+    if find_spec("triton") is None:
         pytest.skip("triton is not installed: there are no kernels to run")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"ZOO_KERNELS": "torch", "OMP_NUM_THREADS": "1"}
