@@ -20,7 +20,7 @@ from zoo.cli import main
 from zoo.data.labelled_images import open_labelled_images
 from zoo.record import read_record, record_of
 from zoo.tasks.confusion import draw_confusion
-from zoo.tasks.finetuning import finetune
+from zoo.tasks.finetuning import _below, finetune
 from zoo.weights import read_checkpoint
 
 
@@ -120,6 +120,23 @@ def test_parquet_and_shards(form: str, tmp_path: Path, capsys: pytest.CaptureFix
     assert len(listed) == 2 * held
     assert not any(str(tmp_path) in line for line in listed)
     assert shlex.split(told["next"][0]) == ["zoo", "classify", "PICTURE", "--model", str(output)]
+
+
+@pytest.mark.parametrize("root", [".", "my data"])
+def test_names_of_pictures_do_not_say_where_they_lie(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of class folders, shards and Parquet files, also where they are the folder that one is in."""
+    place = tmp_path / "my data"
+    shapes(place, 1)
+    shard_folder(place, 1)
+    monkeypatch.chdir(place if root == "." else tmp_path)
+    for stored, name in (
+        (str(Path(root, "circle", "0.png")), "circle/0.png"),
+        (f"sample 3 of {Path(root, 'train-0000.tar')}", "sample 3 of train-0000.tar"),
+        (f"row 3 of {root} (validation)", "row 3 of my data (validation)"),
+    ):
+        assert _below(stored, Path(root)) == name
 
 
 @pytest.mark.parametrize("form", ["parquet", "shards"])

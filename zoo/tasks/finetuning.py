@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import tempfile
 import time
 import warnings
@@ -23,9 +22,9 @@ from torch import nn
 from zoo.cards.card import Metric
 from zoo.cards.own import is_own_folder, write_own_model
 from zoo.data.images import ImageClassification, has_split
-from zoo.data.labelled_images import VALIDATION_SPLITS, FolderImages, LabelledImages, find_damaged
+from zoo.data.labelled_images import VALIDATION_SPLITS, find_damaged
 from zoo.data.notices import Notice, notice
-from zoo.data.shards import ShardImages
+from zoo.data.readable import Readable
 from zoo.factory import image_size_args
 from zoo.ffn.reparam import reparameterize
 from zoo.files import whole
@@ -255,9 +254,7 @@ def _measure(model: nn.Module, record: ModelRecord, data: ImageClassification) -
     transform = create_transform(**resolve_model_data_config(used))
     part: Any = data._open("validation", training=False)
     indices = part.indices if isinstance(part, torch.utils.data.Subset) else range(len(part))
-    images = cast(
-        FolderImages | LabelledImages | ShardImages, part.dataset if isinstance(part, torch.utils.data.Subset) else part
-    )
+    images = cast(Readable, part.dataset if isinstance(part, torch.utils.data.Subset) else part)
     confusion = [[0] * record.num_classes for _ in range(record.num_classes)]
     files = []
     with torch.inference_mode():
@@ -310,9 +307,18 @@ def _write(
             picture=picture,
             caption="Rows are the true classes, columns what the model says",
         )
-        root = f"{Path(data.data_dir)}{os.sep}"  # where it lies is nobody's business
-        listed = (file.replace(root, "").replace(root[:-1], where).replace(os.sep, "/") for file in result.files)
+        listed = (_below(file, Path(data.data_dir)) for file in result.files)
         (work / "validation.txt").write_text("".join(f"{name}\n" for name in listed), encoding="utf-8")
+
+
+def _below(name: str, root: Path) -> str:
+    """Return what a picture is called in its data, whose place is nobody's business: a path, or a row or sample."""
+    if Path(name).is_file():
+        return Path(name).relative_to(root).as_posix()
+    what, _, source = name.partition(" of ")
+    if Path(source).is_file():
+        return f"{what} of {Path(source).relative_to(root).as_posix()}"
+    return f"{what} of {root.resolve().name}{source.removeprefix(str(root))}"
 
 
 def _require_replaceable(folder: Path, overwrite: bool) -> None:
