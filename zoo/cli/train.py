@@ -71,15 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = _with_paths(given)  # before anything is imported, which takes long
     except ValueError as error:
-        print(f"error: {with_code(str(error), code_for(str(error), 'tasks'))}", file=sys.stderr)
-        return 2
+        return _failed(str(error), 2)
     try:
         import lightning.pytorch.cli  # noqa: F401
     except ImportError as error:
-        said = f"Training needs {error.name}, which is missing: pip install 'ffn-zoo[train]'."
-        print(f"error: {with_code(said, code_for(said))}", file=sys.stderr)
-        return 2
-    from zoo.tasks.arguments import in_one_line
+        return _failed(f"Training needs {error.name}, which is missing: pip install 'ffn-zoo[train]'.", 2, module="")
+    from zoo.tasks.arguments import explained
     from zoo.tasks.command import run_lightning
 
     try:
@@ -88,19 +85,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except argparse.ArgumentError as error:
         if debug:
             raise
-        said = in_one_line(str(error))
-        print(f"error: {with_code(said, code_for(said, 'tasks'))}", file=sys.stderr)
-        return 2
+        return _failed(explained(str(error)), 2)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
     except Exception as error:  # every failure is one line here; --debug shows the rest
         if debug:
             raise
-        said = reason(error)
-        print(f"error: {with_code(said, code_for(said, 'tasks'))}", file=sys.stderr)
-        return 1
+        return _failed(reason(error), 1)
     return 0
+
+
+def _failed(said: str, code: int, module: str = "tasks") -> int:
+    """Print the line of an error with the code of its kind, and return the exit code."""
+    print(f"error: {with_code(said, code_for(said, module))}", file=sys.stderr)
+    return code
 
 
 def _with_paths(arguments: list[str]) -> list[str]:

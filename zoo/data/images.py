@@ -188,8 +188,9 @@ class _Images(LightningDataModule):
     def _judges_all(self) -> bool:
         """Tell whether plain class folders are measured on: no training is under way, and nothing is held out."""
         doing = self.trainer.state.fn if self.trainer else None
-        splits = ("train", *VALIDATION_SPLITS)
-        if doing not in ("validate", "test") or self.val_fraction or any(has_split(self.data_dir, s) for s in splits):
+        if doing not in ("validate", "test") or self.val_fraction:
+            return False
+        if has_split(self.data_dir, "train") or _has_validation(self.data_dir):
             return False
         notice(f"{self.data_dir} has no images for validation: all are measured.")
         return True
@@ -205,6 +206,10 @@ def has_split(data_dir: str | Path, split: str) -> bool:
         or any(folder.rglob(f"{split}*.parquet"))
         or bool(find_shards(folder, (split,)))
     )
+
+
+def _has_validation(data_dir: str) -> bool:
+    return any(has_split(data_dir, name) for name in VALIDATION_SPLITS)
 
 
 class ImageClassification(_Images):
@@ -347,7 +352,7 @@ def images_for(model: nn.Module, data_dir: str, batch_size: int, *, judged: bool
         )
     if not judged:
         return _as_taken_by(model, data_dir, batch_size, None)
-    held = any(has_split(data_dir, name) for name in VALIDATION_SPLITS)
+    held = _has_validation(data_dir)
     names = _names_known_to(model, data_dir)
     data = _as_taken_by(model, data_dir, batch_size, names, 0.0 if held else 0.2)
     if not held:
@@ -418,7 +423,7 @@ def images_to_judge(model: nn.Module, data_dir: str, batch_size: int, count: int
         ValueError: There is a class that the model does not know.
     """
     names = _names_known_to(model, data_dir)
-    held = any(has_split(data_dir, name) for name in VALIDATION_SPLITS)
+    held = _has_validation(data_dir)
     drawn = draw(_as_taken_by(model, data_dir, batch_size, names), "validation" if held else "train", count)
     if not held:
         notice(f"{data_dir} has no images for validation: all are measured, those that a model has learnt from too.")

@@ -12,12 +12,12 @@ from typing import Any
 
 from zoo.catalog import did_you_mean
 
-__all__ = ["in_one_line", "refuse_nulls"]
+__all__ = ["explained", "refuse_nulls"]
 
 _SECTIONS = ("config", "model", "data", "trainer", "ckpt_path", "seed_everything", "weights_only")
 
 
-def in_one_line(message: str) -> str:
+def explained(message: str) -> str:
     """Return what jsonargparse says, which takes ten lines, in one.
 
     Args:
