@@ -17,7 +17,7 @@ from diffusers import (
 )
 from diffusers.hooks import TaylorSeerCacheConfig
 from hooked import assert_clean, class_pipeline, generate
-from torch import nn
+from torch import Tensor, nn
 
 import zoo
 
@@ -147,3 +147,80 @@ def test_schedule_of_other_steps() -> None:
             generate(pipe, steps=8)
         assert generate(pipe, steps=6).isfinite().all()
     assert_clean(pipe.transformer)
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward whose weights the model reads past their forwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlp = nn.Linear(4, 4), nn.Linear(4, 4)
+
+
+class Fused(nn.Module):
+    """A denoiser that calls none of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer() for _ in range(2)])
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """Return the images, changed."""
+        for layer in self.layers:
+            sample = sample + sample @ layer.attention.weight @ layer.mlp.weight
+        return sample
+
+
+@torch.no_grad()
+def fused_run(model: nn.Module) -> None:
+    for step in range(4):
+        model(torch.randn(2, 3, 4), torch.full((2,), 900.0 - step))
+
+
+def test_parts_that_the_model_does_not_call() -> None:
+    """They would be computed at every step in silence."""
+    model, match = Fused().eval(), r"Fused calls none of the 4 parts .* such as layers\.0\.attention, [^\n]*$"
+    with zoo.cached(model, zoo.TaylorSeerConfig()), pytest.raises(ValueError, match=match):
+        fused_run(model)
+    with pytest.raises(ValueError, match=match):
+        zoo.calibrate_cache(model, zoo.BACConfig(), lambda: fused_run(model))
+    assert_clean(model)
+
+
+def test_calibrations_of_images_that_change_their_form() -> None:
+    """Guidance that goes off in mid-run halves the batch; the caches that need no calibration take it."""
+    model = DENOISERS["dit"]()
+    sample, labels = torch.randn(4, 4, 8, 8), torch.tensor([0, 1, 2, 3])
+
+    @torch.no_grad()
+    def run() -> None:
+        for step in range(6):
+            batch = 4 if step < 3 else 2
+            model(sample[:batch], timestep=torch.full((batch,), 900 - 50 * step), class_labels=labels[:batch])
+
+    for config in (zoo.BACConfig(), zoo.StepForecastConfig()):
+        with pytest.raises(ValueError, match=r"cannot be calibrated: .* change their form within the run, [^\n]*$"):
+            zoo.calibrate_cache(model, config, run)
+        assert_clean(model)
+
+
+class TwoDenoisers(DiffusionPipeline):
+    """A pipeline with a transformer for each branch, a prior, a ControlNet and what denoises nothing."""
+
+    def __init__(self, transformer: Any, unconditional_transformer: Any, prior: Any, controlnet: Any, vae: Any) -> None:
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, unconditional_transformer=unconditional_transformer, prior=prior,
+            controlnet=controlnet, vae=vae,
+        )  # fmt: skip
+
+
+def test_every_denoiser_of_a_pipeline() -> None:
+    """What takes a time is a denoiser, whatever its name; a ControlNet is none."""
+    models = [DENOISERS["pixel_dit"](), DENOISERS["pixel_dit"](), DENOISERS["dit"]()]
+    pipe = TwoDenoisers(*models, DENOISERS["sd3"](), AutoencoderKL(block_out_channels=(8,), norm_num_groups=4))
+    with zoo.cached(pipe, zoo.CGTaylorConfig()):
+        assert [each.model for each in zoo.cache_summary(pipe).denoisers] == [type(model).__name__ for model in models]
+    for config in (zoo.BACConfig(), zoo.StepForecastConfig()):
+        with pytest.raises(ValueError, match=r"one denoiser: give it .*transformer or .*transformer or pipe\.prior\.$"):
+            zoo.calibrate_cache(pipe, config, lambda: None)

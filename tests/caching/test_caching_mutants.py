@@ -196,3 +196,19 @@ def test_the_start_is_found_among_the_timesteps(first: float, begin: int | None,
     for handle in handles:
         handle.remove()
     assert (tracker.start, tracker.num_steps, tracker.step) == (start, 5 - start, 0)
+
+
+@pytest.mark.parametrize(("first", "start"), [(1.0, 0), (0.996, 0), (0.0, 0), (0.5, 1)])
+def test_a_share_of_the_first_timestep_is_no_last_one(first: float, start: int) -> None:
+    """1 of 1000 is where schedules of flow matching end, and 1 all of what is left to do where they begin."""
+    scheduler = Scheduler()
+    scheduler.timesteps = torch.tensor([1000.0, 500.0, 1.0])
+    pipe: Any = Pipe(scheduler)
+    model = pixel_dit()
+    tracker = RunTracker(model, pipe)
+    handles = tracker.attach(model)
+    with torch.no_grad():
+        model(torch.randn(1, 3, 8, 8), timestep=torch.tensor([first]), class_labels=torch.tensor([0]))
+    for handle in handles:
+        handle.remove()
+    assert (tracker.start, tracker.num_steps) == (start, 3 - start)

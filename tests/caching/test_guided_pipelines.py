@@ -25,12 +25,13 @@ from tiny_pipelines import Subject
 from torch import Tensor, nn
 
 import zoo
-from zoo import BACConfig, CGTaylorConfig, TaylorSeerConfig
+from zoo import BACConfig, CGTaylorConfig, StepForecastConfig, TaylorSeerConfig
 from zoo.diffusion.blocks import attention_modules
 
 EVERYTHING = 1e6
 STEPS = 8
 SUBJECTS: dict[str, Callable[[], Subject]] = {
+    "auraflow": pipelines.auraflow_text_to_image,
     "chroma": pipelines.chroma_text_to_image,
     "flux": pipelines.flux_text_to_image,
     "flux_image": pipelines.flux_image_to_image,
@@ -109,7 +110,7 @@ def test_branches_without_contexts_do_not_mix(name: str) -> None:
             assert zoo.cache_summary(pipe).denoisers[0].skipping_calls["default 2"] > 0
 
 
-@pytest.mark.parametrize("name", ["flux_image", "lumina2", "wan"])
+@pytest.mark.parametrize("name", ["auraflow", "flux_image", "lumina2", "wan"])
 def test_calibration(name: str) -> None:
     """The schedule has a step for each step, and the run that it is for gets along with it."""
     pipe, run = SUBJECTS[name]()
@@ -119,7 +120,7 @@ def test_calibration(name: str) -> None:
     with zoo.cached(pipe, config):
         run(STEPS)
         calls = zoo.cache_summary(pipe).denoisers[0]
-        assert calls.calls == dict.fromkeys(TWO_BRANCHES[name], steps)
+        assert calls.calls == dict.fromkeys(TWO_BRANCHES.get(name, ("default",)), steps)
         assert 0 < calls.computed_share < 1
 
 
@@ -296,3 +297,58 @@ def test_guidance_switched_off_in_mid_run() -> None:
         assert summary.calls == {"default": 12}
         assert set(units_of(model).values()) == {(0, 1, 2, 6, 7, 10)}
     assert generate(pipe).isfinite().all()
+
+
+def test_frames_at_times_of_their_own() -> None:
+    """More calls than the scheduler has timesteps: schedules are for as many, and the last is known."""
+    pipe, run = pipelines.skyreels_frames_in_turns(ar_step=2, causal_block_size=1)
+    calls = run(STEPS) is not None and pipe.num_timesteps
+    assert calls > STEPS
+    for config in (BACConfig(updates=3), StepForecastConfig(updates=4)):
+        found = zoo.calibrate_cache(pipe, config, lambda: run(STEPS))
+        assert (found.schedule.num_steps, found.schedule.timesteps) == (calls, ())
+        with zoo.cached(pipe, found):
+            first = run(STEPS)
+            summary = zoo.cache_summary(pipe).denoisers[0]
+            assert summary.calls == {"cond": calls, "uncond": calls}
+            assert summary.skipping_calls["cond"] > 0
+            assert torch.equal(run(STEPS), first)
+    with zoo.cached(pipe, CGTaylorConfig(threshold=EVERYTHING)):
+        run(STEPS)
+        assert units_of(pipe)["cond", "other blocks"][-1] == calls - 1
+
+
+def test_a_pipeline_that_leaves_out_a_timestep() -> None:
+    """Stable Cascade: a run has one step less than its scheduler has timesteps; its UNet has no list of blocks."""
+    pipe, run = pipelines.stable_cascade_prior()
+    expected = run(STEPS)
+    config = zoo.calibrate_cache(pipe, StepForecastConfig(updates=4), lambda: run(STEPS))
+    with zoo.cached(pipe, config):
+        assert not torch.equal(run(STEPS), expected)
+        summary = zoo.cache_summary(pipe).denoisers[0]
+        assert (summary.calls, summary.skipping_calls) == ({"default": STEPS}, {"default": 4})
+    for refused in (TaylorSeerConfig(), CGTaylorConfig()):
+        with pytest.raises(ValueError, match="StableCascadeUNet"):
+            zoo.enable_cache(pipe, refused)
+
+
+def test_long_videos_are_calibrated() -> None:
+    """Each piece of a video goes on from the one before, which an error in the first changes too."""
+    pipe, run = pipelines.skyreels_frames_in_turns(num_frames=13, base_num_frames=9, overlap_history=5)
+    config = zoo.calibrate_cache(pipe, StepForecastConfig(updates=4), lambda: run(STEPS))
+    with zoo.cached(pipe, config):
+        first = run(STEPS)
+        assert torch.equal(run(STEPS), first)
+
+
+@pytest.mark.parametrize(
+    ("config", "more"), [(CGTaylorConfig(threshold=EVERYTHING, force_last=False), set()), (TaylorSeerConfig(), {7})]
+)
+def test_a_control_that_is_switched_is_seen(config: Any, more: set[int]) -> None:
+    """Where a ControlNet comes in and goes out, as many full steps follow as a line needs."""
+    pipe, run = pipelines.sd3_with_control()
+    with zoo.cached(pipe, config):
+        first = run(16)
+        computed = [set(steps) for (_, unit), steps in units_of(pipe).items() if unit != "first block"]
+        assert all(steps == {0, 1, 2, 4, 5, 12, 13} | more for steps in computed)
+        assert torch.equal(run(16), first)

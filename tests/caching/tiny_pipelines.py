@@ -6,13 +6,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from denoisers import hunyuan_video, ltx, lumina2, randomize, sd3
+from denoisers import auraflow, hunyuan_video, ltx, lumina2, randomize, sd3
 from diffusers import (
+    AuraFlowPipeline,
     AutoencoderKL,
     AutoencoderKLLTXVideo,
     AutoencoderKLWan,
     ChromaPipeline,
     ChromaTransformer2DModel,
+    DDPMWuerstchenScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
@@ -24,7 +26,14 @@ from diffusers import (
     Lumina2Pipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SD3ControlNetModel,
+    SkyReelsV2DiffusionForcingPipeline,
+    SkyReelsV2Transformer3DModel,
+    StableCascadePriorPipeline,
+    StableCascadeUNet,
+    StableDiffusion3ControlNetPipeline,
     StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -214,3 +223,70 @@ def ltx_image_to_video() -> Subject:
         height=32, width=32, num_frames=9, guidance_scale=1.0,
     )  # fmt: skip
     return _subject(pipe, "frames", **fixed)
+
+
+def auraflow_text_to_image() -> Subject:
+    """AuraFlow, which gives its transformer t / 1000, where the last timestep is 1, and no contexts."""
+    pipe = AuraFlowPipeline(
+        transformer=auraflow(), scheduler=FlowMatchEulerDiscreteScheduler(), vae=_vae(), **_parts(*_ONE_TEXT)
+    )
+    masks = {f"{name}prompt_attention_mask": torch.ones(1, 3) for name in ("", "negative_")}
+    return _subject(pipe, "images", **_prompts(), **masks, height=8, width=8, guidance_scale=4.0)
+
+
+def sd3_with_control() -> Subject:
+    """Stable Diffusion 3 with a ControlNet that is on from the second to the last but one quarter of the steps."""
+    sizes = dict(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=12,
+        pos_embed_max_size=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    pipe = StableDiffusion3ControlNetPipeline(
+        transformer=sd3(), scheduler=FlowMatchEulerDiscreteScheduler(), vae=_vae(),
+        **_parts(*_TWO_TEXTS, "text_encoder_3", "tokenizer_3"), controlnet=randomize(SD3ControlNetModel(**sizes)),
+    )  # fmt: skip
+    fixed = dict(control_image=_noise(1, 3, 8, 8).sigmoid(), control_guidance_start=0.25, control_guidance_end=0.75)
+    return _subject(pipe, "images", **_prompts(pooled=True), **fixed, height=8, width=8, guidance_scale=4.0)
+
+
+def skyreels_frames_in_turns(**changes: Any) -> Subject:
+    """SkyReels with frames at times of their own: more calls than its scheduler, which stands still, has timesteps."""
+    torch.manual_seed(0)
+    model = randomize(
+        SkyReelsV2Transformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=1, attention_head_dim=12, in_channels=16, out_channels=16,
+            text_dim=12, freq_dim=16, ffn_dim=24, num_layers=2, rope_max_seq_len=16, inject_sample_info=True,
+        )
+    )  # fmt: skip
+    vae = AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    ).eval()
+    pipe = SkyReelsV2DiffusionForcingPipeline(
+        **_parts(*_ONE_TEXT), transformer=model, vae=vae,
+        scheduler=UniPCMultistepScheduler(flow_shift=8.0, use_flow_sigmas=True, prediction_type="flow_prediction"),
+    )  # fmt: skip
+    fixed = dict(prompt=None, height=16, width=16, num_frames=9, guidance_scale=4.0)
+    return _subject(pipe, "frames", **_prompts(), **{**fixed, **changes})
+
+
+def stable_cascade_prior() -> Subject:
+    """Stable Cascade's prior, which leaves out the last timestep of its scheduler."""
+    torch.manual_seed(0)
+    kinds = (("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),)
+    model = randomize(
+        StableCascadeUNet(
+            in_channels=4, out_channels=4, timestep_ratio_embedding_dim=8, conditioning_dim=8, block_out_channels=(8,),
+            num_attention_heads=(2,), down_num_layers_per_block=(2,), up_num_layers_per_block=(2,),
+            down_blocks_repeat_mappers=(1,), up_blocks_repeat_mappers=(1,), block_types_per_layer=kinds,
+            clip_text_in_channels=12, clip_text_pooled_in_channels=12, clip_image_in_channels=8, kernel_size=1,
+            switch_level=(),
+        )
+    )  # fmt: skip
+    text_encoder: Any = nn.Linear(1, 1)
+    text_encoder.dtype, text_encoder.device = torch.float32, torch.device("cpu")
+    pipe = StableCascadePriorPipeline(None, text_encoder, model, DDPMWuerstchenScheduler())
+    prompts = {f"{name}prompt_embeds": _noise(1, 3, 12, seed=len(name)) for name in ("", "negative_")}
+    pooled = {f"{name}prompt_embeds_pooled": _noise(1, 1, 12, seed=len(name)) for name in ("", "negative_")}
+    fixed = dict(height=128, width=128, guidance_scale=4.0, output_type="pt")
+    return _subject(pipe, "image_embeddings", **prompts, **pooled, **fixed)

@@ -27,6 +27,7 @@ __all__ = [
     "model_units",
     "register_blocks",
     "summed_blocks",
+    "unused_units",
 ]
 
 Returns = Literal["image", "image, text", "text, image", "joined"]
@@ -222,6 +223,19 @@ def model_units(model: nn.Module, method: str) -> list[Unit]:
     if not found:
         raise ValueError(f"{method} finds no part of {type(model).__name__} to work on.")
     return found
+
+
+def unused_units(model: nn.Module, units: Sequence[Unit]) -> str:
+    """Return what to say of a model that calls none of its units.
+
+    Args:
+        model: The denoiser.
+        units: Found in it.
+    """
+    return (
+        f"{type(model).__name__} calls none of the {len(units)} parts that were found in it, such as {units[0].path}, "
+        f"so that nothing can be left out: name others with zoo.caching.register_blocks, or take StepForecastConfig."
+    )
 
 
 class SummedBlock(NamedTuple):

@@ -15,15 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Branch", "Branches", "Conditioning", "conditioning", "is_repeated"]
+__all__ = ["Branch", "Branches", "Conditioning", "conditioning", "is_control", "is_repeated"]
 
 Conditioning = Mapping[str, Any]
 
 # Arguments that change from step to step within a branch: times, other samples, residuals of a ControlNet, stores of
 # keys and values.
+_CONTROL = re.compile(r"control|residual|block_samples")
 _CHANGING = re.compile(
-    r"(^|_)(t|r|time|timesteps?|sigmas?)(_|$)|control|residual|block_samples|audio_hidden_states|latents|kv_cache|noise"
+    rf"(^|_)(t|r|time|timesteps?|sigmas?)(_|$)|{_CONTROL.pattern}|audio_hidden_states|latents|kv_cache|noise"
 )
+
+
+@cache
+def is_control(name: str) -> bool:
+    """Return whether an argument of this name brings what a ControlNet gives."""
+    return _CONTROL.search(name) is not None
 
 
 @cache
@@ -55,6 +62,7 @@ class Branch:
         form: Shape, type and device of the images of its last call.
         step: Of its last call.
         began: Step at which it began to store.
+        controls: Which ControlNets were on in its last call.
         call: All that its last call was given.
     """
 
@@ -63,6 +71,7 @@ class Branch:
     form: tuple[Any, ...]
     step: int
     began: int = 0
+    controls: tuple[str, ...] = ()
     call: Any = None
 
 

@@ -15,8 +15,8 @@ from diffusers.hooks.hooks import BaseState
 from torch import Tensor, nn
 
 from zoo.caching.bac import BACConfig
-from zoo.caching.blocks import Unit, model_units
-from zoo.caching.core import cached
+from zoo.caching.blocks import Unit, model_units, unused_units
+from zoo.caching.core import cached, require_one_denoiser
 from zoo.caching.hooks import ContextStates
 from zoo.caching.registry import place, require_evaluation
 from zoo.caching.runs import RunTracker
@@ -30,7 +30,7 @@ from zoo.caching.schedules import (
     similarity,
     top_errors,
 )
-from zoo.caching.step_calibration import calibrate_steps
+from zoo.caching.step_calibration import calibrate_steps, other_form
 from zoo.caching.step_forecast import StepForecastConfig
 from zoo.caching.streams import UnitOutput
 
@@ -130,6 +130,7 @@ def calibrate(
         ValueError: `run` did not call the denoiser, or its runs have different numbers of steps.
     """
     config.check()
+    require_one_denoiser(pipe_or_model)
     record = _Record(config)
     with cached(pipe_or_model, record):
         run()
@@ -152,14 +153,15 @@ class _Record:
         """Return the averages."""
         sums = self.shared
         if not sums.steps:
-            raise ValueError("The run of the calibration did not call the denoiser.")
+            raise ValueError(sums.unused if sums.called else "The run of the calibration did not call the denoiser.")
         if len(sums.steps) > 1:
             raise ValueError(f"The runs of a calibration need the same number of steps, got {sorted(sums.steps)}.")
+        steps = sums.steps.pop()
         return Calibration(
             model=sums.model,
-            num_steps=sums.steps.pop(),
+            num_steps=steps,
             scheduler=sums.scheduler,
-            timesteps=sums.timesteps,
+            timesteps=sums.timesteps if len(sums.timesteps) == steps else (),
             metric=self.config.metric,
             kinds={unit: kind for unit, kind in sums.kinds.items() if unit in sums.matrices},
             matrices={unit: total / sums.count for unit, total in sums.matrices.items()},
@@ -183,6 +185,8 @@ class _Sums:
     sizes: dict[str, float] = field(default_factory=dict)
     steps: set[int] = field(default_factory=set)
     count: int = 0
+    unused: str = ""  # what to say where no unit is called
+    called: bool = False
 
     def finish(self, metric: Metric) -> None:
         """Add the run to the sums; contexts that were active in a part of it only are left out."""
@@ -200,7 +204,10 @@ class _Sums:
             for unit in self.kinds:
                 if unit not in units:
                     continue
-                stacked = torch.stack([torch.cat(calls, dim=1) for _, calls in sorted(units[unit].items())], dim=1)
+                outputs = [torch.cat(calls, dim=1) for _, calls in sorted(units[unit].items())]
+                if len({output.shape for output in outputs}) > 1:
+                    raise ValueError(other_form("BACConfig", self.model))
+                stacked = torch.stack(outputs, dim=1)
                 for sample in stacked:  # (steps, features)
                     self.matrices[unit] = self.matrices.get(unit, torch.zeros(())) + similarity(sample, metric)
                     self.errors[unit] = self.errors.get(unit, 0.0) + block_error(sample)
@@ -272,11 +279,15 @@ class _FirstRecordHook(_RecordHook):
 @place.register
 def _record(config: _Record, model: nn.Module, run: RunTracker) -> None:
     shared = config.shared
-    if shared.model:
-        raise ValueError("A calibration is of one denoiser: give it pipe.transformer or pipe.transformer_2.")
     units, states = model_units(model, "BACConfig"), ContextStates(BaseState)
     require_evaluation(config.config, model)
     shared.model, shared.kinds = type(model).__name__, {unit.path: unit.kind for unit in units}
+    shared.unused = unused_units(model, units)
+
+    def note_call() -> None:
+        shared.called = True
+
+    run.on_call = note_call
     for unit in units:
         hook = (_FirstRecordHook if unit is units[0] else _RecordHook)(unit, config, run, states)
         HookRegistry.check_if_exists_or_initialize(unit.module).register_hook(hook, _RECORD_HOOK)

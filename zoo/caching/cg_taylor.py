@@ -38,7 +38,7 @@ class CGTaylorConfig:
     the last block is forecast too and the blocks between are left out; where not, the step is computed in full and both
     forecasts learn from it. Thresholds differ from model to model: `zoo.cache_summary` shows the errors that were met.
 
-    A control signal that enters behind the first block (ControlNet residuals) is not seen by the gate.
+    Of a control signal that enters behind the first block (ControlNet residuals) the gate sees only whether it is on.
 
     Differs from the paper: `max_consecutive_skips` and `cfg_gate="own"` are ours.
 

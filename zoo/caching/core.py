@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import CacheMixin, DiffusionPipeline
+from diffusers import CacheMixin, DiffusionPipeline, ModelMixin
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
@@ -34,7 +34,7 @@ from zoo.caching.hooks import (
     tell_contexts,
 )
 from zoo.caching.registry import place
-from zoo.caching.runs import RunTracker
+from zoo.caching.runs import RunTracker, takes_time
 from zoo.caching.saved import find_setting
 from zoo.caching.summary import CacheSummary, DenoiserSummary
 from zoo.layers.own import engine_in
@@ -47,6 +47,7 @@ __all__ = [
     "disable_cache",
     "enable_cache",
     "is_pipeline",
+    "require_one_denoiser",
     "reset_cache",
 ]
 
@@ -252,11 +253,7 @@ def denoisers(pipe_or_model: Any) -> tuple[DiffusionPipeline | None, list[nn.Mod
     """
     if is_pipeline(pipe_or_model):
         components = pipe_or_model.components
-        denoisers = [
-            unwrap_module(component)
-            for name, component in components.items()
-            if name.startswith(("transformer", "unet")) and isinstance(component, nn.Module)
-        ]
+        denoisers = [unwrap_module(each) for name, each in components.items() if _is_denoiser(name, each)]
         if not denoisers:
             raise ValueError(
                 f"{type(pipe_or_model).__name__} has no denoiser among its parts: {', '.join(components)}."
@@ -265,6 +262,22 @@ def denoisers(pipe_or_model: Any) -> tuple[DiffusionPipeline | None, list[nn.Mod
     if isinstance(pipe_or_model, nn.Module):
         return None, [unwrap_module(pipe_or_model)]
     raise TypeError(f"A cache needs a diffusers pipeline or a model, got {type(pipe_or_model).__name__}.")
+
+
+def require_one_denoiser(pipe_or_model: Any) -> None:
+    """Raise ValueError that names them where a pipeline has several denoisers."""
+    pipeline, models = denoisers(pipe_or_model)
+    if pipeline is not None and len(models) > 1:
+        names = [f"pipe.{name}" for name, each in pipeline.components.items() if _is_denoiser(name, each)]
+        raise ValueError(f"A calibration is of one denoiser: give it {' or '.join(names)}.")
+
+
+def _is_denoiser(name: str, component: Any) -> bool:
+    """Return whether a part of a pipeline denoises: by its name, or a model that takes a time and is no ControlNet."""
+    if not isinstance(component, nn.Module) or "controlnet" in name:
+        return False
+    named = name.startswith(("transformer", "unet"))
+    return named or (isinstance(component, ModelMixin) and takes_time(unwrap_module(component)))
 
 
 def _active_config(model: nn.Module) -> Any:

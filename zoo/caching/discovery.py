@@ -108,7 +108,9 @@ def find_lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
             continue
         if any(path.startswith(f"{other}.") for other in found):
             continue
-        if all(find_units(unwrap_module(block)).kinds for block in module):
+        # a list in a list is no block: nothing calls it
+        blocks = [unwrap_module(block) for block in module if not isinstance(block, nn.ModuleList)]
+        if len(blocks) == len(module) and all(find_units(block).kinds for block in blocks):
             found[path] = module
     main = {path: blocks for path, blocks in found.items() if not _BESIDE.search(path.lower())} or found
     nearest = min((path.count(".") for path in main), default=0)

@@ -64,6 +64,8 @@ def find_fit(name: str, schedule: PlannedSteps, run: RunTracker) -> Fit:
         if run.timesteps is not None and len(run.timesteps) == schedule.num_steps:
             offset = run.start  # image-to-image: the end of the schedule's own timesteps
             timesteps = run.timesteps
+        elif run.planned == schedule.num_steps:
+            timesteps = []  # more calls than the scheduler has timesteps
         else:
             wrong = wrong_steps(name, schedule, str(run.num_steps))
     scheduler = type(run.scheduler).__name__

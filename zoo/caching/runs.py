@@ -23,14 +23,14 @@ from diffusers.hooks.hooks import CacheContext
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
-from zoo.caching.branches import Branch, Branches, Conditioning, conditioning, is_repeated
+from zoo.caching.branches import Branch, Branches, Conditioning, conditioning, is_control, is_repeated
 from zoo.caching.hooks import DEFAULT_CONTEXT, ContextStates, PrivateStates, outside_graphs, refuse_copy
 from zoo.caching.streams import version
 from zoo.caching.summary import Call, RunLog
 
-__all__ = ["RunTracker"]
+__all__ = ["RunTracker", "takes_time"]
 
-_TIME = re.compile(r"(^|_)(t|time|timesteps?)$")
+_TIME = re.compile(r"(^|_)(t|time|timesteps?|timestep_ratio)$")
 _LIKENESS = 0.005  # of the training timesteps: a timestep may be rounded to bfloat16
 _CHANGES = 3  # branches that took the place of others before a run is warned about
 _DEPTH = 24  # frames between a pipeline and its denoiser: hooks, wrappers, decorators
@@ -57,6 +57,9 @@ class _Inputs:
         self._versions = [version(tensor) for tensor in self.sample]
         self.form = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in self.sample)
         self.conditioning: Conditioning = conditioning(arguments, sample)
+        # pipelines switch a ControlNet off by giving zeros, or nothing
+        controls = [name for name in given if is_control(name)]
+        self.controls = tuple(name for name in controls if any(bool(each.any()) for each in _tensors(arguments[name])))
 
     @property
     def time(self) -> float | None:
@@ -102,6 +105,10 @@ class _Schedule:
         self._bound = None if ratio is None else ratio * self._training
         second = getattr(pipeline, "transformer_2", None)
         self._is_second = second is not None and unwrap_module(second) is model
+        # what the pipeline says of its loop: Stable Cascade leaves out the last timestep, and frames at times of their
+        # own take more calls than there are timesteps
+        planned = getattr(pipeline, "_num_timesteps", None)
+        self.planned: int | None = planned if isinstance(planned, int) and planned > 0 else None
         self.start = 0
         self.own: list[float] = []
 
@@ -113,7 +120,7 @@ class _Schedule:
         rest = self.values[self.start :]
         if self._bound is not None:  # Wan 2.2: one denoiser for much noise, another one for little
             rest = [value for value in rest if (value < self._bound) == self._is_second]
-        self.own = rest
+        self.own = rest if self.planned is None else rest[: self.planned]
         return found is not None
 
     def _find(self, given: float | None) -> int | None:
@@ -130,6 +137,8 @@ class _Schedule:
             if distances[0] <= min(distances) + tolerance / 10:  # a run begins at the first one if it can
                 distances[0] = min(distances)
             found = distances.index(min(distances)), min(distances)
+            if found[0] == 0 and found[1] <= tolerance:
+                return 0  # 1 of 1000 is also the last one of schedules that end at 1
             if best is None or found[1] < best[0]:
                 best = found[1], found[0]
         assert best is not None
@@ -152,9 +161,9 @@ class RunTracker:
     A step is what `CacheContext.step_index` says. Without it, a new step begins where the timestep is another one, the
     scheduler has made a step, or a branch comes up again with other images. Calls of one step are of different branches
     of guidance: of different cache contexts, or told apart by what they are conditioned on. A call that fits no known
-    branch opens one, and has nothing stored. Where the form of the images changes, what its branch has stored is
-    dropped, and the count of steps goes on. Where another program gives several images to its first step in turns, so
-    it does to all others, and each image has a branch.
+    branch opens one, and has nothing stored. Where the form of the images changes, or a ControlNet is switched on or
+    off, what its branch has stored is dropped, and the count of steps goes on. Where another program gives several
+    images to its first step in turns, so it does to all others, and each image has a branch.
 
     It is a pair of forward hooks of PyTorch, not of diffusers: accelerate's offloading exchanges the forward of whole
     models and drops hooks of the latter kind from it.
@@ -224,6 +233,11 @@ class RunTracker:
     def timesteps(self) -> list[float] | None:
         """All timesteps of the scheduler, or None where it does not drive the run."""
         return self._schedule.values if self._schedule else None
+
+    @property
+    def planned(self) -> int | None:
+        """Calls of its denoisers that the pipeline says it makes; None where it does not say."""
+        return self._schedule.planned if self._schedule else None
 
     @property
     def own_timesteps(self) -> list[float]:
@@ -359,7 +373,8 @@ class RunTracker:
         if context.step_index is not None and self._first_index is not None:
             self.step = context.step_index - self._first_index
         if self.num_steps is not None and self.step >= self.num_steps:
-            self.num_steps = self.log.num_steps = None  # there are more than the scheduler has
+            # there are more than the scheduler has
+            self.num_steps = self.log.num_steps = self.planned if self.step < (self.planned or 0) else None
         self._enter(inputs, context)
 
     def _place(self, last: _Inputs, inputs: _Inputs, context: CacheContext) -> Literal["run", "step", "same"]:
@@ -438,7 +453,8 @@ class RunTracker:
         now, last = inputs.time, self._last.time
         if self._is_called_by_pipeline and goes_on:  # its schedule says what comes next, which may go back and forth
             begins_again = now == self._first_time and self._schedule is not None
-            return begins_again and self.own_timesteps[self.step + 1] != self.own_timesteps[0]
+            own, after = self.own_timesteps, self.step + 1
+            return begins_again and (after >= len(own) or own[after] != own[0])
         return now == self._first_time or (last is not None and (now - last) * self._direction < 0)
 
     def _is_repeated(self, inputs: _Inputs, context: CacheContext) -> bool:
@@ -486,12 +502,13 @@ class RunTracker:
             branch = branches.open(inputs.conditioning, inputs.form, self.step)
             self.begins_branch = True
         else:
-            self.begins_branch = branch.form != inputs.form
+            self.begins_branch = branch.form != inputs.form or branch.controls != inputs.controls
             if self.begins_branch:
                 self._drop(branch)
         if self.begins_branch:
             branch.began = self.step
         branch.inputs, branch.form, branch.step, branch.call = inputs.conditioning, inputs.form, self.step, inputs
+        branch.controls = inputs.controls
         self.branch, self.began = branch.name, branch.began
         self._last, self._index, self._scheduler_step = inputs, context.step_index, self._read_scheduler_step()
 
@@ -523,6 +540,11 @@ class RunTracker:
                     f"is reused: call it in `model.cache_context(name)` to say which branch of guidance a call is of.",
                     stacklevel=2,
                 )
+
+
+def takes_time(model: nn.Module) -> bool:
+    """Return whether a model is called with a time, as denoisers are."""
+    return any(map(_is_time, inspect.signature(type(model).forward).parameters))
 
 
 @cache

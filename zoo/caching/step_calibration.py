@@ -15,14 +15,14 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
 
-from zoo.caching.core import cached
+from zoo.caching.core import cached, require_one_denoiser
 from zoo.caching.registry import place, require_evaluation
 from zoo.caching.runs import RunTracker
 from zoo.caching.step_forecast import StepForecastConfig, WholeHook
 from zoo.caching.step_schedules import StepSchedule, plan_steps
 from zoo.caching.streams import rebuilt, tensors
 
-__all__ = ["StepCalibration", "calibrate_steps"]
+__all__ = ["StepCalibration", "calibrate_steps", "other_form"]
 
 _HOOK = "zoo_step_record"
 
@@ -77,12 +77,14 @@ class _Run:
         beside: Outputs by step, of the first branch, at the same elements.
         outputs: By branch and step.
         first: Output of the first step by branch, whole.
+        forms: Shapes of the noisy images.
     """
 
     samples: dict[int, Tensor] = field(default_factory=dict)
     beside: dict[int, Tensor] = field(default_factory=dict)
     outputs: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     first: dict[str, Any] = field(default_factory=dict)
+    forms: set[tuple[torch.Size, ...]] = field(default_factory=set)
 
     @property
     def num_steps(self) -> int:
@@ -143,6 +145,7 @@ class _RecordHook(WholeHook):
                 record.timesteps = tuple(run.own_timesteps)
         seen = record.runs[-1]
         parts = [tensor for _, tensor in tensors(output) if tensor.is_floating_point()]
+        seen.forms.add(tuple(tensor.shape for tensor in run.sample))
         if run.step not in seen.samples:
             # an output and its noisy images are compared where they are alike, as far as they are
             seen.samples[run.step] = record.choose(_common(run.sample, parts))
@@ -167,11 +170,17 @@ def _common(tensors_of: list[Tensor], others: list[Tensor]) -> list[Tensor]:
 
 @place.register
 def _record(config: _StepRecord, model: nn.Module, run: RunTracker) -> None:
-    if config.model and not config.repeats:
-        raise ValueError("A calibration is of one denoiser: give it pipe.transformer or pipe.transformer_2.")
     require_evaluation(config.config, model)
     config.model = type(model).__name__
     HookRegistry.check_if_exists_or_initialize(model).register_hook(_RecordHook(config, run), _HOOK)
+
+
+def other_form(method: str, model: str) -> str:
+    """Return what to say of runs in which the images change their form."""
+    return (
+        f"{method} cannot be calibrated: the images that {model} is given change their form within the run, so that "
+        f"its steps cannot be compared. CGTaylorConfig and TaylorSeerConfig need no calibration."
+    )
 
 
 def calibrate_steps(
@@ -192,6 +201,7 @@ def calibrate_steps(
             noise the second time.
     """
     config.check()
+    require_one_denoiser(pipe_or_model)
     record = _StepRecord(config)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices), cached(pipe_or_model, record):
@@ -200,13 +210,18 @@ def calibrate_steps(
     record.repeats = True
     with cached(pipe_or_model, record):
         run()
+    if any(len(each.forms) > 1 for each in runs):
+        raise ValueError(other_form("StepForecastConfig", record.model))
     counts = sorted({each.num_steps for each in runs})
     if not counts:
         raise ValueError("The run of the calibration did not call the denoiser.")
     if len(counts) > 1:
         raise ValueError(f"The runs of a calibration need the same number of steps, got {counts}.")
-    again = zip(runs, record.runs, strict=False)
-    if len(runs) != len(record.runs) or not all(torch.equal(one.samples[0], other.samples[0]) for one, other in again):
+    # of several runs in one call, the later ones may go on from what the earlier ones have made (long videos)
+    again = [
+        pair for pair in zip(runs, record.runs, strict=False) if torch.equal(pair[0].samples[0], pair[1].samples[0])
+    ]
+    if len(runs) != len(record.runs) or not again or again[0][0] is not runs[0]:
         raise ValueError(
             "The calibration of step forecasts runs twice and needs the same noise each time: let `run` seed its "
             "generator anew, generator=torch.Generator().manual_seed(0)."
@@ -216,9 +231,9 @@ def calibrate_steps(
         model=record.model,
         num_steps=counts[0],
         scheduler=record.scheduler,
-        timesteps=record.timesteps,
+        timesteps=record.timesteps if len(record.timesteps) == counts[0] else (),
         products=torch.stack([outputs @ outputs.T / outputs.shape[1] for outputs in own]).mean(0),
-        effects=_effects(runs, record.runs),
+        effects=_effects([one for one, _ in again], [other for _, other in again]),
     )
 
 

@@ -10,7 +10,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState
 from torch import Tensor, nn
 
-from zoo.caching.blocks import PlacedBlock, SummedBlock, Unit, summed_blocks
+from zoo.caching.blocks import PlacedBlock, SummedBlock, Unit, summed_blocks, unused_units
 from zoo.caching.hooks import ContextStates, outside_graphs
 from zoo.caching.runs import RunTracker
 from zoo.caching.streams import UnitOutput, version
@@ -75,6 +75,7 @@ class UnitCache:
         blocks: Those that add the outputs of their units, in running order.
         max_order: Of the forecast; 0 repeats the last output.
         dtype: Type in which forecasts are stored and summed; None is the model's.
+        unused: What to say where the model calls none of the units.
     """
 
     def __init__(
@@ -85,8 +86,10 @@ class UnitCache:
         blocks: Sequence[SummedBlock] = (),
         max_order: int = 0,
         dtype: torch.dtype | None = None,
+        unused: str = "",
     ) -> None:
         self.run = run
+        self._unused = unused
         self.states = ContextStates(_Stored)
         self._turn_of = turn
         self._every = frozenset(units)
@@ -110,7 +113,13 @@ class UnitCache:
         return sum(state.nbytes for state in self.states.stored())
 
     def begin(self) -> None:
-        """Prepare for a call of the model."""
+        """Prepare for a call of the model.
+
+        Raises:
+            ValueError: The model has called none of the units in the call before, the first of its run.
+        """
+        if len(self.run.log.calls) == 2 and not self.run.log.units:
+            raise ValueError(self._unused)
         if self._computed:
             self._note_memory()
             self._computed = False
@@ -340,7 +349,7 @@ def place_units(
         dtype: Of forecasts.
     """
     blocks = summed_blocks(model, units)
-    cache = UnitCache(run, turn, [unit.path for unit in units], blocks, max_order, dtype)
+    cache = UnitCache(run, turn, [unit.path for unit in units], blocks, max_order, dtype, unused_units(model, units))
     run.on_call = cache.begin
     for unit in units:
         hook = (_FirstUnitHook if unit is units[0] else _UnitHook)(cache, unit)
