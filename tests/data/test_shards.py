@@ -17,7 +17,7 @@ from zoo.data.images import ImageClassification
 from zoo.data.labelled_images import FolderImages, open_labelled_images
 from zoo.data.notices import Notice
 from zoo.data.samplers import BlockSampler
-from zoo.data.shards import ShardImages
+from zoo.data.shards import ShardImages, find_shards
 from zoo.files import cache_dir
 
 NAMES = ["ant", "bee", "cat"]
@@ -161,6 +161,20 @@ def test_what_is_wrong_with_a_shard(data: Path, tmp_path: Path) -> None:
         add(archive, "a.cls", b"0")
     with pytest.raises(ValueError, match=r"sample 0 of .*train-0\.tar"):
         open_labelled_images(str(damaged.parent), "train")[0]
+
+
+def test_shards_without_the_name_of_a_split_are_for_training(tmp_path: Path) -> None:
+    """As class folders are; a packed copy beside class folders is none, nor is a shard of another split."""
+    first, second = (write_shard(tmp_path / f"{number:06}.tar", [number, number + 1]) for number in range(2))
+    write_shard(tmp_path / "mine-val-000.tar", [2])
+    write_shard(tmp_path / "testing-000.tar", [2])
+    assert find_shards(tmp_path, ("train",)) == [first, second]
+    assert len(open_labelled_images(str(tmp_path), "train")) == 4
+    assert [path.name for path in find_shards(tmp_path, ("validation", "val"))] == ["mine-val-000.tar"]
+    assert not find_shards(tmp_path, ("test",))
+    (tmp_path / "ant").mkdir()
+    (tmp_path / "ant" / "a.png").write_bytes(png(0))
+    assert not find_shards(tmp_path, ("train",))
 
 
 def test_classes_under_their_names_in_wordnet(tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ def open_labelled_images(
     Args:
         data_dir: `DIR` with `DIR/<split>/<class>/*.jpg`, `DIR` with `<split>*.parquet`, with `<split>*.tar` or
             `<split>/*.tar`, or a Hub name `org/name`. A folder wins over a Hub name. `DIR/<class>/*.jpg` are training
-            images.
+            images, and so are tar files that name no split.
         split: "train", "test", ...; "validation" also finds the usual other names ("val", "valid", "test").
         transform: Applied to each RGB PIL image.
         image_key: Image column of Parquet or Hub data.

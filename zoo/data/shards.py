@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -22,26 +22,46 @@ from PIL import Image
 from zoo.data.readable import Readable, placed, require_known, tell_absent
 from zoo.files import cache_dir, whole
 from zoo.pictures.eight_bit import read_eight_bit
-from zoo.pictures.folders import is_picture
+from zoo.pictures.folders import is_picture, walk
 
 __all__ = ["ShardImages", "find_shards"]
 
+# a shard of one of these that is not asked for is not taken for training
+_SPLITS = ("train", "training", "validation", "val", "valid", "test", "testing", "eval", "dev")
 _NAMES = ("classes.txt", "classnames.txt")  # one class a line, beside the shards
 
 
 def find_shards(folder: Path, splits: Sequence[str]) -> list[Path]:
     """Return the tar files of a split, sorted: those in a folder of its name, else those that have it in their names.
 
+    Those that name no split are for training, as class folders are, where nothing else in the folder is pictures.
+
     Args:
         folder: Holds them.
         splits: Names of the split, the usual one first.
     """
+    loose = sorted(path for path in folder.glob("*.tar") if path.is_file())
     for split in splits:
         inside = sorted(path for path in (folder / split).glob("*.tar") if path.is_file())
-        named = re.compile(rf"(^|[-_.]){re.escape(split)}([-_.\d])", re.IGNORECASE)
-        if found := inside or sorted(path for path in folder.glob("*.tar") if named.search(path.name)):
+        if found := inside or [path for path in loose if _is_of(path.name, split)]:
             return found
+    unnamed = [path for path in loose if not any(_is_of(path.name, split) for split in _SPLITS)]
+    if "train" in splits and unnamed and not any(map(_is_data, _all_files(folder))):
+        return unnamed
     return []
+
+
+def _is_of(name: str, split: str) -> bool:
+    return re.search(rf"(^|[-_.]){re.escape(split)}([-_.\d])", name, re.IGNORECASE) is not None
+
+
+def _is_data(name: str) -> bool:
+    return is_picture(name) or name.endswith(".parquet")
+
+
+def _all_files(folder: Path) -> Iterator[str]:
+    for _, _, names in walk(folder):
+        yield from names
 
 
 class ShardImages(Readable):
