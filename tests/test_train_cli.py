@@ -93,6 +93,8 @@ def test_unknown_key(
         ("--data.init_args.image_size null", "data.init_args.image_size takes int or tuple[int, int], got null."),
         ("--modle.x 1", "There is no option 'modle'. Did you mean model?"),
         ("--confg x", "There is no option 'confg'. Did you mean config?"),
+        ("--optimizer.lr 1", "--optimizer takes a class of torch first: --optimizer AdamW. The tasks of this zoo have"),
+        ("--lr_scheduler.T_max 1", "--lr_scheduler takes a class of torch first: --lr_scheduler CosineAnnealingLR."),
     ],
 )
 def test_wrong_arguments(
@@ -100,6 +102,34 @@ def test_wrong_arguments(
 ) -> None:
     """One line that names the option, what it takes and the nearest right one, in place of the parser's ten."""
     assert train(monkeypatch, "fit", "--config", str(SMOKE), *arguments.split()) == (1 if "null" in arguments else 2)
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_options_may_come_before_the_config(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They change what it says, as behind it; the parser alone would know no class yet, and let the config win."""
+    options = ("--data.init_args.image_size", "40", "--trainer.max_epochs=7")
+    assert train(monkeypatch, "fit", *options, "--config", str(SMOKE), "--print_config") == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert (config["data"]["init_args"]["image_size"], config["trainer"]["max_epochs"]) == (40, 7)
+    assert train(monkeypatch, "fit", "--config") == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("fitt", "A training takes fit, validate or test, got 'fitt'. Did you mean fit?"),
+        ("predict", "got 'predict'. Trained models predict by zoo classify, restore and generate."),
+    ],
+)
+def test_unknown_command(
+    command: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(monkeypatch, command, "--config", str(SMOKE)) == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1

@@ -103,16 +103,20 @@ def _failed(said: str, code: int, module: str = "tasks") -> int:
 
 
 def _with_paths(arguments: list[str]) -> list[str]:
-    """Replace names of configs by paths."""
-    found = list(arguments)
-    for place, argument in enumerate(arguments):
+    """Replace names of configs by paths, and put them before the options: these change what is in them."""
+    configs: list[str] = []
+    others: list[str] = []
+    left = iter(arguments)
+    for argument in left:
         option, equals, value = argument.partition("=")
-        if option in ("--config", "-c"):
-            if equals:
-                found[place] = f"{option}={_readable(find_config(value))}"
-            elif place + 1 < len(arguments):
-                found[place + 1] = _readable(find_config(arguments[place + 1]))
-    return found
+        if option not in ("--config", "-c"):
+            others.append(argument)
+        elif (name := value if equals else next(left, None)) is not None:
+            configs.append(f"{option}={_readable(find_config(name))}")
+        else:
+            others.append(argument)  # for the parser, which says what is missing
+    first = next((place for place, argument in enumerate(others) if argument in ("fit", "validate", "test")), -1) + 1
+    return others[:first] + configs + others[first:]
 
 
 def _readable(config: str) -> str:

@@ -183,6 +183,8 @@ class _Images(LightningDataModule):
     def test_dataloader(self) -> DataLoader[Any]:
         if has_split(self.data_dir, "test") and not self._judges_all():
             return self._eval_dataloader("test")
+        if _has_validation(self.data_dir) or self.val_fraction:
+            notice(f"{self.data_dir} has no images for test: those for validation are measured.")
         return self.val_dataloader()
 
     def _judges_all(self) -> bool:

@@ -14,6 +14,8 @@ from zoo.catalog import did_you_mean
 
 __all__ = ["explained", "refuse_nulls"]
 
+_TORCH = {"optimizer": "AdamW", "lr_scheduler": "CosineAnnealingLR"}
+_COMMANDS = ("fit", "validate", "test")
 _SECTIONS = ("config", "model", "data", "trainer", "ckpt_path", "seed_everything", "weights_only")
 
 
@@ -23,16 +25,27 @@ def explained(message: str) -> str:
     Args:
         message: Of its error.
     """
+    if choice := re.search(r"subcommand: invalid choice: '([^']+)'", message):
+        asked = choice[1]
+        done = "" if asked != "predict" else " Trained models predict by zoo classify, restore and generate."
+        return f"A training takes fit, validate or test, got {asked!r}.{did_you_mean(asked, _COMMANDS)}{done}"
+    path = _path(message)
+    name = path.partition(".")[0]
+    if (example := _TORCH.get(name)) and "NestedArg(key=" in message:  # no class was given before
+        return (
+            f"--{name} takes a class of torch first: --{name} {example}. The tasks of this zoo have settings of their "
+            "own instead: --model.init_args.optim.lr, .opt, .sched and others."
+        )
     unknown = re.search(r"unrecognized arguments: (?:--)?([^\s=]+)|[Oo]ption '([^']+)' is not accepted", message)
     unknown = unknown or re.search(r"does not accept option '([^']+)'()", message)
     if unknown:
         group = re.search(r"Group '([^']+)'", message)
         name = unknown[1] or unknown[2]
-        return _unknown(_path(message), f"{group[1]}.{name}" if group else name, _class(message))
+        return _unknown(path, f"{group[1]}.{name}" if group else name, _class(message))
     if 'expected "subcommand"' in message or "arguments are required" in message:
         example = "zoo train fit --config classification/repavit_tiny_cifar10 --data.init_args.data_dir DIR"
-        return f"A training takes fit, validate, test or predict, and a config: {example}"
-    path, given = _path(message), re.search(r"Got value: (.*)|Given value: (.*)", message)
+        return f"A training takes fit, validate or test, and a config: {example}"
+    given = re.search(r"Got value: (.*)|Given value: (.*)", message)
     if absent := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         classes = [name for name in getattr(importlib.import_module(absent[1]), "__all__", ()) if name[0].isupper()]
         near = did_you_mean(absent[2], classes)

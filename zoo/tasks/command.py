@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ class TrainingCLI(LightningCLI):
         """Let the caller say what is wrong with the arguments, in place of the usage and ten lines more."""
         return super().init_parser(**{**kwargs, "exit_on_error": False, "allow_abbrev": False})
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return those of Lightning without `predict`, which no task has: `zoo classify` and others do it."""
+        known = LightningCLI.subcommands()
+        return {name: known[name] for name in ("fit", "validate", "test")}
+
     def before_instantiate_classes(self) -> None:
         """Refuse null where nothing takes it."""
         refuse_nulls(self.config[self.config.subcommand])
@@ -65,6 +72,11 @@ def _name(class_path: str) -> str:
     return class_path.rpartition(".")[2]
 
 
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    """Drop Lightning's tips to install its makers' services."""
+    return "Tip: For seamless cloud" not in record.getMessage()
+
+
 def run_lightning(arguments: list[str]) -> None:
     """Run Lightning's command line; notices appear as one line each.
 
@@ -72,6 +84,8 @@ def run_lightning(arguments: list[str]) -> None:
     """
     warnings.simplefilter("always", Notice)
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")  # Lightning's own, of torch
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     warnings.showwarning = in_one_line(warnings.showwarning)
     TrainingCLI(
         subclass_mode_model=True,
