@@ -165,6 +165,12 @@ def test_nothing_prints_help(capsys: Captured) -> None:
             "--threshold must be a number from",
         ),
         (["generate", "-o", "x.png", "--cache", "bac", "--updates", "0"], "--updates must be at least 1, got 0"),
+        (["generate", "-o", "x.png", "--cache", "cg-taylor=x"], "--cache cg-taylor=NUMBER sets --threshold, got 'x'."),
+        (["generate", "-o", "x.png", "--cache", "taylorseer=0"], "--interval must be at least 1, got 0"),
+        (
+            ["generate", "-o", "x.png", "--cache", "bac=3", "--updates", "4"],
+            "--cache bac=3 sets --updates: leave one of them out.",
+        ),
         (["generate", "-o", "x.png", "--threshold", "0.1"], "--threshold belongs to --cache cg-taylor or first-block"),
         (["export", "cfsr_x2", "--format", "onx"], "Did you mean onnx?"),
         (["verify"], "Give names, or --all."),

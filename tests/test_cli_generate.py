@@ -116,11 +116,13 @@ def test_caches(capsys: Captured, folder: Callable[[str], str], here: Path, monk
     )  # fmt: skip
     file = str(setting.save(here / "settings"))
     common = ["generate", folder("flux"), *OPTIONS["flux"], "--no-compare", "--json", "--force", "-o", "a.png"]
-    for cache in ("taylorseer", file, "auto"):
+    for cache in ("taylorseer", "taylorseer=2", file, "auto"):
         code, out, err = run(capsys, *common, "--steps", "6", "--cache", cache)
         assert code == 0, err
         assert "computed" in json.loads(out)["summary"]
         assert "speedup" not in json.loads(out)
+        if cache.startswith("taylorseer"):
+            assert json.loads(out)["cache_config"]["interval"] == (2 if "=" in cache else 3)
     assert "found for FluxTransformer2DModel with 6 steps" in run(capsys, *common, "--steps", "5", "--cache", file)[2]
     assert "Did you mean taylorseer" in run(capsys, *common, "--cache", "taylorsear")[2]
     unet = ["generate", folder("sd"), *OPTIONS["sd"], "--steps", "6", "-o", "b.png", "--cache"]

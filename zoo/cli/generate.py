@@ -52,8 +52,8 @@ def add_parser(subparsers: Any) -> None:
         "--cache",
         metavar="METHOD",
         default="none",
-        help=f"leave out what an earlier step computed: {', '.join(CACHES)}; auto: as `zoo tune-cache` has found; or "
-        "the file that it has saved",
+        help=f"leave out what an earlier step computed: {', '.join(CACHES)}, also with a number: cg-taylor=0.05; auto: "
+        "as `zoo tune-cache` has found; or the file that it has saved",
     )
     parser.add_argument(
         "--threshold", type=float, help="cg-taylor, first-block: error or change up to which a step is skipped"
@@ -136,7 +136,24 @@ def _use_engine(args: argparse.Namespace, pipe: Any) -> None:
         attach(network.eval(), engine, told=lambda words: note(args, f"{words}."))
 
 
+def _split_cache(args: argparse.Namespace) -> None:
+    """Take cg-taylor=0.05, as `zoo bench` does, for --cache cg-taylor --threshold 0.05."""
+    name, equals, value = args.cache.partition("=")
+    if not equals or name not in CACHES:
+        return
+    option = CACHES[name]
+    try:
+        number: float = float(value) if option == "threshold" else int(value)
+    except ValueError as error:
+        raise UsageError(f"--cache {name}=NUMBER sets --{option}, got {value!r}.") from error
+    if getattr(args, option) is not None:
+        raise UsageError(f"--cache {args.cache} sets --{option}: leave one of them out.")
+    args.cache = name
+    setattr(args, option, number)
+
+
 def _check_cache(args: argparse.Namespace) -> None:
+    _split_cache(args)
     if args.cache != "none" and args.engine != "eager":
         raise UsageError(
             f"--cache {args.cache} skips blocks of the denoiser, and --engine {args.engine} runs it whole: choose one."
