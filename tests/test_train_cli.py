@@ -12,11 +12,14 @@ import pytest
 import torch
 import yaml
 from image_sets import image_folder
+from jsonargparse import Namespace
+from timm.layers import use_fused_attn
 
 import zoo
 from zoo.cli import main
 from zoo.cli.train import find_config, reason
 from zoo.record import read_record
+from zoo.tasks.command import run_lightning
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ROOT / "configs" / "smoke" / "repavit.yaml"
@@ -204,6 +207,33 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.setitem(sys.modules, "lightning.pytorch.cli", None)
     assert train(monkeypatch, "fit") == 2
     assert "pip install 'ffn-zoo[train]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("precision", "accelerator", "plain"),
+    [("bf16-mixed", "cpu", True), ("bf16-true", "auto", True), ("32-true", "cpu", False), ("bf16-mixed", "gpu", False)],
+)
+def test_attention_that_is_faster(
+    precision: str, accelerator: str, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain one in bfloat16 on a CPU, for the run alone, and unless the user has chosen."""
+    seen: list[tuple[bool, bool]] = []
+    trainer = Namespace(precision=precision, accelerator=accelerator)
+
+    def run(cli: Any, **kwargs: Any) -> None:
+        cli.config = Namespace(subcommand="fit", fit=Namespace(trainer=trainer))
+        cli.before_instantiate_classes()
+        seen.append((use_fused_attn(), torch.backends.cuda.flash_sdp_enabled()))
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr("zoo.tasks.command.TrainingCLI.__init__", run)
+    run_lightning([])
+    assert seen == [(not plain, not plain)]
+    assert use_fused_attn()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    monkeypatch.setenv("TIMM_FUSED_ATTN", "1")
+    run_lightning([])
+    assert seen[1] == (True, True)
 
 
 @pytest.mark.slow
