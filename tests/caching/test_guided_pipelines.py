@@ -306,16 +306,41 @@ def test_frames_at_times_of_their_own() -> None:
     assert calls > STEPS
     for config in (BACConfig(updates=3), StepForecastConfig(updates=4)):
         found = zoo.calibrate_cache(pipe, config, lambda: run(STEPS))
-        assert (found.schedule.num_steps, found.schedule.timesteps) == (calls, ())
+        assert (found.schedule.num_steps, len(found.schedule.timesteps)) == (calls, STEPS)
         with zoo.cached(pipe, found):
             first = run(STEPS)
             summary = zoo.cache_summary(pipe).denoisers[0]
             assert summary.calls == {"cond": calls, "uncond": calls}
             assert summary.skipping_calls["cond"] > 0
             assert torch.equal(run(STEPS), first)
+            with pytest.raises(ValueError, match=f"is for {calls} steps, this run has"):
+                run(STEPS, ar_step=1)
     with zoo.cached(pipe, CGTaylorConfig(threshold=EVERYTHING)):
         run(STEPS)
         assert units_of(pipe)["cond", "other blocks"][-1] == calls - 1
+
+
+def test_fewer_calls_than_the_pipeline_says() -> None:
+    """LTX's long videos leave out the last timestep and say that they do not; a schedule of as many fits again."""
+    pipe = class_pipeline()
+    model, times = pipe.transformer, torch.tensor([900.0, 700.0, 500.0, 300.0])
+    pipe.scheduler.set_timesteps(4)
+    pipe.scheduler.timesteps = times
+
+    class Short(type(pipe)):  # type: ignore[misc]
+        def __call__(self) -> None:
+            self._num_timesteps = len(times)
+            self.scheduler.timesteps = times.clone()
+            for time in times[:-1]:
+                model(torch.randn(1, 3, 8, 8), timestep=time[None], class_labels=torch.tensor([0]))
+
+    short = Short(model, pipe.scheduler)
+    with torch.no_grad():
+        config = zoo.calibrate_cache(short, BACConfig(updates=2), short)
+        assert config.schedule.num_steps == 3
+        with zoo.cached(short, config):
+            short()
+            assert zoo.cache_summary(short).denoisers[0].skipping_calls == {"default": 1}
 
 
 def test_a_pipeline_that_leaves_out_a_timestep() -> None:

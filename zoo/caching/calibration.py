@@ -156,12 +156,11 @@ class _Record:
             raise ValueError(sums.unused if sums.called else "The run of the calibration did not call the denoiser.")
         if len(sums.steps) > 1:
             raise ValueError(f"The runs of a calibration need the same number of steps, got {sorted(sums.steps)}.")
-        steps = sums.steps.pop()
         return Calibration(
             model=sums.model,
-            num_steps=steps,
+            num_steps=sums.steps.pop(),
             scheduler=sums.scheduler,
-            timesteps=sums.timesteps if len(sums.timesteps) == steps else (),
+            timesteps=sums.timesteps,
             metric=self.config.metric,
             kinds={unit: kind for unit, kind in sums.kinds.items() if unit in sums.matrices},
             matrices={unit: total / sums.count for unit, total in sums.matrices.items()},

@@ -20,7 +20,7 @@ class PlannedSteps(Protocol):
 
     @property
     def timesteps(self) -> tuple[float, ...]:
-        """Of the scheduler, empty if unknown."""
+        """Of the scheduler, empty if unknown; not always as many as there are calls."""
 
     @property
     def scheduler(self) -> str | None:
@@ -64,8 +64,8 @@ def find_fit(name: str, schedule: PlannedSteps, run: RunTracker) -> Fit:
         if run.timesteps is not None and len(run.timesteps) == schedule.num_steps:
             offset = run.start  # image-to-image: the end of the schedule's own timesteps
             timesteps = run.timesteps
-        elif run.planned == schedule.num_steps:
-            timesteps = []  # more calls than the scheduler has timesteps
+        elif len(schedule.timesteps) == len(timesteps) and run.planned_fits(schedule.num_steps):
+            pass  # a pipeline that makes fewer or more calls than its scheduler has timesteps, and made as many before
         else:
             wrong = wrong_steps(name, schedule, str(run.num_steps))
     scheduler = type(run.scheduler).__name__

@@ -234,10 +234,12 @@ class RunTracker:
         """All timesteps of the scheduler, or None where it does not drive the run."""
         return self._schedule.values if self._schedule else None
 
-    @property
-    def planned(self) -> int | None:
-        """Calls of its denoisers that the pipeline says it makes; None where it does not say."""
-        return self._schedule.planned if self._schedule else None
+    def planned_fits(self, steps: int) -> bool:
+        """Return whether a schedule of so many calls may be for this run: not where both have more calls than there are
+        timesteps, and other ones.
+        """
+        planned, own = self._schedule.planned if self._schedule else None, len(self.own_timesteps)
+        return planned is None or planned == steps or min(planned, steps) <= own
 
     @property
     def own_timesteps(self) -> list[float]:
@@ -374,7 +376,8 @@ class RunTracker:
             self.step = context.step_index - self._first_index
         if self.num_steps is not None and self.step >= self.num_steps:
             # there are more than the scheduler has
-            self.num_steps = self.log.num_steps = self.planned if self.step < (self.planned or 0) else None
+            planned = self._schedule.planned if self._schedule else None
+            self.num_steps = self.log.num_steps = planned if planned is not None and self.step < planned else None
         self._enter(inputs, context)
 
     def _place(self, last: _Inputs, inputs: _Inputs, context: CacheContext) -> Literal["run", "step", "same"]:

@@ -394,7 +394,7 @@ class BACSchedule(StoredSchedule):
                 "zoo.calibrate_cache and BACConfig(on_mismatch='resample')."
             )
         else:
-            if timesteps and self.timesteps:
+            if timesteps and len(self.timesteps) == self.num_steps:
                 recorded = self.timesteps
                 near = [min(range(self.num_steps), key=lambda k: abs(recorded[k] - time)) for time in timesteps]
             else:

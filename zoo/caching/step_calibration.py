@@ -231,7 +231,7 @@ def calibrate_steps(
         model=record.model,
         num_steps=counts[0],
         scheduler=record.scheduler,
-        timesteps=record.timesteps if len(record.timesteps) == counts[0] else (),
+        timesteps=record.timesteps,
         products=torch.stack([outputs @ outputs.T / outputs.shape[1] for outputs in own]).mean(0),
         effects=_effects([one for one, _ in again], [other for _, other in again]),
     )
