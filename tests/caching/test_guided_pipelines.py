@@ -282,6 +282,22 @@ def test_schedulers_of_second_order(cls: type) -> None:
         assert torch.equal(generate(pipe), first)
 
 
+@pytest.mark.parametrize("name", ["flux", "chroma"])
+def test_another_prompt_in_mid_run(name: str) -> None:
+    """What was stored for the one is not taken for the other, with contexts and without."""
+    pipe, run = SUBJECTS[name]()
+
+    def callback(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt_embeds": -tensors["prompt_embeds"]} if index == 6 else {}
+
+    arguments = dict(callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    with zoo.cached(pipe, TaylorSeerConfig(interval=100)):
+        first = run(12, **arguments)
+        steps = sorted({step for computed in units_of(pipe).values() for step in computed})
+        assert steps == [0, 1, 2, 7, 8]  # as many as a line needs
+        assert torch.equal(run(12, **arguments), first)
+
+
 def test_guidance_switched_off_in_mid_run() -> None:
     """A batch that shrinks to half: what is stored is dropped, the steps are counted on."""
     pipe = class_pipeline("dit")

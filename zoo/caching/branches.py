@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Branch", "Branches", "Conditioning", "conditioning", "is_control", "is_repeated"]
+__all__ = ["Branch", "Branches", "Conditioning", "conditioning", "is_control", "is_equal", "is_repeated"]
 
 Conditioning = Mapping[str, Any]
 
@@ -63,6 +63,7 @@ class Branch:
         step: Of its last call.
         began: Step at which it began to store.
         controls: Which ControlNets were on in its last call.
+        repeats: Its last call was conditioned as the one before.
         call: All that its last call was given.
     """
 
@@ -72,6 +73,7 @@ class Branch:
     step: int
     began: int = 0
     controls: tuple[str, ...] = ()
+    repeats: bool = False
     call: Any = None
 
 
@@ -92,7 +94,7 @@ class Branches:
 
     def find(self, inputs: Conditioning, candidates: list[Branch]) -> Branch | None:
         """Return the branch of a call, of equal ones the first; None where none of them was conditioned like that."""
-        fitting = [branch for branch in candidates if _is_equal(inputs, branch.inputs)]
+        fitting = [branch for branch in candidates if is_equal(inputs, branch.inputs)]
         if len(fitting) > 1:  # two branches of equal prompts
             fitting = [branch for branch in fitting if is_repeated(inputs, branch.inputs)] or fitting
         return fitting[0] if fitting else None
@@ -113,16 +115,17 @@ def is_repeated(ours: Conditioning, theirs: Conditioning) -> bool:
     )
 
 
-def _is_equal(one: Any, other: Any) -> bool:
+def is_equal(one: Any, other: Any) -> bool:
+    """Return whether two calls, or parts of them, are conditioned alike."""
     if one is other:
         return True
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         likes = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
         return likes and torch.equal(one, other)
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_is_equal(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(is_equal(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(_is_equal, one, other))
+        return len(one) == len(other) and all(map(is_equal, one, other))
     if isinstance(one, bool | int | float | str) and isinstance(other, bool | int | float | str):
         return one == other
     return False

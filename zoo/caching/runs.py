@@ -23,7 +23,7 @@ from diffusers.hooks.hooks import CacheContext
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
-from zoo.caching.branches import Branch, Branches, Conditioning, conditioning, is_control, is_repeated
+from zoo.caching.branches import Branch, Branches, Conditioning, conditioning, is_control, is_equal, is_repeated
 from zoo.caching.hooks import DEFAULT_CONTEXT, ContextStates, PrivateStates, outside_graphs, refuse_copy
 from zoo.caching.streams import version
 from zoo.caching.summary import Call, RunLog
@@ -506,6 +506,10 @@ class RunTracker:
             self.begins_branch = True
         else:
             self.begins_branch = branch.form != inputs.form or branch.controls != inputs.controls
+            if context.name != DEFAULT_CONTEXT.name:
+                # it names the branch, which a callback may give another prompt; what changes at every step is none
+                repeated, branch.repeats = branch.repeats, is_equal(inputs.conditioning, branch.inputs)
+                self.begins_branch = self.begins_branch or (repeated and not branch.repeats)
             if self.begins_branch:
                 self._drop(branch)
         if self.begins_branch:
