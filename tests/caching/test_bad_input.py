@@ -16,10 +16,12 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.hooks import TaylorSeerCacheConfig
+from diffusers.models.attention import BasicTransformerBlock
 from hooked import assert_clean, class_pipeline, generate
 from torch import Tensor, nn
 
 import zoo
+from zoo.caching.blocks import model_units
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "cg-taylor": zoo.CGTaylorConfig,
@@ -118,11 +120,15 @@ def test_a_unet() -> None:
         block_out_channels=(4, 8), norm_num_groups=2, cross_attention_dim=8, attention_head_dim=2,
         transformer_layers_per_block=2, **kinds,
     ).eval()  # fmt: skip
-    with pytest.raises(ValueError, match=r"UNet2DConditionModel is a UNet.*TaylorSeerCacheConfig work on it\.$"):
+    with pytest.raises(ValueError, match=r"UNet2DConditionModel is a UNet.*TaylorSeerConfig on its attention\.$"):
         zoo.enable_cache(model, zoo.CGTaylorConfig())
     assert_clean(model)
-    zoo.enable_cache(model, TaylorSeerCacheConfig())
-    zoo.disable_cache(model)
+    units = [unit.path for unit in model_units(model, "test")]  # those of all its blocks, not of the middle one alone
+    assert len(units) == sum(isinstance(part, BasicTransformerBlock) for part in model.modules()) * 3
+    call = dict(timestep=torch.tensor(5), encoder_hidden_states=torch.randn(1, 3, 8))
+    with zoo.cached(model, zoo.TaylorSeerConfig(interval=1)), torch.no_grad():
+        model(torch.randn(1, 4, 8, 8), **call)
+        assert {unit.unit for unit in zoo.cache_summary(model).denoisers[0].units} == set(units)
 
 
 def test_an_engine_in_the_way() -> None:

@@ -168,7 +168,7 @@ def block_stack(model: nn.Module, method: str) -> BlockStack:
     if hasattr(model, "down_blocks") and hasattr(model, "up_blocks"):
         raise ValueError(
             f"{method} skips transformer blocks that follow one another, and {name} is a UNet, whose blocks also take "
-            "outputs of much earlier ones: StepForecastConfig and diffusers' TaylorSeerCacheConfig work on it."
+            "outputs of much earlier ones: StepForecastConfig works on it, and TaylorSeerConfig on its attention."
         )
     found = [
         _placed(each, index, unwrap_module(block))

@@ -113,8 +113,13 @@ def find_lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
         if len(blocks) == len(module) and all(find_units(block).kinds for block in blocks):
             found[path] = module
     main = {path: blocks for path, blocks in found.items() if not _BESIDE.search(path.lower())} or found
-    nearest = min((path.count(".") for path in main), default=0)
-    return {path: blocks for path, blocks in main.items() if path.count(".") == nearest}
+    nearest = min(map(_depth, main), default=0)
+    return {path: blocks for path, blocks in main.items() if _depth(path) == nearest}
+
+
+def _depth(path: str) -> int:
+    """Return how deep in the model a list is; places in lists are no depth, or a UNet were its middle block alone."""
+    return sum(not part.isdigit() for part in path.split("."))
 
 
 def require_own_blocks(model: nn.Module) -> None:
