@@ -179,7 +179,7 @@ def other_form(method: str, model: str) -> str:
     """Return what to say of runs in which the images change their form."""
     return (
         f"{method} cannot be calibrated: the images that {model} is given change their form within the run, so that "
-        f"its steps cannot be compared. CGTaylorConfig and TaylorSeerConfig need no calibration."
+        f"its steps cannot be compared. TaylorSeerConfig needs no calibration."
     )
 
 
