@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from hooked import assert_clean, class_pipeline
 from PIL import Image
 from tiny_folders import denoiser_folder
@@ -38,6 +39,7 @@ from zoo.caching import CGTaylorConfig
 from zoo.caching.presets import PRESETS, Preset, Subject
 from zoo.caching.saved import SavedSetting
 from zoo.cli import main
+from zoo.diffusion import PixelDiTPipeline
 
 STEPS = 8
 QUICK = Settings(rounds=1, threads=1)
@@ -120,6 +122,31 @@ def test_recommendation_keeps_the_budget(tuned: tuple[Any, Tuning, list[int]], m
     assert found == pytest.approx(stated, abs=1e-3)
     assert tuning.setting.name in str(tuning)
     assert len(made) < 100
+
+
+class Prior(DiffusionPipeline):
+    """A pipeline whose denoiser goes by another name than transformer or UNet."""
+
+    def __init__(self, prior: nn.Module, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(prior=prior, scheduler=scheduler)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the pipeline of the denoiser does."""
+        pipe = PixelDiTPipeline(self.prior, self.scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(*args, **kwargs)
+
+
+def test_a_denoiser_of_another_name(few: None, tmp_path: Path) -> None:
+    """What was found for it is saved, and found again."""
+    inner = class_pipeline()
+    pipe = Prior(inner.transformer, inner.scheduler)
+    tuning = tune_cache(pipe, runner(pipe), budget="psnr>=25", steps=STEPS, settings=QUICK, folder=tmp_path / "user")
+    assert tuning.setting is not None
+    zoo.enable_cache(pipe, "auto")
+    zoo.disable_cache(pipe)
+    assert_clean(pipe.prior)
 
 
 def test_everything_is_tried(tuned: tuple[Any, Tuning, list[int]]) -> None:

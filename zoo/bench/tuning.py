@@ -20,7 +20,7 @@ from zoo.bench.latency import processor_clock
 from zoo.bench.report import Benchmark, Entry
 from zoo.bench.timing import Progress, Settings, compare, environment, now, torch_threads
 from zoo.caching.cg_taylor import CGTaylorConfig
-from zoo.caching.core import active_cache, cache_summary, cached
+from zoo.caching.core import active_cache, cache_summary, cached, denoisers
 from zoo.caching.presets import CACHE_FAILURES, PRESETS, STEPS, Preset, Subject, notes_of, planned_bac, reason_of
 from zoo.caching.saved import LEAST_STEPS, SavedSetting, default_guidance, fingerprint, folder_for
 from zoo.caching.taylorseer import TaylorSeerConfig
@@ -490,7 +490,7 @@ def _conclude(sweep: _Sweep, finalists: Sequence[_Trial]) -> Tuning:
         verdict.append(f"No cache keeps {sweep.budget}; the nearest is {near.candidate.name}: {_facts(near)}.")
     else:
         pipe = sweep.subject.pipe
-        model = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
+        model = denoisers(pipe)[1][0]
         setting = SavedSetting(
             model=type(model).__name__,
             fingerprint=fingerprint(model),
