@@ -21,7 +21,7 @@ from zoo.ffn.depth import DepthConfig, removable
 from zoo.ffn.low_rank import LowRankConfig
 from zoo.ffn.prune import PruneConfig
 from zoo.ffn.repa import RePaConfig
-from zoo.ffn.technique import FFNReport, evaluating, ffn_layers, listed, model_output
+from zoo.ffn.technique import FFNReport, evaluating, ffn_layers, listed, model_output, require_changeable
 from zoo.profiling import count_macs_of_copy
 
 __all__ = ["METHODS", "batch_macs", "compress", "config_for_budget", "config_of", "recover", "resized"]
@@ -48,9 +48,16 @@ def compress(model: nn.Module, config: Config | str = "prune", data: Iterable[An
         data: Batches of inputs, or of (inputs, labels); for a denoiser dictionaries of arguments.
 
     Raises:
+        TypeError: The configuration is none of a technique, or the model is no module.
         ValueError: The technique is unknown, or cannot be applied to the model.
     """
+    require_changeable(model)
     chosen = config_of(config) if isinstance(config, str) else config
+    if not dataclasses.is_dataclass(chosen) or isinstance(chosen, type):
+        raise TypeError(
+            f"config is a technique's configuration, as zoo.ffn.prune.PruneConfig(keep=0.5), or one of "
+            f"{', '.join(METHODS)}; got {chosen!r}."
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"Weights of this {type(model).__name__} are on the meta device: load them first.")
     technique = importlib.import_module(type(chosen).__module__)

@@ -22,8 +22,8 @@ from zoo.ffn.technique import (
     evaluating,
     every_layer,
     listed,
-    model_output,
     output_error,
+    outputs_of,
     replace_module,
     require_types,
 )
@@ -128,7 +128,7 @@ def apply(model: nn.Module, config: DepthConfig | None = None, data: Iterable[An
         raise ValueError(f"remove must be at most {len(layers)}, the layers that can go, got {config.remove}.")
     batches = listed(data, "Removing layers")
     with evaluating(model):
-        outputs = [model_output(model, batch) for batch in batches]
+        outputs = outputs_of(model, batches)
     gone: list[str] = []
     for _ in range(config.remove):
         errors = {}

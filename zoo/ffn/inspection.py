@@ -19,8 +19,8 @@ from zoo.ffn.technique import (
     evaluating,
     ffn_layers,
     listed,
-    model_output,
     output_error,
+    outputs_of,
     replace_module,
     watch_inputs,
 )
@@ -109,7 +109,7 @@ def inspect_ffns(
         small[name][1] += values.numel()
 
     with evaluating(model), watch_inputs({name: ffn.down for name, ffn in ffns.items()}, see):
-        outputs = [model_output(model, batch) for batch in batches]
+        outputs = outputs_of(model, batches)
     measured = spectrum(model, batches, pattern=pattern) if spectra else {}
     total = sum(ffn.macs() for ffn in ffns.values())
     layers = []

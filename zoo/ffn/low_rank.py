@@ -24,8 +24,8 @@ from zoo.ffn.technique import (
     ffn_layers,
     forget_change,
     listed,
-    model_output,
     output_error,
+    outputs_of,
     replace_kind,
     replace_module,
     require_seen,
@@ -167,7 +167,7 @@ def apply(model: nn.Module, config: LowRankConfig | None = None, data: Iterable[
     config = config or LowRankConfig()
     changes = Changes(model, "low_rank")
     ffns = ffn_layers(model, config.pattern, "linear")
-    batches = listed(data, "Low rank by activations") if config.whiten else list(data or ())
+    batches = listed(data, "Low rank by activations", needed=config.whiten)
     names = {id(module): name for name, module in model.named_modules()}
     products = {names[id(part)]: part for ffn in ffns.values() for part in _products(ffn)}
     moments = {name: Moments() for name in products}
@@ -178,7 +178,7 @@ def apply(model: nn.Module, config: LowRankConfig | None = None, data: Iterable[
             moments[name].add(thinned(rows, rows.shape[-1], len(batches)))
 
         with evaluating(model), watch_inputs(products, see):
-            outputs = [model_output(model, batch) for batch in batches]
+            outputs = outputs_of(model, batches)
         if config.whiten:
             require_seen(moments)
     ranks = {}

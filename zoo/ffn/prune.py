@@ -31,8 +31,8 @@ from zoo.ffn.technique import (
     evaluating,
     ffn_layers,
     listed,
-    model_output,
     output_error,
+    outputs_of,
     require_seen,
     require_types,
     thinned,
@@ -128,7 +128,7 @@ def apply(
     config = config or PruneConfig()
     changes = Changes(model, "prune")
     ffns = ffn_layers(model, config.pattern, "any")
-    batches = listed(data, "Pruning by these scores") if config.needs_data else list(data or ())
+    batches = listed(data, "Pruning by these scores", needed=config.needs_data)
     macs = {name: ffn.macs() for name, ffn in ffns.items()}
     params = {name: ffn.num_parameters for name, ffn in ffns.items()}
     before = {name: ffn.hidden_dim for name, ffn in ffns.items()}
@@ -144,7 +144,7 @@ def apply(
             _watch(model, ffns, moments, angles if config.allocation == "cfsp" else None, len(batches)),
             _watch_responses(ffns, responses),
         ):
-            outputs = [model_output(model, batch) for batch in batches]
+            outputs = outputs_of(model, batches)
         if config.needs_data:
             require_seen(moments)
     scores = _scores(model, ffns, moments, config, batches, loss)
@@ -301,7 +301,7 @@ def channel_scores(
     if batches:
         with evaluating(model), _watch(model, ffns, moments, None, len(batches)):
             for batch in batches:
-                model_output(model, batch)
+                outputs_of(model, [batch])
         require_seen(moments)
     return _scores(model, ffns, moments, config, batches, default_loss)
 

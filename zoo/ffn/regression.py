@@ -16,8 +16,8 @@ from zoo.ffn.technique import (
     evaluating,
     ffn_layers,
     listed,
-    model_output,
     output_error,
+    outputs_of,
     refuse_twice,
     replace_layers,
     with_diagonal,
@@ -94,7 +94,7 @@ def fit_layers(
                 sums[name].add(features(layer, rows), output.detach().flatten(0, -2))
 
             stack.callback(model.get_submodule(name).register_forward_hook(see).remove)
-        outputs = [model_output(model, batch) for batch in batches]
+        outputs = outputs_of(model, batches)
     for name, layer in layers.items():
         weight, bias = sums[name].solve(ridge)
         with torch.no_grad():

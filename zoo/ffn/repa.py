@@ -26,8 +26,8 @@ from zoo.ffn.technique import (
     evaluating,
     ffn_layers,
     listed,
-    model_output,
     output_error,
+    outputs_of,
     replace_module,
     require_seen,
     thinned,
@@ -121,7 +121,7 @@ def apply(model: nn.Module, config: RePaConfig | None = None, data: Iterable[Any
     inputs = {name: Moments() for name in ffns}
     sums = {name: _Sums() for name in ffns}
     with evaluating(model), _watch(ffns, inputs, sums, len(batches)):
-        outputs = [model_output(model, batch) for batch in batches]
+        outputs = outputs_of(model, batches)
     require_seen(inputs)
     facts = {}
     for name, ffn in ffns.items():
@@ -136,6 +136,8 @@ def apply(model: nn.Module, config: RePaConfig | None = None, data: Iterable[Any
 
 
 def _check(name: str, ffn: DenseFFN, active: int) -> None:
+    if not name:  # nothing could be put in its place, once its weights are changed
+        raise ValueError("The model is the layer itself: put it into nn.Sequential first.")
     if ffn.gated or ffn.first_column:
         raise ValueError(f"{name} is gated or shares a product with attention: its channels cannot become linear.")
     if ffn.dim != ffn.out_dim or not ffn.owns_output_bias:

@@ -24,8 +24,8 @@ from zoo.ffn.technique import (
     FFNReport,
     evaluating,
     listed,
-    model_output,
     output_error,
+    outputs_of,
     replace_module,
     require_types,
     vit_blocks,
@@ -136,7 +136,7 @@ def token_cosines(model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
     try:
         with evaluating(model):
             for batch in batches:
-                model_output(model, batch)
+                outputs_of(model, [batch])
     finally:
         for handle in handles:
             handle.remove()
@@ -173,9 +173,9 @@ def apply(model: nn.Module, config: SkipConfig | None = None, data: Iterable[Any
         raise ValueError(
             f"cold_start {config.cold_start} and cold_end {config.cold_end} leave none of {len(names)} layers to skip."
         )
-    batches = listed(data, "Skipping") if config.mode == "static" else list(data or ())
+    batches = listed(data, "Skipping", needed=config.mode == "static")
     with evaluating(model):
-        outputs = [model_output(model, batch) for batch in batches]
+        outputs = outputs_of(model, batches)
     work = {}
     for name, block in blocks.items():
         ffn = read_ffn(block.mlp)
@@ -193,7 +193,7 @@ def apply(model: nn.Module, config: SkipConfig | None = None, data: Iterable[Any
         with evaluating(model):
             shares = {name: [0, 0] for name in names}
             for batch in batches:
-                model_output(model, batch)
+                outputs_of(model, [batch])
                 for name in names:
                     changed = model.get_submodule(name)
                     assert isinstance(changed, SkippingBlock)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.ffn.dense_ffn import DenseFFN
-from zoo.ffn.technique import Moments, evaluating, ffn_layers, listed, model_output
+from zoo.ffn.technique import Moments, evaluating, ffn_layers, listed, outputs_of
 
 __all__ = ["LayerSpectra", "Spectrum", "eigenvalues", "jensen_shannon", "spectrum", "statistics"]
 
@@ -116,7 +116,7 @@ def spectrum(
         before, after = ({name: Moments() for name in part} for _ in range(2))
         with evaluating(model), _watch(part, before, after):
             for batch in batches:
-                model_output(model, batch)
+                outputs_of(model, [batch])
         for name in part:
             sides = [_spectrum(moments) for moments in (before[name], after[name])]
             dims = min(dims for _, dims in sides)

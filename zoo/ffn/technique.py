@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from timm.layers import RelPosMlp
+from timm.models.swin_transformer_v2_cr import WindowMultiHeadAttention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ from zoo.ffn.discovery import discover
 from zoo.layers.ffn import RePaFFN
 from zoo.layers.own import engine_in
 from zoo.profiling import count_params
+from zoo.text import first_line
 
 __all__ = [
     "ERROR_SAMPLES",
@@ -52,11 +54,13 @@ __all__ = [
     "note_mixture",
     "noted_changes",
     "output_error",
+    "outputs_of",
     "rebuild",
     "refuse_twice",
     "replace_kind",
     "replace_layers",
     "replace_module",
+    "require_changeable",
     "require_seen",
     "require_types",
     "restructure_layers",
@@ -178,9 +182,10 @@ def ffn_layers(model: nn.Module, pattern: str | None = None, takes: Takes = "pla
     for name, ffn in every.items():
         for part, product in (("first", ffn.up), ("gate's", ffn.gate), ("second", ffn.down)):
             if product is not None and not isinstance(product, (nn.Linear, *CONVOLUTIONS)):
+                kind = f"{type(product).__module__}.{type(product).__name__}"  # others have a Linear too
                 raise ValueError(
-                    f"{name}: its {part} product is a {type(product).__name__}, expected nn.Linear: merge or unload "
-                    "adapters and quantisation, or undo another technique, first."
+                    f"{name}: its {part} product is a {kind}, expected nn.Linear: merge or unload adapters and "
+                    "quantisation, or undo another technique, first."
                 )
         if takes != "any" and (ffn.convolutional or ffn.between):
             reasons[name] = "its products are convolutions, or have a norm or a convolution between them"
@@ -233,6 +238,7 @@ def dense_layers(model: nn.Module, pattern: str | None = None) -> tuple[dict[str
     reasons: dict[str, str] = {}
     names = [name for name, _ in model.named_modules() if pattern is None or re.search(pattern, name)]
     biases = {module.mlp for module in model.modules() if isinstance(module, RelPosMlp)}  # of positions, not of tokens
+    biases |= {module.meta_mlp for module in model.modules() if isinstance(module, WindowMultiHeadAttention)}
     for name, module in model.named_modules():
         if module in biases:
             continue
@@ -284,19 +290,34 @@ def _require_own_weights(model: nn.Module, ffns: Mapping[str, DenseFFN]) -> None
                 )
 
 
-def listed(data: Iterable[Any] | None, technique: str) -> list[Any]:
+def listed(data: Iterable[Any] | None, technique: str, *, needed: bool = True) -> list[Any]:
     """Return the batches of calibration data, for several passes; of a whole training set the first ones.
 
+    Args:
+        data: Batches.
+        technique: What needs them, for the message.
+        needed: False: none will do too.
+
     Raises:
-        ValueError: There is no data, or no batch in it.
+        ValueError: There is no data, or no batch in it, or what is given is one batch or a name.
     """
+    what = f"a tensor {tuple(data.shape)}" if isinstance(data, Tensor) else f"a {type(data).__name__}"
+    if isinstance(data, (Tensor, Mapping)):
+        raise ValueError(f"data is {what}, expected batches: put it into a list, [data], if it is one.")
+    if data is not None and (isinstance(data, (str, bytes)) or not hasattr(data, "__iter__")):
+        raise ValueError(f"data is {what}, expected batches of inputs, or of (inputs, labels): a list or a DataLoader.")
+    if isinstance(data, (list, tuple)) and len({part.ndim for part in data if isinstance(part, Tensor)}) > 1:
+        shapes = " and ".join(str(tuple(part.shape)) for part in data if isinstance(part, Tensor))
+        raise ValueError(
+            f"data are tensors {shapes}, and batches have as many dimensions each: is it one batch? Then [data]."
+        )
     batches, seen = [], 0
-    for batch in data or ():
+    for batch in () if data is None else data:
         batches.append(batch)
         seen += _samples(batch)
         if seen >= MOST_SAMPLES:
             break
-    if not batches:
+    if needed and not batches:
         raise ValueError(f"{technique} needs data: batches of inputs, or of (inputs, labels); 32 to 256 samples do.")
     return batches
 
@@ -347,6 +368,35 @@ def model_output(model: nn.Module, batch: Any) -> Tensor:
         else:
             raise ValueError(f"{type(model).__name__} returns a {type(output).__name__}, in which no tensor is found.")
     return output
+
+
+def outputs_of(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
+    """Run batches, and return the output of each.
+
+    Raises:
+        ValueError: One is not what the model takes.
+    """
+    outputs = []
+    for batch in batches:
+        try:
+            outputs.append(model_output(model, batch))
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot run a batch of {_described(batch)}: {first_line(error)}"
+            ) from error
+    return outputs
+
+
+def _described(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return ", ".join(f"{key}: {_described(part)}" for key, part in batch.items())
+    if isinstance(batch, (tuple, list)):  # what follows the inputs is not run
+        return _described(batch[0]) if batch else "nothing"
+    if isinstance(batch, Tensor):
+        return f"{tuple(batch.shape)} {str(batch.dtype).removeprefix('torch.')} on {batch.device}"
+    return f"a {type(batch).__name__}"
 
 
 @contextmanager
@@ -680,7 +730,7 @@ def vit_blocks(model: nn.Module) -> dict[str, Any]:
 def note_change(model: nn.Module, technique: str, layers: Mapping[str, Any]) -> None:
     """Remember plain facts from which `rebuild` gives a fresh model the same structure.
 
-    They are of the model inside the wrappers of the compiler and of PEFT, which are gone when it is saved.
+    They are of the model inside the wrappers of the compiler, of PEFT and of several devices, gone when it is saved.
     """
     _set_changes(model, [*noted_changes(model), {"technique": technique, "layers": _plain(model, layers)}])
 
@@ -695,9 +745,8 @@ def amend_change(model: nn.Module, technique: str, layers: Mapping[str, Any]) ->
 
 
 def _plain(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {name.replace("_orig_mod.", ""): facts for name, facts in layers.items()}
-    if _inner(model) is not model:
-        plain = {name.removeprefix("base_model.model."): facts for name, facts in plain.items()}
+    prefix = _inner(model)[1]
+    plain = {name.replace("_orig_mod.", "").removeprefix(prefix): facts for name, facts in layers.items()}
     return copy.deepcopy(plain)
 
 
@@ -731,27 +780,58 @@ def forget_change(model: nn.Module, technique: str) -> None:
 
 def noted_changes(model: nn.Module) -> list[dict[str, Any]]:
     """Return a copy of what techniques noted, in their order."""
-    return copy.deepcopy(getattr(_inner(model), "ffn_changes", []))
+    return copy.deepcopy(getattr(_inner(model)[0], "ffn_changes", []))
 
 
-def _inner(model: nn.Module) -> Any:
-    """Return the model inside PEFT's wrapper; the compiler's passes attributes on."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+def _inner(model: nn.Module) -> tuple[Any, str]:
+    """Return the model inside all wrappers, and what its names begin with in them, but for the compiler's."""
+    inner: Any = model
+    prefix = ""
+    while True:
+        inner = getattr(inner, "_orig_mod", inner)
+        if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner, prefix = inner.module, f"{prefix}module."
+        elif hasattr(inner, "get_base_model"):
+            inner, prefix = inner.get_base_model(), f"{prefix}base_model.model."
+        else:
+            return getattr(inner, "_orig_mod", inner), prefix
 
 
 def _set_changes(model: nn.Module, changes: list[dict[str, Any]]) -> None:
-    inner = _inner(model)
+    inner = _inner(model)[0]
     inner.ffn_changes = changes
     if hasattr(inner, "register_to_config"):  # of diffusers, whose folders hold the configuration alone
         inner.register_to_config(ffn_changes=changes)
 
 
-def refuse_twice(model: nn.Module, technique: str) -> None:
-    """Say that a technique has been applied.
+def require_changeable(model: nn.Module) -> None:
+    """Say what keeps a model from being changed, or from being trained after it.
 
     Raises:
-        ValueError: It has.
+        TypeError: It is no module, or a compiled one.
+        ValueError: It was made inside `torch.inference_mode()`, or would be changed there.
     """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"A technique changes a torch.nn.Module, got a {type(model).__name__}: give the model that it was made of."
+        )
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode() is on, and weights that are made there never learn: leave it before.")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            f"Weights of this {type(model).__name__} were made inside torch.inference_mode(), and cannot change: build "
+            "or load it outside."
+        )
+
+
+def refuse_twice(model: nn.Module, technique: str) -> None:
+    """Say that a technique has been applied, or that the model cannot be changed.
+
+    Raises:
+        TypeError: See `require_changeable`.
+        ValueError: It has, or see there.
+    """
+    require_changeable(model)
     if any(change["technique"] == technique for change in noted_changes(model)):
         raise ValueError(
             f"{type(model).__name__} has been through zoo.ffn.{technique} already: start from the model before it."

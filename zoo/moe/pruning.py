@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.ffn.technique import FFNReport, LayerChange, evaluating, listed, model_output, output_error, require_types
+from zoo.ffn.technique import FFNReport, LayerChange, evaluating, listed, output_error, outputs_of, require_types
 from zoo.moe.dense2moe import amend_record, expert_layers
 from zoo.moe.experts import MoEFFN
 from zoo.profiling import count_params
@@ -73,14 +73,14 @@ def prune_experts(model: nn.Module, config: ExpertPruneConfig, data: Iterable[An
                 f"{name} has {layer.experts} experts of which a token takes {layer.top_k}: keep must lie in "
                 f"{max(1, layer.top_k - free)} ... {layer.experts - 1}, got {config.keep}."
             )
-    batches = listed(data, "Pruning experts") if config.scores != "random" else list(data or ())
+    batches = listed(data, "Pruning experts", needed=config.scores != "random")
     sums = {name: torch.zeros(2, layer.experts, dtype=torch.float64) for name, layer in layers.items()}
     outputs: list[Tensor] = []
     if batches:
         with evaluating(model), ExitStack() as stack:
             for name, layer in layers.items():
                 stack.callback(layer.router.register_forward_hook(_watch(layer, sums[name])).remove)
-            outputs = [model_output(model, batch) for batch in batches]
+            outputs = outputs_of(model, batches)
     generator = torch.Generator().manual_seed(config.seed)
     params_before, changes = count_params(model), []
     for name, layer in layers.items():
