@@ -139,3 +139,46 @@ def test_layers_that_need_the_size_of_a_map(own: Path, tmp_path: Path) -> None:
     assert main([*call, "-o", str(tmp_path / "small"), "--json"]) == 0
     small = zoo.create_model(str(tmp_path / "small"))
     assert small.stages[0].blocks[0].mlp.fc1.out_features == 8
+
+
+def test_weights_without_a_record_take_model_args(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the error about them says, in every command that learns from or changes a model."""
+    torch.save(zoo.create_model(str(own / "mine")).state_dict(), tmp_path / "mine.pth")
+    facts = ["architecture=vit_tiny_patch16_224", "num_classes=2", "img_size=32", "patch_size=8", "embed_dim=32"]
+    facts += ["depth=3", "num_heads=2", "input_size=3,32,32", "mean=0.5,0.5,0.5", "std=0.5,0.5,0.5"]
+    given = [str(tmp_path / "mine.pth"), "--data", str(own / "data"), "--model-args"]
+    assert main(["inspect", *given, *facts, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["layers"]) == 3
+    assert main(["compress", *given, *facts, "-o", str(tmp_path / "small"), "--json"]) == 0
+    assert zoo.create_model(str(tmp_path / "small")).num_classes == 2
+    learnt: dict[str, object] = {}
+    monkeypatch.setattr("zoo.cli.finetune._report", lambda *_: None)
+    monkeypatch.setattr("zoo.tasks.finetuning.finetune", lambda *_, **given: learnt.update(given["model_args"]))
+    call = ["finetune", str(own / "data"), "--model", given[0], "-o", str(tmp_path / "new"), "--model-args", *facts]
+    assert main(call) == 0
+    assert learnt["depth"] == 3
+    assert main(["inspect", *given, "depth"]) == 2
+    assert "--model-args takes KEY=VALUE" in capsys.readouterr().err
+
+
+def test_what_cannot_be_done_is_said_before_all_images_are_run(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A technique that finds no layer, and a damaged picture that only the recovery would read."""
+    monkeypatch.setattr("zoo.cli.compress._accuracy", lambda *_: pytest.fail("the validation images are run"))
+    model = zoo.create_model("test_resnet", num_classes=2)
+    record = record_of(model).of_own_weights().updated(label_names=("circle", "square"), input_size=(3, 32, 32))
+    write_own_model(tmp_path / "mine", model, record, metrics=[METRIC], training="Not trained.")
+    out = ["-o", str(tmp_path / "small"), "--batch", "2"]
+    assert main(["compress", str(tmp_path / "mine"), "--data", str(own / "data"), *out]) == 2
+    assert "has no feed-forward layer" in capsys.readouterr().err
+    image_folder(tmp_path / "data", 12, 2, size=32)
+    cut = sorted((tmp_path / "data" / "train" / "square").iterdir())[-1]
+    cut.write_bytes(cut.read_bytes()[:100])
+    call = ["compress", str(own / "mine"), "--data", str(tmp_path / "data"), *out, "--samples", "2", "--recover", "1"]
+    assert main(call) == 2
+    error = capsys.readouterr().err
+    assert f"1 picture cannot be read: {cut}" in error
+    assert error.count("\n") == 1

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.cli.models import find_model
+from zoo.cli.models import add_model_args, find_model, model_args
 from zoo.cli.output import UsageError, check_target, hush, millions, note, print_json, print_table, progress, table
 from zoo.files import whole
 from zoo.sources import beside
@@ -56,6 +56,7 @@ def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", required=True, metavar="DIR", help="class folders, in train/ and val/ or not, or Parquet"
     )
+    add_model_args(parser)
     parser.add_argument(
         "--samples", type=int, default=128, metavar="N", help="images measured on (default: %(default)s)"
     )
@@ -86,12 +87,15 @@ def run_compress(args: argparse.Namespace) -> int:
     hush(args)
     import copy
 
-    from zoo.data.images import draw
-    from zoo.ffn.compressing import compress, recover
+    from zoo.data.images import draw, require_readable
+    from zoo.ffn.compressing import compress, recover, stand_in
 
     model, data = _model_and_data(args)
     calibration = list(draw(data, "train", args.samples))
     config = _configured(args, model, calibration[0])
+    stand_in(model, config, calibration[0])  # says what cannot be done, before all images are run
+    if args.recover:
+        require_readable(data)
     dense = copy.deepcopy(model) if args.recover else model
     with progress(args) as bar:
         task = bar.add_task("accuracy before", total=None)
@@ -226,6 +230,7 @@ def _check(args: argparse.Namespace) -> None:
     if not Path(args.data).is_dir():
         raise UsageError(f"--data names no folder: {args.data}.{beside(Path(args.data))}")
     find_model(args.name, task="classification")
+    model_args(args)  # refuses what is not KEY=VALUE
 
 
 def _model_and_data(args: argparse.Namespace, *, judged: bool = True) -> tuple[nn.Module, Any]:
@@ -233,7 +238,7 @@ def _model_and_data(args: argparse.Namespace, *, judged: bool = True) -> tuple[n
     from zoo.data.images import images_for
     from zoo.factory import create_model
 
-    model = create_model(args.name, pretrained=True).eval()
+    model = create_model(args.name, pretrained=True, **model_args(args)).eval()
     return model, images_for(model, args.data, args.batch, judged=judged)
 
 

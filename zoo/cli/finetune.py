@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.cli.models import find_model
+from zoo.cli.models import add_model_args, find_model, model_args
 from zoo.cli.output import UsageError, at_least, hush, print_json, print_table, silent, table
 from zoo.sources import beside
 
@@ -35,6 +35,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("data", type=Path, metavar="DIR", help="folder of class folders, Parquet or shards")
     parser.add_argument("--model", required=True, metavar="NAME.TAG", help="what to start from; also a file or folder")
+    add_model_args(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="the model's folder")
     parser.add_argument("--epochs", type=int, default=20, help="at most (default: 20)")
     parser.add_argument("--patience", type=int, default=5, help="epochs without progress before the end (default: 5)")
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     _check_output(args.output, force=args.force)
     _check_pictures(args.data, args.output)
     find_model(args.model, task="classification")
+    arguments = model_args(args)
     hush(args)
     try:
         from zoo.tasks.finetuning import finetune
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             args.data, args.model, args.output, image_size=args.image_size, epochs=args.epochs, patience=args.patience,
             batch_size=args.batch_size, lr=args.lr, freeze=args.freeze, lora=args.lora, val_fraction=args.val_fraction,
             seed=args.seed, num_workers=args.num_workers, skip_damaged=args.skip_damaged, overwrite=args.force,
-            tell=tell,
+            model_args=arguments, tell=tell,
         )  # fmt: skip
     _report(args, result)
     return 0

@@ -29,6 +29,7 @@ from zoo.data.samplers import BlockSampler, ResumableSampler, SeededDataset, tra
 from zoo.data.shards import ShardImages, find_shards
 from zoo.pictures.folders import split_folder
 from zoo.record import record_of
+from zoo.text import counted
 
 __all__ = [
     "DamagePolicy",
@@ -41,6 +42,7 @@ __all__ = [
     "images_for",
     "images_to_judge",
     "open_labelled_images",
+    "require_readable",
     "stratified_split",
 ]
 
@@ -330,6 +332,26 @@ class ImageClassification(_Images):
         if self.crop_padding is not None:
             transform.transforms[0] = transforms.RandomCrop(self.image_size, padding=self.crop_padding)
         return transform
+
+
+def require_readable(data: ImageClassification, cure: str = "Take them away.") -> None:
+    """Name all images to learn from and to validate on that cannot be read, before the work.
+
+    Args:
+        data: Every image is read once.
+        cure: Last sentence of the error.
+
+    Raises:
+        ValueError: There are some.
+    """
+    bad: list[str] = []
+    for split in ("train",) if data.val_fraction else ("train", "validation"):
+        part: Any = data._open(split, training=False)
+        whole: Any = part.dataset if isinstance(part, Subset) else part
+        bad += find_damaged(whole).values()
+    if bad:
+        more = f" And {len(bad) - 3} more." if len(bad) > 3 else ""
+        raise ValueError(f"{counted(len(bad), 'picture')} cannot be read: {' '.join(bad[:3])}{more} {cure}")
 
 
 def images_for(model: nn.Module, data_dir: str, batch_size: int, *, judged: bool = True) -> ImageClassification:

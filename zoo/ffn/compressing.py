@@ -24,7 +24,7 @@ from zoo.ffn.repa import RePaConfig
 from zoo.ffn.technique import FFNReport, evaluating, ffn_layers, listed, model_output, require_changeable
 from zoo.profiling import count_macs_of_copy
 
-__all__ = ["METHODS", "batch_macs", "compress", "config_for_budget", "config_of", "recover", "resized"]
+__all__ = ["METHODS", "batch_macs", "compress", "config_for_budget", "config_of", "recover", "resized", "stand_in"]
 
 
 Config = Any  # a technique's frozen configuration
@@ -145,8 +145,17 @@ def config_for_budget(
     return best
 
 
-def _stand_in(model: nn.Module, config: Config, example: Any) -> nn.Module:
-    """Return a copy of the model in its smaller structure; its values are arbitrary."""
+def stand_in(model: nn.Module, config: Config, example: Any) -> nn.Module:
+    """Return a copy of the model in its smaller structure; its values are arbitrary.
+
+    Args:
+        model: It stays as it is.
+        config: Of a technique in `METHODS`.
+        example: A batch, of which one sample is run.
+
+    Raises:
+        ValueError: The technique cannot be applied to the model.
+    """
     smaller = copy.deepcopy(model).eval()
     if isinstance(config, PruneConfig):
         config = dataclasses.replace(config, scores="random", compensation="none", allocation="uniform")
@@ -186,12 +195,12 @@ def batch_macs(model: nn.Module, batch: Any) -> int:
 
 
 def _share_of_macs(model: nn.Module, config: Config, example: Any, rounds: int) -> float:
-    return batch_macs(_stand_in(model, config, example), example) / batch_macs(model, example)
+    return batch_macs(stand_in(model, config, example), example) / batch_macs(model, example)
 
 
 @torch.inference_mode()
 def _share_of_time(model: nn.Module, config: Config, example: Any, rounds: int) -> float:
-    smaller = _stand_in(model, config, example)
+    smaller = stand_in(model, config, example)
     times: dict[int, list[float]] = {0: [], 1: []}
     for turn in range(rounds + 1):
         for place, candidate in enumerate((model, smaller)):

@@ -21,8 +21,8 @@ from torch import nn
 
 from zoo.cards.card import Metric
 from zoo.cards.own import is_own_folder, write_own_model
-from zoo.data.images import ImageClassification, has_split
-from zoo.data.labelled_images import VALIDATION_SPLITS, find_damaged
+from zoo.data.images import ImageClassification, has_split, require_readable
+from zoo.data.labelled_images import VALIDATION_SPLITS
 from zoo.data.notices import Notice, notice
 from zoo.data.readable import Readable
 from zoo.factory import image_size_args
@@ -169,7 +169,7 @@ def finetune(
     if len(classes) == 1:
         raise ValueError(f"{data_dir} has one class, {classes[0]!r}: a classifier takes two or more.")
     if not skip_damaged:
-        _refuse_damaged(data, held_out)
+        require_readable(data, "--skip-damaged leaves them out.")
     if image_size is not None and "img_size" not in args:
         fitting = image_size_args(model, image_size, **args)
         args |= {
@@ -223,20 +223,6 @@ def finetune(
         draw_confusion(classes, confusion, picture)
         _write(result, tuned, own, task, data, trainer, picture, held_out, overwrite=overwrite)
     return result
-
-
-def _refuse_damaged(data: ImageClassification, held_out: bool) -> None:
-    """Name all pictures that cannot be read, before the work."""
-    bad: list[str] = []
-    for split in ("train",) if held_out else ("train", "validation"):
-        part: Any = data._open(split, training=False)
-        whole_split: Any = part.dataset if isinstance(part, torch.utils.data.Subset) else part
-        bad += find_damaged(whole_split).values()
-    if bad:
-        more = f" And {len(bad) - 3} more." if len(bad) > 3 else ""
-        raise ValueError(
-            f"{len(bad)} pictures cannot be read: {' '.join(bad[:3])}{more} --skip-damaged leaves them out."
-        )
 
 
 def _batch_size(count: int) -> int:
