@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,6 +46,7 @@ __all__ = [
     "open_labelled_images",
     "require_readable",
     "stratified_split",
+    "tell_copies",
 ]
 
 
@@ -352,6 +355,37 @@ def require_readable(data: ImageClassification, cure: str = "Take them away.") -
     if bad:
         more = f" And {len(bad) - 3} more." if len(bad) > 3 else ""
         raise ValueError(f"{counted(len(bad), 'picture')} cannot be read: {' '.join(bad[:3])}{more} {cure}")
+
+
+def tell_copies(data: ImageClassification) -> None:
+    """Say which files to learn from are measured on too, and which lie in two classes; of folders alone."""
+    files: dict[str, list[tuple[str, int]]] = {}
+    for split in ("train", "validation"):
+        part: Any = data._open(split, training=False)
+        whole: Any = part.dataset if isinstance(part, Subset) else part
+        if not isinstance(whole, FolderImages):
+            return
+        places = part.indices if isinstance(part, Subset) else range(len(whole))
+        files[split] = [whole.samples[index] for index in places]
+    every = [(path, label, split) for split, found in files.items() for path, label in found]
+    sizes = Counter(Path(path).stat().st_size for path, _, _ in every)
+    same: dict[bytes, list[tuple[str, int, str]]] = {}
+    for path, label, split in every:
+        if sizes[Path(path).stat().st_size] > 1:
+            same.setdefault(hashlib.sha256(Path(path).read_bytes()).digest(), []).append((path, label, split))
+    seen = [group for group in same.values() if len({split for _, _, split in group}) > 1]
+    two = [group for group in same.values() if len({label for _, label, _ in group}) > 1]
+    if seen:
+        measured = sum(split == "validation" for group in seen for _, _, split in group)
+        first, last = seen[0][0][0], seen[0][-1][0]
+        notice(
+            f"{counted(measured, 'picture')} of the {len(files['validation'])} that are measured on can be learnt by "
+            f"heart, since they are among those to learn from too, as {last} is {first}: the accuracy is too good."
+        )
+    if two:
+        first, label, _ = two[0][0]
+        other = next(path for path, each, _ in two[0] if each != label)
+        notice(f"{counted(len(two), 'picture')} in two classes: {first} is {other}. One of them is wrong.")
 
 
 def images_for(model: nn.Module, data_dir: str, batch_size: int, *, judged: bool = True) -> ImageClassification:

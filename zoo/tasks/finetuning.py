@@ -21,7 +21,7 @@ from torch import nn
 
 from zoo.cards.card import Metric
 from zoo.cards.own import is_own_folder, write_own_model
-from zoo.data.images import ImageClassification, has_split, require_readable
+from zoo.data.images import ImageClassification, has_split, require_readable, tell_copies
 from zoo.data.labelled_images import VALIDATION_SPLITS
 from zoo.data.notices import Notice, notice
 from zoo.data.readable import Readable
@@ -170,6 +170,7 @@ def finetune(
         raise ValueError(f"{data_dir} has one class, {classes[0]!r}: a classifier takes two or more.")
     if not skip_damaged:
         require_readable(data, "--skip-damaged leaves them out.")
+    tell_copies(data)
     if image_size is not None and "img_size" not in args:
         fitting = image_size_args(model, image_size, **args)
         args |= {
