@@ -218,7 +218,7 @@ def test_attention_that_is_faster(
 ) -> None:
     """The plain one in bfloat16 on a CPU, for the run alone, and unless the user has chosen."""
     seen: list[tuple[bool, bool]] = []
-    trainer = Namespace(precision=precision, accelerator=accelerator)
+    trainer = Namespace(precision=precision, accelerator=accelerator, default_root_dir=None)
 
     def run(cli: Any, **kwargs: Any) -> None:
         cli.config = Namespace(subcommand="fit", fit=Namespace(trainer=trainer))
@@ -242,8 +242,10 @@ def test_fit_resume_and_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     data = image_folder(tmp_path / "data", train=8, val=4)
     common = ("--config", str(SMOKE), "--data.init_args.data_dir", str(data))
     monkeypatch.chdir(tmp_path)
-    assert train(monkeypatch, "fit", *common) == 0
+    assert train(monkeypatch, "fit", *common, "--trainer.default_root_dir", "mine") == 0
     (last,) = tmp_path.rglob("last.ckpt")
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "mine"}  # logs and checkpoints have followed
+    common = (*common, "--trainer.default_root_dir", "runs/smoke/repavit")
     assert train(monkeypatch, "fit", *common, "--trainer.max_epochs", "3", "--ckpt_path", str(last)) == 0
     assert train(monkeypatch, "test", *common, "--ckpt_path", str(last)) == 0
     metrics = "".join(path.read_text() for path in tmp_path.rglob("metrics.csv"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from timm.layers import set_fused_attn, use_fused_attn
 
@@ -61,9 +62,10 @@ class TrainingCLI(LightningCLI):
         return {name: known[name] for name in ("fit", "validate", "test")}
 
     def before_instantiate_classes(self) -> None:
-        """Refuse null where nothing takes it, and choose the attention that is faster here."""
+        """Refuse null where nothing takes it, keep a run in one folder, choose the attention that is faster here."""
         config = self.config[self.config.subcommand]
         refuse_nulls(config)
+        _follow_root(config)
         if _fused_is_slower(config.trainer):
             set_fused_attn(False)
             torch.backends.cuda.enable_flash_sdp(False)  # of a CPU, too
@@ -73,6 +75,23 @@ class TrainingCLI(LightningCLI):
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         if hasattr(self.model, "trained_model") and not any(isinstance(entry, SaveOwnModel) for entry in callbacks):
             callbacks.append(SaveOwnModel(Path(self.trainer.default_root_dir) / "model"))
+
+
+def _follow_root(config: Any) -> None:
+    """Move logs and checkpoints, which configs put into their `default_root_dir`, along with it."""
+    root = config.trainer.default_root_dir
+    for path in config.get("config") or ():
+        text = Path(str(path)).read_text(encoding="utf-8") if path is not None else ""
+        stated = ((yaml.safe_load(text) or {}).get("trainer") or {}).get("default_root_dir")
+        if root is None or stated is None:
+            continue
+        parts = (config.trainer.get(name) for name in ("logger", "callbacks"))
+        for part in (part for several in parts if isinstance(several, list) for part in several):
+            arguments = part.get("init_args") or {}
+            for name in ("save_dir", "dirpath"):
+                place = arguments.get(name)
+                if place is not None and Path(place).is_relative_to(stated):
+                    arguments[name] = str(Path(root) / Path(place).relative_to(stated))
 
 
 def _fused_is_slower(trainer: Any) -> bool:
