@@ -661,12 +661,12 @@ default_cfgs = generate_default_cfgs(
         "lsnet_t.imagenette": _cfg(
             **IMAGENETTE,
             file=shipped("lsnet_t.imagenette"),
-            input_size=(3, 128, 128),
-            pool_size=(2, 2),
-            model_args=dict(dims=_NARROW, img_size=128),
+            input_size=(3, 192, 192),
+            pool_size=(3, 3),
+            model_args=dict(dims=_NARROW, img_size=192),
             interpolation="bilinear",
-            temperature=0.774,
-            threshold=0.953,
+            temperature=0.71,
+            threshold=0.972,
         ),
         # a star makes a tag the default; it must come after a tag that has weights, or timm moves that one to the front
         "lsnet_t.in1k*": _authors("lsnet_t.pth", top1=74.9),
