@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import gc
 import importlib
@@ -82,6 +83,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         print(item.nodeid, file=file, flush=True)
         faulthandler.disable()
         faulthandler.enable(file)
+        _leave_alternate_stack()
+
+
+class _Stack(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+def _leave_alternate_stack() -> None:
+    """Let handlers of signals run on the usual stack.
+
+    Core files of workers that died in `test_triton_kernels` show the kernel's own SIGSEGV in wait4, as the child ended:
+    torch's data loader handles SIGCHLD, Python asks for the alternate stack, and that one could not be written to.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).sigaltstack(ctypes.byref(_Stack(None, 2, 0)), None)  # SS_DISABLE
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
