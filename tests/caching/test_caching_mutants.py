@@ -173,6 +173,19 @@ class Pipe:
         self.scheduler = scheduler
 
 
+def begun(scheduler: Scheduler, first: float) -> RunTracker:
+    """Return a tracker that has seen a pipeline's first call, of a timestep."""
+    pipe: Any = Pipe(scheduler)
+    model = pixel_dit()
+    tracker = RunTracker(model, pipe)
+    handles = tracker.attach(model)
+    with torch.no_grad():
+        model(torch.randn(1, 3, 8, 8), timestep=torch.tensor([first]), class_labels=torch.tensor([0]))
+    for handle in handles:
+        handle.remove()
+    return tracker
+
+
 @pytest.mark.parametrize(
     ("first", "begin", "start"),
     [
@@ -187,14 +200,7 @@ class Pipe:
 )
 def test_the_start_is_found_among_the_timesteps(first: float, begin: int | None, start: int) -> None:
     """By the scheduler's own word, else by the timestep that is as near as rounding explains."""
-    pipe: Any = Pipe(Scheduler(begin))
-    model = pixel_dit()
-    tracker = RunTracker(model, pipe)
-    handles = tracker.attach(model)
-    with torch.no_grad():
-        model(torch.randn(1, 3, 8, 8), timestep=torch.tensor([first]), class_labels=torch.tensor([0]))
-    for handle in handles:
-        handle.remove()
+    tracker = begun(Scheduler(begin), first)
     assert (tracker.start, tracker.num_steps, tracker.step) == (start, 5 - start, 0)
 
 
@@ -203,12 +209,5 @@ def test_a_share_of_the_first_timestep_is_no_last_one(first: float, start: int) 
     """1 of 1000 is where schedules of flow matching end, and 1 all of what is left to do where they begin."""
     scheduler = Scheduler()
     scheduler.timesteps = torch.tensor([1000.0, 500.0, 1.0])
-    pipe: Any = Pipe(scheduler)
-    model = pixel_dit()
-    tracker = RunTracker(model, pipe)
-    handles = tracker.attach(model)
-    with torch.no_grad():
-        model(torch.randn(1, 3, 8, 8), timestep=torch.tensor([first]), class_labels=torch.tensor([0]))
-    for handle in handles:
-        handle.remove()
+    tracker = begun(scheduler, first)
     assert (tracker.start, tracker.num_steps) == (start, 3 - start)

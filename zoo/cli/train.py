@@ -104,6 +104,8 @@ def _failed(said: str, code: int, module: str = "tasks") -> int:
 
 def _with_paths(arguments: list[str]) -> list[str]:
     """Replace names of configs by paths, and put them before the options: these change what is in them."""
+    from zoo.tasks.arguments import COMMANDS
+
     configs: list[str] = []
     others: list[str] = []
     left = iter(arguments)
@@ -115,7 +117,7 @@ def _with_paths(arguments: list[str]) -> list[str]:
             configs.append(f"{option}={_readable(find_config(name))}")
         else:
             others.append(argument)  # for the parser, which says what is missing
-    first = next((place for place, argument in enumerate(others) if argument in ("fit", "validate", "test")), -1) + 1
+    first = next((place for place, argument in enumerate(others) if argument in COMMANDS), -1) + 1
     return others[:first] + configs + others[first:]
 
 

@@ -44,6 +44,7 @@ __all__ = [
     "images_for",
     "images_to_judge",
     "open_labelled_images",
+    "opened",
     "require_readable",
     "stratified_split",
     "tell_copies",
@@ -337,6 +338,17 @@ class ImageClassification(_Images):
         return transform
 
 
+def opened(data: ImageClassification, split: str) -> tuple[Any, Sequence[int]]:
+    """Return the images that a split is drawn from, and the places of its own among them.
+
+    Args:
+        data: Without a limit.
+        split: "train", "validation" or "test".
+    """
+    part = data._open(split, training=False)
+    return (part.dataset, part.indices) if isinstance(part, Subset) else (part, range(len(part)))
+
+
 def require_readable(data: ImageClassification, cure: str = "Take them away.") -> None:
     """Name all images to learn from and to validate on that cannot be read, before the work.
 
@@ -349,9 +361,7 @@ def require_readable(data: ImageClassification, cure: str = "Take them away.") -
     """
     bad: list[str] = []
     for split in ("train",) if data.val_fraction else ("train", "validation"):
-        part: Any = data._open(split, training=False)
-        whole: Any = part.dataset if isinstance(part, Subset) else part
-        bad += find_damaged(whole).values()
+        bad += find_damaged(opened(data, split)[0]).values()
     if bad:
         more = f" And {len(bad) - 3} more." if len(bad) > 3 else ""
         raise ValueError(f"{counted(len(bad), 'picture')} cannot be read: {' '.join(bad[:3])}{more} {cure}")
@@ -361,11 +371,9 @@ def tell_copies(data: ImageClassification) -> None:
     """Say which files to learn from are measured on too, and which lie in two classes; of folders alone."""
     files: dict[str, list[tuple[str, int]]] = {}
     for split in ("train", "validation"):
-        part: Any = data._open(split, training=False)
-        whole: Any = part.dataset if isinstance(part, Subset) else part
+        whole, places = opened(data, split)
         if not isinstance(whole, FolderImages):
             return
-        places = part.indices if isinstance(part, Subset) else range(len(whole))
         files[split] = [whole.samples[index] for index in places]
     every = [(path, label, split) for split, found in files.items() for path, label in found]
     sizes = Counter(Path(path).stat().st_size for path, _, _ in every)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -22,12 +22,10 @@ from PIL import Image
 from zoo.data.readable import Readable, placed, require_known, tell_absent
 from zoo.files import cache_dir, whole
 from zoo.pictures.eight_bit import read_eight_bit
-from zoo.pictures.folders import is_picture, walk
+from zoo.pictures.folders import PARTS, is_picture, walk
 
 __all__ = ["ShardImages", "find_shards"]
 
-# a shard of one of these that is not asked for is not taken for training
-_SPLITS = ("train", "training", "validation", "val", "valid", "test", "testing", "eval", "dev")
 _NAMES = ("classes.txt", "classnames.txt")  # one class a line, beside the shards
 
 
@@ -45,23 +43,15 @@ def find_shards(folder: Path, splits: Sequence[str]) -> list[Path]:
         inside = sorted(path for path in (folder / split).glob("*.tar") if path.is_file())
         if found := inside or [path for path in loose if _is_of(path.name, split)]:
             return found
-    unnamed = [path for path in loose if not any(_is_of(path.name, split) for split in _SPLITS)]
-    if "train" in splits and unnamed and not any(map(_is_data, _all_files(folder))):
-        return unnamed
-    return []
+    unnamed = [path for path in loose if not any(_is_of(path.name, part) for part in PARTS)]
+    if "train" not in splits or not unnamed:
+        return []
+    others = (name for _, _, names in walk(folder) for name in names if is_picture(name) or name.endswith(".parquet"))
+    return [] if any(others) else unnamed
 
 
 def _is_of(name: str, split: str) -> bool:
     return re.search(rf"(^|[-_.]){re.escape(split)}([-_.\d])", name, re.IGNORECASE) is not None
-
-
-def _is_data(name: str) -> bool:
-    return is_picture(name) or name.endswith(".parquet")
-
-
-def _all_files(folder: Path) -> Iterator[str]:
-    for _, _, names in walk(folder):
-        yield from names
 
 
 class ShardImages(Readable):

@@ -794,7 +794,7 @@ def _inner(model: nn.Module) -> tuple[Any, str]:
         elif hasattr(inner, "get_base_model"):
             inner, prefix = inner.get_base_model(), f"{prefix}base_model.model."
         else:
-            return getattr(inner, "_orig_mod", inner), prefix
+            return inner, prefix
 
 
 def _set_changes(model: nn.Module, changes: list[dict[str, Any]]) -> None:

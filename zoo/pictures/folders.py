@@ -9,9 +9,10 @@ from pathlib import Path
 from zoo.files import is_hidden, walk
 from zoo.pictures.formats import readable_suffixes
 
-__all__ = ["class_folders", "is_picture", "misnamed_parts", "pictures_below", "split_folder"]
+__all__ = ["PARTS", "class_folders", "is_picture", "misnamed_parts", "pictures_below", "split_folder"]
 
-_PARTS = ("train", "training", "val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")
+PARTS = ("train", "training", "val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")
+"""What folders and shards of a part of a data set are called, in small letters."""
 
 
 def is_picture(name: str) -> bool:
@@ -50,5 +51,5 @@ def misnamed_parts(folder: str | Path) -> list[str]:
     Parts hold the class folders; without this, two classes called "training" and "testing" would be learnt.
     """
     inside = class_folders(folder)
-    parts = all(path.name.lower() in _PARTS and class_folders(path) for path in inside)
+    parts = all(path.name.lower() in PARTS and class_folders(path) for path in inside)
     return [path.name for path in inside] if parts else []

@@ -12,10 +12,10 @@ from typing import Any
 
 from zoo.catalog import did_you_mean
 
-__all__ = ["explained", "refuse_nulls"]
+__all__ = ["COMMANDS", "explained", "refuse_nulls"]
 
 _TORCH = {"optimizer": "AdamW", "lr_scheduler": "CosineAnnealingLR"}
-_COMMANDS = ("fit", "validate", "test")
+COMMANDS = ("fit", "validate", "test")
 _SECTIONS = ("config", "model", "data", "trainer", "ckpt_path", "seed_everything", "weights_only")
 
 
@@ -28,7 +28,7 @@ def explained(message: str) -> str:
     if choice := re.search(r"subcommand: invalid choice: '([^']+)'", message):
         asked = choice[1]
         done = "" if asked != "predict" else " Trained models predict by zoo classify, restore and generate."
-        return f"A training takes fit, validate or test, got {asked!r}.{did_you_mean(asked, _COMMANDS)}{done}"
+        return f"A training takes fit, validate or test, got {asked!r}.{did_you_mean(asked, COMMANDS)}{done}"
     path = _path(message)
     name = path.partition(".")[0]
     if (example := _TORCH.get(name)) and "NestedArg(key=" in message:  # no class was given before

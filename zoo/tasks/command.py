@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from timm.layers import set_fused_attn, use_fused_attn
 
 from zoo.data.notices import Notice, in_one_line
-from zoo.tasks.arguments import refuse_nulls
+from zoo.tasks.arguments import COMMANDS, refuse_nulls
 from zoo.tasks.checkpoints import read_training_checkpoint
 from zoo.tasks.own_model import SaveOwnModel
 from zoo.weights import CheckpointError
@@ -59,7 +59,7 @@ class TrainingCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Return those of Lightning without `predict`, which no task has: `zoo classify` and others do it."""
         known = LightningCLI.subcommands()
-        return {name: known[name] for name in ("fit", "validate", "test")}
+        return {name: known[name] for name in COMMANDS}
 
     def before_instantiate_classes(self) -> None:
         """Refuse null where nothing takes it, keep a run in one folder, choose the attention that is faster here."""
@@ -80,18 +80,25 @@ class TrainingCLI(LightningCLI):
 def _follow_root(config: Any) -> None:
     """Move logs and checkpoints, which configs put into their `default_root_dir`, along with it."""
     root = config.trainer.default_root_dir
-    for path in config.get("config") or ():
-        text = Path(str(path)).read_text(encoding="utf-8") if path is not None else ""
-        stated = ((yaml.safe_load(text) or {}).get("trainer") or {}).get("default_root_dir")
-        if root is None or stated is None:
+    if root is None:
+        return
+    parts = [*_listed(config.trainer.get("logger")), *_listed(config.trainer.get("callbacks"))]
+    for path in filter(None, config.get("config") or ()):  # None: text in place of a file
+        settings = yaml.safe_load(Path(str(path)).read_text(encoding="utf-8")) or {}
+        stated = (settings.get("trainer") or {}).get("default_root_dir")
+        if stated is None:
             continue
-        parts = (config.trainer.get(name) for name in ("logger", "callbacks"))
-        for part in (part for several in parts if isinstance(several, list) for part in several):
+        for part in parts:
             arguments = part.get("init_args") or {}
             for name in ("save_dir", "dirpath"):
                 place = arguments.get(name)
                 if place is not None and Path(place).is_relative_to(stated):
                     arguments[name] = str(Path(root) / Path(place).relative_to(stated))
+
+
+def _listed(parts: Any) -> list[Any]:
+    """Return loggers or callbacks that a config lists; one alone, or a switch, names no place of ours."""
+    return parts if isinstance(parts, list) else []
 
 
 def _fused_is_slower(trainer: Any) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
@@ -21,10 +21,9 @@ from torch import nn
 
 from zoo.cards.card import Metric
 from zoo.cards.own import is_own_folder, write_own_model
-from zoo.data.images import ImageClassification, has_split, require_readable, tell_copies
+from zoo.data.images import ImageClassification, has_split, opened, require_readable, tell_copies
 from zoo.data.labelled_images import VALIDATION_SPLITS
 from zoo.data.notices import Notice, notice
-from zoo.data.readable import Readable
 from zoo.factory import image_size_args
 from zoo.ffn.reparam import reparameterize
 from zoo.files import whole
@@ -239,9 +238,7 @@ def _measure(model: nn.Module, record: ModelRecord, data: ImageClassification) -
     attach(used, record)
     reparameterize(used, measure=False)
     transform = create_transform(**resolve_model_data_config(used))
-    part: Any = data._open("validation", training=False)
-    indices = part.indices if isinstance(part, torch.utils.data.Subset) else range(len(part))
-    images = cast(Readable, part.dataset if isinstance(part, torch.utils.data.Subset) else part)
+    images, indices = opened(data, "validation")
     confusion = [[0] * record.num_classes for _ in range(record.num_classes)]
     files = []
     with torch.inference_mode():
