@@ -217,23 +217,25 @@ def test_attention_that_is_faster(
     precision: str, accelerator: str, plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The plain one in bfloat16 on a CPU, for the run alone, and unless the user has chosen."""
-    seen: list[tuple[bool, bool]] = []
+    seen: list[tuple[bool, bool, bool]] = []
+    reduced = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed
     trainer = Namespace(precision=precision, accelerator=accelerator, default_root_dir=None)
 
     def run(cli: Any, **kwargs: Any) -> None:
         cli.config = Namespace(subcommand="fit", fit=Namespace(trainer=trainer))
         cli.before_instantiate_classes()
-        seen.append((use_fused_attn(), torch.backends.cuda.flash_sdp_enabled()))
+        seen.append((use_fused_attn(), torch.backends.cuda.flash_sdp_enabled(), not reduced()))
 
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr("zoo.tasks.command.TrainingCLI.__init__", run)
     run_lightning([])
-    assert seen == [(not plain, not plain)]
+    assert seen == [(not plain,) * 3]
     assert use_fused_attn()
+    assert not reduced()
     assert torch.backends.cuda.flash_sdp_enabled()
     monkeypatch.setenv("TIMM_FUSED_ATTN", "1")
     run_lightning([])
-    assert seen[1] == (True, True)
+    assert seen[1] == (True, True, True)
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from denoisers import pixel_dit
-from diffusers import DDPMScheduler, DiffusionPipeline
+from denoisers import dit, pixel_dit
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, DiTPipeline
 from image_sets import image_folder
 from lightning import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
@@ -109,6 +109,30 @@ def test_training_end_to_end(tmp_path: Path) -> None:
     for name, value in pipe.transformer.state_dict().items():
         assert torch.equal(value, averaged[name].half()), name
     assert loaded.model.dtype == torch.float32
+
+
+def test_training_goes_on_from_a_pipeline(tmp_path: Path) -> None:
+    """A pipeline by its folder: weights and names are its own, other settings than its own are refused."""
+    names = ["ant", "bee", "cow", "doe"]
+    before = Diffusion(pixel_dit(), class_names=names)
+    before.save_pretrained(tmp_path / "pipeline", dtype=torch.float16)
+    task = Diffusion(str(tmp_path / "pipeline"))
+    assert task.class_names == names
+    assert task.model.training
+    assert task.model.dtype == torch.float32
+    weights = {name: value.half().float() for name, value in before.model.state_dict().items()}
+    torch.testing.assert_close(dict(task.model.state_dict()), weights, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="was trained with prediction_type v_prediction, not epsilon"):
+        Diffusion(str(tmp_path / "pipeline"), prediction_type="epsilon")
+    DiTPipeline(dit(), AutoencoderKL(), DDIMScheduler()).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"must be a PixelDiT, .*other holds a DiTTransformer2DModel"):
+        Diffusion(str(tmp_path / "other"))
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.strategy.connect(task)
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    shutil.rmtree(tmp_path / "pipeline")
+    loaded = Diffusion.load_from_checkpoint(tmp_path / "own.ckpt")
+    torch.testing.assert_close(dict(loaded.model.state_dict()), weights, rtol=0, atol=0)
 
 
 class Brightness(nn.Module):

@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.utils import make_grid, save_image
 
+import zoo
 from zoo.data.readable import places_of
 from zoo.diffusion.pipelines import PixelDiTPipeline
 from zoo.diffusion.pixel_dit import PixelDiT
@@ -33,8 +34,9 @@ class Diffusion(TimmOptimModule):
     """Train a `PixelDiT` to undo noise, and look at what it generates.
 
     Args:
-        model: The denoiser.
-        class_names: Name of each class, stored with the pipeline; None takes those of the data.
+        model: The denoiser, or the shipped name, folder or Hub id of a pipeline whose denoiser is trained on.
+        class_names: Name of each class, stored with the pipeline; None takes those of the pipeline trained on, or of
+            the data.
         optim: Optimizer and schedule.
         beta_schedule: Noise schedule, a name of diffusers' `DDPMScheduler`.
         prediction_type: What the network predicts.
@@ -49,13 +51,17 @@ class Diffusion(TimmOptimModule):
         test_classifier: timm name with weight tag of a classifier of the same classes ("repavit_tiny.cifar10");
             `train.py test` then reports the share of samples that it recognises as the class asked for.
         test_samples: Number of those samples, over all processes.
+
+    Raises:
+        ValueError: The pipeline to train on has another kind of denoiser, or was trained with another noise schedule or
+            prediction than the settings say.
     """
 
     model: PixelDiT
 
     def __init__(
         self,
-        model: PixelDiT,
+        model: PixelDiT | str,
         class_names: list[str] | None = None,
         optim: OptimConfig = OptimConfig(),
         beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2",
@@ -73,13 +79,16 @@ class Diffusion(TimmOptimModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if isinstance(model, Mapping):  # as a checkpoint keeps it
-            model = PixelDiT.from_config(dict(model))
-        if isinstance(self.hparams.get("model"), nn.Module):
-            # in Python it is the model itself, which the state dict has; from the command line it is a description
-            self.hparams["model"] = dict(model.config)
+        if isinstance(model, str):
+            denoiser, names = _to_train_on(model, beta_schedule=beta_schedule, prediction_type=prediction_type)
+            class_names = class_names or names
+        else:  # a mapping as a checkpoint keeps it
+            denoiser = PixelDiT.from_config(dict(model)) if isinstance(model, Mapping) else model
+        if isinstance(self.hparams.get("model"), str | nn.Module):
+            # from the command line it is a description or a name; a checkpoint needs no other weights than its own
+            self.hparams["model"] = dict(denoiser.config)
         self.keep_plain()
-        self.model, self.optim = model.train(), as_config(OptimConfig, optim)
+        self.model, self.optim = denoiser.train(), as_config(OptimConfig, optim)
         self.scheduler = DDPMScheduler(beta_schedule=beta_schedule, prediction_type=prediction_type)
         self.timestep_sampling, self.logit_mean, self.logit_std = timestep_sampling, logit_mean, logit_std
         self.snr_gamma = snr_gamma
@@ -87,7 +96,7 @@ class Diffusion(TimmOptimModule):
         self.sample_steps, self.guidance_scale, self.grid_rows = sample_steps, guidance_scale, grid_rows
         self.test_classifier, self.test_samples = test_classifier, test_samples
         self.val_loss = MeanMetric()
-        self.class_accuracy = MulticlassAccuracy(model.config.num_classes, average="micro")
+        self.class_accuracy = MulticlassAccuracy(denoiser.config.num_classes, average="micro")
 
     def model_record(self) -> ModelRecord:
         return ModelRecord(architecture=type(self.model).__name__, task="generation").updated(
@@ -259,3 +268,19 @@ class Diffusion(TimmOptimModule):
         if dtype is not None:
             pipeline.transformer = self.model.copy_as(dtype)
         pipeline.save_pretrained(str(path))
+
+
+def _to_train_on(name: str, **expected: str) -> tuple[PixelDiT, list[str] | None]:
+    """Return a pipeline's denoiser in float32 and its classes' names; refuse what it was not trained with."""
+    pipeline = zoo.create_pipeline(name, requires="transformer")
+    if not isinstance(pipeline.transformer, PixelDiT):
+        raise ValueError(
+            f"The denoiser to train on must be a PixelDiT, {name} holds a {type(pipeline.transformer).__name__}."
+        )
+    for key, value in expected.items():
+        if (known := pipeline.scheduler.config.get(key)) != value:
+            raise ValueError(
+                f"{name} was trained with {key} {known}, not {value}: set model.init_args.{key} to {known}."
+            )
+    names = getattr(pipeline, "id2label", None) or {}
+    return pipeline.transformer.float(), [names[number] for number in sorted(names)] or None
