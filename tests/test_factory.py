@@ -125,6 +125,9 @@ def test_denoiser_by_name_and_by_folder(cards: Path) -> None:
         zoo.create_model("dit.toy")
     with pytest.raises(ValueError, match="repavit_tiny' is a classification model"):
         zoo.create_pipeline("repavit_tiny")
+    for absent in ("/no/such/pipeline", "./runs/pipeline", "runs/mine/pipeline"):
+        with pytest.raises(CheckpointError, match=f"There is no file or folder {absent}"):
+            zoo.create_pipeline(absent)
     with pytest.raises(ValueError, match=r"It has dit\.toy"):
         zoo.create_pipeline("dit.cifar10")
 

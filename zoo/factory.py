@@ -320,6 +320,7 @@ def create_pipeline(name: str, *, requires: str | None = None, **kwargs: Any) ->
     if not path.is_dir() and "/" not in name:
         path = _denoiser_folder(name)
     if not path.is_dir():
+        find(name)  # refuses what is neither there nor a Hub id
         hub.download(name, "model_index.json", cache_dir=kwargs.get("cache_dir"))  # says clearly what is wrong
         path = Path(DiffusionPipeline.download(name, use_safetensors=True, **kwargs))
     index = path / "model_index.json"
