@@ -102,6 +102,8 @@ def test_validation_of_plain_class_folders(tmp_path: Path) -> None:
     data.trainer.state.fn = "fit"  # type: ignore[union-attr]
     with pytest.raises(FileNotFoundError, match=r"holds neither validation/.*val_fraction holds out a share"):
         data.val_dataloader()
+    shares = ImageDiffusion(str(tmp_path), image_size=8, batch_size=1, val_fraction=0.3)
+    assert (len(shares.train_dataloader()), len(shares.val_dataloader())) == (4, 2)
 
 
 def test_loaders(folder: Path) -> None:

@@ -64,6 +64,8 @@ def test_empty_class_folders(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"train/zebra holds no picture, but \.doc") as caught:
         data_module(root).train_dataloader()
     assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match=r"train/zebra holds no picture"):  # class folders alone, too
+        print(data_module(root / "train").class_names)
 
 
 def test_nested_and_capital_folders(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ class _Images(LightningDataModule):
                 try:
                     data = open_labelled_images(self.data_dir, split, None, self.image_key, self.label_key)
                 except (FileNotFoundError, ValueError):
-                    if split == "train" and not has_split(self.data_dir, "train"):
+                    if split == "train" and not has_split(self.data_dir, "train") and _has_validation(self.data_dir):
                         continue
                     raise
                 self._classes = data.classes
@@ -523,6 +523,7 @@ class ImageDiffusion(_Images):
         image_key: Image column of Parquet or Hub data; None finds it.
         label_key: Label column of Parquet or Hub data; None finds it.
         limit: Use only the first images of each split.
+        val_fraction: As for `ImageClassification`.
         damaged: As for `ImageClassification`.
     """
 
@@ -539,11 +540,13 @@ class ImageDiffusion(_Images):
         *,
         label_key: str | None = None,
         limit: int | None = None,
+        val_fraction: float = 0.0,
         damaged: DamagePolicy = "stop",
     ) -> None:
         super().__init__(
-            data_dir, batch_size, eval_batch_size, num_workers, seed, image_key, label_key, limit, damaged=damaged
-        )
+            data_dir, batch_size, eval_batch_size, num_workers, seed, image_key, label_key, limit,
+            val_fraction=val_fraction, damaged=damaged,
+        )  # fmt: skip
         self.image_size, self.hflip = image_size, hflip
 
     def _transform(self, training: bool) -> Callable[[Image.Image], Tensor]:
