@@ -19,7 +19,7 @@ import zoo
 from zoo.cli import main
 from zoo.cli.train import find_config, reason
 from zoo.record import read_record
-from zoo.tasks.command import run_lightning
+from zoo.tasks.command import TrainingCLI, run_lightning
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ROOT / "configs" / "smoke" / "repavit.yaml"
@@ -236,6 +236,19 @@ def test_attention_that_is_faster(
     monkeypatch.setenv("TIMM_FUSED_ATTN", "1")
     run_lightning([])
     assert seen[1] == (True, True, True)
+
+
+def test_all_that_a_run_writes_follows_its_root() -> None:
+    cli = object.__new__(TrainingCLI)
+    for config in sorted((ROOT / "configs").rglob("*.yaml")):
+        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+        trainer = Namespace({**settings["trainer"], "precision": "32-true", "accelerator": "cpu"})
+        if (root := trainer.get("default_root_dir")) is None:
+            continue
+        trainer.default_root_dir = "mine"
+        cli.config = Namespace(subcommand="fit", fit=Namespace(trainer=trainer, config=[config]))
+        cli.before_instantiate_classes()
+        assert root not in str(trainer), config
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ class TrainingCLI(LightningCLI):
 
 
 def _follow_root(config: Any) -> None:
-    """Move logs and checkpoints, which configs put into their `default_root_dir`, along with it."""
+    """Move logs, checkpoints and pipelines, which configs put into their `default_root_dir`, along with it."""
     root = config.trainer.default_root_dir
     if root is None:
         return
@@ -91,7 +91,7 @@ def _follow_root(config: Any) -> None:
             continue
         for part in parts:
             arguments = part.get("init_args") or {}
-            for name in ("save_dir", "dirpath"):
+            for name in ("save_dir", "dirpath", "folder"):
                 place = arguments.get(name)
                 if place is not None and Path(place).is_relative_to(stated):
                     arguments[name] = str(Path(root) / Path(place).relative_to(stated))
