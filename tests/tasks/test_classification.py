@@ -237,6 +237,8 @@ def test_low_resolution_first(folder: Path, tmp_path: Path) -> None:
     with pytest.warns(Notice, match=r"first 50 % of the steps train at 8 pixels.*says little until they are over"):
         task.on_fit_start()
     assert sides == [8, 8, 16, 16, 16]
+    with pytest.raises(ValueError, match=r"low_res has 24 pixels, no fewer than the images' 16: .*null"):
+        fit(module(low_res=(24, 0.5)), data(folder), tmp_path)
 
 
 def test_any_timm_model_trains(folder: Path, tmp_path: Path) -> None:

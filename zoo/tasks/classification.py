@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -181,6 +182,12 @@ class Classification(TimmOptimModule):
             raise ValueError(
                 f"The model takes images of {own[0]} channels, the data give {len(given)}: set mean and std "
                 "of the data to as many values, or in_chans of the model."
+            )
+        size = getattr(data, "image_size", None)
+        least = min(size) if isinstance(size, Sequence) else size
+        if self.low_res and least is not None and self.low_res[0] >= least:
+            raise ValueError(
+                f"low_res has {self.low_res[0]} pixels, no fewer than the images' {least}: set it to fewer, or to null."
             )
         if self.trainer.ckpt_path is None:  # else the checkpoint tells the classes
             names = record_of(self.model).label_names
