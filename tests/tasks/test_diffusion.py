@@ -111,6 +111,17 @@ def test_training_end_to_end(tmp_path: Path) -> None:
     assert loaded.model.dtype == torch.float32
 
 
+def test_images_and_classes_are_the_denoisers(tmp_path: Path) -> None:
+    """Other sizes would be learnt, and never drawn; names of other classes come with the setting to change."""
+    folder = str(image_folder(tmp_path / "data"))
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=r"images of 16 pixels, the denoiser draws 8: .*image_size to 8"):
+        trainer.fit(Diffusion(pixel_dit(num_classes=2)), ImageDiffusion(folder, image_size=16))
+    named = Diffusion(pixel_dit(num_classes=2), class_names=["ant", "bee"])
+    with pytest.raises(ValueError, match=r"'circle', 'square'.*none of .*'ant', 'bee'.* set class_names to those of"):
+        trainer.fit(named, ImageDiffusion(folder, image_size=8))
+
+
 def test_training_goes_on_from_a_pipeline(tmp_path: Path) -> None:
     """A pipeline by its folder: weights and names are its own, other settings than its own are refused."""
     names = ["ant", "bee", "cow", "doe"]

@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.utils import make_grid, save_image
 
 import zoo
-from zoo.data.readable import places_of
+from zoo.data.readable import placed, places_of
 from zoo.diffusion.pipelines import PixelDiTPipeline
 from zoo.diffusion.pixel_dit import PixelDiT
 from zoo.record import KEY, ModelRecord
@@ -106,8 +106,20 @@ class Diffusion(TimmOptimModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Compare the classes of the data with those of the model; where only one of them has names, both get those."""
+        """Compare size and classes of the data with the model's; where only one of them has names, both get those."""
         data = getattr(self.trainer, "datamodule", None)
+        drawn, size = self.model.config.sample_size, getattr(data, "image_size", None)
+        if size not in (None, drawn):
+            raise ValueError(
+                f"The data gives images of {size} pixels, the denoiser draws {drawn}: set image_size to {drawn}, or "
+                f"train a denoiser of sample_size {size}."
+            )
+        names = getattr(data, "class_names", None)
+        if names is not None and self.class_names is not None and self.trainer.ckpt_path is None:
+            try:
+                places_of(placed(names, self.class_names, "the data"), self.class_names, "The data")
+            except ValueError as error:
+                raise ValueError(f"{error} To train on other classes, set class_names to those of the data.") from error
         label_by(data, self.class_names)
         check_classes(data, self.model.config.num_classes)
         names = getattr(data, "class_names", None) or []
