@@ -56,6 +56,13 @@ def fit(task: Restoration, images: PairedImages, root: Path, **kwargs: Any) -> T
     return trainer
 
 
+def test_scales_must_agree(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"The model's scale is 2, that of the data 3: set the scale of its degradation"
+    ):
+        fit(module(), data(folder, BicubicDownscale(3)), tmp_path)
+
+
 def test_learns_logs_and_shows(folder: Path, tmp_path: Path) -> None:
     """Better than the interpolation it starts from, in bfloat16; scores are those of the whole images."""
     task, logger = module(optim=OptimConfig(lr=3e-3, weight_decay=0.0)), TensorBoardLogger(str(tmp_path))

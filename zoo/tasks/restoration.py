@@ -92,6 +92,16 @@ class Restoration(TimmOptimModule):
         """Return the model for use, in evaluation mode, and its record."""
         return self.model.eval(), self.model_record()
 
+    def setup(self, stage: str) -> None:
+        """Compare the scale of the data with the model's."""
+        degradation = getattr(getattr(self.trainer, "datamodule", None), "degradation", None)
+        own = int(getattr(self.model, "scale", 1))
+        if degradation is not None and degradation.scale != own:
+            raise ValueError(
+                f"The model's scale is {own}, that of the data {degradation.scale}: set the scale of its degradation "
+                f"to {own}, or take a model of scale {degradation.scale}."
+            )
+
     def forward(self, images: Tensor) -> Tensor:
         """Restore images (B, C, H, W) in [0, 1]; the result is not clamped."""
         return self.model(images.to(memory_format=self.memory_format))
