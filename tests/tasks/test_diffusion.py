@@ -120,6 +120,8 @@ def test_images_and_classes_are_the_denoisers(tmp_path: Path) -> None:
     named = Diffusion(pixel_dit(num_classes=2), class_names=["ant", "bee"])
     with pytest.raises(ValueError, match=r"'circle', 'square'.*none of .*'ant', 'bee'.* set class_names to those of"):
         trainer.fit(named, ImageDiffusion(folder, image_size=8))
+    with pytest.raises(ValueError, match=r"class_names has 2 names, the denoiser 4 classes"):
+        Diffusion(pixel_dit(), class_names=["ant", "bee"])
 
 
 def test_training_goes_on_from_a_pipeline(tmp_path: Path) -> None:

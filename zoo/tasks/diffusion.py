@@ -53,8 +53,8 @@ class Diffusion(TimmOptimModule):
         test_samples: Number of those samples, over all processes.
 
     Raises:
-        ValueError: The pipeline to train on has another kind of denoiser, or was trained with another noise schedule or
-            prediction than the settings say.
+        ValueError: There are not as many names as classes, or the pipeline to train on has another kind of denoiser, or
+            was trained with another noise schedule or prediction than the settings say.
     """
 
     model: PixelDiT
@@ -84,6 +84,11 @@ class Diffusion(TimmOptimModule):
             class_names = class_names or names
         else:  # a mapping as a checkpoint keeps it
             denoiser = PixelDiT.from_config(dict(model)) if isinstance(model, Mapping) else model
+        if class_names is not None and len(class_names) != denoiser.config.num_classes:
+            raise ValueError(
+                f"class_names has {len(class_names)} names, the denoiser {denoiser.config.num_classes} classes: set "
+                "its num_classes to as many, or class_names to null."
+            )
         if isinstance(self.hparams.get("model"), str | nn.Module):
             # from the command line it is a description or a name; a checkpoint needs no other weights than its own
             self.hparams["model"] = dict(denoiser.config)
