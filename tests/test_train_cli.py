@@ -311,6 +311,13 @@ def test_what_workers_raise_is_one_line() -> None:
     assert reason(error) == "a is b."
 
 
+def test_what_a_class_raises_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The package that PushT lacks, where the environment is one of the settings."""
+    monkeypatch.setitem(sys.modules, "gym_pusht", None)
+    assert main(["train", "fit", "--config", "diffusion/policy_pusht"]) == 1
+    assert "error: PushT needs gym-pusht: pip install 'ffn-zoo[pusht]'" in capsys.readouterr().err
+
+
 def test_configs_by_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("classification/repavit_tiny_cifar10", "configs/smoke/cfsr.yaml", "finetune_example"):
         assert Path(find_config(name)).is_file()

@@ -140,7 +140,9 @@ def reason(error: BaseException) -> str:
     """Return what an error says in one line; that of its cause where a library has wrapped it."""
     while str(error).startswith("Does not validate against") and error.__cause__ is not None:
         error = error.__cause__
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if lines[1:] and lines[0].startswith("Problem with given class_path"):  # what the class itself has raised
+        return lines[1]
     if lines and lines[0].startswith("Caught ") and "worker process" in lines[0]:  # by a DataLoader, with a traceback
         return lines[-1].partition(": ")[2] or lines[-1]
     said = lines[0] if lines else type(error).__name__
