@@ -582,3 +582,9 @@ def test_progress_is_silent_without_a_terminal(capsys: Captured) -> None:
         for _ in bar.track(range(3), description="working"):
             pass
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_folder_of_a_pipeline_cannot_classify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    assert main(["classify", "x.png", "--model", str(tmp_path)]) == 2
+    assert "is a model for generation: it cannot classify." in capsys.readouterr().err

@@ -76,9 +76,10 @@ def find_model(name: str, *, task: str | None = None, weights: bool = True) -> S
     source = find(name)
     if source.kind == "folder" and source.path is not None:
         weight_file(source.path)
-    if task is not None and source.task not in (None, task):
+    known = source.task or ("generation" if source.kind == "pipeline" else None)
+    if task is not None and known not in (None, task):
         does = "cannot classify" if task == "classification" else f"is not for {task}"
-        raise UsageError(f"{name} is a model for {source.task}: it {does}.")
+        raise UsageError(f"{name} is a model for {known}: it {does}.")
     facts = catalog.load().get(source.architecture or "") if source.kind == "model" else None
     if weights and facts is not None:
         if not facts["weights"]:
