@@ -12,7 +12,7 @@ from small_models import vit
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from zoo.ffn import low_rank, prune, repa, snnk, structured
+from zoo.ffn import depth, low_rank, prune, repa, snnk, structured
 from zoo.ffn.compressing import METHODS, compress
 from zoo.ffn.inspection import inspect_ffns
 from zoo.ffn.technique import ffn_layers, rebuild
@@ -117,3 +117,38 @@ def test_what_swin_v2_cr_makes_its_positions_from_is_no_feed_forward_layer() -> 
         "swinv2_cr_tiny_224", img_size=64, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), window_size=2
     )
     assert list(ffn_layers(model)) == [f"stages.{place}.blocks.0.mlp" for place in range(4)]
+
+
+@pytest.mark.parametrize(("technique", "part"), [(repa, "mlp"), (depth, "mlp"), (low_rank, "mlp.fc1")])
+def test_hooks_of_the_user_stay(technique: Any, part: str) -> None:
+    """On a layer that is replaced they see the new one's whole output, and a handle still takes them away."""
+    model, x = vit(), torch.randn(4, 3, 16, 16)
+    seen: list[Tensor] = []
+    handles = [
+        module.register_forward_hook(lambda *of: seen.append(of[-1]))
+        for name, module in model.named_modules()
+        if name.endswith(part)
+    ]
+    with torch.no_grad():
+        model(x)
+        count = len(seen)
+        technique.apply(model, data=[x])
+        seen.clear()
+        model(x)
+        assert len(seen) == count
+        module = model.blocks[-1].get_submodule(part)
+        last: list[Tensor] = []
+        module.register_forward_hook(lambda *of: last.append(of[-1]))
+        model(x)
+        assert torch.equal(seen[-1], last[0])
+        for handle in handles:
+            handle.remove()
+        seen.clear()
+        model(x)
+    assert not seen
+
+
+def test_frozen_models_stay_frozen() -> None:
+    model = vit().requires_grad_(False)
+    repa.apply(model, data=[torch.randn(4, 3, 16, 16)])
+    assert not any(parameter.requires_grad for parameter in model.parameters())

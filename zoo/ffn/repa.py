@@ -231,7 +231,7 @@ def _merge(
     ffn.down.bias.copy_(new_bias)
     kind = ffn.up.weight
     merged = LinearPlusFFN(module, ffn.dim, device=kind.device, dtype=kind.dtype)
-    merged.linear.weight.copy_(matrix)
+    merged.linear.weight.copy_(matrix).requires_grad_(kind.requires_grad)  # a frozen model stays so
     return merged
 
 

@@ -558,8 +558,14 @@ def require_seen(moments: Mapping[str, Moments]) -> None:
             raise ValueError(f"{name} gives values on the data that are not finite: look at the data and the weights.")
 
 
+_HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of another, wherever the model holds that one; it takes over its mode.
+    """Put a module in the place of another, wherever the model holds that one; it takes over its mode and its hooks.
 
     Raises:
         ValueError: The model itself is the layer.
@@ -568,6 +574,10 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
         raise ValueError(f"This {type(model).__name__} is the layer itself: put it into nn.Sequential first.")
     old = model.get_submodule(name)
     module.train(old.training)
+    for hooks in _HOOKS:  # the mappings themselves, which handles refer to; the old module may be part of the new one
+        one, other = getattr(module, hooks), getattr(old, hooks)
+        setattr(module, hooks, other)
+        setattr(old, hooks, one)
     places = [(outer, key) for outer in model.modules() for key, inner in outer._modules.items() if inner is old]
     for outer, key in places:
         setattr(outer, key, module)
