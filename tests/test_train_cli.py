@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from timm.layers import use_fused_attn
 import zoo
 from zoo.cli import main
 from zoo.cli.train import find_config, reason
+from zoo.diffusion import PixelDiT
 from zoo.record import read_record
 from zoo.tasks.command import TrainingCLI, run_lightning
+from zoo.tasks.diffusion import Diffusion
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ROOT / "configs" / "smoke" / "repavit.yaml"
@@ -323,3 +326,29 @@ def test_configs_by_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         assert Path(find_config(name)).is_file()
     assert main(["train", "fit", "--config=classification/repavit_tiny_cifar", "--print_config"]) == 2
     assert "Did you mean classification/repavit_tiny_cifar10" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_denoiser_from_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint of a training that went on from a pipeline needs that no longer."""
+    model = PixelDiT(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, patch_size=4, sample_size=16, num_classes=2
+    )
+    Diffusion(model, class_names=["circle", "square"]).save_pretrained(tmp_path / "pipeline")
+    data = image_folder(tmp_path / "data", train=8, val=4)
+    config = str(ROOT / "configs" / "smoke" / "pixeldit.yaml")
+    monkeypatch.chdir(tmp_path)
+    options = (
+        "--data.init_args.data_dir",
+        str(data),
+        "--model.init_args.model",
+        "pipeline",
+        "--trainer.max_steps",
+        "1",
+    )
+    assert train(monkeypatch, "fit", "--config", config, *options) == 0
+    shutil.rmtree(tmp_path / "pipeline")
+    (last,) = tmp_path.rglob("*.ckpt")
+    loaded = Diffusion.load_from_checkpoint(last, weights_only=False)
+    assert loaded.model.config.sample_size == 16
+    assert loaded.class_names == ["circle", "square"]

@@ -83,15 +83,17 @@ class Diffusion(TimmOptimModule):
             denoiser, names = _to_train_on(model, beta_schedule=beta_schedule, prediction_type=prediction_type)
             class_names = class_names or names
         else:  # a mapping as a checkpoint keeps it
-            denoiser = PixelDiT.from_config(dict(model)) if isinstance(model, Mapping) else model
+            described = model.get("init_args", dict(model)) if isinstance(model, Mapping) else None
+            denoiser = model if described is None else PixelDiT.from_config(described)
         if class_names is not None and len(class_names) != denoiser.config.num_classes:
             raise ValueError(
                 f"class_names has {len(class_names)} names, the denoiser {denoiser.config.num_classes} classes: set "
                 "its num_classes to as many, or class_names to null."
             )
         if isinstance(self.hparams.get("model"), str | nn.Module):
-            # from the command line it is a description or a name; a checkpoint needs no other weights than its own
-            self.hparams["model"] = dict(denoiser.config)
+            # a checkpoint needs no other weights than its own: a description, as the command line's is
+            arguments = {key: value for key, value in denoiser.config.items() if not key.startswith("_")}
+            self.hparams["model"] = {"class_path": f"{PixelDiT.__module__}.PixelDiT", "init_args": arguments}
         self.keep_plain()
         self.model, self.optim = denoiser.train(), as_config(OptimConfig, optim)
         self.scheduler = DDPMScheduler(beta_schedule=beta_schedule, prediction_type=prediction_type)
