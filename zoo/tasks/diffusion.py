@@ -25,9 +25,9 @@ from zoo.diffusion.pixel_dit import PixelDiT
 from zoo.record import KEY, ModelRecord
 from zoo.tasks.labels import check_classes, check_labels, label_by
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
-from zoo.tasks.plain import as_config, plain
+from zoo.tasks.plain import arguments_of, as_config
 
-__all__ = ["Diffusion"]
+__all__ = ["Diffusion", "names_of"]
 
 
 class Diffusion(TimmOptimModule):
@@ -92,8 +92,8 @@ class Diffusion(TimmOptimModule):
             )
         if isinstance(self.hparams.get("model"), str | nn.Module):
             # a checkpoint needs no other weights than its own: a description, as the command line's is
-            arguments = {key: value for key, value in denoiser.config.items() if not key.startswith("_")}
-            self.hparams["model"] = {"class_path": f"{PixelDiT.__module__}.PixelDiT", "init_args": arguments}
+            class_path = f"{PixelDiT.__module__}.{PixelDiT.__qualname__}"
+            self.hparams["model"] = {"class_path": class_path, "init_args": arguments_of(denoiser)}
         self.keep_plain()
         self.model, self.optim = denoiser.train(), as_config(OptimConfig, optim)
         self.scheduler = DDPMScheduler(beta_schedule=beta_schedule, prediction_type=prediction_type)
@@ -107,7 +107,7 @@ class Diffusion(TimmOptimModule):
 
     def model_record(self) -> ModelRecord:
         return ModelRecord(architecture=type(self.model).__name__, task="generation").updated(
-            model_args=plain({key: value for key, value in self.model.config.items() if not key.startswith("_")}),
+            model_args=arguments_of(self.model),
             num_classes=self.model.config.num_classes,
             label_names=self.class_names,
         )
@@ -301,5 +301,10 @@ def _to_train_on(name: str, **expected: str) -> tuple[PixelDiT, list[str] | None
             raise ValueError(
                 f"{name} was trained with {key} {known}, not {value}: set model.init_args.{key} to {known}."
             )
+    return pipeline.transformer.float(), names_of(pipeline)
+
+
+def names_of(pipeline: Any) -> list[str] | None:
+    """Return the names of a pipeline's classes in the order of their numbers; None where they have none."""
     names = getattr(pipeline, "id2label", None) or {}
-    return pipeline.transformer.float(), [names[number] for number in sorted(names)] or None
+    return [names[number] for number in sorted(names)] or None

@@ -18,7 +18,7 @@ from zoo.diffusion.pixel_dit import PixelDiT
 from zoo.moe import BlockGroup, MoBConfig, block_groups
 from zoo.moe.calibration import flow_inputs
 from zoo.moe.distillation import Distiller, StageSteps
-from zoo.tasks.diffusion import Diffusion
+from zoo.tasks.diffusion import Diffusion, names_of
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
 from zoo.tasks.plain import as_config
 
@@ -93,10 +93,9 @@ class MoEDistillation(_Staged, Diffusion):
         model = _load_student(student, groups)
         if not isinstance(model, PixelDiT):
             raise ValueError(f"The student must be a PixelDiT with experts, {student} holds a {type(model).__name__}.")
-        names = pipe.id2label or {}
         super().__init__(
             model,
-            class_names=[names[number] for number in sorted(names)] or None,
+            class_names=names_of(pipe),
             optim=optim,
             beta_schedule=pipe.scheduler.config.beta_schedule,
             prediction_type=pipe.scheduler.config.prediction_type,

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-__all__ = ["as_config", "differences", "plain"]
+__all__ = ["arguments_of", "as_config", "differences", "plain"]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -34,6 +34,11 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
         return value
     return f"{type(value).__module__}.{type(value).__qualname__}"  # what it was; it cannot be kept
+
+
+def arguments_of(model: Any) -> dict[str, Any]:
+    """Return what a model of diffusers was built with, from its `config`."""
+    return plain({key: value for key, value in model.config.items() if not key.startswith("_")})
 
 
 def as_config(kind: type[ConfigT], value: Any) -> ConfigT:

@@ -17,7 +17,7 @@ from zoo.diffusion.diffusion_policy import DiffusionPolicyPipeline, DiffusionPol
 from zoo.environments import evaluate_policy
 from zoo.record import ModelRecord
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
-from zoo.tasks.plain import as_config, plain
+from zoo.tasks.plain import arguments_of, as_config
 
 __all__ = ["DiffusionPolicy"]
 
@@ -68,7 +68,7 @@ class DiffusionPolicy(TimmOptimModule):
 
     def model_record(self) -> ModelRecord:
         return ModelRecord(architecture=type(self.model).__name__, task="policy").updated(
-            model_args=plain({key: value for key, value in self.model.config.items() if not key.startswith("_")}),
+            model_args=arguments_of(self.model),
         )
 
     def setup(self, stage: str) -> None:
