@@ -27,8 +27,8 @@ from zoo.data.images import (
     open_labelled_images,
 )
 from zoo.data.labelled_images import VALIDATION_SPLITS
-from zoo.data.notices import Notice
 from zoo.data.samplers import ResumableSampler, SeededDataset
+from zoo.notices import Notice
 
 
 @pytest.fixture(scope="module")

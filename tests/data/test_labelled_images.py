@@ -16,8 +16,8 @@ from PIL import Image
 
 from zoo.data.images import ImageClassification, open_labelled_images, stratified_split
 from zoo.data.labelled_images import LabelledImages
-from zoo.data.notices import Notice
 from zoo.data.readable import placed
+from zoo.notices import Notice
 
 
 def data_module(root: Path, **kwargs: Any) -> ImageClassification:

@@ -15,10 +15,10 @@ from image_sets import picture
 from zoo.data import shards
 from zoo.data.images import ImageClassification
 from zoo.data.labelled_images import FolderImages, open_labelled_images
-from zoo.data.notices import Notice
 from zoo.data.samplers import BlockSampler
 from zoo.data.shards import ShardImages, find_shards
 from zoo.files import cache_dir
+from zoo.notices import Notice
 
 NAMES = ["ant", "bee", "cat"]
 

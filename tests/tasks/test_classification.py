@@ -19,8 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import zoo  # noqa: F401  registers the models
 from zoo.data.images import ImageClassification
-from zoo.data.notices import Notice
 from zoo.moe import MoEConfig, Router
+from zoo.notices import Notice
 from zoo.tasks.classification import Classification
 from zoo.tasks.optim import OptimConfig
 from zoo.weights import save_checkpoint, sha256_of

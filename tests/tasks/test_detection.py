@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 from PIL import Image
 
 from zoo.data.detection import CocoBoxes, CocoImages
-from zoo.data.notices import Notice
+from zoo.notices import Notice
 from zoo.tasks.detection import Detection, PyramidBackbone, retinanet
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "detection" / "emov2_1m_retinanet_coco.yaml"

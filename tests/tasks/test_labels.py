@@ -12,7 +12,7 @@ from lightning import Trainer
 from torch.utils.data import DataLoader
 
 from zoo.data.images import ImageClassification
-from zoo.data.notices import Notice
+from zoo.notices import Notice
 from zoo.tasks.classification import Classification
 
 TINY = dict(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import zoo  # noqa: F401  registers the models
 from zoo.data.images import ImageClassification
-from zoo.data.notices import Notice
 from zoo.data.paired_images import BicubicDownscale, PairedImages, Phase
+from zoo.notices import Notice
 from zoo.tasks.callbacks import CheckedCheckpointIO, ExactResume
 from zoo.tasks.classification import Classification
 from zoo.tasks.optim import OptimConfig

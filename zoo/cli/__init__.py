@@ -37,7 +37,7 @@ from zoo.cli import (
 )
 from zoo.cli.errors import code_of, missing_library, with_code
 from zoo.cli.output import UsageError
-from zoo.data.notices import in_one_line
+from zoo.notices import in_one_line
 from zoo.version import __version__
 
 __all__ = ["main", "parse"]

@@ -164,10 +164,12 @@ class Classifier:
         from zoo.engines import attach, check_engine
         from zoo.factory import create_model
         from zoo.ffn.reparam import reparameterize
+        from zoo.processor import tell_of_emulation
 
         self.name = name
         check_engine(engine)
         self._device, self._dtype = pick_device(device), getattr(torch, dtype)
+        tell_of_emulation(self._dtype, self._device, "float32 for dtype")
         model = create_model(name, pretrained=True, **arguments).eval()
         self.labels = _labels(model)
         reparameterize(model, measure=False)

@@ -200,6 +200,7 @@ def load_pipeline(args: argparse.Namespace, name: str) -> tuple[Any, torch.devic
     import transformers
 
     from zoo.factory import create_pipeline
+    from zoo.processor import tell_of_emulation
 
     if silent(args):
         transformers.utils.logging.disable_progress_bar()
@@ -207,7 +208,9 @@ def load_pipeline(args: argparse.Namespace, name: str) -> tuple[Any, torch.devic
     device = pick_device(args.device)
     if args.offload and device.type == "cpu":
         raise UsageError("--offload keeps weights in the CPU's memory while a GPU computes; --device is the CPU here.")
-    pipe = create_pipeline(name, dtype=getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    tell_of_emulation(dtype, device, "--dtype float32")
+    pipe = create_pipeline(name, dtype=dtype)
     if args.scheduler:
         pipe.scheduler = _scheduler(pipe, args.scheduler)
     _place(pipe, args.offload, device)

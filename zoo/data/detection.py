@@ -18,9 +18,9 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes
 
 from zoo.data.labelled_images import DamagePolicy, find_damaged
-from zoo.data.notices import notice
 from zoo.data.readable import require_known, tell_absent
 from zoo.data.samplers import ResumableSampler, SeededDataset, training_loader
+from zoo.notices import notice
 from zoo.pictures.eight_bit import read_eight_bit
 
 __all__ = ["CocoBoxes", "CocoImages"]

@@ -26,9 +26,9 @@ from zoo.data.labelled_images import (
     open_labelled_images,
     stratified_split,
 )
-from zoo.data.notices import notice
 from zoo.data.samplers import BlockSampler, ResumableSampler, SeededDataset, training_loader
 from zoo.data.shards import ShardImages, find_shards
+from zoo.notices import notice
 from zoo.pictures.folders import split_folder
 from zoo.record import record_of
 from zoo.text import counted

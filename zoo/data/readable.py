@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from zoo.catalog import did_you_mean
-from zoo.data.notices import notice
+from zoo.notices import notice
 
 __all__ = ["Readable", "in_words", "placed", "places_of", "require_known", "tell_absent", "wordnet_descriptions"]
 

@@ -21,6 +21,7 @@ from zoo.factory import create_model
 from zoo.ffn.reparam import reparameterize
 from zoo.loading import foreign_hint, foreign_restorer, from_record
 from zoo.pictures.judging import Kind
+from zoo.processor import tell_of_emulation
 from zoo.restoration import FAMILIES
 from zoo.sources import find, no_shipped_weights
 from zoo.weights import CheckpointError, load_strict, read_weights
@@ -108,6 +109,7 @@ def load_restorer(
     own = int(getattr(restorer, "scale", 1))
     if scale is not None and scale != own:
         raise ValueError(f"This {type(restorer).__name__} restores at scale {own}, not {scale}.")
+    tell_of_emulation(precision, place, "float32 for dtype")
     if engine not in (None, "eager") and engine_of(restorer) is None:
         if restorer is model:
             restorer = copy.deepcopy(restorer).eval()

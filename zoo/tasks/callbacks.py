@@ -16,10 +16,10 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import nn
 
-from zoo.data.notices import notice
 from zoo.data.samplers import ResumableSampler
 from zoo.ffn.ewa import EWAConfig, ExpertsWeightsAveraging, apply, average, expert_spread
 from zoo.files import whole
+from zoo.notices import notice
 from zoo.tasks.checkpoints import read_training_checkpoint, why_not_written
 from zoo.tasks.plain import differences, plain
 

@@ -17,12 +17,12 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.utils import make_grid
 
-from zoo.data.notices import notice
 from zoo.factory import create_model
 from zoo.ffn.ewa import ExpertsWeightsAveraging
 from zoo.layers.init import mimetic_init_
 from zoo.moe import MoEConfig, record_balance
 from zoo.moe.dense2moe import to_experts
+from zoo.notices import notice
 from zoo.record import KEY, ModelRecord, record_of
 from zoo.tasks.ffn_training import FFNTraining
 from zoo.tasks.freezing import fixed_norms

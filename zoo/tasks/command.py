@@ -13,7 +13,8 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from timm.layers import set_fused_attn, use_fused_attn
 
-from zoo.data.notices import Notice, in_one_line
+from zoo.notices import Notice, in_one_line
+from zoo.processor import tell_of_emulation
 from zoo.tasks.arguments import COMMANDS, refuse_nulls
 from zoo.tasks.checkpoints import read_training_checkpoint
 from zoo.tasks.own_model import SaveOwnModel
@@ -66,6 +67,8 @@ class TrainingCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         refuse_nulls(config)
         _follow_root(config)
+        if _on_cpu(config.trainer):
+            _tell_of_emulation(str(config.trainer.precision))
         if _fused_is_slower(config.trainer):
             set_fused_attn(False)
             torch.backends.cuda.enable_flash_sdp(False)  # of a CPU, too
@@ -108,8 +111,18 @@ def _fused_is_slower(trainer: Any) -> bool:
     In bfloat16 on a CPU (torch 2.15, AVX512-BF16) a step of RePaViT-Tiny takes 1.7 times as long with it, one of the
     diffusion policy 2.2 times, of PixelDiT 1.4 times; in float32 both take the same time.
     """
-    on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.accelerator.is_available())
-    return on_cpu and str(trainer.precision).startswith("bf16") and "TIMM_FUSED_ATTN" not in os.environ
+    bfloat16 = str(trainer.precision).startswith("bf16")
+    return _on_cpu(trainer) and bfloat16 and "TIMM_FUSED_ATTN" not in os.environ
+
+
+def _on_cpu(trainer: Any) -> bool:
+    return trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.accelerator.is_available())
+
+
+def _tell_of_emulation(precision: str) -> None:
+    """Say before a training what a 16-bit precision costs on a processor without it."""
+    dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.partition("-")[0])
+    tell_of_emulation(dtype, "cpu", "--trainer.precision 32-true")
 
 
 def _name(class_path: str) -> str:

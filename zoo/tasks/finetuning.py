@@ -23,10 +23,10 @@ from zoo.cards.card import Metric
 from zoo.cards.own import is_own_folder, write_own_model
 from zoo.data.images import ImageClassification, has_split, opened, require_readable, tell_copies
 from zoo.data.labelled_images import VALIDATION_SPLITS
-from zoo.data.notices import Notice, notice
 from zoo.factory import image_size_args
 from zoo.ffn.reparam import reparameterize
 from zoo.files import whole
+from zoo.notices import Notice, notice
 from zoo.record import ModelRecord, attach, record_of
 from zoo.tasks.checkpoints import read_training_checkpoint
 from zoo.tasks.classification import Classification

@@ -8,8 +8,8 @@ from typing import Any
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
-from zoo.data.notices import notice
 from zoo.data.readable import placed
+from zoo.notices import notice
 from zoo.tasks.plain import differences
 
 __all__ = ["are_classes_of", "check_classes", "check_labels", "label_by", "tell_other_pictures"]

@@ -15,7 +15,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from zoo.catalog import did_you_mean
-from zoo.data.notices import notice
+from zoo.notices import notice
 from zoo.record import KEY, ModelRecord
 from zoo.tasks.blockwise import block_groups, require_factors
 from zoo.tasks.freezing import freeze

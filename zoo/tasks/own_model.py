@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from zoo.cards.card import Metric
 from zoo.cards.own import is_own_folder, write_own_model
-from zoo.data.notices import notice
+from zoo.notices import notice
 from zoo.record import ModelRecord, write_config
 from zoo.tasks.checkpoints import read_training_checkpoint
 from zoo.weights import WEIGHTS_NAME, save_checkpoint

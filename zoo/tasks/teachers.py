@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from zoo.data.notices import notice
 from zoo.data.readable import placed
 from zoo.factory import create_model
 from zoo.ffn.reparam import reparameterize
+from zoo.notices import notice
 from zoo.record import record_of
 
 __all__ = ["DistillationKind", "Teachers"]

@@ -11,7 +11,7 @@ __all__ = ["Notice", "in_one_line", "notice"]
 
 
 class Notice(UserWarning):
-    """A remark on data, labels or a resumed run; the command line prints it in one line."""
+    """A remark on data, labels, a resumed run or the machine; the command line prints it in one line."""
 
 
 def in_one_line(usual: Callable[..., Any], *, quiet: bool = False) -> Callable[..., None]:
@@ -36,9 +36,9 @@ def in_one_line(usual: Callable[..., Any], *, quiet: bool = False) -> Callable[.
 
 def notice(text: str) -> None:
     """Say something once for all processes."""
-    try:
-        from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-    except ModuleNotFoundError:  # then there is one process
+    if "lightning.pytorch" not in sys.modules:  # then there is one process
         warnings.warn(text, Notice, stacklevel=3)
-    else:
-        rank_zero_warn(text, stacklevel=5, category=Notice)
+        return
+    from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+    rank_zero_warn(text, stacklevel=5, category=Notice)
