@@ -277,6 +277,30 @@ def test_fit_resume_and_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
+def test_second_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that ends before a validation says that it leaves no card; the next card names what it began from."""
+    data = image_folder(tmp_path / "data", train=8, val=4)
+    common = (
+        "fit",
+        "--config",
+        str(SMOKE),
+        "--data.init_args.data_dir",
+        str(data),
+        "--trainer.enable_progress_bar",
+        "false",
+    )
+    monkeypatch.chdir(tmp_path)
+    assert train(monkeypatch, *common, "--trainer.default_root_dir", "mine", "--trainer.max_steps", "1") == 0
+    assert "mine/model has no card" in capsys.readouterr().err
+    assert not (tmp_path / "mine" / "model" / "README.md").exists()
+    again = ("--model.init_args.model", "mine/model", "--model.init_args.pretrained", "true")
+    again += ("--model.init_args.model_args", "null", "--model.init_args.mimetic_init", "false")
+    assert train(monkeypatch, *common, *again, "--trainer.default_root_dir", "next") == 0
+    assert "no card" not in capsys.readouterr().err
+    assert "trained from `mine/model`" in (tmp_path / "next" / "model" / "README.md").read_text()
+
+
+@pytest.mark.slow
 def test_resume_says_the_truth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from zoo.data.images import ImageDiffusion
 from zoo.diffusion import PixelDiTPipeline
+from zoo.notices import Notice
 from zoo.tasks import diffusion
 from zoo.tasks.diffusion import Diffusion
 from zoo.tasks.optim import OptimConfig
@@ -146,6 +147,28 @@ def test_training_goes_on_from_a_pipeline(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "pipeline")
     loaded = Diffusion.load_from_checkpoint(tmp_path / "own.ckpt")
     torch.testing.assert_close(dict(loaded.model.state_dict()), weights, rtol=0, atol=0)
+
+
+def test_other_classes_than_the_pipeline_s(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Names choose the embeddings: known ones stay, new ones begin as no class; the rest of the weights stays."""
+    before = Diffusion(pixel_dit(), class_names=["ant", "bee", "cow", "doe"])
+    before.save_pretrained(tmp_path / "pipeline")
+    task = Diffusion(str(tmp_path / "pipeline"), class_names=["elk", "bee", "ant"])
+    assert task.class_names == ["elk", "bee", "ant"]
+    assert task.model.config.num_classes == 3
+    assert "2 of them keep what it knows" in str(recwarn.pop(Notice).message)
+    rows = before.model.conditioning.class_embedder.embedding_table.weight
+    found = task.model.conditioning.class_embedder.embedding_table.weight
+    torch.testing.assert_close(found, rows[[4, 1, 0, 4]])
+    noisy, when = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
+    for own, name in enumerate(task.class_names):
+        old = before.class_names.index(name) if name in before.class_names else before.model.null_label
+        torch.testing.assert_close(
+            task.model.eval()(noisy, when, torch.tensor([own, own])).sample,
+            before.model.eval()(noisy, when, torch.tensor([old, old])).sample,
+        )
+    with pytest.raises(ValueError, match="class_names has 3 names, the denoiser 4 classes"):
+        Diffusion(pixel_dit(), class_names=["elk", "bee", "ant"])
 
 
 class Brightness(nn.Module):

@@ -22,6 +22,7 @@ import zoo
 from zoo.data.readable import placed, places_of
 from zoo.diffusion.pipelines import PixelDiTPipeline
 from zoo.diffusion.pixel_dit import PixelDiT
+from zoo.notices import notice
 from zoo.record import KEY, ModelRecord
 from zoo.tasks.labels import check_classes, check_labels, label_by
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
@@ -36,7 +37,8 @@ class Diffusion(TimmOptimModule):
     Args:
         model: The denoiser, or the shipped name, folder or Hub id of a pipeline whose denoiser is trained on.
         class_names: Name of each class, stored with the pipeline; None takes those of the pipeline trained on, or of
-            the data.
+            the data. Of a pipeline trained on they may be others, also more or fewer: those it knows by name stay, the
+            rest begin as its "no class".
         optim: Optimizer and schedule.
         beta_schedule: Noise schedule, a name of diffusers' `DDPMScheduler`.
         prediction_type: What the network predicts.
@@ -81,6 +83,8 @@ class Diffusion(TimmOptimModule):
         self.save_hyperparameters()
         if isinstance(model, str):
             denoiser, names = _to_train_on(model, beta_schedule=beta_schedule, prediction_type=prediction_type)
+            if class_names is not None and class_names != names:
+                denoiser = _with_classes(denoiser, names or [], class_names, model)
             class_names = class_names or names
         else:  # a mapping as a checkpoint keeps it
             described = model.get("init_args", dict(model)) if isinstance(model, Mapping) else None
@@ -302,6 +306,26 @@ def _to_train_on(name: str, **expected: str) -> tuple[PixelDiT, list[str] | None
                 f"{name} was trained with {key} {known}, not {value}: set model.init_args.{key} to {known}."
             )
     return pipeline.transformer.float(), names_of(pipeline)
+
+
+def _with_classes(denoiser: PixelDiT, names: list[str], wanted: list[str], source: str) -> PixelDiT:
+    """Return the denoiser for other classes: those of the same name keep their embedding."""
+    if not names and len(wanted) == denoiser.config.num_classes:
+        return denoiser  # the names of its numbers
+    known = [name for name in wanted if name in names]
+    notice(
+        f"{source} knows {len(names) or denoiser.config.num_classes} classes, class_names has {len(wanted)}: "
+        f"{len(known)} of them keep what it knows, the others begin as its images of no class."
+    )
+    state = denoiser.state_dict()
+    key = "conditioning.class_embedder.embedding_table.weight"
+    table = state[key]
+    none = table[denoiser.null_label] if denoiser.config.class_dropout_prob else table.mean(0)
+    rows = [table[names.index(name)] if name in names else none for name in wanted]
+    state[key] = torch.stack([*rows, *([none] if denoiser.config.class_dropout_prob else [])])
+    changed: PixelDiT = PixelDiT.from_config({**denoiser.config, "num_classes": len(wanted)})
+    changed.load_state_dict(state)
+    return changed
 
 
 def names_of(pipeline: Any) -> list[str] | None:

@@ -31,7 +31,7 @@ class SaveOwnModel(Callback):
 
     Its weights are the best that a `ModelCheckpoint` with a monitored value has kept, else the last, averaged where
     there are averaged ones. The card states what the last validation of these weights has measured; without one there
-    is no card, and the folder holds weights and record alone.
+    is no card, the folder holds weights and record alone, and a notice says so.
 
     Args:
         folder: Replaced where a training has written it before.
@@ -79,6 +79,10 @@ class SaveOwnModel(Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
             save_checkpoint(model.state_dict(), self.folder / WEIGHTS_NAME, record=record)
             write_config(self.folder, record)
+            notice(
+                f"{self.folder} has no card, which `zoo publish` needs: no validation has measured its weights, those "
+                f"after step {trainer.global_step}. Validation runs at the end of an epoch, or each val_check_interval."
+            )
             return
         data = cast(Any, trainer).datamodule
         write_own_model(

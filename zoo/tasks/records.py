@@ -32,7 +32,7 @@ def trained_record(model: nn.Module, base: str | None, data: Any) -> ModelRecord
         record = record_of(model).of_own_weights()
     except RecordError:
         return None
-    record = dataclasses.replace(record, base=Path(base).name if base else None)
+    record = dataclasses.replace(record, base=_told(base) if base else None)
     names = list(getattr(data, "class_names", None) or ())
     if record.task == "classification" and 0 < len(names) <= record.num_classes:
         unused = [f"unused {number}" for number in range(len(names), record.num_classes)]
@@ -54,3 +54,13 @@ def trained_record(model: nn.Module, base: str | None, data: Any) -> ModelRecord
     if low is not None and high is not None and record.task == "denoise":
         record = record.updated(sigma=low if low == high else (low, high))
     return record
+
+
+def _told(base: str) -> str:
+    """Return the name of what a training began from; of what every run calls alike, with that of its run."""
+    path = Path(base)
+    if path.name == "model":  # as `SaveOwnModel` writes it
+        return f"{path.resolve().parent.name}/{path.name}"
+    if path.parent.name == "checkpoints":
+        return f"{path.resolve().parent.parent.name}/{path.name}"
+    return path.name
