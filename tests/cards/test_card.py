@@ -218,6 +218,8 @@ def test_damaged_files_of_a_card_are_named(card: Path, tmp_path: Path) -> None:
     (card / "model.safetensors").unlink()
     assert "does not exist" in " ".join(check_card(card))
     assert "no card" in check_card(tmp_path / "nowhere")[0]
+    (tmp_path / "model_index.json").write_text("{}")
+    assert "push_to_hub of diffusers" in check_card(tmp_path)[0]
 
 
 # --- the cards that this distribution ships
