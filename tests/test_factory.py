@@ -225,3 +225,10 @@ def test_parts_are_there_after_import_zoo() -> None:
     )
     done = fresh_process.run(code)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("make", [zoo.create_model, zoo.create_pipeline])
+@pytest.mark.parametrize("name", [None, 3, ""])
+def test_no_name(make: Any, name: Any) -> None:
+    with pytest.raises(ValueError, match=rf"A model is named, .*got {name!r}\."):
+        make(name)

@@ -182,6 +182,8 @@ def image_size_args(name: str | Path, size: int, **kwargs: Any) -> dict[str, Any
 
 def _text(name: str | Path) -> str:
     """Return a name as text; a `Path` is a file or folder, also where a model is called the same."""
+    if not isinstance(name, str | Path) or not str(name):
+        raise ValueError(f'A model is named, as "repavit_tiny.cifar10", by a file, a folder or a Hub id; got {name!r}.')
     return name if isinstance(name, str) else str(name) if name.is_absolute() else f"./{name}"
 
 
@@ -316,7 +318,7 @@ def create_pipeline(name: str, *, requires: str | None = None, **kwargs: Any) ->
         raise ImportError(
             f"Diffusion pipelines need {error.name}, which is missing: pip install 'ffn-zoo[diffusion]'."
         ) from error
-    path = Path(name)
+    path = Path(name := _text(name))
     if not path.is_dir() and "/" not in name:
         path = _denoiser_folder(name)
     if not path.is_dir():

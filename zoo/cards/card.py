@@ -490,7 +490,9 @@ def check_card(folder: str | Path) -> list[str]:
     card = folder / "README.md"
     if not card.is_file():
         if (folder / "model_index.json").is_file():
-            return [f"There is no card at {card}; of a pipeline it is yours to write. push_to_hub of diffusers needs none."]
+            return [
+                f"There is no card at {card}; of a pipeline it is yours to write. push_to_hub of diffusers needs none."
+            ]
         return [f"There is no card at {card}; `zoo finetune` and zoo.cards.write_own_model write one."]
     try:
         front = front_matter(card)
