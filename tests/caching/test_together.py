@@ -18,9 +18,12 @@ from pipeline_folders import flux_parts
 from torch import Tensor
 
 import zoo
+from zoo import CGTaylorConfig
 from zoo.caching.hooks import placed_hooks
 
 STEPS = 5
+EVERYTHING = 1e6  # a threshold that no error reaches
+CHANGED = 6  # step from which on a callback's change holds
 CPU = torch.device("cpu")
 Step = Callable[[Any], object]
 
@@ -34,6 +37,12 @@ def adapter(seed: int) -> dict[str, Tensor]:
         f"transformer.{key}": 0.3 * torch.randn(value.shape, generator=generator)
         for key, value in get_peft_model_state_dict(model, adapter_name="x").items()
     }
+
+
+def computed_of(pipe: Any) -> list[set[int]]:
+    """Return the steps in which each block was computed, but the first, which decides."""
+    (denoiser,) = zoo.cache_summary(pipe).denoisers
+    return [set(unit.computed) for unit in denoiser.units if unit.unit != "first block"]
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +161,50 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     FluxPipeline(**flux_parts()).save_pretrained(folder, max_shard_size="20KB")
     assert len(list((folder / "transformer").glob("*.safetensors"))) > 1
     return folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: pipe.set_adapters(["a"], [0.4]),
+        lambda pipe: pipe.set_adapters(["b"], [0.9]),
+        lambda pipe: pipe.disable_lora(),
+        None,
+    ],
+    ids=["scale", "another", "off", "none"],
+)
+def test_a_lora_that_changes_in_a_run_is_seen(change: Step | None, steps: dict[str, Step]) -> None:
+    """Where a callback turns an adapter, two full steps follow, as at a ControlNet's; a scale of all steps is none."""
+    pipe, run = flux_text_to_image()
+    steps["load"](pipe)
+    steps["load another"](pipe)
+
+    def turn(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        if step == CHANGED - 1 and change is not None:
+            change(pipe)
+        return {}
+
+    pipe.enable_lora()
+    pipe.set_adapters(["a"], [0.9])
+    with zoo.cached(pipe, CGTaylorConfig(threshold=EVERYTHING, force_last=False)):
+        run(12, callback_on_step_end=turn, joint_attention_kwargs={"scale": 0.7})
+        computed = computed_of(pipe)
+    expected = {0, 1, 2} if change is None else {0, 1, 2, CHANGED, CHANGED + 1}
+    assert all(steps == expected for steps in computed), computed
+
+
+def test_an_ip_adapter_that_changes_in_a_run_is_seen() -> None:
+    pipe, run = flux_text_to_image()
+    for name, block in pipe.transformer.named_modules():
+        if name.endswith(".attn"):
+            block.processor.scale = [0.5]  # as those of an IP-Adapter
+
+    def turn(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        if step == CHANGED - 1:
+            pipe.transformer.transformer_blocks[0].attn.processor.scale = [0.0]
+        return {}
+
+    with zoo.cached(pipe, CGTaylorConfig(threshold=EVERYTHING, force_last=False)):
+        run(12, callback_on_step_end=turn)
+        computed = computed_of(pipe)
+    assert all(steps == {0, 1, 2, CHANGED, CHANGED + 1} for steps in computed), computed

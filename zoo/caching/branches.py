@@ -7,13 +7,15 @@ give the same tensors at every step, and where they build them anew, their conte
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from zoo.caching.adapters import Scale
 
 __all__ = ["Branch", "Branches", "Conditioning", "conditioning", "is_control", "is_equal", "is_repeated"]
 
@@ -63,6 +65,7 @@ class Branch:
         step: Of its last call.
         began: Step at which it began to store.
         controls: Which ControlNets were on in its last call.
+        scales: Of LoRA and IP-Adapters in its last call.
         repeats: Its last call was conditioned as the one before.
         call: All that its last call was given.
     """
@@ -73,6 +76,7 @@ class Branch:
     step: int
     began: int = 0
     controls: tuple[str, ...] = ()
+    scales: Sequence[Scale] = ()
     repeats: bool = False
     call: Any = None
 
