@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from skimage.metrics import structural_similarity
+from torch import Tensor
 
 from zoo.data.resize import imresize
-from zoo.evaluation.metrics import FeatureStatistics, frechet_distance, luma, psnr, ssim
+from zoo.evaluation.metrics import FeatureStatistics, frechet_distance, luma, psnr, square_root, ssim
 
 
 def images(size: tuple[int, int] = (40, 33), channels: int = 3, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,29 +152,35 @@ def test_refused_statistics() -> None:
     found.update(torch.zeros(1, 3))
     with pytest.raises(ValueError, match="at least 2 images, got 1"):
         _ = found.covariance
-    with pytest.raises(ValueError, match="must be of one size"):
-        frechet_distance(torch.zeros(3), torch.eye(3), torch.zeros(3), torch.eye(4))
+    for samples, side in ((2, 4), (1, 3)):
+        with pytest.raises(ValueError, match=r"two or more, .* must be of one size"):
+            frechet_distance(torch.zeros(samples, 3), torch.zeros(3), torch.eye(side))
 
 
 def test_frechet_distance_of_diagonal_covariances() -> None:
     """Without correlation it is the sum over axes of (m1 - m2)² + (s1 - s2)²."""
-    means, deviations = torch.randn(2, 7), torch.rand(2, 7)
+    means, deviations = torch.randn(2, 7, dtype=torch.float64), torch.rand(2, 7, dtype=torch.float64)
     expected = (means[0] - means[1]).square().sum() + (deviations[0] - deviations[1]).square().sum()
-    first, second = ((mean, deviation.square().diag()) for mean, deviation in zip(means, deviations, strict=True))
-    assert frechet_distance(*first, *second) == pytest.approx(float(expected), rel=1e-5)
+    centred = torch.randn(30, 7, dtype=torch.float64)
+    samples = torch.linalg.qr(centred - centred.mean(0)).Q * 29**0.5 * deviations[0] + means[0]
+    torch.testing.assert_close(samples.T.cov(), deviations[0].square().diag())
+    found = frechet_distance(samples, means[1], square_root(deviations[1].square().diag()))
+    assert found == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_frechet_distance_in_general() -> None:
-    """It does not change under rotation or exchange, is 0 for equal sets, and stands singular covariances."""
+    """It does not change under rotation or exchange, is 0 for equal sets, and stands fewer samples than features."""
+
+    def distance(first: Tensor, second: Tensor) -> float:
+        return frechet_distance(first, second.mean(0), square_root(second.T.cov()))
+
     x, y = torch.randn(40, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64) * 2 + 1
     turn = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
-    first, second = (x.mean(0), x.T.cov()), (y.mean(0), y.T.cov())
-    turned = [(mean @ turn, turn.T @ covariance @ turn) for mean, covariance in (first, second)]
-    found = frechet_distance(*first, *second)
+    found = distance(x, y)
     assert found > 1
-    assert frechet_distance(*second, *first) == pytest.approx(found, rel=1e-6)
-    assert frechet_distance(*turned[0], *turned[1]) == pytest.approx(found, rel=1e-6)
-    assert frechet_distance(*first, *first) == pytest.approx(0, abs=1e-9)
-    product = torch.linalg.eigvals(first[1] @ second[1]).sqrt().real.sum()
-    plain = (first[0] - second[0]).square().sum() + first[1].trace() + second[1].trace() - 2 * product
+    assert distance(y, x) == pytest.approx(found, rel=1e-6)
+    assert distance(x @ turn, y @ turn) == pytest.approx(found, rel=1e-6)
+    assert distance(x, x) == pytest.approx(0, abs=1e-9)
+    product = torch.linalg.eigvals(x.T.cov() @ y.T.cov()).sqrt().real.sum()
+    plain = (x.mean(0) - y.mean(0)).square().sum() + x.T.cov().trace() + y.T.cov().trace() - 2 * product
     assert found == pytest.approx(float(plain), rel=1e-5)

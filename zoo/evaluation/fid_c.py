@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import zoo
-from zoo.evaluation.metrics import FeatureStatistics, frechet_distance
+from zoo.evaluation.metrics import FeatureStatistics, frechet_distance, square_root
 from zoo.files import whole
 from zoo.weights import sha256_of, shipped
 
@@ -113,9 +114,11 @@ class Reference:
 
     def distance(self, features: Tensor) -> float:
         """Return FID-C of images with these features (B, features), at least two of them."""
-        found = FeatureStatistics(features.shape[1])
-        found.update(features)
-        return frechet_distance(found.mean, found.covariance, self.mean, self.covariance)
+        return frechet_distance(features.cpu(), self.mean, self._root)
+
+    @cached_property
+    def _root(self) -> Tensor:
+        return square_root(self.covariance)
 
 
 def load_judge(device: str = "cpu") -> Judge:

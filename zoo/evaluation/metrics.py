@@ -22,6 +22,7 @@ __all__ = [
     "mae",
     "measure",
     "psnr",
+    "square_root",
     "ssim",
 ]
 
@@ -247,32 +248,37 @@ class FeatureStatistics:
         return self._scatter / (self.count - 1)
 
 
-def frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor) -> float:
+def square_root(covariance: Tensor) -> Tensor:
+    """Return the symmetric square root of a covariance (features, features), in float64."""
+    values, vectors = torch.linalg.eigh(covariance.double())
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def frechet_distance(samples: Tensor, mean: Tensor, root: Tensor) -> float:
     """Return the squared Frechet distance of two normal distributions: |m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
 
     GANs Trained by a Two Time-Scale Update Rule (Heusel et al., 2017), https://arxiv.org/abs/1706.08500. The name FID
     is for Inception's features only; with few images the distance comes out too large, whatever the features.
 
     Args:
-        mean: (features,).
-        covariance: (features, features), symmetric.
-        other_mean: (features,).
-        other_covariance: (features, features), symmetric.
+        samples: (B, features), at least two, whose mean and covariance are the first distribution's.
+        mean: (features,), of the other.
+        root: (features, features), `square_root` of its covariance.
 
     Raises:
-        ValueError: The shapes do not fit together.
+        ValueError: The shapes do not fit together, or there are fewer than two samples.
     """
     size = len(mean)
-    if not mean.shape == other_mean.shape == (size,) or not covariance.shape == other_covariance.shape == (size, size):
-        shapes = [tuple(each.shape) for each in (mean, covariance, other_mean, other_covariance)]
-        raise ValueError(f"Means (D,) and covariances (D, D) must be of one size, got {shapes}.")
-    first, second = covariance.double(), other_covariance.double()
-    # (C1 C2)^(1/2) has the eigenvalues of (R C2 R)^(1/2) with R = C1^(1/2), which is symmetric and so has real ones
-    values, vectors = torch.linalg.eigh(first)
-    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ second @ root).clamp_min(0).sqrt().sum()
-    shift = (mean.double() - other_mean.double()).square().sum()
-    return max(0.0, float(shift + first.trace() + second.trace() - 2 * cross))  # rounding may take it below 0
+    if samples.ndim != 2 or len(samples) < 2 or samples.shape[1] != size or root.shape != (size, size):
+        shapes = [tuple(each.shape) for each in (samples, mean, root)]
+        raise ValueError(f"Samples (B, D), two or more, mean (D,) and root (D, D) must be of one size, got {shapes}.")
+    own = samples.double()
+    centred = (own - own.mean(0)) / (len(own) - 1) ** 0.5
+    # the eigenvalues of (C1 C2)^(1/2) are the singular values of the samples times the root: few samples, little work
+    cross = torch.linalg.svdvals(centred @ root).sum()
+    shift = (own.mean(0) - mean.double()).square().sum()
+    trace = centred.square().sum() + root.square().sum()
+    return max(0.0, float(shift + trace - 2 * cross))  # rounding may take it below 0
 
 
 def _smooth(x: Tensor, window: SsimWindow) -> Tensor:
