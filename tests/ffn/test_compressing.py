@@ -24,6 +24,17 @@ def test_a_budget_of_macs_is_met_by_the_whole_model(method: str) -> None:
     assert report.technique.replace("_", "-") == method
 
 
+def test_a_budget_of_time_is_met_and_the_model_stays() -> None:
+    """The smaller model was made where no layer may change, so that no budget of time could be had."""
+    model = vit(embed_dim=64, depth=4, img_size=32).train()
+    before = copy.deepcopy(model.state_dict())
+    config, share = config_for_budget(model, PruneConfig(), "latency<=0.9", torch.randn(16, 3, 32, 32))
+    assert share <= 0.9
+    assert isinstance(config, PruneConfig)
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 class _Reading(nn.Module):
     """Runs a product on values that it looks at."""
 

@@ -198,16 +198,16 @@ def _share_of_macs(model: nn.Module, config: Config, example: Any, rounds: int) 
     return batch_macs(stand_in(model, config, example), example) / batch_macs(model, example)
 
 
-@torch.inference_mode()
 def _share_of_time(model: nn.Module, config: Config, example: Any, rounds: int) -> float:
-    smaller = stand_in(model, config, example)
+    smaller = stand_in(model, config, example)  # before inference mode, in which no layer may change
     times: dict[int, list[float]] = {0: [], 1: []}
-    for turn in range(rounds + 1):
-        for place, candidate in enumerate((model, smaller)):
-            start = time.process_time()
-            model_output(candidate, example)
-            if turn:
-                times[place].append(time.process_time() - start)
+    with evaluating(model), torch.inference_mode():
+        for turn in range(rounds + 1):
+            for place, candidate in enumerate((model, smaller)):
+                start = time.process_time()
+                model_output(candidate, example)
+                if turn:
+                    times[place].append(time.process_time() - start)
     return min(times[1]) / min(times[0])
 
 
