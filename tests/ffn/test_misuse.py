@@ -12,7 +12,7 @@ from small_models import vit
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from zoo.ffn import depth, low_rank, prune, repa, snnk, structured
+from zoo.ffn import depth, eugens, low_rank, prune, repa, snnk, structured
 from zoo.ffn.compressing import METHODS, compress
 from zoo.ffn.inspection import inspect_ffns
 from zoo.ffn.technique import ffn_layers, rebuild
@@ -148,7 +148,23 @@ def test_hooks_of_the_user_stay(technique: Any, part: str) -> None:
     assert not seen
 
 
-def test_frozen_models_stay_frozen() -> None:
+@pytest.mark.parametrize("technique", [prune, low_rank, repa, eugens, snnk])
+def test_frozen_models_stay_frozen(technique: Any) -> None:
+    """What stands in for a trained layer learnt on beside a new head, though the layer was frozen."""
     model = vit().requires_grad_(False)
-    repa.apply(model, data=[torch.randn(4, 3, 16, 16)])
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.head.requires_grad_(True)
+    technique.apply(model, data=[torch.randn(4, 3, 16, 16)])
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert learning == ["head.weight", "head.bias"]
+
+
+def test_thin_products_are_frozen_as_their_weight_and_bias() -> None:
+    model = vit(depth=1)
+    model.blocks[0].mlp.fc1.weight.requires_grad_(False)
+    low_rank.apply(model, data=[torch.randn(4, 3, 16, 16)])
+    thin = model.blocks[0].mlp.fc1
+    assert [parameter.requires_grad for parameter in thin.parameters()] == [False, False, True]
+    assert all(parameter.requires_grad for parameter in model.blocks[0].mlp.fc2.parameters())
+    low_rank.to_dense(model)
+    dense = model.blocks[0].mlp.fc1
+    assert (dense.weight.requires_grad, dense.bias.requires_grad) == (False, True)

@@ -105,7 +105,12 @@ class LowRankLinear(nn.Module):
         """Return a product of rank r with new weights, in the place of a dense one."""
         kind = dense.weight
         bias = dense.bias is not None
-        return cls(dense.in_features, rank, dense.out_features, bias, device=kind.device, dtype=kind.dtype)
+        layer = cls(dense.in_features, rank, dense.out_features, bias, device=kind.device, dtype=kind.dtype)
+        layer.inward.weight.requires_grad_(kind.requires_grad)  # what was frozen stays so
+        layer.outward.weight.requires_grad_(kind.requires_grad)
+        if bias:
+            layer.outward.bias.requires_grad_(dense.bias.requires_grad)
+        return layer
 
     @classmethod
     @torch.no_grad()
@@ -139,9 +144,9 @@ class LowRankLinear(nn.Module):
         dense = nn.Linear(
             self.in_features, self.out_features, self.outward.bias is not None, device=kept.device, dtype=kept.dtype
         )
-        dense.weight.copy_(kept.double() @ self.inward.weight.double())
+        dense.weight.copy_(kept.double() @ self.inward.weight.double()).requires_grad_(kept.requires_grad)
         if self.outward.bias is not None:
-            dense.bias.copy_(self.outward.bias)
+            dense.bias.copy_(self.outward.bias).requires_grad_(self.outward.bias.requires_grad)
         return dense
 
     @property

@@ -96,6 +96,8 @@ def fit_layers(
             stack.callback(model.get_submodule(name).register_forward_hook(see).remove)
         outputs = outputs_of(model, batches)
     for name, layer in layers.items():
+        if not any(parameter.requires_grad for parameter in model.get_submodule(name).parameters()):
+            layer.requires_grad_(False)  # what was frozen stays so
         weight, bias = sums[name].solve(ridge)
         with torch.no_grad():
             layer.output.weight.copy_(weight)
