@@ -19,8 +19,10 @@ from zoo.cards.own import write_own_model
 from zoo.cli import main
 from zoo.data.labelled_images import open_labelled_images
 from zoo.record import read_record, record_of
+from zoo.tasks.classification import Classification
 from zoo.tasks.confusion import draw_confusion
 from zoo.tasks.finetuning import _below, finetune
+from zoo.tasks.restoration import Restoration
 from zoo.weights import read_checkpoint
 
 
@@ -62,6 +64,16 @@ def test_classify_gives_the_stated_accuracy(family: str, tmp_path: Path, capsys:
     assert record is not None
     assert record.label_names == CLASSES
     assert record.input_size[-1] == tiny.size
+
+
+@pytest.mark.parametrize(("key", "value", "own"), [("num_classes", 7, 3), ("pretrained", True, False)])
+def test_what_training_itself_says_is_no_argument_of_the_model(key: str, value: object, own: object) -> None:
+    """Python's own words named neither the value nor what to do."""
+    with pytest.raises(ValueError, match=f"model_args: leave out {key}={value}, it is {own} here"):
+        Classification("repavit_tiny", 3, {key: value}, pretrained=False)
+    if key == "pretrained":
+        with pytest.raises(ValueError, match=f"model_args: leave out {key}={value}, it is {own} here"):
+            Restoration("cfsr_x2", {key: value}, pretrained=False)
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from zoo.tasks.freezing import fixed_norms
 from zoo.tasks.labels import are_classes_of, check_classes, check_labels, label_by, tell_other_pictures
 from zoo.tasks.lora import add_lora, idle_adapters, merge_lora
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
-from zoo.tasks.plain import as_config
+from zoo.tasks.plain import as_config, require_own_places
 from zoo.tasks.records import trained_record
 from zoo.tasks.teachers import DistillationKind, Teachers
 from zoo.weights import save_checkpoint
@@ -105,6 +105,7 @@ class Classification(TimmOptimModule):
         self.save_hyperparameters()
         self.keep_plain()
         optim, experts = as_config(OptimConfig, optim), as_config(MoEConfig, experts)
+        require_own_places(model_args, pretrained=pretrained, num_classes=num_classes)
         self.model = create_model(model, pretrained, num_classes=num_classes, **(model_args or {})).train()
         if mimetic_init:
             mimetic_init_(self.model)

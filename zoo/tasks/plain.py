@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-__all__ = ["arguments_of", "as_config", "differences", "plain"]
+__all__ = ["arguments_of", "as_config", "differences", "plain", "require_own_places"]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -58,3 +58,18 @@ def differences(old: Any, new: Any, name: str = "") -> dict[str, tuple[Any, Any]
         same = len(old) == len(new) and not any(differences(one, two) for one, two in zip(old, new, strict=True))
         return {} if same else {name: (old, new)}
     return {} if old == new else {name: (old, new)}
+
+
+def require_own_places(model_args: Mapping[str, Any] | None, **said: Any) -> None:
+    """Refuse arguments of the model that a task says itself.
+
+    Args:
+        model_args: The user's.
+        **said: What the task says.
+
+    Raises:
+        ValueError: An argument is said twice; the message has both values.
+    """
+    for key, value in (model_args or {}).items():
+        if key in said:
+            raise ValueError(f"model_args: leave out {key}={value}, it is {said[key]} here.")

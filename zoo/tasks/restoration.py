@@ -16,7 +16,7 @@ from zoo.evaluation.protocols import ProtocolName, find_protocol, protocol_of_ta
 from zoo.factory import create_model
 from zoo.record import ModelRecord
 from zoo.tasks.optim import OptimConfig, TimmOptimModule
-from zoo.tasks.plain import as_config
+from zoo.tasks.plain import as_config, require_own_places
 from zoo.tasks.records import trained_record
 from zoo.weights import load_strict, read_checkpoint, save_checkpoint, shipped
 
@@ -71,6 +71,7 @@ class Restoration(TimmOptimModule):
         self.keep_plain()
         if fft_weight < 0 or mixup < 0:
             raise ValueError(f"fft_weight and mixup must not be negative, got {fft_weight} and {mixup}.")
+        require_own_places(model_args, pretrained=pretrained)
         self.model = create_model(model, pretrained, **(model_args or {})).train()
         if init_from is not None:
             initialize(self.model, init_from, init_except or [])
