@@ -150,6 +150,8 @@ def test_near_models_come_once_and_far_ones_not_at_all(given: str, near: list[st
         ("convert-moe pixeldt.cifar10 -o DIR/moe", "pixeldit.cifar10"),
         ("bench repavit_tinny", "repavit_tiny?"),
         ("verify repavit_tinny.cifar10", "repavit_tiny.cifar10?"),
+        ("verify DIRR", "photos?"),
+        ("publish DIRR --repo-id me/x --dry-run", "photos?"),
         ("publish repavit_tinny.cifar10 --repo-id me/x --dry-run", "repavit_tiny.cifar10?"),
         ("info repavit_tiny.cifr10", "Did you mean repavit_tiny.cifar10? It has"),
         ("info resnet18.a1_in1", "Did you mean resnet18.a1_in1k? There are"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from zoo.catalog import nearest
 from zoo.cli.output import FailureError, UsageError, hush, note, print_json, print_table, progress, table
-from zoo.sources import cards_dir, no_shipped_weights
+from zoo.sources import beside, cards_dir, no_shipped_weights
 
 
 def add_parser(subparsers: Any) -> None:
@@ -46,6 +46,8 @@ def _folder(name: str) -> Path:
         raise UsageError(f"{name} is a file: name the folder with config.json, weights and card that it lies in.")
     if (absent := no_shipped_weights()) is not None:
         raise UsageError(f"There is no folder {name}. {absent}")
+    if "/" in name or "\\" in name:  # no published name has these
+        raise UsageError(f"There is no file or folder {name}.{beside(Path(name))}")
     near = nearest(name, list(known))
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
     raise UsageError(f"There is no card of {name!r}. {hint}Cards: {', '.join(known) or 'none'}.")
