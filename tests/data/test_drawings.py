@@ -39,3 +39,7 @@ def test_a_folder_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     with pytest.raises(SystemExit):
         main()
     assert not (tmp_path / "none").exists()
+    monkeypatch.setattr(sys, "argv", ["drawings", str(folder / "000.png" / "inside")])
+    with pytest.raises(SystemExit):  # one line, no traceback
+        main()
+    assert "cannot be written: Not a directory" in capsys.readouterr().err

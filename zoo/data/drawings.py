@@ -74,9 +74,12 @@ def main() -> None:
         parser.error(f"{arguments.folder} is there already: take a new or empty folder.")
     if arguments.count < 1:
         parser.error(f"--count must be at least 1, got {arguments.count}.")
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    for seed in range(arguments.count):
-        draw(seed).save(arguments.folder / f"{seed:03d}.png")
+    try:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        for seed in range(arguments.count):
+            draw(seed).save(arguments.folder / f"{seed:03d}.png")
+    except OSError as error:
+        parser.error(f"{arguments.folder} cannot be written: {error.strerror}.")
 
 
 if __name__ == "__main__":
