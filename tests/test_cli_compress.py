@@ -100,6 +100,8 @@ def test_inspection_names_every_layer_and_draws_them(
         (["--method", "prun"], "Did you mean prune"),
         (["--recover", "-1"], "--recover takes a number of epochs"),
         (["--recover", "1", "--lr", "nan"], "--lr is a learning rate above 0, got nan"),
+        (["--lr", "1e-3"], "--lr 0.001 is the rate of --recover EPOCHS, which is not given"),
+        (["--budget", "mac<=0.5"], "budget must look like"),
     ],
 )
 def test_a_wrong_call_is_one_line(

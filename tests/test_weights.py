@@ -186,6 +186,9 @@ def test_files_without_weights_are_refused(tmp_path: Path, content: Any, message
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"No weight file at .*none\.pth"):
         read_checkpoint(tmp_path / "none.pth")
+    for other in (tmp_path, "ffnetsr_light_x4.bsds"):  # a folder, or a name, where a file is asked for
+        with pytest.raises(CheckpointError, match=r"No weight file at .*`--model` .* takes names and folders"):
+            read_checkpoint(other)
 
 
 def test_flipped_byte_is_found(weights: Path) -> None:

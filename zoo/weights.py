@@ -146,8 +146,8 @@ def read_weights(path: str | Path, sha256: str | None = None) -> tuple[dict[str,
     """
     path = Path(path)
     if not path.is_file():
-        folder = " It is a folder: `--model` (`model=`) takes one that holds a model." if path.is_dir() else ""
-        raise CheckpointError(no_shipped_file(path) or f"No weight file at {path}.{folder}")
+        hint = "" if path.suffix in WEIGHT_SUFFIXES else " `--model` (`model=`) takes names and folders of models."
+        raise CheckpointError(no_shipped_file(path) or f"No weight file at {path}.{hint}")
     if (other := _something_else(path)) is not None:
         raise CheckpointError(f"{path} is no weight file: it is {other}.")
     if sha256 is not None and (found := sha256_of(path)) != sha256.lower():

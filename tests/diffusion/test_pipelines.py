@@ -181,6 +181,7 @@ def test_eta_reaches_the_scheduler() -> None:
         ({"class_labels": -1}, "from 0 to 3, got -1"),
         ({"class_labels": []}, "empty"),
         ({"output_type": "jpeg"}, "output_type must be"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number, got nan"),
         ({"num_inference_steps": 0}, "at least 1, got 0"),
         ({"seed": 1, "generator": torch.Generator()}, "either seed or generator"),
         ({"seed": [1, 2]}, "1 images, but 2 seeds"),

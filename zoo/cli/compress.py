@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _METHODS = ("prune", "low-rank", "repa", "depth")  # keys of zoo.ffn.compressing.METHODS, which imports torch
+_RATE = 2e-4  # of recovery
 _SCORES = ("activation", "cfsp", "obs", "taylor", "magnitude", "random")
 
 
@@ -37,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
     size.add_argument("--budget", metavar="TEXT", help='for the whole model: "macs<=0.6" or "latency<=0.7"')
     parser.add_argument("--scores", choices=_SCORES, help="how --method prune ranks channels")
     parser.add_argument("--recover", type=int, default=0, metavar="EPOCHS", help="learn from the dense model after it")
-    parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate of --recover (default: %(default)s)")
+    parser.add_argument("--lr", type=float, help=f"peak learning rate of --recover (default: {_RATE})")
     parser.add_argument("--force", action="store_true", help="replace a folder that zoo wrote")
     parser.set_defaults(run=run_compress)
     parser = subparsers.add_parser(
@@ -71,8 +72,10 @@ def _check_compress(args: argparse.Namespace) -> None:
         raise UsageError(f"--scores ranks channels for --method prune, not for {args.method}.")
     if args.recover < 0:
         raise UsageError(f"--recover takes a number of epochs, got {args.recover}.")
-    if not 0 < args.lr < math.inf:
+    if args.lr is not None and not 0 < args.lr < math.inf:
         raise UsageError(f"--lr is a learning rate above 0, got {args.lr:g}.")
+    if args.lr is not None and not args.recover:
+        raise UsageError(f"--lr {args.lr:g} is the rate of --recover EPOCHS, which is not given.")
     _check(args)
     from zoo.cards.own import is_own_folder
 
@@ -88,8 +91,10 @@ def run_compress(args: argparse.Namespace) -> int:
     import copy
 
     from zoo.data.images import draw, require_readable
-    from zoo.ffn.compressing import compress, recover, stand_in
+    from zoo.ffn.compressing import compress, read_budget, recover, stand_in
 
+    if args.budget is not None:
+        read_budget(args.budget)
     model, data = _model_and_data(args)
     calibration = list(draw(data, "train", args.samples))
     config = _configured(args, model, calibration[0])
@@ -111,7 +116,7 @@ def run_compress(args: argparse.Namespace) -> int:
             def tell(done: int, total: int, loss: float) -> None:
                 bar.update(task, completed=done, description=f"recovering, loss {loss:.3f}")
 
-            recover(model, dense, loader, epochs=args.recover, lr=args.lr, progress=tell)
+            recover(model, dense, loader, epochs=args.recover, lr=args.lr or _RATE, progress=tell)
             after = _accuracy(model, data, bar, task)
     result = {
         "name": args.name,

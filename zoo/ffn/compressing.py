@@ -24,7 +24,17 @@ from zoo.ffn.repa import RePaConfig
 from zoo.ffn.technique import FFNReport, evaluating, ffn_layers, listed, model_output, require_changeable
 from zoo.profiling import count_macs_of_copy
 
-__all__ = ["METHODS", "batch_macs", "compress", "config_for_budget", "config_of", "recover", "resized", "stand_in"]
+__all__ = [
+    "METHODS",
+    "batch_macs",
+    "compress",
+    "config_for_budget",
+    "config_of",
+    "read_budget",
+    "recover",
+    "resized",
+    "stand_in",
+]
 
 
 Config = Any  # a technique's frozen configuration
@@ -100,6 +110,18 @@ def resized(config: Config, keep: float, model: nn.Module) -> Config:
     return dataclasses.replace(config, remove=max(1, math.ceil((1 - keep) * count - 1e-9)))
 
 
+def read_budget(budget: str) -> tuple[str, float]:
+    """Return "macs" or "latency" and the share that "macs<=0.6" or "latency<=0.7" asks for.
+
+    Raises:
+        ValueError: It is no such text, or no share below 1.
+    """
+    found = _BUDGET.fullmatch(budget)
+    if found is None or not 0 < float(found[2]) < 1:
+        raise ValueError(f'budget must look like "macs<=0.6" or "latency<=0.7", a share below 1, got {budget!r}.')
+    return found[1], float(found[2])
+
+
 def config_for_budget(
     model: nn.Module, config: Config, budget: str, example: Any, *, rounds: int = 5
 ) -> tuple[Config, float]:
@@ -118,10 +140,7 @@ def config_for_budget(
     Raises:
         ValueError: The budget is no such text, or cannot be met; the message says the nearest that can.
     """
-    found = _BUDGET.fullmatch(budget)
-    if found is None or not 0 < float(found[2]) < 1:
-        raise ValueError(f'budget must look like "macs<=0.6" or "latency<=0.7", a share below 1, got {budget!r}.')
-    kind, wanted = found[1], float(found[2])
+    kind, wanted = read_budget(budget)
     measure = _share_of_macs if kind == "macs" else _share_of_time
     best: tuple[Config, float] | None = None
     least = math.inf
