@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,7 +124,8 @@ def test_int8_on_engines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pairs == [("eager", "fp32"), ("onnxruntime", "int8")]
     assert 1e-4 < found.entries[1].values[DIFFERENCE] < 0.2
     assert "top-1 of 6 images (%)" in found.entries[1].values
-    assert any("2 of 32 layers in float" in note for note in found.notes)
+    kept = next(match for note in found.notes if (match := re.search(r"(\d+) of 32 layers in float", note)))
+    assert 2 <= int(kept[1]) <= 17  # first and last; processors without VNNI lose more, and keep more
     without = compare_grid(["repavit_tiny"], every, QUICK, size=32)
     assert {entry.settings["engine"] for entry in without.entries} == {"eager"}
     assert any("int8 on engines is left out" in note and "--data DIR" in note for note in without.notes)

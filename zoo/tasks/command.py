@@ -67,7 +67,7 @@ class TrainingCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         refuse_nulls(config)
         _follow_root(config)
-        if config.trainer.enable_progress_bar is False:
+        if config.trainer.get("enable_progress_bar") is False:
             _leave_out_bars(config.trainer)
         if _on_cpu(config.trainer):
             _tell_of_emulation(str(config.trainer.precision))
@@ -109,7 +109,7 @@ def _listed(parts: Any) -> list[Any]:
 
 def _leave_out_bars(trainer: Any) -> None:
     """Take the progress bars out of the callbacks: Lightning refuses one where none is wanted."""
-    if isinstance(trainer.callbacks, list):
+    if isinstance(trainer.get("callbacks"), list):
         kept = [part for part in trainer.callbacks if not _name(part["class_path"]).endswith("ProgressBar")]
         trainer.callbacks = kept
 
