@@ -14,7 +14,7 @@ from torch import nn
 from zoo.engines import EngineName, attach, check_engine, detach, installed
 from zoo.ffn.reparam import reparameterize
 from zoo.kernels.dispatch import Backend, check_backend, get_backend, runs_kernel, set_backend
-from zoo.processor import emulates, tell_of_emulation
+from zoo.processor import tell_of_emulation
 from zoo.text import table_lines
 
 __all__ = ["AccelerationReport", "AccelerationStep", "CompileMode", "accelerate"]
@@ -240,8 +240,7 @@ def _cast(model: Any, parts: list[nn.Module], dtype: torch.dtype | None) -> Acce
         return AccelerationStep(name="type", done=False, said=f"{before}: {reason}")
     places = {parameter.device.type for part in parts for parameter in part.parameters()}
     said = f"{before} -> {str(dtype).removeprefix('torch.')}"
-    if "cpu" in places and emulates(dtype):
-        tell_of_emulation(dtype, "cpu", "dtype=None, or move the model to a GPU first")
+    if "cpu" in places and tell_of_emulation(dtype, "cpu", "dtype=None, or move the model to a GPU first"):
         said += ", which this processor emulates: slower"
     model.to(dtype)
     return AccelerationStep(name="type", done=True, said=said)

@@ -47,8 +47,8 @@ def emulates(dtype: torch.dtype | None) -> bool:
     return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-def tell_of_emulation(dtype: torch.dtype | None, device: torch.device | str, instead: str) -> None:
-    """Say once, before the work, that a type is emulated where it runs.
+def tell_of_emulation(dtype: torch.dtype | None, device: torch.device | str, instead: str) -> bool:
+    """Say once, before the work, that a type is emulated where it runs; return whether it is.
 
     Args:
         dtype: Type of weights or arithmetic; None is as it was.
@@ -57,12 +57,14 @@ def tell_of_emulation(dtype: torch.dtype | None, device: torch.device | str, ins
     """
     import torch
 
-    if torch.device(device).type == "cpu" and emulates(dtype):
-        name = str(dtype).removeprefix("torch.")
-        notice(
-            f"This processor ({processor_name()}) has no instructions for {name}: torch emulates it, many times slower "
-            f"than float32. Take {instead}."
-        )
+    if torch.device(device).type != "cpu" or not emulates(dtype):
+        return False
+    name = str(dtype).removeprefix("torch.")
+    notice(
+        f"This processor ({processor_name()}) has no instructions for {name}: torch emulates it, many times slower "
+        f"than float32. Take {instead}."
+    )
+    return True
 
 
 def _line(field: str) -> str:

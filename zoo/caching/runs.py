@@ -23,7 +23,7 @@ from diffusers.hooks.hooks import CacheContext
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
-from zoo.caching.adapters import Scale, are_close, scaled_parts, scales_of
+from zoo.caching.adapters import are_close, scaled_parts, scales_of
 from zoo.caching.branches import Branch, Branches, Conditioning, conditioning, is_control, is_equal, is_repeated
 from zoo.caching.hooks import DEFAULT_CONTEXT, ContextStates, PrivateStates, outside_graphs, refuse_copy
 from zoo.caching.streams import version
@@ -61,7 +61,6 @@ class _Inputs:
         # pipelines switch a ControlNet off by giving zeros, or nothing
         controls = [name for name in given if is_control(name)]
         self.controls = tuple(name for name in controls if any(bool(each.any()) for each in _tensors(arguments[name])))
-        self.scales: list[Scale] = []  # of LoRA and IP-Adapters
 
     @property
     def time(self) -> float | None:
@@ -180,7 +179,7 @@ class RunTracker:
     def __init__(self, model: nn.Module, pipeline: DiffusionPipeline | None = None) -> None:
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._model = weakref.ref(model)
-        self._scaled: list[nn.Module] = []
+        self._scaled: list[nn.Module] = []  # LoRA layers and IP-Adapters, for a run
         self._given = None if pipeline is None else weakref.ref(pipeline)
         # of the run
         self._pipeline: Callable[[], Any] = lambda: None
@@ -477,7 +476,7 @@ class RunTracker:
         self.on_new_run()
         self._pipeline = (lambda: None) if pipeline is None else weakref.ref(pipeline)
         model = self._model()
-        self._scaled = [] if model is None else scaled_parts(model)
+        self._scaled = [] if model is None or self._trained else scaled_parts(model)  # in training each call is a run
         if pipeline is not None and model is not None and self._timesteps is not None:
             schedule = _Schedule(pipeline, model)
             if schedule.begin(inputs.time) or drives:
@@ -499,7 +498,7 @@ class RunTracker:
 
     def _enter(self, inputs: _Inputs, context: CacheContext) -> None:
         """Find the branch of a call, or open one."""
-        inputs.scales = scales_of(self._scaled)
+        scales = scales_of(self._scaled)
         branches = self._branches.get(context.name)
         if branches is None:
             branches = self._branches[context.name] = Branches(context.name)
@@ -511,7 +510,7 @@ class RunTracker:
             self.begins_branch = True
         else:
             self.begins_branch = branch.form != inputs.form or branch.controls != inputs.controls
-            self.begins_branch = self.begins_branch or not are_close(inputs.scales, branch.scales)
+            self.begins_branch = self.begins_branch or not are_close(scales, branch.scales)
             if context.name != DEFAULT_CONTEXT.name:
                 # it names the branch, which a callback may give another prompt; what changes at every step is none
                 repeated, branch.repeats = branch.repeats, is_equal(inputs.conditioning, branch.inputs)
@@ -521,7 +520,7 @@ class RunTracker:
         if self.begins_branch:
             branch.began = self.step
         branch.inputs, branch.form, branch.step, branch.call = inputs.conditioning, inputs.form, self.step, inputs
-        branch.controls, branch.scales = inputs.controls, inputs.scales
+        branch.controls, branch.scales = inputs.controls, scales
         self.branch, self.began = branch.name, branch.began
         self._last, self._index, self._scheduler_step = inputs, context.step_index, self._read_scheduler_step()
 

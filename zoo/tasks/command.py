@@ -67,8 +67,9 @@ class TrainingCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         refuse_nulls(config)
         _follow_root(config)
-        if config.trainer.get("enable_progress_bar") is False:
-            _leave_out_bars(config.trainer)
+        if config.trainer.get("enable_progress_bar") is False and (parts := _listed(config.trainer.get("callbacks"))):
+            # Lightning refuses a bar where none is wanted
+            config.trainer.callbacks = [part for part in parts if not _name(part["class_path"]).endswith("ProgressBar")]
         if _on_cpu(config.trainer):
             _tell_of_emulation(str(config.trainer.precision))
         if _fused_is_slower(config.trainer):
@@ -105,13 +106,6 @@ def _follow_root(config: Any) -> None:
 def _listed(parts: Any) -> list[Any]:
     """Return loggers or callbacks that a config lists; one alone, or a switch, names no place of ours."""
     return parts if isinstance(parts, list) else []
-
-
-def _leave_out_bars(trainer: Any) -> None:
-    """Take the progress bars out of the callbacks: Lightning refuses one where none is wanted."""
-    if isinstance(trainer.get("callbacks"), list):
-        kept = [part for part in trainer.callbacks if not _name(part["class_path"]).endswith("ProgressBar")]
-        trainer.callbacks = kept
 
 
 def _fused_is_slower(trainer: Any) -> bool:
